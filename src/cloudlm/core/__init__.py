@@ -1,0 +1,1 @@
+"""What the words mean: chat, model, deployment, job, key; errors, settings, clock. No I/O."""

@@ -1,0 +1,110 @@
+"""What a generation request means: sampling parameters, messages, token events.
+
+Validation lives in ``core.requests``; this file holds only the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Defaults are OpenAI's; temperature 0 is greedy.
+
+    ``top_k`` 0 means all tokens, ``min_p`` 0 means none removed. Penalties follow OpenAI
+    (presence, frequency: subtracted from the logits of tokens generated so far) and Hugging Face
+    (repetition: logits of tokens in prompt or output divided if positive, multiplied if negative).
+    ``logprobs`` is the number of alternatives wanted per token, 0 for the chosen one alone,
+    None for none. ``seed`` fixes the whole answer: the draw at each position depends on seed,
+    choice index and position only.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; ``content`` is plain text."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """``include_usage``: one last chunk with the usage. ``continuous_usage_stats``: usage in every
+    chunk (vLLM's extension; the gateway asks for it so that a broken stream is billed rightly)."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A validated ``/v1/chat/completions`` body."""
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A validated ``/v1/completions`` body; each prompt is a text or a list of token ids."""
+
+    model: str
+    prompts: tuple[str | tuple[int, ...], ...]
+    sampling: Sampling
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    echo: bool = False
+    user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request; ``cached_tokens`` of the prompt were found in the prefix cache."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }

@@ -1,0 +1,175 @@
+"""What is asked and what runs: deployments, replica groups, endpoints, demand.
+
+A *deployment* is what a user asks for under an API name. Each change of what it runs makes a new
+*revision*; the replicas of one revision form a *group*, the unit that drivers know. An *endpoint*
+is the address of one ready replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentSpec:
+    """What the user asked for.
+
+    ``name`` is also the model name in the OpenAI API. ``model`` is a model address
+    (``models:/name/3``, ``models:/name@alias``); other addresses are imported first.
+    ``engine`` is ``cloudlm`` here. ``options`` are engine settings (``max_model_len``,
+    ``kv_cache_mb``, ``dtype`` …) and ``env`` extra environment of the replica.
+    """
+
+    name: str
+    model: str
+    driver: str = "process"
+    engine: str = "cloudlm"
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: float = 8.0
+    max_surge: int = 1
+    options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """The desired fact: a spec with its generation.
+
+    ``generation`` grows with every change; ``revision`` only when what a replica runs changes
+    (model, driver, engine, options, env), so that scaling restarts nothing. ``deleting`` asks
+    control to stop everything and then remove the fact.
+    """
+
+    spec: DeploymentSpec
+    generation: int = 1
+    revision: int = 1
+    deleting: bool = False
+    created_at: float = 0.0
+    updated_at: float = 0.0
+
+    def changed(self, spec: DeploymentSpec, now: float) -> Deployment:
+        """This deployment with a new spec; generation and revision grow as the rules above say."""
+        if spec == self.spec and not self.deleting:
+            return self
+        runs_same = (
+            replace(
+                spec,
+                min_replicas=self.spec.min_replicas,
+                max_replicas=self.spec.max_replicas,
+                target_ongoing_requests=self.spec.target_ongoing_requests,
+                max_surge=self.spec.max_surge,
+            )
+            == self.spec
+        )
+        return replace(
+            self,
+            spec=spec,
+            generation=self.generation + 1,
+            revision=self.revision if runs_same else self.revision + 1,
+            deleting=False,
+            updated_at=now,
+        )
+
+
+class ReplicaState(StrEnum):
+    """The life of one replica."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """What a driver is asked to run: ``replicas`` alike copies of one revision.
+
+    ``model`` is a fixed version (``models:/name/3``), never an alias: a group must not change
+    its bytes when an alias moves.
+    """
+
+    name: str
+    deployment: str
+    revision: int
+    model: str
+    replicas: int
+    engine: str = "cloudlm"
+    options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One copy as a driver sees it. ``url`` is the base address once known, without a slash."""
+
+    id: str
+    state: ReplicaState
+    url: str | None = None
+    pid: int | None = None
+    restarts: int = 0
+    message: str = ""
+    started_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupObservation:
+    """What a driver found. ``spec`` is what was last applied, None if there is no such group."""
+
+    name: str
+    spec: GroupSpec | None
+    replicas: tuple[Replica, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The address of one replica that may be sent requests. ``model`` is the API name."""
+
+    model: str
+    replica: str
+    url: str
+    revision: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one gateway saw of one model in its last second."""
+
+    model: str
+    gateway: str
+    ongoing: int
+    queued: int
+    requests_per_s: float
+    measured_at: float
+
+
+class DeploymentPhase(StrEnum):
+    """One word for people: where a deployment stands."""
+
+    PENDING = "pending"
+    STARTING = "starting"
+    READY = "ready"
+    UPDATING = "updating"
+    DEGRADED = "degraded"
+    FAILED = "failed"
+    DELETING = "deleting"
+    SLEEPING = "sleeping"
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """The observed fact that control writes beside the desired one."""
+
+    name: str
+    phase: DeploymentPhase
+    observed_generation: int
+    wanted_replicas: int
+    ready_replicas: int
+    replicas: tuple[Replica, ...] = ()
+    message: str = ""
+    updated_at: float = 0.0

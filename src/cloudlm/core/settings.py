@@ -1,0 +1,308 @@
+"""Settings: read once into frozen dataclasses, file < environment < flag.
+
+Every value knows its source. A value that cannot be read refuses to start the process with an
+error that names the value, what was expected, and where it came from. This module does the
+parsing; ``state.home`` hands in the file's content and the environment, so that nothing here
+touches a disk.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from cloudlm.core.errors import BadSetting
+
+S = TypeVar("S")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    secret: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its documentation (unit and reason) and its bounds."""
+    metadata = {"doc": doc, "secret": secret, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """The process that answers requests."""
+
+    host: str = setting("127.0.0.1", "Address the gateway listens on.")
+    port: int = setting(8000, "Port of the gateway; 0 picks a free one.", low=0, high=65535)
+    max_body_bytes: int = setting(4_000_000, "Largest request body, bytes.", low=1024, high=1 << 30)
+    connect_timeout_s: float = setting(
+        2.0, "Longest wait for a replica to accept, seconds.", low=0.01
+    )
+    first_token_timeout_s: float = setting(
+        300.0, "Longest wait for a replica's first content, seconds.", low=0.1
+    )
+    idle_timeout_s: float = setting(
+        60.0, "Longest silence between two chunks of a stream, seconds.", low=0.1
+    )
+    max_attempts: int = setting(
+        3, "Replicas tried for one request while nothing was sent.", low=1, high=10
+    )
+    max_ongoing_requests: int = setting(
+        1024, "Requests in flight at once; more are refused with 503.", low=1
+    )
+    drain_timeout_s: float = setting(
+        30.0, "Longest wait for running requests when stopping, seconds.", low=0.0
+    )
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """The process that makes what runs equal what was asked."""
+
+    host: str = setting("127.0.0.1", "Address the control API listens on.")
+    port: int = setting(8001, "Port of the control API; 0 picks a free one.", low=0, high=65535)
+    reconcile_interval_s: float = setting(
+        0.5, "Pause between two reconciliations, seconds.", low=0.05
+    )
+    probe_timeout_s: float = setting(
+        2.0, "Longest wait for a replica's health answer, seconds.", low=0.05
+    )
+    stall_timeout_s: float = setting(
+        20.0,
+        "A replica with work whose step counter stands still for this long is restarted, seconds.",
+        low=1.0,
+    )
+    drain_timeout_s: float = setting(
+        30.0,
+        "Longest wait for a replica's running requests before it is stopped, seconds.",
+        low=0.0,
+    )
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """A replica's server."""
+
+    host: str = setting("127.0.0.1", "Address workers listen on.")
+    first_port: int = setting(8100, "Workers take free ports from here upward.", low=1, high=65535)
+    max_waiting_requests: int = setting(
+        512, "Requests queued in a worker; more are refused with 503.", low=1
+    )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Defaults of the engine; a deployment's ``options`` override them."""
+
+    dtype: str = setting(
+        "auto",
+        "Precision of the weights in memory.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
+    max_model_len: int = setting(
+        0, "Longest prompt plus answer, tokens; 0 takes the model's own context.", low=0
+    )
+    kv_cache_mb: int = setting(512, "Memory for keys and values, MiB.", low=1)
+    block_size: int = setting(16, "Tokens in one cache block.", low=1, high=256)
+    max_batch_tokens: int = setting(
+        1024, "Tokens computed in one step, prefill chunks included.", low=16
+    )
+    max_batch_sequences: int = setting(64, "Sequences in one step.", low=1, high=4096)
+    threads: int = setting(0, "CPU threads of the engine; 0 takes all cores.", low=0, high=1024)
+
+
+@dataclass(frozen=True)
+class RegistrySettings:
+    """Model versions and their local copies."""
+
+    url: str = setting(
+        "",
+        "Where versions are kept; empty is the folder 'registry' in home. "
+        "s3://, gs://, az:// for an object store.",
+    )
+    cache_mb: int = setting(
+        51_200, "Largest local copy of versions fetched from a store, MiB.", low=1
+    )
+
+
+@dataclass(frozen=True)
+class StateSettings:
+    """Facts: what is asked and what runs."""
+
+    url: str = setting(
+        "",
+        "SQLAlchemy address; empty is SQLite in home. postgresql+psycopg://… for several nodes.",
+        secret=True,
+    )
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What the processes say."""
+
+    level: str = setting(
+        "info", "Least level that is logged.", choices=("debug", "info", "warning", "error")
+    )
+    format: str = setting(
+        "auto", "auto is text on a terminal and JSON otherwise.", choices=("auto", "json", "text")
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings. ``home`` is the folder that holds everything of this installation."""
+
+    home: str = setting("~/.cloudlm", "Folder of state, registry, logs and secrets.")
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    control: ControlSettings = field(default_factory=ControlSettings)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
+    state: StateSettings = field(default_factory=StateSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class SettingRow:
+    """One value with its source, for ``cloudlm config`` and the generated reference."""
+
+    name: str
+    value: Any
+    source: str
+    environment: str
+    doc: str
+    secret: bool
+
+
+def environment_name(name: str) -> str:
+    """``gateway.port`` is ``CLOUDLM_GATEWAY_PORT``."""
+    return "CLOUDLM_" + name.replace(".", "_").upper()
+
+
+def read_settings(
+    file: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    *,
+    file_name: str = "config.yaml",
+) -> tuple[Settings, list[SettingRow]]:
+    """Merge the three sources. ``file`` is nested as in YAML, ``flags`` has dotted names.
+
+    Returns the settings and one row per value. Raises BadSetting for an unknown name in file or
+    flags, and for a value that does not fit.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    for name, value in _flatten(file or {}, file_name).items():
+        given[name] = (value, file_name)
+    for name in _names():
+        variable = environment_name(name)
+        if environment and environment.get(variable):
+            given[name] = (environment[variable], variable)
+    for name, value in (flags or {}).items():
+        if value is not None:
+            given[name] = (value, "--" + name.replace(".", "-").replace("_", "-"))
+    unknown = sorted(set(given) - set(_names()))
+    if unknown:
+        name = unknown[0]
+        raise BadSetting(
+            f"unknown setting {name!r} in {given[name][1]}; 'cloudlm config' lists all"
+        )
+    rows: list[SettingRow] = []
+    settings = _build(Settings, "", given, rows)
+    return settings, rows
+
+
+def _names(cls: type[Any] = Settings, prefix: str = "") -> list[str]:
+    hints = get_type_hints(cls)
+    names: list[str] = []
+    for one in fields(cls):
+        if "doc" in one.metadata:
+            names.append(prefix + one.name)
+        else:
+            names.extend(_names(hints[one.name], f"{prefix}{one.name}."))
+    return names
+
+
+def _flatten(tree: Mapping[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, source, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _build(
+    cls: type[S], prefix: str, given: Mapping[str, tuple[Any, str]], rows: list[SettingRow]
+) -> S:
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for one in fields(cls):  # type: ignore[arg-type]
+        name = prefix + one.name
+        if "doc" not in one.metadata:
+            values[one.name] = _build(hints[one.name], f"{name}.", given, rows)
+            continue
+        raw, source = given.get(name, (one.default, "default"))
+        value = raw if source == "default" else _parse(name, raw, hints[one.name], source)
+        _check_bounds(name, value, one.metadata, source)
+        values[one.name] = value
+        rows.append(
+            SettingRow(
+                name,
+                value,
+                source,
+                environment_name(name),
+                one.metadata["doc"],
+                one.metadata["secret"],
+            )
+        )
+    return cls(**values)
+
+
+def _parse(name: str, raw: Any, kind: Any, source: str) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    try:
+        if kind is bool:
+            return _parse_bool(raw)
+        if kind is int and (isinstance(raw, bool) or (isinstance(raw, float) and raw != int(raw))):
+            raise ValueError
+        if kind is str and not isinstance(raw, str):
+            raise ValueError
+        return kind(raw)
+    except (TypeError, ValueError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise BadSetting(
+            f"{name} = {raw!r} (from {source}) is not {wanted.get(kind, kind)}", param=name
+        ) from None
+
+
+def _parse_bool(raw: Any) -> bool:
+    text = str(raw).lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(raw)
+
+
+def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any], source: str) -> None:
+    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    if choices and value not in choices:
+        raise BadSetting(
+            f"{name} = {value!r} (from {source}) is not one of {', '.join(choices)}", param=name
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    too_low = low is not None and value < low
+    too_high = high is not None and value > high
+    if value != value or too_low or too_high:  # the first is not-a-number
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise BadSetting(f"{name} = {value!r} (from {source}) must be {span}", param=name)

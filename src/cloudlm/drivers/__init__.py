@@ -1,0 +1,1 @@
+"""Where replicas run. ``base`` is the contract; each driver is an entry point ``cloudlm.drivers``."""

@@ -1,0 +1,121 @@
+"""The engine port: what a worker asks of an engine and gets back.
+
+Knows no PyTorch, so that workers and other engines' adapters can import it cheaply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cloudlm.core.chat import FinishReason, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate.
+
+    ``prompt_token_ids`` must not be empty. ``output_token_ids`` are tokens that were generated
+    before (resume): they are not sent again, they count towards ``max_tokens``, penalties, stop
+    strings and the position that keys the seed. ``index`` is the choice number among ``n``;
+    it enters the random draw so that choices differ. ``cache_salt`` keeps tenants' prefixes apart.
+    ``prompt_logprobs`` asks for the prompt tokens' log probabilities (echo with logprobs).
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    output_token_ids: tuple[int, ...] = ()
+    index: int = 0
+    cache_salt: str = ""
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token under temperature-1 softmax of the processed-free logits;
+    ``top`` are the likeliest alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step of one sequence produced.
+
+    ``token_ids`` are the new tokens (usually one; empty in an event that only flushes text or ends
+    the sequence). ``text`` is the text that became certain: it may lag behind the tokens while
+    a UTF-8 character is incomplete or a stop string may be beginning. The last event, and only it,
+    has a ``finish_reason``. The stop token itself is counted in ``token_ids`` but has no text.
+    ``stop_match`` is the stop string or stop token id that ended the sequence.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_match: str | int | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of counters. ``steps`` is the progress that health is judged by: it grows while
+    there is work. ``busy_since`` is the monotonic time at which the present step began, or None."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    blocks_total: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    alive: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Facts of the loaded model. ``max_model_len`` is the longest prompt plus answer, tokens."""
+
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    blocks_total: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Submit, cancel, look. Called from one event loop; ``submit`` validates at once."""
+
+    info: EngineInfo
+
+    def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """Start a sequence and yield its events.
+
+        Raises at the call (not at the first event): InvalidRequest (empty prompt, token id out of
+        range), ContextLengthExceeded (prompt does not fit), Overloaded (queue full),
+        InternalError (engine stopped). Closing the iterator cancels the sequence.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End all sequences of this request; their iterators get a last event with ABORT."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None:
+        """Stop the engine's thread; running sequences end with ABORT."""
+        ...

@@ -1,0 +1,60 @@
+"""What the scheduler asks of the runner in one step. Plain data; no PyTorch.
+
+Positions count tokens of prompt and output together, from 0. The key-value cache is a pool of
+blocks of ``block_size`` tokens; token ``p`` of a sequence lies in slot ``p % block_size`` of block
+``block_table[p // block_size]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cloudlm.core.chat import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens of one sequence that this step computes: positions ``start`` to
+    ``start + len(token_ids)``.
+
+    ``block_table`` covers all positions up to the chunk's end. ``samples`` says whether the chunk
+    reaches the end of the known tokens, so that its last position's logits choose the next token.
+    ``prompt_token_ids`` and ``output_token_ids`` are the sequence's tokens so far (for penalties;
+    ``len(output_token_ids)`` is the position that keys the seed), ``index`` the choice number.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    samples: bool
+    sampling: Sampling
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+    index: int = 0
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass over all chunks, after the ``copies`` (source block, target block)."""
+
+    chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The next token of one sequence. ``top`` as in ``engine.api.TokenLogprob``; ``logprob`` is
+    None unless asked for. ``prompt_logprobs``: for a chunk that asked, one (logprob, top) per
+    position of the chunk, about the token that follows it."""
+
+    sequence_id: int
+    token_id: int | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()

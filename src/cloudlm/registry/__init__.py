@@ -1,0 +1,1 @@
+"""Which bytes? Model versions: manifest, aliases, import, verification, local cache."""

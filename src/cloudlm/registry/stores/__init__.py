@@ -1,0 +1,1 @@
+"""Object stores that hold a registry. ``base`` is the contract."""

@@ -1,0 +1,1 @@
+"""What is asked and what runs: deployments, endpoints, demand, keys, jobs, ledger."""

@@ -1,0 +1,117 @@
+"""The state contract: facts that gateway and control share.
+
+Control writes desired and observed deployments and endpoints; the gateway follows endpoints and
+keys and writes demand and ledger rows. Every write is one transaction. Reads see whole writes.
+Implementations: ``memory`` (one process, tests) and ``sql`` (SQLite by default, PostgreSQL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
+from cloudlm.core.job import Job
+from cloudlm.core.tenant import KeyRecord, LedgerRow
+
+
+class State(Protocol):
+    """All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when
+    it cannot write (full disk)."""
+
+    # Desired and observed deployments -----------------------------------------------------------
+
+    async def put_deployment(
+        self, spec: DeploymentSpec, *, now: float, expected_generation: int | None = None
+    ) -> Deployment:
+        """Create or change a deployment by ``Deployment.changed``; an equal spec changes nothing.
+
+        ``expected_generation`` 0 means it must not exist, n that it must be at n; else Conflict.
+        """
+        ...
+
+    async def get_deployment(self, name: str) -> Deployment | None: ...
+
+    async def list_deployments(self) -> list[Deployment]:
+        """Sorted by name, those being deleted included."""
+        ...
+
+    async def mark_deleting(self, name: str, *, now: float) -> Deployment | None:
+        """Ask for deletion (generation + 1 unless already asked); None if there is none."""
+        ...
+
+    async def remove_deployment(self, name: str, *, generation: int) -> bool:
+        """Forget a deployment, its status and endpoints, if it is still being deleted at this
+        generation."""
+        ...
+
+    async def put_status(self, status: DeploymentStatus) -> None: ...
+
+    async def get_status(self, name: str) -> DeploymentStatus | None: ...
+
+    async def list_statuses(self) -> list[DeploymentStatus]: ...
+
+    # Endpoints and demand -----------------------------------------------------------------------
+
+    async def put_endpoints(self, model: str, endpoints: Sequence[Endpoint]) -> None:
+        """Replace the endpoints of one model. Unchanged endpoints change no version."""
+        ...
+
+    async def list_endpoints(self) -> list[Endpoint]:
+        """Sorted by model, then replica."""
+        ...
+
+    async def version(self) -> int:
+        """Grows with each change that a gateway must see (endpoints, deployments' names, keys).
+        Cheap: the gateway asks several times a second."""
+        ...
+
+    async def put_demand(self, demand: Sequence[Demand]) -> None:
+        """Replace what (gateway, model) pairs reported before."""
+        ...
+
+    async def list_demand(self, *, since: float) -> list[Demand]:
+        """Reports not older than ``since`` (wall time)."""
+        ...
+
+    # Keys ---------------------------------------------------------------------------------------
+
+    async def put_key(self, record: KeyRecord) -> None:
+        """Store a new key's record; Conflict if the id exists."""
+        ...
+
+    async def get_key(self, key_id: str) -> KeyRecord | None: ...
+
+    async def list_keys(self) -> list[KeyRecord]:
+        """Sorted by creation."""
+        ...
+
+    async def revoke_key(self, key_id: str, *, now: float) -> KeyRecord | None:
+        """Set ``revoked_at`` if it is not set; None if there is no such key."""
+        ...
+
+    # Jobs ---------------------------------------------------------------------------------------
+
+    async def put_job(self, job: Job) -> None:
+        """Create or replace; a job that has ended is never changed again (Conflict)."""
+        ...
+
+    async def get_job(self, job_id: str) -> Job | None: ...
+
+    async def list_jobs(self, *, limit: int = 100) -> list[Job]:
+        """Newest first."""
+        ...
+
+    # Ledger -------------------------------------------------------------------------------------
+
+    async def append_ledger(self, rows: Sequence[LedgerRow]) -> None:
+        """Append; a row whose id exists already is ignored, so that a retry doubles nothing."""
+        ...
+
+    async def list_ledger(
+        self, *, since: float = 0.0, request_id: str | None = None, limit: int = 1000
+    ) -> list[LedgerRow]:
+        """Oldest first, by start time."""
+        ...
+
+    async def close(self) -> None: ...

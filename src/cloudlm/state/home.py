@@ -1,0 +1,115 @@
+"""The installation's folder: where state, registry, logs and secrets lie on this machine.
+
+Reads the settings' file and environment, and makes the two secrets of an installation on first
+use: the pepper of key digests and the token that opens workers. Both are files of mode 0600.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cloudlm.core.errors import BadSetting, StorageFailed
+from cloudlm.core.settings import SettingRow, Settings, read_settings
+
+PEPPER_BYTES = 32
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> tuple[Settings, list[SettingRow]]:
+    """The settings of this process: ``config.yaml`` in home < environment < flags.
+
+    ``CLOUDLM_CONFIG`` names another file. Raises BadSetting for an unreadable file or value.
+    """
+    environ = os.environ if environ is None else environ
+    home = (flags or {}).get("home") or environ.get("CLOUDLM_HOME") or Settings().home
+    named = environ.get("CLOUDLM_CONFIG")
+    path = Path(named) if named else Path(home).expanduser() / "config.yaml"
+    tree: Any = {}
+    if named or path.is_file():
+        try:
+            tree = yaml.safe_load(path.read_text("utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise BadSetting(f"the settings file {path} cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise BadSetting(f"the settings file {path} must hold a mapping of settings")
+    return read_settings(tree, environ, flags, file_name=str(path))
+
+
+class Home:
+    """The folder of one installation. Nothing is touched until ``ensure``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+
+    @property
+    def run(self) -> Path:
+        """State of running replicas and the control's lock."""
+        return self.path / "run"
+
+    @property
+    def logs(self) -> Path:
+        """Output of replicas and of the processes that ``cloudlm up`` starts."""
+        return self.path / "logs"
+
+    def ensure(self) -> Home:
+        """Create the folders, readable by their owner alone. Raises StorageFailed."""
+        for folder in (self.path, self.run, self.logs, self._secrets):
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageFailed(
+                    f"cannot create {folder}: {error.strerror}. Give another folder with "
+                    "CLOUDLM_HOME or --home, or make this one writable"
+                ) from None
+        return self
+
+    def state_url(self, settings: Settings) -> str:
+        """Where the state lives: the setting, or SQLite in home."""
+        return settings.state.url or f"sqlite:///{self.path / 'state.db'}"
+
+    def registry_url(self, settings: Settings) -> str:
+        """Where versions live: the setting, or a folder in home."""
+        return settings.registry.url or str(self.path / "registry")
+
+    def pepper(self) -> bytes:
+        """The secret that key digests are made with; created on first use."""
+        return bytes.fromhex(self._secret("pepper", secrets.token_hex(PEPPER_BYTES)))
+
+    def worker_token(self) -> str:
+        """The bearer token that workers of this installation demand; created on first use."""
+        return self._secret("worker-token", secrets.token_urlsafe(32))
+
+    @property
+    def _secrets(self) -> Path:
+        return self.path / "secrets"
+
+    def _secret(self, name: str, fresh: str) -> str:
+        """Read a secret, or write ``fresh`` if there is none; the first of two writers wins."""
+        path = self._secrets / name
+        try:
+            if not path.exists():
+                draft = path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}")
+                descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    with os.fdopen(descriptor, "w") as file:
+                        file.write(fresh)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.link(draft, path)
+                except FileExistsError:
+                    pass
+                finally:
+                    draft.unlink(missing_ok=True)
+            return path.read_text("ascii").strip()
+        except OSError as error:
+            raise StorageFailed(
+                f"cannot read or write the secret {path}: {error.strerror}. "
+                "Make the folder writable for this user, or give another with CLOUDLM_HOME"
+            ) from None

@@ -1,0 +1,1 @@
+"""See: structured logs, metrics with bounded labels."""

@@ -1,0 +1,86 @@
+"""Structured logs: one line per event on standard error, JSON for machines, text on a terminal.
+
+An event has a name and fields; prompts, answers and keys are never fields. Whatever looks like one
+of our keys is masked all the same, because foreign errors may quote a header.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from contextvars import ContextVar
+from typing import Any
+
+from cloudlm.core.settings import LogSettings
+
+request_id_var: ContextVar[str] = ContextVar("request_id", default="")
+
+_KEY = re.compile(r"clm_[a-z]{2,8}_([0-9a-z]{12})_[0-9a-z]{32}(_[0-9a-f]{8})?")
+_FIELD_LIMIT = 2000
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; use ``logger.info("event_name", extra={"fields": {...}})``."""
+    return logging.getLogger(name)
+
+
+def setup_logging(settings: LogSettings, process: str) -> None:
+    """Send this process's logs to standard error in the wanted form. Called once, at start."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = settings.format == "text" or (settings.format == "auto" and sys.stderr.isatty())
+    handler.setFormatter(_TextFormatter() if text else _JsonFormatter(process))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.level.upper())
+    for chatty in ("aiosqlite", "asyncio", "httpcore2", "httpx2", "urllib3", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def mask(text: str) -> str:
+    """``text`` with every API key reduced to its id."""
+    return _KEY.sub(r"clm_***_\1_***", text)
+
+
+def _event(record: logging.LogRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(getattr(record, "fields", None) or {})
+    request_id = request_id_var.get()
+    if request_id:
+        fields.setdefault("request_id", request_id)
+    if record.exc_info and record.exc_info[1] is not None:
+        fields["error"] = logging.Formatter().formatException(record.exc_info)
+    return {key: _shorten(value) for key, value in fields.items()}
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, int | float | bool) or value is None:
+        return value
+    text = mask(str(value))
+    return text if len(text) <= _FIELD_LIMIT else text[:_FIELD_LIMIT] + "…"
+
+
+class _JsonFormatter(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "event": mask(record.getMessage()),
+            **_event(record),
+        }
+        return json.dumps(line, ensure_ascii=False)
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        fields = " ".join(f"{key}={value}" for key, value in _event(record).items())
+        return f"{stamp} {record.levelname.lower():7} {mask(record.getMessage())} {fields}".rstrip()
