@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	@$(BIN)/python -m cloudlm.cli.demo
+	@$(BIN)/cloudlm demo
 
 test: setup check
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -q

@@ -1,0 +1,30 @@
+"""``cloudlm config``: every setting with its value and where the value came from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cloudlm.cli.screen import print_json, print_table
+from cloudlm.state.home import load_settings
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("config")(show)
+
+
+def show(
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show every setting, its value and its source (file < environment < flag)."""
+    _, rows = load_settings()
+    shown = [
+        (row.name, "***" if row.secret and row.value else row.value, row.source, row.environment)
+        for row in rows
+    ]
+    if json_output:
+        keys = ("name", "value", "source", "environment")
+        print_json([dict(zip(keys, row, strict=True)) for row in shown])
+        return
+    print_table(("NAME", "VALUE", "SOURCE", "ENVIRONMENT"), shown, "no settings")

@@ -1,0 +1,153 @@
+"""``cloudlm demo``: the whole path on real questions, in an installation that is thrown away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import resources
+from typing import Annotated, Any
+
+import typer
+
+from cloudlm.cli.screen import out, print_json, say
+from cloudlm.cli.stack import port_is_free
+from cloudlm.cli.up import Running, curl_line, running_stack, stop_signal
+from cloudlm.core.errors import Unavailable
+from cloudlm.core.settings import Settings
+from cloudlm.core.tenant import Role
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("demo")(demo)
+
+
+def demo(
+    keep: Annotated[
+        bool | None,
+        typer.Option("--keep/--no-keep", help="Go on serving; the default on a terminal."),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Start everything, ask the starter model five real questions, show how to go on."""
+    began = time.monotonic()
+    stay = sys.stdin.isatty() and sys.stdout.isatty() if keep is None else keep
+    with _own_home(), running_stack(_ports(), starter=True) as (running, stack):
+        ready_s = time.monotonic() - began
+        if running.admin_key is None or running.starter is None:
+            raise Unavailable("the demo's installation is not fresh; remove it and start again")
+        if not json_output:
+            _print_start(running, ready_s)
+        answers = [
+            _ask(running, running.admin_key, question, quiet=json_output)
+            for question in questions()
+        ]
+        key = _user_key(running, running.admin_key)
+        if json_output:
+            print_json({"ready_s": round(ready_s, 2), "answers": answers})
+        else:
+            _print_end(running, key, answers)
+        if stay:
+            say("serving until Ctrl-C")
+            stack.wait_until(stop_signal(stack))
+    wrong = [answer["question"] for answer in answers if not answer["right"]]
+    if wrong:
+        raise Unavailable(f"{len(wrong)} of {len(answers)} answers were wrong: {wrong}")
+
+
+def questions() -> list[dict[str, Any]]:
+    """Five customers' questions kept out of training, with the replies that answer them."""
+    text = resources.files("cloudlm.cli").joinpath("demo_questions.json").read_text("utf-8")
+    loaded: list[dict[str, Any]] = json.loads(text)
+    return loaded
+
+
+@contextlib.contextmanager
+def _own_home() -> Iterator[None]:
+    """A fresh home, so that the demo neither needs nor changes the user's installation."""
+    before = os.environ.get("CLOUDLM_HOME")
+    with tempfile.TemporaryDirectory(prefix="cloudlm-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ["CLOUDLM_HOME"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["CLOUDLM_HOME"]
+            else:
+                os.environ["CLOUDLM_HOME"] = before
+
+
+def _ports() -> dict[str, Any]:
+    """The usual ports, or free ones where those are taken."""
+    usual = Settings()
+    pairs = (("gateway.port", usual.gateway), ("control.port", usual.control))
+    return {
+        name: where.port if port_is_free(where.host, where.port) else 0 for name, where in pairs
+    }
+
+
+def _ask(running: Running, key: str, item: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Stream one answer through the official client, printing it as it comes."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{running.gateway_url}/v1", api_key=key) as client:
+        if not quiet:
+            out.print(f"\n[bold cyan]Q[/] {item['question']}\n[bold green]A[/] ", end="")
+        began = time.monotonic()
+        first_s = None
+        pieces: list[str] = []
+        stream = client.chat.completions.create(
+            model=str(running.starter),
+            messages=[{"role": "user", "content": item["question"]}],
+            temperature=0,
+            stream=True,
+        )
+        for chunk in stream:
+            piece = chunk.choices[0].delta.content if chunk.choices else None
+            if not piece:
+                continue
+            first_s = first_s or time.monotonic() - began
+            pieces.append(piece)
+            if not quiet:
+                out.print(piece, end="", markup=False)
+    answer = "".join(pieces).strip()
+    if not quiet:
+        seconds = time.monotonic() - began
+        out.print(f"\n  [dim]first token {(first_s or 0) * 1000:.0f} ms, all {seconds:.2f} s[/]")
+    return {
+        "question": item["question"],
+        "answer": answer,
+        "first_token_s": round(first_s or 0.0, 4),
+        "right": answer in item["replies"],
+    }
+
+
+def _user_key(running: Running, admin_key: str) -> str:
+    """A key for inference alone, made through the control API, to try the address with."""
+    from cloudlm.client import Client
+
+    with Client(
+        api_key=admin_key, control_url=running.control_url, gateway_url=running.gateway_url
+    ) as client:
+        text, _ = client.keys.create("demo", Role.USER)
+        return text
+
+
+def _print_start(running: Running, ready_s: float) -> None:
+    out.print(
+        f"gateway, control and one worker are up after {ready_s:.1f} s; the model "
+        f"{running.starter} is deployed from the registry.\n"
+        "Five customers' questions, none of them seen in training:"
+    )
+
+
+def _print_end(running: Running, key: str, answers: list[dict[str, Any]]) -> None:
+    right = sum(answer["right"] for answer in answers)
+    out.print(f"\n{right} of {len(answers)} answers are the right reply.\n")
+    out.print(f"  OpenAI API  {running.gateway_url}/v1")
+    out.print(f"  API key     {key}\n", markup=False)
+    out.print(curl_line(running, key), markup=False)

@@ -1,0 +1,262 @@
+"""``deploy``, ``apply``, ``status``, ``logs``, ``scale``, ``delete``: what is asked, what runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from cloudlm.cli.connect import control_client
+from cloudlm.cli.screen import out, print_json, print_table, say, share_bar, spinner
+from cloudlm.core.deployment import Deployment, DeploymentPhase, DeploymentSpec, DeploymentStatus
+from cloudlm.core.errors import CloudlmError, InvalidRequest, Unavailable
+from cloudlm.core.job import JobState
+from cloudlm.core.model import AddressKind, address_kind
+from cloudlm.core.wire import deployment_body, spec_from_body
+
+if TYPE_CHECKING:
+    from cloudlm.client import Client
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A deployment.")]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")]
+WAIT_S = 600.0
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("deploy")(deploy)
+    app.command("apply")(apply)
+    app.command("status")(status)
+    app.command("logs")(logs)
+    app.command("scale")(scale)
+    app.command("delete")(delete)
+
+
+def deploy(
+    model: Annotated[
+        str, typer.Argument(help="models:/name/3, name@alias, a folder, org/name, s3://…")
+    ],
+    name: Annotated[str, typer.Option("--name", help="Name of the deployment and of the model.")],
+    replicas: Annotated[
+        str, typer.Option("--replicas", metavar="MIN:MAX", help="How many replicas.")
+    ] = "1:1",
+    driver: Annotated[str, typer.Option("--driver", help="Where replicas run.")] = "process",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
+    ] = None,
+    wait: Wait = True,
+    json_output: Json = False,
+) -> None:
+    """Deploy a model under a name; a model from outside is imported first."""
+    low, high = read_replicas(replicas)
+    with control_client() as client:
+        ref = _registered(client, model, name)
+        spec = DeploymentSpec(
+            name=name,
+            model=ref,
+            driver=driver,
+            min_replicas=low,
+            max_replicas=high,
+            options=read_options(option or []),
+        )
+        client.deployments.apply(spec)
+        _finish(client, [name], wait, json_output)
+
+
+def apply(
+    file: Annotated[
+        Path, typer.Option("-f", "--file", help="YAML with one deployment per document.")
+    ],
+    wait: Wait = True,
+    json_output: Json = False,
+) -> None:
+    """Make the deployments in a file exist as they stand there."""
+    specs = read_specs(file)
+    with control_client() as client:
+        ready = [replace(spec, model=_registered(client, spec.model, spec.name)) for spec in specs]
+        for spec in ready:
+            client.deployments.apply(spec)
+        _finish(client, [spec.name for spec in ready], wait, json_output)
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this one.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Show deployments and their replicas."""
+    with control_client() as client:
+        found = [client.deployments.get(name)] if name else client.deployments.list()
+    if json_output:
+        print_json([deployment_body(deployment, state) for deployment, state in found])
+        return
+    rows = [_status_row(deployment, state) for deployment, state in found]
+    columns = ("NAME", "PHASE", "READY", "MODEL", "REVISION", "MESSAGE")
+    print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
+    if name and found[0][1] and found[0][1].replicas:
+        out.print()
+        _print_replicas(found[0][1])
+
+
+def _status_row(deployment: Deployment, state: DeploymentStatus | None) -> tuple[Any, ...]:
+    spec = deployment.spec
+    if state is None:
+        return (spec.name, DeploymentPhase.PENDING, "0", spec.model, deployment.revision, "")
+    ready = f"{state.ready_replicas}/{state.wanted_replicas}"
+    return (spec.name, state.phase, ready, spec.model, deployment.revision, state.message)
+
+
+def _print_replicas(state: DeploymentStatus) -> None:
+    now = time.time()
+    rows = [
+        (
+            replica.id,
+            replica.state,
+            replica.url,
+            replica.pid,
+            replica.restarts,
+            f"{now - replica.started_at:.0f} s" if replica.started_at else "",
+            replica.message,
+        )
+        for replica in state.replicas
+    ]
+    columns = ("REPLICA", "STATE", "ADDRESS", "PID", "RESTARTS", "AGE", "MESSAGE")
+    print_table(columns, rows, "no replicas")
+
+
+def logs(
+    name: Name,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come.")] = False,
+    tail: Annotated[int, typer.Option("--tail", min=0, help="Lines from the end.")] = 100,
+    replica: Annotated[str | None, typer.Option("--replica", help="Only this one.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Print what a deployment's replicas said."""
+    with control_client() as client:
+        for line in client.deployments.logs(name, tail=tail, follow=follow, replica=replica):
+            if json_output:
+                print_json({"line": line})
+            else:
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+
+
+def scale(
+    name: Name,
+    replicas: Annotated[str, typer.Argument(metavar="MIN[:MAX]", help="How many replicas.")],
+    wait: Wait = True,
+    json_output: Json = False,
+) -> None:
+    """Change how many replicas a deployment may have; nothing restarts."""
+    low, high = read_replicas(replicas)
+    with control_client() as client:
+        client.deployments.scale(name, low, high)
+        _finish(client, [name], wait, json_output)
+
+
+def delete(
+    name: Name,
+    wait: Wait = True,
+    json_output: Json = False,
+) -> None:
+    """Stop a deployment's replicas and forget it."""
+    with control_client() as client:
+        client.deployments.delete(name)
+        if wait:
+            with spinner(f"stopping {name}"):
+                client.deployments.wait_gone(name, timeout_s=WAIT_S)
+    if json_output:
+        print_json({"deleted": name})
+    else:
+        say(f"deleted {name}" if wait else f"deleting {name}")
+
+
+def read_replicas(text: str) -> tuple[int, int]:
+    """``2`` or ``1:3`` as (minimum, maximum). Raises InvalidRequest."""
+    low, colon, high = text.partition(":")
+    try:
+        numbers = (int(low), int(high) if colon else int(low))
+    except ValueError:
+        numbers = (-1, -1)
+    if not 0 <= numbers[0] <= numbers[1] or numbers[1] < 1:
+        raise InvalidRequest(
+            f"replicas {text!r} must be a number or MIN:MAX with 0 <= MIN <= MAX and MAX >= 1, "
+            "such as 1:3"
+        )
+    return numbers
+
+
+def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:
+    """``key=value`` pairs; values are read as YAML scalars. Raises InvalidRequest."""
+    options: dict[str, str | int | float | bool] = {}
+    for pair in pairs:
+        key, equals, raw = pair.partition("=")
+        value = yaml.safe_load(raw) if equals else None
+        if not key or not isinstance(value, str | int | float | bool):
+            raise InvalidRequest(f"option {pair!r} must be KEY=VALUE, such as max_model_len=512")
+        options[key] = value
+    return options
+
+
+def read_specs(file: Path) -> list[DeploymentSpec]:
+    """The deployments in a YAML file. Raises InvalidRequest naming the file and the fault."""
+    try:
+        documents = [doc for doc in yaml.safe_load_all(file.read_text("utf-8")) if doc is not None]
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file} is not valid YAML: {error}") from None
+    if not documents:
+        raise InvalidRequest(f"{file} holds no deployment")
+    specs = []
+    for number, document in enumerate(documents, 1):
+        try:
+            specs.append(spec_from_body(document))
+        except CloudlmError as error:
+            where = f"{file}, document {number}" if len(documents) > 1 else str(file)
+            raise InvalidRequest(f"{where}: {error.message}", param=error.param) from None
+    return specs
+
+
+def _registered(client: Client, model: str, name: str) -> str:
+    """A registry address for ``model``; one from outside is imported by control, with a bar."""
+    kind = address_kind(model)
+    if kind is AddressKind.REGISTRY:
+        return model if model.startswith("models:/") else f"models:/{model}"
+    if kind is AddressKind.FOLDER:
+        model = str(Path(model.removeprefix("file://")).expanduser().resolve())
+    job = client.models.pull(model, name=name)
+    with share_bar(f"importing {model}") as update:
+        job = client.jobs.wait(job.id, on_progress=lambda now: update(now.progress, now.message))
+    if job.state is not JobState.SUCCEEDED:
+        error = (job.error or {}).get("error")
+        message = error.get("message") if isinstance(error, dict) else None
+        raise InvalidRequest(f"import of {model} {job.state}: {message or job.message}")
+    return str(job.result["ref"])
+
+
+def _finish(client: Client, names: list[str], wait: bool, json_output: bool) -> None:
+    """Wait until the deployments are ready, telling their state, then print them."""
+    if wait:
+        for name in names:
+            with spinner(f"starting {name}") as update:
+                client.deployments.wait_ready(
+                    name, timeout_s=WAIT_S, on_status=lambda now: update(_progress_text(now))
+                )
+    found = [client.deployments.get(name) for name in names]
+    if json_output:
+        print_json([deployment_body(deployment, state) for deployment, state in found])
+        return
+    for deployment, state in found:
+        phase = state.phase if state else DeploymentPhase.PENDING
+        say(f"{deployment.spec.name} is {phase} ({deployment.spec.model})")
+        if wait and (state is None or state.phase is not DeploymentPhase.READY):
+            raise Unavailable(f"{deployment.spec.name} is not ready: {state and state.message}")
+
+
+def _progress_text(state: DeploymentStatus) -> str:
+    return f"{state.phase}, {state.ready_replicas}/{state.wanted_replicas} ready {state.message}"

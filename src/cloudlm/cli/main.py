@@ -1,0 +1,88 @@
+"""The ``cloudlm`` command: assembles the nouns and turns errors into plain words.
+
+Exit codes: 0 done, 1 failed, 2 misuse, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cloudlm import __version__
+from cloudlm.cli import config, demo, deployments, drivers, keys, models, run, serve, up
+from cloudlm.cli.screen import fail
+from cloudlm.core.errors import CloudlmError
+
+app = typer.Typer(
+    name="cloudlm",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From a language model file to a secured, elastic service.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cloudlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    home: Annotated[
+        str | None,
+        typer.Option("--home", help="Folder of this installation (CLOUDLM_HOME)."),
+    ] = None,
+) -> None:
+    """Options of every command."""
+    if home:
+        os.environ["CLOUDLM_HOME"] = home
+
+
+up.add_to(app)
+demo.add_to(app)
+serve.add_to(app)
+run.add_to(app)
+deployments.add_to(app)
+app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
+config.add_to(app)
+drivers.add_to(app)
+
+
+def main() -> None:
+    """The console script: runs the command line and ends the process with its exit code."""
+    try:
+        app()
+    except CloudlmError as error:
+        fail(error.message)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (``cloudlm logs NAME | head``): not our failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("CLOUDLM_DEBUG"):
+            raise
+        fail(
+            f"unexpected {type(error).__name__}: {error}\n"
+            "This is a fault of cloudlm; set CLOUDLM_DEBUG=1 to see where it happened."
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

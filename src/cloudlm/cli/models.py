@@ -1,0 +1,157 @@
+"""``cloudlm models``: the versions in this machine's registry."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from cloudlm.cli.connect import local_registry, open_local_state
+from cloudlm.cli.screen import (
+    bytes_bar,
+    count_text,
+    out,
+    print_json,
+    print_table,
+    say,
+    size_text,
+)
+from cloudlm.core.errors import Conflict
+from cloudlm.core.model import Manifest, parse_ref
+
+app = typer.Typer(no_args_is_help=True, help="Model versions: list, show, pull, import, rm.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str | None, typer.Option("--name", help="Name in the registry.")]
+Alias = Annotated[str | None, typer.Option("--alias", help="Alias to set on the version.")]
+Ref = Annotated[str, typer.Argument(metavar="MODEL", help="models:/name/3, name@alias or name.")]
+
+
+@app.command("list")
+def list_models(json_output: Json = False) -> None:
+    """List every version in the registry."""
+    registry = local_registry()
+    versions = [
+        (version, aliases)
+        for name in registry.list_models()
+        for version, aliases in _with_aliases(name)
+    ]
+    if json_output:
+        print_json([{**version.body(), "aliases": aliases} for version, aliases in versions])
+        return
+    rows = [
+        (
+            version.name,
+            version.version,
+            ", ".join(aliases),
+            version.architecture,
+            count_text(version.parameters),
+            version.precision,
+            size_text(version.size_bytes),
+        )
+        for version, aliases in versions
+    ]
+    columns = ("NAME", "VERSION", "ALIASES", "ARCHITECTURE", "PARAMETERS", "PRECISION", "SIZE")
+    print_table(columns, rows, "no models; 'cloudlm models import FOLDER' adds one")
+
+
+def _with_aliases(name: str) -> list[tuple[Manifest, list[str]]]:
+    registry = local_registry()
+    aliases = registry.list_aliases(name)
+    return [
+        (version, sorted(alias for alias, number in aliases.items() if number == version.version))
+        for version in registry.list_versions(name)
+    ]
+
+
+@app.command("show")
+def show(model: Ref, json_output: Json = False) -> None:
+    """Show one version's manifest."""
+    manifest = local_registry().resolve(parse_ref(model))
+    if json_output:
+        print_json(manifest.body())
+        return
+    facts = [
+        ("version", manifest.ref),
+        ("task", manifest.task),
+        ("architecture", manifest.architecture),
+        ("parameters", count_text(manifest.parameters)),
+        ("precision", manifest.precision),
+        ("context", f"{manifest.context_length} tokens"),
+        ("size", size_text(manifest.size_bytes)),
+        ("licence", manifest.licence or "not stated"),
+        *sorted(manifest.lineage.items()),
+    ]
+    print_table(("FACT", "VALUE"), facts, "")
+    out.print()
+    files = [(file.path, size_text(file.size_bytes), file.sha256[:16]) for file in manifest.files]
+    print_table(("FILE", "SIZE", "SHA-256"), files, "no files")
+
+
+@app.command("pull")
+def pull(
+    source: Annotated[str, typer.Argument(help="org/name, hf://…, s3://…, gs://…, az://…")],
+    name: Name = None,
+    alias: Alias = None,
+    json_output: Json = False,
+) -> None:
+    """Download a model from the hub or an object store into the registry."""
+    _import(source, name, alias, json_output)
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[str, typer.Argument(help="A folder with config.json and *.safetensors.")],
+    name: Name = None,
+    alias: Alias = None,
+    json_output: Json = False,
+) -> None:
+    """Import a Hugging Face model folder into the registry."""
+    _import(source, name, alias, json_output)
+
+
+def _import(source: str, name: str | None, alias: str | None, json_output: bool) -> None:
+    from cloudlm.registry.importer import import_address
+
+    with bytes_bar("importing") as progress:
+        manifest = import_address(
+            local_registry(), source, name=name, alias=alias, progress=progress
+        )
+    if json_output:
+        print_json(manifest.body())
+    else:
+        out.print(manifest.ref)
+        say(f"deploy it with: cloudlm deploy {manifest.ref} --name {manifest.name}")
+
+
+@app.command("rm")
+def remove(model: Ref, json_output: Json = False) -> None:
+    """Remove one version, unless an alias or a deployment uses it."""
+    registry = local_registry()
+    manifest = registry.resolve(parse_ref(model))
+    users = asyncio.run(_deployments_of(manifest))
+    if users:
+        raise Conflict(
+            f"{manifest.ref} is used by deployment {', '.join(users)}; "
+            f"delete it first: cloudlm delete {users[0]}"
+        )
+    registry.remove(parse_ref(manifest.ref))
+    if json_output:
+        print_json({"removed": manifest.ref})
+    else:
+        say(f"removed {manifest.ref}")
+
+
+async def _deployments_of(manifest: Manifest) -> list[str]:
+    """Deployments whose model is this version; an alias or a bare name is resolved."""
+    state, _ = await open_local_state()
+    registry = local_registry()
+    try:
+        names = []
+        for deployment in await state.list_deployments():
+            ref = parse_ref(deployment.spec.model)
+            if ref.name == manifest.name and registry.resolve(ref).version == manifest.version:
+                names.append(deployment.spec.name)
+        return names
+    finally:
+        await state.close()

@@ -1,0 +1,78 @@
+"""``cloudlm serve``: one worker without a control plane, as ``vllm serve`` is used."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cloudlm.cli.connect import local_url
+from cloudlm.cli.deployments import read_options
+from cloudlm.cli.screen import out, print_json, share_bar
+from cloudlm.core.model import AddressKind, address_kind, parse_ref
+from cloudlm.state.home import Home, load_settings
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("serve")(serve)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A folder, models:/name/3, name, org/name…")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option("--served-model-name", help="Name in the API.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="CLOUDLM_SERVE_API_KEY",
+            help="Key that callers must send; required on addresses other than loopback.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Serve one model over the OpenAI API until Ctrl-C; no keys file, no control plane."""
+    from cloudlm.worker.app import WorkerConfig, run_worker
+
+    name = served_model_name or default_name(model)
+    settings, _ = load_settings()
+    home = Home(settings.home).ensure()
+
+    with share_bar(f"loading {name}") as update:
+
+        def on_ready(url: str) -> None:
+            update(1.0, "ready")
+            address = url or local_url(host, port)
+            if json_output:
+                print_json({"openai_base_url": f"{address}/v1", "model": name})
+            else:
+                out.print(f"{name} is ready at {address}/v1")
+
+        config = WorkerConfig(
+            model=model,
+            served_model_name=name,
+            host=host,
+            port=port,
+            home=home.path,
+            token=api_key,
+            registry_url=home.registry_url(settings),
+            options=read_options(option or []),
+            settings=settings,
+            on_ready=on_ready,
+            on_progress=update,
+        )
+        code = run_worker(config)
+    raise typer.Exit(code)
+
+
+def default_name(model: str) -> str:
+    """What the model is called in the API if the caller does not say."""
+    if address_kind(model) is AddressKind.REGISTRY:
+        return parse_ref(model).name
+    return model.rstrip("/").rpartition("/")[2] or "model"

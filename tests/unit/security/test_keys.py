@@ -1,0 +1,72 @@
+"""API keys: form, checksum, digest, verification without a hint."""
+
+from dataclasses import replace
+
+import pytest
+
+from cloudlm.core.errors import AuthenticationFailed
+from cloudlm.core.tenant import Role
+from cloudlm.security.keys import bearer, key_id, mint, verify
+
+PEPPER = b"p" * 32
+OTHER = b"q" * 32
+
+
+def test_a_key_verifies() -> None:
+    key = mint("mine", Role.USER, PEPPER, now=7.0)
+    assert key_id(key.text) == key.record.id
+    assert verify(key.text, key.record, PEPPER) is key.record
+    assert key.text not in repr(key.record)
+    assert key.text[-13:-9] == key.record.last4
+
+
+def test_keys_differ() -> None:
+    keys = {mint("k", Role.USER, PEPPER, now=0.0).text for _ in range(50)}
+    assert len(keys) == 50
+
+
+def test_every_fault_has_the_same_answer() -> None:
+    key = mint("mine", Role.USER, PEPPER, now=0.0)
+    other = mint("other", Role.USER, PEPPER, now=0.0)
+    revoked = replace(key.record, revoked_at=1.0)
+    answers = set()
+    for text, record, pepper in (
+        (key.text, None, PEPPER),
+        (key.text, other.record, PEPPER),
+        (key.text, revoked, PEPPER),
+        (key.text, key.record, OTHER),
+        ("nonsense", key.record, PEPPER),
+        ("\udcff", key.record, PEPPER),
+    ):
+        with pytest.raises(AuthenticationFailed) as caught:
+            verify(text, record, pepper)
+        answers.add(caught.value.message)
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "sk-1234", "clm_live_x_y_z", "clm_live_" + "a" * 12 + "_" + "b" * 32 + "_00000000", "clm"],
+)
+def test_a_malformed_key_has_no_id(text: str) -> None:
+    assert key_id(text) is None
+
+
+def test_one_changed_letter_fails_the_checksum() -> None:
+    text = mint("k", Role.USER, PEPPER, now=0.0).text
+    for place in range(9, len(text) - 9):
+        if text[place] != "_":
+            changed = text[:place] + ("a" if text[place] != "a" else "b") + text[place + 1 :]
+            assert key_id(changed) is None
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer  ", "Basic abc", "abc"])
+def test_no_key_in_the_headers(header: str | None) -> None:
+    with pytest.raises(AuthenticationFailed):
+        bearer(header)
+
+
+def test_both_headers_are_read() -> None:
+    assert bearer("Bearer abc") == "abc"
+    assert bearer("bearer abc ") == "abc"
+    assert bearer(None, "xyz") == "xyz"

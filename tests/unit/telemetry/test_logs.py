@@ -1,0 +1,50 @@
+"""Logs: one JSON object per line, with the request id, and never a key."""
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from cloudlm.core.settings import LogSettings
+from cloudlm.core.tenant import Role
+from cloudlm.security.keys import mint
+from cloudlm.telemetry.logs import get_logger, request_id_var, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers, root.level = handlers, level
+
+
+def test_an_event_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(LogSettings(format="json"), "gateway")
+    token = request_id_var.set("req-1")
+    get_logger("cloudlm.x").info("done", extra={"fields": {"tokens": 3, "text": "a\nb"}})
+    request_id_var.reset(token)
+    line = json.loads(capsys.readouterr().err)
+    assert line["event"] == "done"
+    assert line["process"] == "gateway"
+    assert (line["tokens"], line["text"], line["request_id"]) == (3, "a\nb", "req-1")
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_key_never_appears(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(LogSettings(format=form), "gateway")
+    key = mint("k", Role.USER, b"p" * 32, now=0.0).text
+    try:
+        raise RuntimeError(f"header was {key}")
+    except RuntimeError:
+        get_logger("x").exception("failed %s", key, extra={"fields": {"header": f"Bearer {key}"}})
+    printed = capsys.readouterr().err
+    assert key.split("_")[3] not in printed
+    assert key.split("_")[2] in printed
+
+
+def test_long_fields_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(LogSettings(format="json"), "x")
+    get_logger("x").warning("big", extra={"fields": {"text": "a" * 100_000}})
+    assert len(capsys.readouterr().err) < 3000
