@@ -1,0 +1,192 @@
+"""Registers a model from anywhere: a folder, the hub, an object store.
+
+Whatever comes over a network is first brought into a local folder and checked there like any
+other folder. Must not publish anything itself: that is the registry's.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cloudlm.core.errors import (
+    BrokenModel,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    NotSupported,
+    Unavailable,
+)
+from cloudlm.core.model import AddressKind, address_kind, check_file_path, check_name
+from cloudlm.registry.hub import Download, fetch_from_hub, parse_hub_address
+from cloudlm.registry.model_json import MAX_LARGE_JSON_BYTES, read_object
+from cloudlm.registry.opening import open_store
+from cloudlm.registry.policy import Verdict, judge
+from cloudlm.registry.publish import ImportedManifest
+from cloudlm.registry.registry import Registry
+from cloudlm.registry.stores.base import Store
+from cloudlm.registry.stores.failures import storage_failures
+from cloudlm.registry.stores.file import folder_of
+from cloudlm.registry.verify import Progress
+
+_CHUNK_BYTES = 4 << 20
+_INDEX = "model.safetensors.index.json"
+_USUAL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "special_tokens_map.json", "chat_template.jinja", "README.md", "LICENSE",
+    "model.safetensors", _INDEX,
+)  # fmt: skip
+
+
+def import_address(
+    registry: Registry,
+    address: str,
+    name: str | None = None,
+    *,
+    alias: str | None = None,
+    licence: str | None = None,
+    imported_by: str | None = None,
+    progress: Progress | None = None,
+    download: Download | None = None,
+) -> ImportedManifest:
+    """Register the model at ``address`` as the next version of ``name``.
+
+    ``address``: a folder, ``hf://org/name[@revision]`` or ``org/name``, ``s3://``, ``gs://``,
+    ``az://``, ``oss://`` or ``https://`` with a prefix. ``name`` is derived from the address if
+    None. ``download`` replaces the hub library's ``snapshot_download``. Raises InvalidRequest for
+    an address that is no source, and what ``Registry.import_folder`` and the hub raise.
+    """
+    kind = address_kind(address)
+    if kind is AddressKind.REGISTRY:
+        raise InvalidRequest(
+            f"{address[:120]!r} is a registered model already; to import, give a folder "
+            "(./name), org/name, hf://, s3://, gs://, az://, oss:// or https://",
+            param="model",
+        )
+    name = check_name(name, "name") if name is not None else name_from_address(address)
+    lineage = {"source": address}
+    if imported_by:
+        lineage["imported_by"] = imported_by
+    if kind is AddressKind.FOLDER:
+        folder = folder_of(address)
+        lineage["source"] = folder.as_uri()
+        return registry.import_folder(
+            folder, name, alias=alias, lineage=lineage, licence=licence, progress=progress
+        )
+    if kind is AddressKind.HUB:
+        hub = parse_hub_address(address)
+        snapshot = fetch_from_hub(hub, progress, download)
+        lineage["source"] = str(hub)
+        if snapshot.commit:
+            lineage["revision"] = snapshot.commit
+        return registry.import_folder(
+            snapshot.folder, name, alias=alias, lineage=lineage, licence=licence, progress=progress
+        )
+    with _downloaded(registry.cache_dir, address, progress) as folder:
+        return registry.import_folder(
+            folder, name, alias=alias, lineage=lineage, licence=licence, progress=progress
+        )
+
+
+def name_from_address(address: str) -> str:
+    """A model name from the last part of an address. Raises InvalidRequest if there is none."""
+    if address_kind(address) is AddressKind.HUB:
+        last = parse_hub_address(address).repo
+    elif address_kind(address) is AddressKind.FOLDER:
+        last = str(folder_of(address))
+    else:
+        last = address.partition("://")[2].partition("?")[0]
+    last = last.rstrip("/").rpartition("/")[2].lower()
+    candidate = re.sub(r"[^a-z0-9._-]+", "-", last)
+    candidate = re.sub(r"\.{2,}", ".", candidate)[:64].strip("._-")
+    if not candidate:
+        raise InvalidRequest(
+            f"no model name can be derived from {address[:120]!r}; give one (--name)", param="name"
+        )
+    return check_name(candidate, "name")
+
+
+@contextmanager
+def _downloaded(cache_dir: Path, address: str, progress: Progress | None) -> Iterator[Path]:
+    """A temporary folder with what lies under an object store's prefix."""
+    store = open_store(address)
+    incoming = cache_dir / "incoming"
+    with storage_failures(incoming, "write"):
+        incoming.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=incoming))
+    try:
+        _download_all(store, address, folder, progress)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download_all(store: Store, address: str, folder: Path, progress: Progress | None) -> None:
+    try:
+        keys = list(store.list(""))
+    except (NotSupported, Unavailable):
+        if not address.startswith(("http://", "https://")):
+            raise
+        keys = []  # a plain web server cannot list: ask for the usual names
+    if not keys and address.startswith(("http://", "https://")):
+        _download_usual(store, address, folder, progress)
+        return
+    if not keys:
+        raise ModelNotFound(f"there is nothing under {address}", param="model")
+    done = 0
+    for key in keys:
+        if judge(key) is Verdict.CODE:  # leave the verdict and its words to the inspection
+            _place(folder, key).touch()
+        elif judge(key) in (Verdict.TAKE, Verdict.WEIGHTS):
+            done = _download(store, key, folder, done, progress)
+
+
+def _download_usual(store: Store, address: str, folder: Path, progress: Progress | None) -> None:
+    done, found = 0, set()
+    names = list(_USUAL_FILES)
+    for name in names:
+        try:
+            done = _download(store, name, folder, done, progress)
+        except NotFound:
+            continue
+        found.add(name)
+        if name == _INDEX and "model.safetensors" not in found:
+            table = read_object(folder / name, name).get("weight_map")
+            shards = table.values() if isinstance(table, dict) else ()
+            names.extend(sorted({s for s in shards if isinstance(s, str) and _is_shard(s)}))
+    if "config.json" not in found:
+        raise ModelNotFound(f"there is no model under {address}: no config.json", param="model")
+
+
+def _is_shard(name: str) -> bool:
+    return "/" not in name and judge(name) is Verdict.WEIGHTS
+
+
+def _download(store: Store, key: str, folder: Path, done: int, progress: Progress | None) -> int:
+    limit = None if judge(key) is Verdict.WEIGHTS else MAX_LARGE_JSON_BYTES
+    target = _place(folder, key)
+    size = 0
+    with store.open(key) as source:
+        first = source.read(_CHUNK_BYTES)  # a missing object shows here at the latest
+        with storage_failures(target, "write"), target.open("wb") as sink:
+            chunk = first
+            while chunk:
+                sink.write(chunk)
+                size += len(chunk)
+                if limit is not None and size > limit:
+                    raise BrokenModel(f"{key}: more than {limit} bytes are too many")
+                if progress is not None:
+                    progress(done + size, 0, f"downloading {key}")
+                chunk = source.read(_CHUNK_BYTES)
+    return done + size
+
+
+def _place(folder: Path, key: str) -> Path:
+    target = folder / check_file_path(key)
+    with storage_failures(target, "write"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target

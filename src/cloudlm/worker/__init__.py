@@ -1,0 +1,1 @@
+"""What runs inside a started replica: one OpenAI-compatible server around one engine."""

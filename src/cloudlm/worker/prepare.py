@@ -1,0 +1,184 @@
+"""From a request's bytes to sequences for the engine: parse, render, tokenise, check.
+
+Everything that takes time for a large body runs in a thread of its own pool, so that the event loop
+serves others meanwhile. Raises only errors of ``core.errors``; sends nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from cloudlm.core.chat import ChatRequest, CompletionRequest, Message, Sampling
+from cloudlm.core.errors import InvalidRequest
+from cloudlm.engine.api import GenerateRequest
+from cloudlm.worker import tokenise
+from cloudlm.worker.limits import check_token_ids, settle
+from cloudlm.worker.serving import Serving, new_id
+
+P = ParamSpec("P")
+T = TypeVar("T")
+MAX_SEQUENCES = 128
+INLINE_SIZE = 4096
+
+
+class Offload:
+    """A few threads for work that would hold up the event loop."""
+
+    def __init__(self, threads: int = 2) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cloudlm-prepare")
+
+    async def sized(self, size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do small work (``size`` characters or tokens) at once, so that it never queues behind
+        somebody's huge prompt, and the rest in a thread."""
+        if size <= INLINE_SIZE:
+            return work(*args, **kwargs)
+        return await self(work, *args, **kwargs)
+
+    async def __call__(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One API request, ready to run. ``requests`` holds ``choices_per_prompt`` sequences per
+    prompt, prompt by prompt; their place is the choice's index. ``prompt_texts`` are for echo."""
+
+    id: str
+    requests: tuple[GenerateRequest, ...]
+    choices_per_prompt: int
+    prompt_texts: tuple[str, ...] = ()
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Length of each prompt, in tokens."""
+        firsts = self.requests[:: self.choices_per_prompt]
+        return tuple(len(request.prompt_token_ids) for request in firsts)
+
+
+async def render_messages(
+    serving: Serving,
+    offload: Offload,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+) -> tuple[int, ...]:
+    """The token ids of a conversation in the model's own format."""
+    size = sum(len(message.content) for message in messages)
+    defused = await offload.sized(size, tokenise.defuse, messages, serving.control)
+    text = await serving.renderer.render(
+        defused.messages, add_generation_prompt=add_generation_prompt
+    )
+    return await offload.sized(
+        len(text),
+        tokenise.encode_rendered,
+        serving.tokenizer,
+        text,
+        defused.marks,
+        serving.info.max_model_len,
+    )
+
+
+async def prepare_chat(
+    serving: Serving, offload: Offload, request: ChatRequest, cache_salt: str
+) -> Prepared:
+    """The sequences of a chat request. Raises InvalidRequest, ContextLengthExceeded."""
+    serving.check_model(request.model)
+    token_ids = await render_messages(serving, offload, request.messages)
+    made = _sequences(
+        serving,
+        new_id("chatcmpl"),
+        [token_ids],
+        request.sampling,
+        request.n,
+        "messages",
+        cache_salt,
+    )
+    return Prepared(made[0].request_id, made, request.n)
+
+
+async def prepare_completion(
+    serving: Serving, offload: Offload, request: CompletionRequest, cache_salt: str
+) -> Prepared:
+    """The sequences of a completion request. Raises InvalidRequest, ContextLengthExceeded."""
+    serving.check_model(request.model)
+    if len(request.prompts) * request.n > MAX_SEQUENCES:
+        raise InvalidRequest(
+            f"{len(request.prompts)} prompts with n = {request.n} are more than {MAX_SEQUENCES} "
+            "choices in one request",
+            param="n",
+        )
+    size = sum(len(prompt) for prompt in request.prompts)
+    return await offload.sized(size, _completion, serving, request, cache_salt)
+
+
+def _completion(serving: Serving, request: CompletionRequest, cache_salt: str) -> Prepared:
+    prompts = [prompt_token_ids(serving, prompt) for prompt in request.prompts]
+    request_id = new_id("cmpl")
+    made = _sequences(
+        serving,
+        request_id,
+        prompts,
+        request.sampling,
+        request.n,
+        "prompt",
+        cache_salt,
+        prompt_logprobs=request.echo and request.sampling.logprobs is not None,
+    )
+    texts: tuple[str, ...] = ()
+    if request.echo:
+        texts = tuple(
+            given if isinstance(given, str) else serving.tokenizer.decode(token_ids)
+            for given, token_ids in zip(request.prompts, prompts, strict=True)
+        )
+    return Prepared(request_id, made, request.n, texts)
+
+
+def prompt_token_ids(serving: Serving, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+    """A prompt's token ids. Raises InvalidRequest for an empty one or ids beyond the vocabulary."""
+    if isinstance(prompt, str):
+        token_ids = tokenise.encode(
+            serving.tokenizer,
+            prompt,
+            serving.info.max_model_len,
+            add_special_tokens=True,
+            param="prompt",
+        )
+    else:
+        token_ids = prompt
+        check_token_ids(token_ids, serving.info.vocab_size, "prompt")
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
+    return token_ids
+
+
+def _sequences(
+    serving: Serving,
+    request_id: str,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    n: int,
+    param: str,
+    cache_salt: str,
+    **more: Any,
+) -> tuple[GenerateRequest, ...]:
+    return tuple(
+        GenerateRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            sampling=settled,
+            index=index,
+            cache_salt=cache_salt,
+            **more,
+        )
+        for prompt in prompts
+        for settled in [settle(sampling, len(prompt), serving.info, param)]
+        for index in range(n)
+    )

@@ -1,0 +1,132 @@
+"""One replica's state: starting, ready, stopping; what the handlers share and the probes ask.
+
+Holds no route and starts no server. All methods are called from the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+from cloudlm.core.clock import Clock
+from cloudlm.core.errors import Unavailable
+from cloudlm.engine.api import EngineInfo, EngineStats
+from cloudlm.telemetry.logs import get_logger
+from cloudlm.worker.config import WorkerConfig
+from cloudlm.worker.health import OBSERVE_INTERVAL_S, Health, Progress
+from cloudlm.worker.metrics import Metrics
+from cloudlm.worker.prepare import Offload
+from cloudlm.worker.serving import Serving
+
+logger = get_logger(__name__)
+
+
+class Phase(StrEnum):
+    """Where a replica is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+class Replica:
+    """The state of one worker process."""
+
+    def __init__(self, config: WorkerConfig, clock: Clock) -> None:
+        self.config = config
+        self.clock = clock
+        self.phase = Phase.LOADING
+        self.loading = "starting"
+        self.offload = Offload()
+        self.metrics = Metrics(config.served_model_name, clock, self._facts)
+        self._serving: Serving | None = None
+        self._progress = Progress(config.settings.control.stall_timeout_s)
+        self._running: set[str] = set()
+
+    @property
+    def serving(self) -> Serving:
+        """The loaded model. Raises Unavailable before it is ready and while stopping."""
+        if self.phase is Phase.STOPPING:
+            raise Unavailable("this replica is stopping", retry_after_s=1.0)
+        if self._serving is None:
+            raise Unavailable(
+                f"the model {self.config.served_model_name!r} is still loading ({self.loading})",
+                retry_after_s=1.0,
+            )
+        return self._serving
+
+    def become_ready(self, serving: Serving) -> None:
+        """From now on requests are answered."""
+        self._serving = serving
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+
+    def stop_accepting(self) -> None:
+        """New requests get 503; running ones go on."""
+        self.phase = Phase.STOPPING
+
+    @contextmanager
+    def running(self, request_id: str) -> Iterator[None]:
+        """Marks a request as running, so that it can be ended with the process."""
+        self._running.add(request_id)
+        try:
+            yield
+        finally:
+            self._running.discard(request_id)
+
+    def end_running(self) -> int:
+        """Abort what still runs; returns how many requests that were."""
+        for request_id in self._running:
+            if self._serving is not None:
+                self._serving.engine.cancel(request_id)
+        return len(self._running)
+
+    def health(self) -> Health:
+        """The verdict now. A model that is still loading is healthy, if not ready."""
+        if self._serving is None:
+            return Health(None)
+        return self._progress.observe(self._serving.engine.stats(), self.clock.monotonic())
+
+    def report(self) -> dict[str, Any]:
+        """``/health?verbose=1``."""
+        health = self.health()
+        stats = EngineStats() if self._serving is None else self._serving.engine.stats()
+        return {
+            "steps": stats.steps,
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "alive": stats.alive,
+            "healthy": health.good,
+            "fault": health.fault,
+            "ready": self.phase is Phase.READY,
+            "phase": self.phase.value,
+            "model": self.config.served_model_name,
+        }
+
+    async def watch(self) -> str:
+        """Observe the engine and the event loop until the engine is dead; returns what is wrong."""
+        while True:
+            before = self.clock.monotonic()
+            await self.clock.sleep(OBSERVE_INTERVAL_S)
+            self.metrics.note_lag(self.clock.monotonic() - before - OBSERVE_INTERVAL_S)
+            health = self.health()
+            serving = self._serving
+            if serving is not None and not serving.engine.stats().alive:
+                return health.fault or "the engine has stopped"
+
+    async def close(self) -> None:
+        """Free everything; running sequences end."""
+        self.stop_accepting()
+        self.offload.close()
+        if self._serving is not None:
+            await asyncio.gather(
+                self._serving.engine.close(), self._serving.renderer.close(), return_exceptions=True
+            )
+
+    def _facts(self) -> tuple[EngineInfo, EngineStats] | None:
+        if self._serving is None:
+            return None
+        return self._serving.info, self._serving.engine.stats()

@@ -1,0 +1,252 @@
+"""The handlers of a replica's routes: read, prepare, run, answer. Each is read from top to bottom;
+what is hard lives in the plain functions that it calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from cloudlm import __version__
+from cloudlm.core.errors import InvalidRequest, Unavailable
+from cloudlm.core.requests import decode_body, parse_chat, parse_completion, token_ids
+from cloudlm.worker.chat import stream_chat, whole_chat
+from cloudlm.worker.complete import stream_completion, whole_completion
+from cloudlm.worker.edge import log_failure, read_body
+from cloudlm.worker.generate import Numbered, generate
+from cloudlm.worker.internal import parse_internal, prepare_internal, stream_internal
+from cloudlm.worker.limits import check_token_ids
+from cloudlm.worker.metrics import CONTENT_TYPE, RequestWatch
+from cloudlm.worker.prepare import Prepared, prepare_chat, prepare_completion, render_messages
+from cloudlm.worker.replica import Phase, Replica
+from cloudlm.worker.serving import Serving
+from cloudlm.worker.stream import EventStream, unless_gone
+
+T = TypeVar("T")
+_LONGEST_SALT = 128
+
+
+async def chat_completions(request: Request) -> Response:
+    """POST /v1/chat/completions"""
+    replica = replica_of(request)
+    serving = replica.serving
+    asked, salt = await _read(request, lambda body: (parse_chat(body), _salt(body)))
+    prepared = await prepare_chat(serving, replica.offload, asked, salt)
+    events, created = _run(request, serving, prepared), int(replica.clock.now())
+    if asked.stream:
+        return _stream(events, stream_chat(serving, asked, prepared, events, created))
+    return await _whole(request, events, whole_chat(serving, asked, prepared, events, created))
+
+
+async def completions(request: Request) -> Response:
+    """POST /v1/completions"""
+    replica = replica_of(request)
+    serving = replica.serving
+    asked, salt = await _read(request, lambda body: (parse_completion(body), _salt(body)))
+    prepared = await prepare_completion(serving, replica.offload, asked, salt)
+    events, created = _run(request, serving, prepared), int(replica.clock.now())
+    if asked.stream:
+        return _stream(events, stream_completion(serving, asked, prepared, events, created))
+    answer = whole_completion(serving, asked, prepared, events, created)
+    return await _whole(request, events, answer)
+
+
+async def internal_generate(request: Request) -> Response:
+    """POST /internal/v1/generate; see ``internal``."""
+    replica = replica_of(request)
+    serving = replica.serving
+    asked = await _read(request, parse_internal)
+    prepared = await prepare_internal(serving, replica.offload, asked)
+    events = _run(request, serving, prepared)
+    return _stream(events, stream_internal(prepared, events))
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models"""
+    serving = replica_of(request).serving
+    return JSONResponse({"object": "list", "data": [_model_body(serving)]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/{id}"""
+    serving = replica_of(request).serving
+    serving.check_model(request.path_params["model_id"])
+    return JSONResponse(_model_body(serving))
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize: a ``prompt`` or ``messages`` to token ids, as vLLM answers it."""
+    replica = replica_of(request)
+    serving = replica.serving
+    body = await _read(request, dict)
+    _check_named_model(serving, body)
+    if body.get("messages") is not None:
+        asked = parse_chat({"model": "-", "messages": body["messages"]})
+        found = await render_messages(
+            serving,
+            replica.offload,
+            asked.messages,
+            add_generation_prompt=_flag(body, "add_generation_prompt", True),
+        )
+    else:
+        prompt = body.get("prompt")
+        if not isinstance(prompt, str):
+            raise InvalidRequest("prompt must be a text, or messages a list", param="prompt")
+        text = cast(str, parse_completion({"model": "-", "prompt": prompt}).prompts[0])
+        special = _flag(body, "add_special_tokens", True)
+        size = len(text)
+        found = tuple(await replica.offload.sized(size, serving.tokenizer.encode, text, special))
+    strings = None
+    if _flag(body, "return_token_strs", False):
+        strings = await replica.offload.sized(
+            len(found), lambda: [serving.tokenizer.token_text(i) for i in found]
+        )
+    return JSONResponse(
+        {
+            "count": len(found),
+            "max_model_len": serving.info.max_model_len,
+            "tokens": list(found),
+            "token_strs": strings,
+        }
+    )
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize: token ids to text."""
+    replica = replica_of(request)
+    serving = replica.serving
+    body = await _read(request, dict)
+    _check_named_model(serving, body)
+    ids = token_ids(body.get("tokens"), "tokens")
+    check_token_ids(ids, serving.info.vocab_size, "tokens")
+    text = await replica.offload.sized(len(ids), serving.tokenizer.decode, ids, False)
+    return JSONResponse({"prompt": text})
+
+
+async def version(request: Request) -> Response:
+    """GET /version"""
+    return JSONResponse({"version": __version__})
+
+
+async def health(request: Request) -> Response:
+    """GET /health: 200 while the engine makes progress, 503 when it stands still or is dead."""
+    replica = replica_of(request)
+    if request.query_params.get("verbose", "") not in ("", "0", "false"):
+        report = replica.report()
+        return JSONResponse(report, status_code=200 if report["healthy"] else 503)
+    verdict = replica.health()
+    if verdict.fault is not None:
+        raise Unavailable(f"this replica is not healthy: {verdict.fault}")
+    return Response(status_code=200)
+
+
+async def livez(request: Request) -> Response:
+    """GET /livez: 200 as long as the event loop answers."""
+    return PlainTextResponse("ok")
+
+
+async def readyz(request: Request) -> Response:
+    """GET /readyz: 200 when the model is loaded, healthy, and requests are taken."""
+    replica = replica_of(request)
+    _ = replica.serving  # raises Unavailable with the reason
+    verdict = replica.health()
+    if verdict.fault is not None or replica.phase is not Phase.READY:
+        raise Unavailable(f"this replica is not ready: {verdict.fault or replica.phase.value}")
+    return PlainTextResponse("ok")
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics, in Prometheus' text format."""
+    exposition = replica_of(request).metrics.exposition()
+    return Response(exposition, headers={"content-type": CONTENT_TYPE})
+
+
+def replica_of(request: Request) -> Replica:
+    """The replica that this server was assembled around."""
+    return cast(Replica, request.app.state.replica)
+
+
+async def _read(request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
+    """The parsed body; a large one is parsed off the event loop."""
+    replica = replica_of(request)
+    raw = await read_body(request, replica.config.settings.gateway.max_body_bytes)
+    return await replica.offload.sized(len(raw), lambda: parse(decode_body(raw)))
+
+
+def _run(request: Request, serving: Serving, prepared: Prepared) -> AsyncGenerator[Numbered, None]:
+    """The events of the prepared sequences; nothing starts before the first is asked for."""
+    replica = replica_of(request)
+    arrived: float = request.scope["state"]["arrived"]
+    watch = RequestWatch(
+        replica.metrics, arrived, len(prepared.requests), sum(prepared.prompt_tokens)
+    )
+
+    async def events() -> AsyncGenerator[Numbered, None]:
+        source = generate(serving.engine, prepared.requests, watch)
+        with replica.running(prepared.id):
+            async with contextlib.aclosing(source):
+                async for numbered in source:
+                    yield numbered
+
+    return events()
+
+
+async def _whole(request: Request, events: AsyncGenerator[Numbered, None], answer: Any) -> Response:
+    async with contextlib.aclosing(events):
+        return JSONResponse(await unless_gone(request.receive, answer))
+
+
+def _stream(
+    events: AsyncGenerator[Numbered, None], chunks: AsyncGenerator[bytes, None]
+) -> Response:
+    async def closing() -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(events), contextlib.aclosing(chunks):
+            async for data in chunks:
+                yield data
+
+    return EventStream(closing(), on_failure=log_failure)
+
+
+def _model_body(serving: Serving) -> dict[str, Any]:
+    return {
+        "id": serving.name,
+        "object": "model",
+        "created": serving.created,
+        "owned_by": "cloudlm",
+        "root": serving.root,
+        "parent": None,
+        "max_model_len": serving.info.max_model_len,
+    }
+
+
+def _check_named_model(serving: Serving, body: Mapping[str, Any]) -> None:
+    named = body.get("model")
+    if named is None:
+        return
+    if not isinstance(named, str):
+        raise InvalidRequest("model must be a text", param="model")
+    serving.check_model(named)
+
+
+def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false", param=name)
+    return value
+
+
+def _salt(body: Mapping[str, Any]) -> str:
+    """``cache_salt``, vLLM's field: prompts share cached prefixes only under the same salt."""
+    value = body.get("cache_salt")
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > _LONGEST_SALT:
+        raise InvalidRequest(
+            f"cache_salt must be a text of at most {_LONGEST_SALT} characters", param="cache_salt"
+        )
+    return value

@@ -1,0 +1,68 @@
+"""What the handlers are given: a loaded engine with its tokenizer, and the facts of this server.
+
+Ports and plain data; no HTTP, no PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cloudlm import __version__
+from cloudlm.core.errors import ModelNotFound
+from cloudlm.engine.api import Engine, EngineInfo
+from cloudlm.worker.template import Renderer
+
+
+class Tokenizer(Protocol):
+    """The model's tokenizer as the worker needs it."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A model that is ready to answer. ``control`` finds what the tokenizer would read as control
+    tokens (None if there are none); ``created`` is the Unix time of loading, seconds."""
+
+    name: str
+    root: str
+    engine: Engine
+    tokenizer: Tokenizer
+    renderer: Renderer
+    control: re.Pattern[str] | None = None
+    created: int = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.engine.info
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when anything changes that could change an answer."""
+        info = self.info
+        facts = (__version__, self.root, info.architecture, info.parameters, info.dtype)
+        return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+    def check_model(self, asked: str) -> None:
+        """Raise ModelNotFound unless ``asked`` is the model served here."""
+        if asked != self.name:
+            raise ModelNotFound(
+                f"the model {asked[:120]!r} does not exist here; this server has {self.name!r}",
+                param="model",
+            )
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id such as ``chatcmpl-…``; also the engine's request id, so nobody can choose it."""
+    return f"{prefix}-{uuid.uuid4().hex}"
