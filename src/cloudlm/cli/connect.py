@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def api_key() -> str | None:
-    """The caller's key, from CLOUDLM_API_KEY or OPENAI_API_KEY."""
-    return os.environ.get("CLOUDLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    """The caller's key: CLOUDLM_API_KEY, or OPENAI_API_KEY if it is one of ours, so that a key of
+    another service is never sent to this one."""
+    other = os.environ.get("OPENAI_API_KEY", "")
+    return os.environ.get("CLOUDLM_API_KEY") or (other if other.startswith("clm_") else None)
 
 
 def local_url(host: str, port: int) -> str:

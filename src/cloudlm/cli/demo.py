@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from cloudlm.cli.screen import out, print_json, say
-from cloudlm.cli.stack import port_is_free
 from cloudlm.cli.up import Running, curl_line, running_stack, stop_signal
 from cloudlm.core.errors import Unavailable
 from cloudlm.core.settings import Settings
 from cloudlm.core.tenant import Role
+from cloudlm.drivers.guard import port_is_free
 
 
 def add_to(app: typer.Typer) -> None:

@@ -236,7 +236,7 @@ def _registered(client: Client, model: str, name: str) -> str:
         error = (job.error or {}).get("error")
         message = error.get("message") if isinstance(error, dict) else None
         raise InvalidRequest(f"import of {model} {job.state}: {message or job.message}")
-    return str(job.result["ref"])
+    return str(job.result["model"])
 
 
 def _finish(client: Client, names: list[str], wait: bool, json_output: bool) -> None:

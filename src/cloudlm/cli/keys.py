@@ -14,7 +14,6 @@ import typer
 
 from cloudlm.cli.connect import control_client
 from cloudlm.cli.screen import out, print_json, print_table, say
-from cloudlm.core.errors import NotFound
 from cloudlm.core.tenant import KeyRecord, Role
 from cloudlm.core.wire import key_body
 
@@ -80,8 +79,6 @@ def revoke(
     """Revoke a key; it is refused everywhere within a second."""
     with control_client() as client:
         record = client.keys.revoke(key_id)
-    if record is None:
-        raise NotFound(f"no key with id {key_id!r}; 'cloudlm keys list' shows all")
     if json_output:
         print_json(key_body(record))
     else:

@@ -38,7 +38,8 @@ def serve(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Serve one model over the OpenAI API until Ctrl-C; no keys file, no control plane."""
-    from cloudlm.worker.app import WorkerConfig, run_worker
+    from cloudlm.worker.app import run_worker
+    from cloudlm.worker.config import WorkerConfig
 
     name = served_model_name or default_name(model)
     settings, _ = load_settings()

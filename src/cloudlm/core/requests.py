@@ -7,6 +7,7 @@ other for its form. Limits that depend on the model (context, vocabulary) are th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from cloudlm.core.chat import ChatRequest, CompletionRequest, Message, Sampling,
 from cloudlm.core.errors import InvalidRequest, NotSupported
 
 MAX_DEPTH = 32
+MAX_CONTAINERS = 32_768
+MAX_STRINGS = 131_072
 MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 1_000_000
@@ -30,10 +33,13 @@ MAX_NAME_CHARACTERS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _ABSENT: Any = object()
+# Possessive and with an optional end, so that it runs in linear time over any bytes.
+_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 def decode_body(raw: bytes) -> dict[str, Any]:
     """The JSON object in ``raw``. Raises InvalidRequest for anything else."""
+    _check_size(raw)
     try:
         body = msgspec.json.decode(raw)
     except msgspec.DecodeError as error:
@@ -48,15 +54,25 @@ def decode_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def _check_size(raw: bytes) -> None:
+    """Refuse a flood of little texts, objects or lists before it is decoded: a few megabytes of
+    them would hold up everybody else for a second."""
+    if raw.count(b'"') - raw.count(b'\\"') > 2 * MAX_STRINGS:
+        raise InvalidRequest(f"the body holds more than {MAX_STRINGS} texts")
+    if raw.count(b"[") + raw.count(b"{") <= MAX_CONTAINERS:
+        return
+    bare = _JSON_STRING.sub(b"", raw)  # brackets inside texts do not count
+    if bare.count(b"[") + bare.count(b"{") > MAX_CONTAINERS:
+        raise InvalidRequest(f"the body holds more than {MAX_CONTAINERS} objects and lists")
+
+
 def _check_depth(body: dict[str, Any]) -> None:
     level: list[Any] = [body]
     for _ in range(MAX_DEPTH):
         deeper: list[Any] = []
         for value in level:
-            if isinstance(value, dict):
-                deeper.extend(v for v in value.values() if isinstance(v, dict | list))
-            else:
-                deeper.extend(v for v in value if isinstance(v, dict | list))
+            inner = value.values() if isinstance(value, dict) else value
+            deeper.extend([v for v in inner if type(v) is dict or type(v) is list])
         if not deeper:
             return
         level = deeper

@@ -72,6 +72,8 @@ class Home:
 
     def state_url(self, settings: Settings) -> str:
         """Where the state lives: the setting, or SQLite in home."""
+        if not settings.state.url and "?" in str(self.path):
+            raise BadSetting(f"the home {self.path} holds a '?', which ends a database address")
         return settings.state.url or f"sqlite:///{self.path / 'state.db'}"
 
     def registry_url(self, settings: Settings) -> str:

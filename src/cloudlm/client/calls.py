@@ -1,0 +1,265 @@
+"""What the control API can be asked, as data: one ``Call`` per request, and programs of calls.
+
+A program is a generator that yields calls and pauses, is sent their results, and returns a value;
+``sync`` and ``asynchronous`` only carry it out. No I/O and no clock here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+from urllib.parse import quote
+
+from cloudlm.core import wire
+from cloudlm.core.deployment import DeploymentPhase, DeploymentSpec, DeploymentStatus
+from cloudlm.core.errors import NotFound, Unavailable, UpstreamTimeout
+from cloudlm.core.fields import Fields
+from cloudlm.core.job import Job
+from cloudlm.core.model import Manifest, manifest_from_body
+from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
+
+T = TypeVar("T")
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 1.0
+_PAUSE_GROWTH = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request; ``read`` makes the result of the decoded JSON of a good answer (None: empty)."""
+
+    method: str
+    path: str
+    read: Callable[[Any], T]
+    body: Mapping[str, Any] | None = None
+    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait; the result is the monotonic time afterwards, seconds."""
+
+    seconds: float
+
+
+Program = Generator[Call[Any] | Pause, Any, T]
+
+
+class NewKey(NamedTuple):
+    """A key that was just made: the only time that its text is shown."""
+
+    text: str
+    record: KeyRecord
+
+
+# Models -----------------------------------------------------------------------------------------
+
+
+def list_models() -> Call[list[ModelEntry]]:
+    return Call("GET", _path("models"), _all(wire.model_from_body))
+
+
+def get_model(name: str) -> Call[ModelEntry]:
+    return Call("GET", _path("models", name), wire.model_from_body)
+
+
+def get_version(name: str, version: int) -> Call[Manifest]:
+    return Call("GET", _path("models", name, "versions", version), manifest_from_body)
+
+
+def pull_model(source: str, name: str | None, alias: str | None) -> Call[Job]:
+    given = {"source": source, "name": name, "alias": alias}
+    body = {key: value for key, value in given.items() if value is not None}
+    return Call("POST", _path("models"), _job, body)
+
+
+def remove_version(name: str, version: int) -> Call[None]:
+    return Call("DELETE", _path("models", name, "versions", version), _nothing)
+
+
+def set_alias(name: str, alias: str, version: int) -> Call[None]:
+    return Call("PUT", _path("models", name, "aliases", alias), _nothing, {"version": version})
+
+
+def remove_alias(name: str, alias: str) -> Call[None]:
+    return Call("DELETE", _path("models", name, "aliases", alias), _nothing)
+
+
+# Deployments ------------------------------------------------------------------------------------
+
+
+def list_deployments() -> Call[list[DeploymentView]]:
+    return Call("GET", _path("deployments"), _all(wire.deployment_from_body))
+
+
+def get_deployment(name: str) -> Call[DeploymentView]:
+    return Call("GET", _path("deployments", name), wire.deployment_from_body)
+
+
+def create_deployment(spec: DeploymentSpec) -> Call[DeploymentView]:
+    return Call("POST", _path("deployments"), wire.deployment_from_body, wire.spec_body(spec))
+
+
+def apply_deployment(spec: DeploymentSpec, expected_generation: int | None) -> Call[DeploymentView]:
+    headers = {} if expected_generation is None else {"If-Match": str(expected_generation)}
+    path = _path("deployments", spec.name)
+    return Call("PUT", path, wire.deployment_from_body, wire.spec_body(spec), headers=headers)
+
+
+def scale_deployment(name: str, low: int, high: int) -> Call[DeploymentView]:
+    path = _path("deployments", name, "scale")
+    return Call("POST", path, wire.deployment_from_body, wire.scale_body(low, high))
+
+
+def delete_deployment(name: str) -> Call[None]:
+    return Call("DELETE", _path("deployments", name), _nothing)
+
+
+def deployment_logs(name: str, tail: int, follow: bool, replica: str | None) -> Call[None]:
+    """The answer is lines of text, not JSON."""
+    query = {"tail": str(tail), "follow": "true" if follow else "false"}
+    if replica is not None:
+        query["replica"] = replica
+    return Call("GET", _path("deployments", name, "logs"), _nothing, query=query)
+
+
+def wait_ready(
+    name: str, timeout_s: float, on_status: Callable[[DeploymentStatus], None] | None
+) -> Program[DeploymentView]:
+    """Ask until the newest generation is ready, or asleep as it was asked to be.
+
+    Raises Unavailable if it failed or is being deleted, UpstreamTimeout if it takes too long.
+    """
+
+    def done(view: DeploymentView) -> bool:
+        if view.status is not None and on_status is not None:
+            on_status(view.status)
+        if view.deployment.deleting:
+            raise Unavailable(f"deployment {name!r} is being deleted")
+        if not view.settled:
+            return False
+        if view.phase is DeploymentPhase.FAILED:
+            why = view.status.message if view.status else ""
+            raise Unavailable(f"deployment {name!r} failed: {why}; see 'cloudlm logs {name}'")
+        return view.phase in (DeploymentPhase.READY, DeploymentPhase.SLEEPING)
+
+    def late(view: DeploymentView) -> str:
+        status = view.status
+        ready = f"{status.ready_replicas} of {status.wanted_replicas}" if status else "0"
+        why = f": {status.message}" if status and status.message else ""
+        return (
+            f"deployment {name!r} is not ready after {timeout_s:g} s: {view.phase}, "
+            f"{ready} replicas ready{why}; see 'cloudlm logs {name}'"
+        )
+
+    return (yield from _until(get_deployment(name), done, timeout_s, late))
+
+
+def wait_gone(name: str, timeout_s: float) -> Program[None]:
+    """Ask until there is no such deployment. Raises UpstreamTimeout if it takes too long."""
+
+    def late(view: DeploymentView) -> str:
+        return f"deployment {name!r} still exists after {timeout_s:g} s: {view.phase}"
+
+    try:
+        yield from _until(get_deployment(name), lambda _view: False, timeout_s, late)
+    except NotFound:
+        return
+
+
+# Keys -------------------------------------------------------------------------------------------
+
+
+def list_keys() -> Call[list[KeyRecord]]:
+    return Call("GET", _path("keys"), _all(wire.key_from_body))
+
+
+def create_key(name: str, role: Role) -> Call[NewKey]:
+    def read(body: Any) -> NewKey:
+        fields = Fields(body, "a new key")
+        return NewKey(fields.text("key", low=1), wire.key_from_body(fields.raw("record")))
+
+    return Call("POST", _path("keys"), read, {"name": name, "role": role.value})
+
+
+def revoke_key(key_id: str) -> Call[KeyRecord]:
+    return Call("DELETE", _path("keys", key_id), wire.key_from_body)
+
+
+# Jobs and drivers -------------------------------------------------------------------------------
+
+
+def list_jobs() -> Call[list[Job]]:
+    return Call("GET", _path("jobs"), _all(wire.job_from_body))
+
+
+def get_job(job_id: str) -> Call[Job]:
+    return Call("GET", _path("jobs", job_id), _job)
+
+
+def start_job(kind: str, arguments: Mapping[str, Any]) -> Call[Job]:
+    return Call("POST", _path("jobs"), _job, {"kind": kind, "arguments": dict(arguments)})
+
+
+def cancel_job(job_id: str) -> Call[Job]:
+    return Call("DELETE", _path("jobs", job_id), _job)
+
+
+def wait_job(
+    job_id: str, timeout_s: float, on_progress: Callable[[Job], None] | None
+) -> Program[Job]:
+    """Ask until the job has ended, well or not. Raises UpstreamTimeout if it takes too long."""
+
+    def done(job: Job) -> bool:
+        if on_progress is not None:
+            on_progress(job)
+        return job.state.ended
+
+    def late(job: Job) -> str:
+        return (
+            f"job {job_id!r} has not ended after {timeout_s:g} s: {job.state}, "
+            f"{job.progress:.0%} {job.message}".rstrip()
+        )
+
+    return (yield from _until(get_job(job_id), done, timeout_s, late))
+
+
+def list_drivers() -> Call[list[DriverEntry]]:
+    return Call("GET", _path("drivers"), _all(wire.driver_from_body))
+
+
+def _until(
+    call: Call[T], done: Callable[[T], bool], timeout_s: float, late: Callable[[T], str]
+) -> Program[T]:
+    """Repeat a call with growing pauses until it is done."""
+    now: float = yield Pause(0.0)
+    deadline, pause_s = now + timeout_s, _FIRST_PAUSE_S
+    while True:
+        value: T = yield call
+        if done(value):
+            return value
+        if now >= deadline:
+            raise UpstreamTimeout(late(value))
+        now = yield Pause(max(0.0, min(pause_s, deadline - now)))
+        pause_s = min(pause_s * _PAUSE_GROWTH, _LONGEST_PAUSE_S)
+
+
+def _path(*parts: str | int) -> str:
+    return "/api/v1/" + "/".join(quote(str(part), safe="") for part in parts)
+
+
+def _all(read: Callable[[Any], T]) -> Callable[[Any], list[T]]:
+    """Read ``{"data": [...]}``."""
+    return lambda body: [read(entry) for entry in Fields(body, "a list").items("data")]
+
+
+def _job(body: Any) -> Job:
+    """Read a job, alone or under ``job``."""
+    return wire.job_from_body(body["job"] if isinstance(body, dict) and "job" in body else body)
+
+
+def _nothing(_body: Any) -> None:
+    return None

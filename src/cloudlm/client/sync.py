@@ -1,0 +1,256 @@
+"""``Client``: the SDK for ordinary code. What is asked is in ``calls``; this carries it out."""
+
+from __future__ import annotations
+
+import builtins
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx2
+
+from cloudlm.client import calls
+from cloudlm.client.calls import Call, NewKey, Pause, Program
+from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
+from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
+from cloudlm.core.errors import CloudlmError
+from cloudlm.core.job import Job
+from cloudlm.core.model import Manifest
+from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+T = TypeVar("T")
+
+
+class Client:
+    """The control API of one installation. Close it, or use it in a ``with`` statement.
+
+    ``api_key`` is CLOUDLM_API_KEY if not given (or OPENAI_API_KEY, if that is a key of cloudlm);
+    ``control_url`` CLOUDLM_CONTROL_URL, ``gateway_url`` CLOUDLM_GATEWAY_URL, else this machine.
+    ``transport`` replaces the network. Every method raises ``core.errors``: Unavailable if nothing
+    answers, else what the server said. Raises BadSetting for an address or key that cannot be.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        control_url: str | None = None,
+        gateway_url: str | None = None,
+        *,
+        transport: httpx2.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.connection = Connection.read(api_key, control_url, gateway_url)
+        self._http = httpx2.Client(transport=transport, **self.connection.http_options)
+        self._sleep = sleep
+        self._monotonic = monotonic
+        self.models = Models(self)
+        self.deployments = Deployments(self)
+        self.keys = Keys(self)
+        self.jobs = Jobs(self)
+        self.drivers = Drivers(self)
+
+    def openai(self, **options: Any) -> OpenAI:
+        """The official client, pointed at the gateway with the same key; ``options`` are its own.
+
+        Close it, or use it in a ``with`` statement.
+        """
+        from openai import DefaultHttpx2Client, OpenAI
+
+        settings = self.connection.openai_options(options)
+        if self.connection.gateway_is_local:
+            settings.setdefault("http_client", DefaultHttpx2Client(trust_env=False))
+        return OpenAI(**settings)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, call: Call[T]) -> T:
+        """Carry out one call."""
+        try:
+            response = self._http.request(**self.connection.request_options(call))
+        except httpx2.HTTPError as error:
+            raise self.connection.failure(error) from error
+        return self.connection.result(call, response)
+
+    def run(self, program: Program[T]) -> T:
+        """Carry out a program of calls and pauses."""
+        try:
+            step = next(program)
+            while True:
+                try:
+                    result = self._perform(step)
+                except CloudlmError as error:
+                    step = program.throw(error)
+                else:
+                    step = program.send(result)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+    def lines(self, call: Call[None], *, follow: bool) -> Iterator[str]:
+        """The lines of a text answer as they come."""
+        options = self.connection.request_options(call)
+        options["timeout"] = FOLLOW_TIMEOUT if follow else TIMEOUT
+        try:
+            with self._http.stream(**options) as response:
+                if not response.is_success:
+                    response.read()
+                self.connection.check(response)
+                yield from response.iter_lines()
+        except httpx2.HTTPError as error:
+            raise self.connection.failure(error) from error
+
+    def _perform(self, step: Call[Any] | Pause) -> Any:
+        if isinstance(step, Call):
+            return self.send(step)
+        self._sleep(step.seconds)
+        return self._monotonic()
+
+
+class Models:
+    """Models of the registry: versions and aliases."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> builtins.list[ModelEntry]:
+        return self._client.send(calls.list_models())
+
+    def get(self, name: str) -> ModelEntry:
+        return self._client.send(calls.get_model(name))
+
+    def version(self, name: str, version: int) -> Manifest:
+        return self._client.send(calls.get_version(name, version))
+
+    def pull(self, source: str, *, name: str | None = None, alias: str | None = None) -> Job:
+        """Start to import a folder, a hub id or an object store's address; see ``jobs.wait``."""
+        return self._client.send(calls.pull_model(source, name, alias))
+
+    def remove(self, name: str, version: int) -> None:
+        self._client.send(calls.remove_version(name, version))
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        self._client.send(calls.set_alias(name, alias, version))
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        self._client.send(calls.remove_alias(name, alias))
+
+
+class Deployments:
+    """What is asked to run, and what runs."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> builtins.list[DeploymentView]:
+        return self._client.send(calls.list_deployments())
+
+    def get(self, name: str) -> DeploymentView:
+        return self._client.send(calls.get_deployment(name))
+
+    def create(self, spec: DeploymentSpec) -> DeploymentView:
+        """Ask for a new deployment. Raises Conflict if the name is taken."""
+        return self._client.send(calls.create_deployment(spec))
+
+    def apply(
+        self, spec: DeploymentSpec, *, expected_generation: int | None = None
+    ) -> DeploymentView:
+        """Create or replace. Raises Conflict if it is not at ``expected_generation``."""
+        return self._client.send(calls.apply_deployment(spec, expected_generation))
+
+    def scale(self, name: str, min_replicas: int, max_replicas: int) -> DeploymentView:
+        return self._client.send(calls.scale_deployment(name, min_replicas, max_replicas))
+
+    def delete(self, name: str) -> None:
+        """Ask for its end; see ``wait_gone``."""
+        self._client.send(calls.delete_deployment(name))
+
+    def logs(
+        self, name: str, *, tail: int = 100, follow: bool = False, replica: str | None = None
+    ) -> Iterator[str]:
+        """The last ``tail`` lines, then with ``follow`` those that come."""
+        call = calls.deployment_logs(name, tail, follow, replica)
+        return self._client.lines(call, follow=follow)
+
+    def wait_ready(
+        self,
+        name: str,
+        timeout_s: float = 600.0,
+        *,
+        on_status: Callable[[DeploymentStatus], None] | None = None,
+    ) -> DeploymentView:
+        """Wait until the newest generation is ready. Raises Unavailable or UpstreamTimeout."""
+        return self._client.run(calls.wait_ready(name, timeout_s, on_status))
+
+    def wait_gone(self, name: str, timeout_s: float = 600.0) -> None:
+        """Wait until it does not exist. Raises UpstreamTimeout."""
+        self._client.run(calls.wait_gone(name, timeout_s))
+
+
+class Keys:
+    """API keys."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> builtins.list[KeyRecord]:
+        return self._client.send(calls.list_keys())
+
+    def create(self, name: str, role: Role = Role.USER) -> NewKey:
+        """Make a key; its text is in this answer and nowhere else."""
+        return self._client.send(calls.create_key(name, role))
+
+    def revoke(self, key_id: str) -> KeyRecord:
+        return self._client.send(calls.revoke_key(key_id))
+
+
+class Jobs:
+    """Long work."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> builtins.list[Job]:
+        """Newest first."""
+        return self._client.send(calls.list_jobs())
+
+    def get(self, job_id: str) -> Job:
+        return self._client.send(calls.get_job(job_id))
+
+    def start(self, kind: str, arguments: Mapping[str, Any]) -> Job:
+        return self._client.send(calls.start_job(kind, arguments))
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask for its end; a job that has ended stays as it is."""
+        return self._client.send(calls.cancel_job(job_id))
+
+    def wait(
+        self,
+        job_id: str,
+        timeout_s: float = 86_400.0,
+        *,
+        on_progress: Callable[[Job], None] | None = None,
+    ) -> Job:
+        """Wait until it has ended; look at ``state`` for how. Raises UpstreamTimeout."""
+        return self._client.run(calls.wait_job(job_id, timeout_s, on_progress))
+
+
+class Drivers:
+    """What deployments can run on."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> builtins.list[DriverEntry]:
+        return self._client.send(calls.list_drivers())

@@ -1,0 +1,95 @@
+"""What a deployment's spec may hold: the rules, apart from how it is written (``core.wire``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cloudlm.core.deployment import DeploymentSpec
+from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.fields import check_text, kind_of
+from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
+
+MAX_REPLICAS = 1000
+MAX_ENTRIES = 64
+MAX_ADDRESS_LENGTH = 512
+_OPTION_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
+# Names that would run other code than ours in the replica, or that control itself sets.
+_RUNS_OTHER_CODE = ("PATH", "LD_PRELOAD", "LD_AUDIT", "BASH_ENV", "ENV")
+_RUNS_OTHER_PYTHON = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE")
+_RESERVED_ENV = frozenset((*_RUNS_OTHER_CODE, *_RUNS_OTHER_PYTHON))
+_RESERVED_ENV_PREFIX = "CLOUDLM_"
+
+
+def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
+    """Return ``spec`` if control may accept it. Raises InvalidRequest naming the field."""
+    check_name(spec.name)
+    check_text(spec.model, "model", low=1, max_length=MAX_ADDRESS_LENGTH)
+    if address_kind(spec.model) is AddressKind.REGISTRY:
+        parse_ref(spec.model)
+    check_name(spec.driver, "driver")
+    check_name(spec.engine, "engine")
+    check_replicas(spec.min_replicas, spec.max_replicas)
+    if not 0 < spec.target_ongoing_requests <= 1e6:
+        raise InvalidRequest(
+            "target_ongoing_requests must be greater than 0 and at most 1000000, "
+            f"not {spec.target_ongoing_requests}",
+            param="target_ongoing_requests",
+        )
+    if not 0 <= spec.max_surge <= MAX_REPLICAS:
+        raise InvalidRequest(
+            f"max_surge must be from 0 to {MAX_REPLICAS}, not {spec.max_surge}", param="max_surge"
+        )
+    _check_options(spec.options)
+    _check_env(spec.env)
+    return spec
+
+
+def check_replicas(min_replicas: int, max_replicas: int) -> None:
+    """Raise InvalidRequest unless 0 <= min <= max <= MAX_REPLICAS and max >= 1."""
+    if not 1 <= max_replicas <= MAX_REPLICAS:
+        raise InvalidRequest(
+            f"max_replicas must be from 1 to {MAX_REPLICAS}, not {max_replicas}",
+            param="max_replicas",
+        )
+    if not 0 <= min_replicas <= max_replicas:
+        raise InvalidRequest(
+            f"min_replicas must be from 0 to max_replicas ({max_replicas}), not {min_replicas}",
+            param="min_replicas",
+        )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if not _OPTION_NAME.fullmatch(name):
+            raise InvalidRequest(
+                f"options: the name {name[:80]!r} is not valid: use a-z, 0-9 and '_'",
+                param="options",
+            )
+        param = f"options.{name}"
+        if isinstance(value, str):
+            check_text(value, param, max_length=1024)
+        elif not isinstance(value, bool | int | float):
+            raise InvalidRequest(
+                f"{param} must be a text, a number, true or false, not {kind_of(value)}",
+                param=param,
+            )
+        elif not -(2**53) <= value <= 2**53:  # NaN and the infinities fail here too
+            raise InvalidRequest(f"{param} is not a number that can be used", param=param)
+
+
+def _check_env(env: Mapping[str, Any]) -> None:
+    for name, value in env.items():
+        if not _ENV_NAME.fullmatch(name):
+            raise InvalidRequest(
+                f"env: the name {name[:80]!r} is not valid: use letters, digits and '_'",
+                param="env",
+            )
+        if name in _RESERVED_ENV or name.startswith(_RESERVED_ENV_PREFIX):
+            raise InvalidRequest(
+                f"environment variable {name} is reserved; engine settings go into 'options'",
+                param=f"env.{name}",
+            )
+        check_text(value, f"env.{name}", max_length=4096)

@@ -1,0 +1,79 @@
+"""Facts as JSON documents and back, for the parts of a fact that have no columns of their own.
+
+Both twins store through these, so that what is read is a fresh value and looks the same whichever
+store it came from. Reading passes over fields that a newer cloudlm wrote. No validation: that
+happened at the edge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
+from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.job import Job
+
+DEMAND_KEPT_S = 3600.0
+"""Reports this much older than the newest are dropped: their gateways are gone."""
+
+
+def dump(value: Any) -> str:
+    """Compact ASCII JSON; any text survives every database."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+
+
+def load_object(text: str) -> dict[str, Any]:
+    """A JSON object that ``dump`` wrote."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def dump_spec(spec: DeploymentSpec) -> str:
+    return dump(asdict(spec))
+
+
+def load_spec(text: str) -> DeploymentSpec:
+    return DeploymentSpec(**_known(DeploymentSpec, load_object(text)))
+
+
+def dump_replicas(replicas: Iterable[Replica]) -> str:
+    return dump([asdict(replica) for replica in replicas])
+
+
+def load_replicas(text: str) -> tuple[Replica, ...]:
+    entries = (_known(Replica, entry) for entry in json.loads(text))
+    return tuple(Replica(**{**e, "state": ReplicaState(e["state"])}) for e in entries)
+
+
+def plain_job(job: Job) -> Job:
+    """The job with its objects as JSON gives them back (fresh, lists for tuples)."""
+    return replace(
+        job,
+        arguments=load_object(dump(dict(job.arguments))),
+        result=load_object(dump(dict(job.result))),
+        error=None if job.error is None else load_object(dump(dict(job.error))),
+    )
+
+
+def check_endpoints(model: str, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+    """The endpoints sorted by replica. Raises InvalidRequest for one of another model or twice
+    the same replica."""
+    for endpoint in endpoints:
+        if endpoint.model != model:
+            raise InvalidRequest(
+                f"an endpoint of {endpoint.model[:80]!r} was put among those of {model[:80]!r}",
+                param="model",
+            )
+    if len({endpoint.replica for endpoint in endpoints}) != len(endpoints):
+        raise InvalidRequest(f"{model[:80]!r} has the same replica twice", param="replica")
+    return sorted(endpoints, key=lambda endpoint: endpoint.replica)
+
+
+def _known(cls: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+    names = {one.name for one in fields(cls)}
+    return {name: value for name, value in body.items() if name in names}

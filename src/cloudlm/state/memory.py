@@ -1,0 +1,181 @@
+"""State in this process's memory: the twin of ``sql`` for tests and for trying things.
+
+Nothing survives the process and no other process sees it. One event loop only: no method awaits
+anything between reading and writing, so every write is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
+from cloudlm.core.job import Job
+from cloudlm.core.tenant import KeyRecord, LedgerRow
+from cloudlm.state.decide import (
+    changed_deployment,
+    check_job_change,
+    deleting_deployment,
+    key_exists,
+    revoked_key,
+)
+from cloudlm.state.documents import (
+    DEMAND_KEPT_S,
+    check_endpoints,
+    dump_spec,
+    load_spec,
+    plain_job,
+)
+
+
+class MemoryState:
+    """See ``state.base.State``."""
+
+    def __init__(self) -> None:
+        self._deployments: dict[str, Deployment] = {}
+        self._statuses: dict[str, DeploymentStatus] = {}
+        self._endpoints: dict[str, list[Endpoint]] = {}
+        self._demand: dict[tuple[str, str], Demand] = {}
+        self._keys: dict[str, KeyRecord] = {}
+        self._jobs: dict[str, Job] = {}
+        self._ledger: dict[str, LedgerRow] = {}
+        self._version = 0
+
+    # Desired and observed deployments -----------------------------------------------------------
+
+    async def put_deployment(
+        self, spec: DeploymentSpec, *, now: float, expected_generation: int | None = None
+    ) -> Deployment:
+        spec = load_spec(dump_spec(spec))
+        current = self._deployments.get(spec.name)
+        return self._keep(current, changed_deployment(current, spec, now, expected_generation))
+
+    async def get_deployment(self, name: str) -> Deployment | None:
+        return self._deployments.get(name)
+
+    async def list_deployments(self) -> list[Deployment]:
+        return [self._deployments[name] for name in sorted(self._deployments)]
+
+    async def mark_deleting(self, name: str, *, now: float) -> Deployment | None:
+        current = self._deployments.get(name)
+        if current is None:
+            return None
+        return self._keep(current, deleting_deployment(current, now))
+
+    async def remove_deployment(self, name: str, *, generation: int) -> bool:
+        current = self._deployments.get(name)
+        if current is None or not current.deleting or current.generation != generation:
+            return False
+        del self._deployments[name]
+        self._statuses.pop(name, None)
+        self._endpoints.pop(name, None)
+        self._version += 1
+        return True
+
+    async def put_status(self, status: DeploymentStatus) -> None:
+        """A status of a deployment that does not exist (any more) is not kept."""
+        if status.name in self._deployments:
+            self._statuses[status.name] = status
+
+    async def get_status(self, name: str) -> DeploymentStatus | None:
+        return self._statuses.get(name)
+
+    async def list_statuses(self) -> list[DeploymentStatus]:
+        """Sorted by name."""
+        return [self._statuses[name] for name in sorted(self._statuses)]
+
+    # Endpoints and demand -----------------------------------------------------------------------
+
+    async def put_endpoints(self, model: str, endpoints: Sequence[Endpoint]) -> None:
+        wanted = check_endpoints(model, endpoints)
+        if wanted != self._endpoints.get(model, []):
+            self._endpoints[model] = wanted
+            self._version += 1
+
+    async def list_endpoints(self) -> list[Endpoint]:
+        return [
+            endpoint for model in sorted(self._endpoints) for endpoint in self._endpoints[model]
+        ]
+
+    async def version(self) -> int:
+        return self._version
+
+    async def put_demand(self, demand: Sequence[Demand]) -> None:
+        """Reports far older than the newest given are dropped (``DEMAND_KEPT_S``)."""
+        if not demand:
+            return
+        self._demand.update({(one.model, one.gateway): one for one in demand})
+        oldest = max(one.measured_at for one in demand) - DEMAND_KEPT_S
+        self._demand = {k: one for k, one in self._demand.items() if one.measured_at >= oldest}
+
+    async def list_demand(self, *, since: float) -> list[Demand]:
+        """Sorted by model, then gateway."""
+        return [
+            self._demand[k] for k in sorted(self._demand) if self._demand[k].measured_at >= since
+        ]
+
+    # Keys ---------------------------------------------------------------------------------------
+
+    async def put_key(self, record: KeyRecord) -> None:
+        if record.id in self._keys:
+            raise key_exists(record.id)
+        self._keys[record.id] = record
+        self._version += 1
+
+    async def get_key(self, key_id: str) -> KeyRecord | None:
+        return self._keys.get(key_id)
+
+    async def list_keys(self) -> list[KeyRecord]:
+        return sorted(self._keys.values(), key=lambda record: (record.created_at, record.id))
+
+    async def revoke_key(self, key_id: str, *, now: float) -> KeyRecord | None:
+        current = self._keys.get(key_id)
+        if current is None:
+            return None
+        revoked = revoked_key(current, now)
+        if revoked is not current:
+            self._keys[key_id] = revoked
+            self._version += 1
+        return revoked
+
+    # Jobs ---------------------------------------------------------------------------------------
+
+    async def put_job(self, job: Job) -> None:
+        job = plain_job(job)
+        if check_job_change(self._jobs.get(job.id), job):
+            self._jobs[job.id] = job
+
+    async def get_job(self, job_id: str) -> Job | None:
+        job = self._jobs.get(job_id)
+        return None if job is None else plain_job(job)
+
+    async def list_jobs(self, *, limit: int = 100) -> list[Job]:
+        newest_first = sorted(
+            self._jobs.values(), key=lambda job: (job.created_at, job.id), reverse=True
+        )
+        return [plain_job(job) for job in newest_first[: max(limit, 0)]]
+
+    # Ledger -------------------------------------------------------------------------------------
+
+    async def append_ledger(self, rows: Sequence[LedgerRow]) -> None:
+        for row in rows:
+            self._ledger.setdefault(row.id, row)
+
+    async def list_ledger(
+        self, *, since: float = 0.0, request_id: str | None = None, limit: int = 1000
+    ) -> list[LedgerRow]:
+        found = [
+            row
+            for row in self._ledger.values()
+            if row.started_at >= since and request_id in (None, row.request_id)
+        ]
+        found.sort(key=lambda row: (row.started_at, row.id))
+        return found[: max(limit, 0)]
+
+    async def close(self) -> None:
+        """Nothing to close; the facts stay readable."""
+
+    def _keep(self, current: Deployment | None, wanted: Deployment) -> Deployment:
+        if wanted is not current:
+            self._deployments[wanted.spec.name] = wanted
+            self._version += 1
+        return wanted

@@ -1,0 +1,122 @@
+"""Database rows as facts and facts as rows. No database is touched here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from cloudlm.core.deployment import Demand, Deployment, DeploymentPhase, DeploymentStatus, Endpoint
+from cloudlm.core.job import Job, JobState
+from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome, Role
+from cloudlm.state.documents import (
+    dump,
+    dump_replicas,
+    dump_spec,
+    load_object,
+    load_replicas,
+    load_spec,
+)
+
+Values = dict[str, Any]
+DatabaseRow = sa.Row[Any]
+
+
+def deployment_values(deployment: Deployment) -> Values:
+    return {
+        "name": deployment.spec.name,
+        "spec": dump_spec(deployment.spec),
+        "generation": deployment.generation,
+        "revision": deployment.revision,
+        "deleting": deployment.deleting,
+        "created_at": deployment.created_at,
+        "updated_at": deployment.updated_at,
+    }
+
+
+def deployment_of(row: DatabaseRow) -> Deployment:
+    return Deployment(
+        spec=load_spec(row.spec),
+        generation=row.generation,
+        revision=row.revision,
+        deleting=row.deleting,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+def status_values(status: DeploymentStatus) -> Values:
+    return {
+        "name": status.name,
+        "phase": status.phase.value,
+        "observed_generation": status.observed_generation,
+        "wanted_replicas": status.wanted_replicas,
+        "ready_replicas": status.ready_replicas,
+        "replicas": dump_replicas(status.replicas),
+        "message": status.message,
+        "updated_at": status.updated_at,
+    }
+
+
+def status_of(row: DatabaseRow) -> DeploymentStatus:
+    values = row._asdict()
+    values["phase"] = DeploymentPhase(row.phase)
+    values["replicas"] = load_replicas(row.replicas)
+    return DeploymentStatus(**values)
+
+
+def endpoint_values(endpoint: Endpoint) -> Values:
+    return asdict(endpoint)
+
+
+def endpoint_of(row: DatabaseRow) -> Endpoint:
+    return Endpoint(**row._asdict())
+
+
+def demand_values(demand: Demand) -> Values:
+    return asdict(demand)
+
+
+def demand_of(row: DatabaseRow) -> Demand:
+    return Demand(**row._asdict())
+
+
+def key_values(record: KeyRecord) -> Values:
+    return {**asdict(record), "role": record.role.value}
+
+
+def key_of(row: DatabaseRow) -> KeyRecord:
+    return KeyRecord(**{**row._asdict(), "role": Role(row.role)})
+
+
+def job_values(job: Job) -> Values:
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "arguments": dump(dict(job.arguments)),
+        "state": job.state.value,
+        "progress": job.progress,
+        "message": job.message,
+        "result": dump(dict(job.result)),
+        "error": None if job.error is None else dump(dict(job.error)),
+        "created_at": job.created_at,
+        "updated_at": job.updated_at,
+    }
+
+
+def job_of(row: DatabaseRow) -> Job:
+    values = row._asdict()
+    values["state"] = JobState(row.state)
+    values["arguments"] = load_object(row.arguments)
+    values["result"] = load_object(row.result)
+    values["error"] = None if row.error is None else load_object(row.error)
+    return Job(**values)
+
+
+def ledger_values(row: LedgerRow) -> Values:
+    return {**asdict(row), "outcome": row.outcome.value}
+
+
+def ledger_of(row: DatabaseRow) -> LedgerRow:
+    return LedgerRow(**{**row._asdict(), "outcome": Outcome(row.outcome)})

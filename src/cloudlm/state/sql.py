@@ -1,0 +1,311 @@
+"""State in a database: SQLite for one machine, PostgreSQL for several.
+
+What a write makes of what is there is decided in ``decide``, as in the memory twin; this module
+reads, writes and counts ``version`` in the same transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
+from cloudlm.core.job import Job
+from cloudlm.core.tenant import KeyRecord, LedgerRow
+from cloudlm.state import rows as as_rows
+from cloudlm.state import tables
+from cloudlm.state.database import Database
+from cloudlm.state.decide import (
+    changed_deployment,
+    check_job_change,
+    deleting_deployment,
+    key_exists,
+    revoked_key,
+)
+from cloudlm.state.documents import (
+    DEMAND_KEPT_S,
+    check_endpoints,
+    dump_spec,
+    load_spec,
+    plain_job,
+)
+
+_LEDGER_BATCH = 500
+
+
+class SqlState:
+    """See ``state.base.State``. Made by ``open.open_state``."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._insert: Any = sqlite.insert if database.dialect == "sqlite" else postgresql.insert
+
+    # Desired and observed deployments -----------------------------------------------------------
+
+    async def put_deployment(
+        self, spec: DeploymentSpec, *, now: float, expected_generation: int | None = None
+    ) -> Deployment:
+        spec = load_spec(dump_spec(spec))
+
+        async def work(connection: AsyncConnection) -> Deployment:
+            row = await _one(connection, tables.deployments, name=spec.name)
+            current = None if row is None else as_rows.deployment_of(row)
+            wanted = changed_deployment(current, spec, now, expected_generation)
+            return await self._keep(connection, current, wanted)
+
+        return await self._database.write(work)
+
+    async def get_deployment(self, name: str) -> Deployment | None:
+        row = await self._read_one(tables.deployments, name=name)
+        return None if row is None else as_rows.deployment_of(row)
+
+    async def list_deployments(self) -> list[Deployment]:
+        found = await self._database.read(
+            sa.select(tables.deployments).order_by(tables.deployments.c.name)
+        )
+        return [as_rows.deployment_of(row) for row in found]
+
+    async def mark_deleting(self, name: str, *, now: float) -> Deployment | None:
+        async def work(connection: AsyncConnection) -> Deployment | None:
+            row = await _one(connection, tables.deployments, name=name)
+            if row is None:
+                return None
+            current = as_rows.deployment_of(row)
+            return await self._keep(connection, current, deleting_deployment(current, now))
+
+        return await self._database.write(work)
+
+    async def remove_deployment(self, name: str, *, generation: int) -> bool:
+        async def work(connection: AsyncConnection) -> bool:
+            removed = await connection.execute(
+                sa.delete(tables.deployments).where(
+                    tables.deployments.c.name == name,
+                    tables.deployments.c.generation == generation,
+                    tables.deployments.c.deleting,
+                )
+            )
+            if not removed.rowcount:
+                return False
+            await connection.execute(
+                sa.delete(tables.endpoints).where(tables.endpoints.c.model == name)
+            )
+            await _bump(connection)
+            return True
+
+        return await self._database.write(work)
+
+    async def put_status(self, status: DeploymentStatus) -> None:
+        """A status of a deployment that does not exist (any more) is not kept."""
+
+        async def work(connection: AsyncConnection) -> None:
+            if await _one(connection, tables.deployments, name=status.name) is not None:
+                values = as_rows.status_values(status)
+                await self._upsert(connection, tables.deployment_statuses, [values])
+
+        await self._database.write(work)
+
+    async def get_status(self, name: str) -> DeploymentStatus | None:
+        row = await self._read_one(tables.deployment_statuses, name=name)
+        return None if row is None else as_rows.status_of(row)
+
+    async def list_statuses(self) -> list[DeploymentStatus]:
+        """Sorted by name."""
+        statement = sa.select(tables.deployment_statuses).order_by(
+            tables.deployment_statuses.c.name
+        )
+        return [as_rows.status_of(row) for row in await self._database.read(statement)]
+
+    # Endpoints and demand -----------------------------------------------------------------------
+
+    async def put_endpoints(self, model: str, endpoints: Sequence[Endpoint]) -> None:
+        wanted = check_endpoints(model, endpoints)
+        statement = _endpoints_in_order().where(tables.endpoints.c.model == model)
+        found = await self._database.read(statement)
+        if wanted == [as_rows.endpoint_of(row) for row in found]:
+            return  # the usual case: control repeats itself, and no writer is disturbed
+
+        async def work(connection: AsyncConnection) -> None:
+            rows = (await connection.execute(statement)).all()
+            if wanted == [as_rows.endpoint_of(row) for row in rows]:
+                return
+            await connection.execute(
+                sa.delete(tables.endpoints).where(tables.endpoints.c.model == model)
+            )
+            if wanted:
+                values = [as_rows.endpoint_values(endpoint) for endpoint in wanted]
+                await connection.execute(sa.insert(tables.endpoints), values)
+            await _bump(connection)
+
+        await self._database.write(work)
+
+    async def list_endpoints(self) -> list[Endpoint]:
+        found = await self._database.read(_endpoints_in_order())
+        return [as_rows.endpoint_of(row) for row in found]
+
+    async def version(self) -> int:
+        rows = await self._database.read(sa.select(tables.state_version.c.value))
+        return int(rows[0].value)
+
+    async def put_demand(self, demand: Sequence[Demand]) -> None:
+        """Reports far older than the newest given are dropped (``DEMAND_KEPT_S``)."""
+        if not demand:
+            return
+        newest = {(one.model, one.gateway): as_rows.demand_values(one) for one in demand}
+        oldest = max(one.measured_at for one in demand) - DEMAND_KEPT_S
+
+        async def work(connection: AsyncConnection) -> None:
+            # In one order, so that two gateways cannot wait for each other.
+            await self._upsert(connection, tables.demand, [newest[key] for key in sorted(newest)])
+            await connection.execute(
+                sa.delete(tables.demand).where(tables.demand.c.measured_at < oldest)
+            )
+
+        await self._database.write(work, alone=False)
+
+    async def list_demand(self, *, since: float) -> list[Demand]:
+        """Sorted by model, then gateway."""
+        found = await self._database.read(
+            sa.select(tables.demand)
+            .where(tables.demand.c.measured_at >= since)
+            .order_by(tables.demand.c.model, tables.demand.c.gateway)
+        )
+        return [as_rows.demand_of(row) for row in found]
+
+    # Keys ---------------------------------------------------------------------------------------
+
+    async def put_key(self, record: KeyRecord) -> None:
+        async def work(connection: AsyncConnection) -> None:
+            if await _one(connection, tables.api_keys, id=record.id) is not None:
+                raise key_exists(record.id)
+            await connection.execute(sa.insert(tables.api_keys), [as_rows.key_values(record)])
+            await _bump(connection)
+
+        await self._database.write(work)
+
+    async def get_key(self, key_id: str) -> KeyRecord | None:
+        row = await self._read_one(tables.api_keys, id=key_id)
+        return None if row is None else as_rows.key_of(row)
+
+    async def list_keys(self) -> list[KeyRecord]:
+        statement = sa.select(tables.api_keys).order_by(
+            tables.api_keys.c.created_at, tables.api_keys.c.id
+        )
+        return [as_rows.key_of(row) for row in await self._database.read(statement)]
+
+    async def revoke_key(self, key_id: str, *, now: float) -> KeyRecord | None:
+        async def work(connection: AsyncConnection) -> KeyRecord | None:
+            row = await _one(connection, tables.api_keys, id=key_id)
+            if row is None:
+                return None
+            current = as_rows.key_of(row)
+            revoked = revoked_key(current, now)
+            if revoked is not current:
+                await self._upsert(connection, tables.api_keys, [as_rows.key_values(revoked)])
+                await _bump(connection)
+            return revoked
+
+        return await self._database.write(work)
+
+    # Jobs ---------------------------------------------------------------------------------------
+
+    async def put_job(self, job: Job) -> None:
+        job = plain_job(job)
+
+        async def work(connection: AsyncConnection) -> None:
+            row = await _one(connection, tables.jobs, id=job.id)
+            if check_job_change(None if row is None else as_rows.job_of(row), job):
+                await self._upsert(connection, tables.jobs, [as_rows.job_values(job)])
+
+        await self._database.write(work)
+
+    async def get_job(self, job_id: str) -> Job | None:
+        row = await self._read_one(tables.jobs, id=job_id)
+        return None if row is None else as_rows.job_of(row)
+
+    async def list_jobs(self, *, limit: int = 100) -> list[Job]:
+        statement = sa.select(tables.jobs).order_by(
+            tables.jobs.c.created_at.desc(), tables.jobs.c.id.desc()
+        )
+        found = await self._database.read(statement.limit(max(limit, 0)))
+        return [as_rows.job_of(row) for row in found]
+
+    # Ledger -------------------------------------------------------------------------------------
+
+    async def append_ledger(self, rows: Sequence[LedgerRow]) -> None:
+        first: dict[str, LedgerRow] = {}
+        for row in rows:
+            first.setdefault(row.id, row)
+        # In one order, so that two gateways cannot wait for each other.
+        values = [as_rows.ledger_values(first[row_id]) for row_id in sorted(first)]
+        if not values:
+            return
+        statement = self._insert(tables.ledger).on_conflict_do_nothing(index_elements=["id"])
+
+        async def work(connection: AsyncConnection) -> None:
+            for start in range(0, len(values), _LEDGER_BATCH):
+                await connection.execute(statement, values[start : start + _LEDGER_BATCH])
+
+        await self._database.write(work, alone=False)
+
+    async def list_ledger(
+        self, *, since: float = 0.0, request_id: str | None = None, limit: int = 1000
+    ) -> list[LedgerRow]:
+        statement = sa.select(tables.ledger).where(tables.ledger.c.started_at >= since)
+        if request_id is not None:
+            statement = statement.where(tables.ledger.c.request_id == request_id)
+        statement = statement.order_by(tables.ledger.c.started_at, tables.ledger.c.id).limit(
+            max(limit, 0)
+        )
+        return [as_rows.ledger_of(row) for row in await self._database.read(statement)]
+
+    async def close(self) -> None:
+        """Give all connections back; nothing may be asked afterwards."""
+        await self._database.close()
+
+    async def _read_one(self, table: sa.Table, **key: str) -> sa.Row[Any] | None:
+        rows = await self._database.read(sa.select(table).filter_by(**key))
+        return rows[0] if rows else None
+
+    async def _keep(
+        self, connection: AsyncConnection, current: Deployment | None, wanted: Deployment
+    ) -> Deployment:
+        if wanted is not current:
+            await self._upsert(connection, tables.deployments, [as_rows.deployment_values(wanted)])
+            await _bump(connection)
+        return wanted
+
+    async def _upsert(
+        self, connection: AsyncConnection, table: sa.Table, values: list[dict[str, Any]]
+    ) -> None:
+        """Insert rows, or change those whose primary key is there."""
+        statement = self._insert(table)
+        changed = {
+            column.name: statement.excluded[column.name]
+            for column in table.columns
+            if not column.primary_key
+        }
+        keys = [column.name for column in table.primary_key]
+        await connection.execute(
+            statement.on_conflict_do_update(index_elements=keys, set_=changed), values
+        )
+
+
+async def _one(connection: AsyncConnection, table: sa.Table, **key: str) -> sa.Row[Any] | None:
+    return (await connection.execute(sa.select(table).filter_by(**key))).one_or_none()
+
+
+async def _bump(connection: AsyncConnection) -> None:
+    """Count a change that gateways must see."""
+    await connection.execute(
+        sa.update(tables.state_version).values(value=tables.state_version.c.value + 1)
+    )
+
+
+def _endpoints_in_order() -> sa.Select[Any]:
+    return sa.select(tables.endpoints).order_by(
+        tables.endpoints.c.model, tables.endpoints.c.replica
+    )

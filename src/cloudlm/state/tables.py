@@ -1,0 +1,174 @@
+"""The tables of the SQL state. ``migrations`` builds the same; a test proves that they agree.
+
+Only words of SQL that SQLite and PostgreSQL share. Documents are JSON in text columns: they are
+read whole and never searched.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+
+_UNSTORABLE = re.compile("[\\x00\\\\\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\u([0-9a-f]{4})")
+
+
+class ExactText(sa.types.TypeDecorator[str]):
+    """Text of any content, sorted by code point in both databases.
+
+    NUL and lone surrogates, which databases refuse, are kept as ``\\uXXXX`` (and so is a
+    backslash): what comes from a request must never be able to stop a ledger row.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
+        collation = "C" if dialect.name == "postgresql" else None
+        return sa.TEXT(collation=collation)
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        if value is None:
+            return None
+        return _UNSTORABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        if value is None or "\\" not in value:
+            return value
+        return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), value)
+
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _text(name: str, *, key: bool = False) -> sa.Column[str]:
+    return sa.Column(name, ExactText, primary_key=key, nullable=False)
+
+
+def _whole(name: str) -> sa.Column[int]:
+    return sa.Column(name, sa.BigInteger, nullable=False)
+
+
+def _number(name: str, *, nullable: bool = False) -> sa.Column[float]:
+    return sa.Column(name, sa.Double, nullable=nullable)
+
+
+state_version = sa.Table(
+    "state_version",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    _whole("value"),
+    sa.CheckConstraint("id = 1", name="one_row"),
+)
+
+deployments = sa.Table(
+    "deployments",
+    metadata,
+    _text("name", key=True),
+    sa.Column("spec", sa.Text, nullable=False),
+    _whole("generation"),
+    _whole("revision"),
+    sa.Column("deleting", sa.Boolean, nullable=False),
+    _number("created_at"),
+    _number("updated_at"),
+)
+
+deployment_statuses = sa.Table(
+    "deployment_statuses",
+    metadata,
+    sa.Column(
+        "name",
+        ExactText,
+        sa.ForeignKey("deployments.name", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    _text("phase"),
+    _whole("observed_generation"),
+    _whole("wanted_replicas"),
+    _whole("ready_replicas"),
+    sa.Column("replicas", sa.Text, nullable=False),
+    _text("message"),
+    _number("updated_at"),
+)
+
+endpoints = sa.Table(
+    "endpoints",
+    metadata,
+    _text("model", key=True),
+    _text("replica", key=True),
+    _text("url"),
+    _whole("revision"),
+    _number("weight"),
+)
+
+demand = sa.Table(
+    "demand",
+    metadata,
+    _text("model", key=True),
+    _text("gateway", key=True),
+    _whole("ongoing"),
+    _whole("queued"),
+    _number("requests_per_s"),
+    _number("measured_at"),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    _text("id", key=True),
+    _text("name"),
+    _text("role"),
+    _text("digest"),
+    _text("last4"),
+    _text("tenant"),
+    _number("created_at"),
+    _number("revoked_at", nullable=True),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    _text("id", key=True),
+    _text("kind"),
+    sa.Column("arguments", sa.Text, nullable=False),
+    _text("state"),
+    _number("progress"),
+    _text("message"),
+    sa.Column("result", sa.Text, nullable=False),
+    sa.Column("error", sa.Text, nullable=True),
+    _number("created_at"),
+    _number("updated_at"),
+    sa.Index(None, "created_at", "id"),
+)
+
+ledger = sa.Table(
+    "ledger",
+    metadata,
+    _text("id", key=True),
+    _text("request_id"),
+    _whole("attempt"),
+    _text("tenant"),
+    _text("key_id"),
+    _text("model"),
+    _text("replica"),
+    _text("outcome"),
+    _whole("status"),
+    _whole("prompt_tokens"),
+    _whole("completion_tokens"),
+    _whole("cached_tokens"),
+    _number("started_at"),
+    _number("duration_s"),
+    _number("first_token_s", nullable=True),
+    sa.Index(None, "started_at", "id"),
+    sa.Index(None, "request_id"),
+)
