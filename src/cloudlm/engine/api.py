@@ -50,7 +50,9 @@ class TokenEvent:
     the sequence). ``text`` is the text that became certain: it may lag behind the tokens while
     a UTF-8 character is incomplete or a stop string may be beginning. The last event, and only it,
     has a ``finish_reason``. The stop token itself is counted in ``token_ids`` but has no text.
-    ``stop_match`` is the stop string or stop token id that ended the sequence.
+    ``stop_match`` is the stop string or stop token id that ended the sequence. ``queued_s``, in a
+    sequence's first event only, is the time from submission to its first step, seconds (None where
+    an engine does not measure it).
     """
 
     token_ids: tuple[int, ...]
@@ -60,6 +62,7 @@ class TokenEvent:
     stop_match: str | int | None = None
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    queued_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class EngineStats:
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     alive: bool = True
+    busy_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,68 @@
+"""Checks a request against the loaded model and makes its sequence.
+
+The runner trusts what passes here: one wrong token id would stop it for everybody. Field syntax is
+checked at the edge (``core.requests``); only what needs the model is checked here.
+"""
+
+from __future__ import annotations
+
+from cloudlm.core.errors import InvalidRequest
+from cloudlm.engine.api import EngineInfo, GenerateRequest
+from cloudlm.engine.scheduler import Limits
+from cloudlm.engine.sequence import Sequence
+
+
+def sequence_for(
+    request: GenerateRequest, sequence_id: int, info: EngineInfo, limits: Limits
+) -> Sequence:
+    """The sequence that the request asks for.
+
+    Raises InvalidRequest (empty prompt, unknown token id, too many logprobs, negative max_tokens,
+    more tokens to resume from than the answer may have) and ContextLengthExceeded (see
+    ``Limits.total_tokens``).
+    """
+    sampling = request.sampling
+    if not request.prompt_token_ids:
+        raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
+    _check_token_ids("prompt", request.prompt_token_ids, info.vocab_size)
+    _check_token_ids("output_token_ids", request.output_token_ids, info.vocab_size)
+    _check_token_ids("logit_bias", tuple(sampling.logit_bias), info.vocab_size)
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= info.vocab_size:
+        raise InvalidRequest(
+            f"logprobs = {sampling.logprobs} must be from 0 to {info.vocab_size}, the number of "
+            "this model's tokens",
+            param="logprobs",
+        )
+    total_tokens = limits.total_tokens(len(request.prompt_token_ids), sampling.max_tokens)
+    room = total_tokens - len(request.prompt_token_ids)
+    if len(request.output_token_ids) > room:
+        raise InvalidRequest(
+            f"output_token_ids: {len(request.output_token_ids)} tokens to resume from, but the "
+            f"whole answer may have {room}; raise max_tokens or resume from fewer",
+            param="output_token_ids",
+        )
+    end_token_ids = set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        end_token_ids.update(info.eos_token_ids)
+    return Sequence(
+        sequence_id=sequence_id,
+        request_id=request.request_id,
+        prompt=tuple(request.prompt_token_ids),
+        outputs=list(request.output_token_ids),
+        sampling=sampling,
+        token_limit=total_tokens,
+        end_token_ids=frozenset(end_token_ids),
+        salt=request.cache_salt,
+        index=request.index,
+        prompt_logprobs=request.prompt_logprobs,
+    )
+
+
+def _check_token_ids(name: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"{name}: token id {token_id} does not exist; this model's ids go from 0 to "
+                f"{vocab_size - 1}",
+                param=name,
+            )

@@ -1,0 +1,156 @@
+"""From a model folder to a running engine. The one place that knows all parts of the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cloudlm.core.errors import BadSetting, UnsafeModel, UnsupportedModel
+from cloudlm.core.settings import EngineSettings
+from cloudlm.engine.architectures import find_architecture
+from cloudlm.engine.architectures.base import Decoder, Shape
+from cloudlm.engine.architectures.config import ModelConfig, read_json
+from cloudlm.engine.ops.cache import block_size_bytes
+from cloudlm.engine.runner import Runner, RunnerFacts
+from cloudlm.engine.tokens import Tokenizer
+from cloudlm.engine.weights import load_weights
+
+if TYPE_CHECKING:
+    from cloudlm.engine.engine import LocalEngine
+
+Progress = Callable[[float, str], None]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Below this size a CPU computes float32 faster than half precision, and memory does not matter.
+_SMALL_PARAMETERS = 50_000_000
+
+
+def load_engine(
+    folder: Path,
+    settings: EngineSettings,
+    *,
+    max_waiting: int,
+    progress: Progress | None = None,
+) -> LocalEngine:
+    """Load the model of ``folder`` (Hugging Face layout, safetensors) and start its engine.
+
+    ``max_waiting`` is the longest queue. ``progress`` is told the share that is done (0 to 1) and
+    what is being done. Raises BrokenModel and its kinds naming file and fault, BadSetting.
+    """
+    from cloudlm.engine.engine import LocalEngine
+
+    tell = progress or (lambda share, what: None)
+    tell(0.0, "reading the configuration")
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    tokenizer = Tokenizer(folder)
+    runner = load_runner(folder, settings, tokenizer.eos_token_ids, tell)
+    engine = LocalEngine.start(
+        runner,
+        tokenizer,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_sequences=settings.max_batch_sequences,
+        max_waiting=max_waiting,
+    )
+    tell(1.0, "ready")
+    return engine
+
+
+def load_runner(
+    folder: Path,
+    settings: EngineSettings,
+    eos_token_ids: tuple[int, ...],
+    tell: Progress,
+) -> Runner:
+    """The model of ``folder`` with its cache, tried out once. Raises as ``load_engine``."""
+    name, config, model = _build(folder)
+    device = pick_device(settings.device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = pick_dtype(settings.dtype, config, parameters, device)
+    num_blocks, max_model_len = plan_cache(model.shape, settings, dtype)
+    load_weights(
+        model,
+        folder,
+        dtype=dtype,
+        device=device,
+        progress=lambda share: tell(0.05 + 0.85 * share, "loading the weights"),
+    )
+    tell(0.9, "trying the model out")
+    facts = RunnerFacts(name, max_model_len, num_blocks, settings.block_size, eos_token_ids)
+    runner = Runner(model, facts)
+    runner.check()
+    return runner
+
+
+def _build(folder: Path) -> tuple[str, ModelConfig, Decoder]:
+    """The architecture's name, the configuration, and the network without memory."""
+    values = read_json(folder / "config.json")
+    if values.get("auto_map"):
+        raise UnsafeModel(
+            "config.json: auto_map asks for code of the model's own, which is not run"
+        )
+    if values.get("quantization_config"):
+        raise UnsupportedModel(
+            "config.json: quantized models (quantization_config) are not supported"
+        )
+    name, architecture = find_architecture(values.get("architectures"))
+    config = ModelConfig(values)
+    with torch.device("meta"):
+        return name, config, architecture.from_config(config)
+
+
+def pick_device(asked: str) -> torch.device:
+    """``auto`` is cuda if there is one. Raises BadSetting if cuda is asked for and missing."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise BadSetting("device is cuda, but PyTorch finds no CUDA device here", param="device")
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(asked)
+
+
+def pick_dtype(
+    asked: str, config: ModelConfig, parameters: int, device: torch.device
+) -> torch.dtype:
+    """``auto`` is the type that the configuration names, but float32 for a small model on a CPU."""
+    if asked != "auto":
+        return _DTYPES[asked]
+    if device.type == "cpu" and parameters < _SMALL_PARAMETERS:
+        return torch.float32
+    name = "dtype" if "dtype" in config else "torch_dtype"
+    return _DTYPES[config.choice(name, "float32", _DTYPES)]
+
+
+def plan_cache(shape: Shape, settings: EngineSettings, dtype: torch.dtype) -> tuple[int, int]:
+    """Number of cache blocks and longest sequence (tokens) for these settings.
+
+    ``max_model_len`` 0 takes the model's context, or what the cache holds if that is less. Raises
+    BadSetting if an explicit length exceeds either, or not even one block fits.
+    """
+    size = block_size_bytes(
+        shape.layers, shape.kv_heads, shape.head_dim, settings.block_size, dtype
+    )
+    num_blocks = settings.kv_cache_mb * 2**20 // size
+    capacity = num_blocks * settings.block_size
+    needed_mb = -(-size * -(-settings.max_model_len // settings.block_size) // 2**20)
+    if num_blocks < 1:
+        raise BadSetting(
+            f"kv_cache_mb = {settings.kv_cache_mb} does not hold one block of {size} bytes; "
+            f"set it to at least {-(-size // 2**20)}",
+            param="kv_cache_mb",
+        )
+    if settings.max_model_len > shape.context:
+        raise BadSetting(
+            f"max_model_len = {settings.max_model_len} is more than the model's context of "
+            f"{shape.context} tokens",
+            param="max_model_len",
+        )
+    if settings.max_model_len > capacity:
+        raise BadSetting(
+            f"max_model_len = {settings.max_model_len} does not fit into kv_cache_mb = "
+            f"{settings.kv_cache_mb}, which holds {capacity} tokens; set kv_cache_mb to at least "
+            f"{needed_mb}",
+            param="max_model_len",
+        )
+    return num_blocks, settings.max_model_len or min(shape.context, capacity)

@@ -1,0 +1,1 @@
+"""Tensor operations that every architecture shares: norms, rotary positions, paged attention."""

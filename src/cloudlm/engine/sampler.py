@@ -1,0 +1,195 @@
+"""Chooses the next tokens from logits. Deterministic: nothing but its arguments decides, unless a
+request has no seed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from cloudlm.core.chat import Sampling
+from cloudlm.engine.step import Chunk
+
+# Nuclei are looked for among this many likeliest tokens before a whole vocabulary is sorted.
+_NUCLEUS_GUESS = 1024
+# Stands for an impossible logit: finite, so that a row of nothing else still has a distribution.
+_LEAST = -3e38
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen token; ``logprob`` and ``top`` (best first) are there if asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def uniform(seed: int | None, index: int, position: int) -> float:
+    """A number in [0, 1) keyed by (seed, choice index, position) alone; without a seed it is
+    random. 53 bits of a BLAKE2b hash: the same on every machine, whatever else is in the batch."""
+    if seed is None:
+        digest = os.urandom(8)
+    else:
+        digest = blake2b(f"{seed}/{index}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, chunks: Sequence[Chunk]) -> list[Choice]:
+    """The next token of each chunk from its row of ``logits`` [chunks, vocabulary], float32.
+
+    Order of processing: logit bias; repetition (Hugging Face), presence and frequency (OpenAI)
+    penalties; temperature; top_k; top_p; min_p; one draw. Ties at the edge of top_k and top_p all
+    stay in. Log probabilities are those of the logits as they came. NaN counts as impossible.
+    """
+    logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
+    processed = _penalised(logits, chunks)
+    chosen = processed.argmax(-1)
+    random = [row for row, chunk in enumerate(chunks) if chunk.sampling.temperature > 0]
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        chosen[rows] = _drawn(processed[rows], [chunks[row] for row in random])
+    return _with_logprobs(logits, chosen, [chunk.sampling.logprobs for chunk in chunks])
+
+
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, top: int
+) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """Per row of ``logits`` [rows, vocabulary] the log probability of ``token_ids`` [rows] and the
+    ``top`` likeliest tokens with theirs, best first."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1).tolist()
+    values, ids = logprobs.topk(min(top, logits.shape[1]), dim=-1)
+    return [
+        (one, tuple(zip(row_ids, row_values, strict=True)))
+        for one, row_ids, row_values in zip(own, ids.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _with_logprobs(logits: Tensor, chosen: Tensor, asked: list[int | None]) -> list[Choice]:
+    choices = [Choice(token_id) for token_id in chosen.tolist()]
+    wanted = [(row, count) for row, count in enumerate(asked) if count is not None]
+    if wanted:
+        rows = torch.tensor([row for row, _ in wanted], device=logits.device)
+        most = max(count for _, count in wanted)
+        found = token_logprobs(logits[rows], chosen[rows], most)
+        for (row, count), (logprob, top) in zip(wanted, found, strict=True):
+            choices[row] = Choice(choices[row].token_id, logprob, top[:count])
+    return choices
+
+
+def _plain(sampling: Sampling) -> bool:
+    return (
+        not sampling.logit_bias
+        and sampling.repetition_penalty == 1.0
+        and sampling.presence_penalty == 0.0
+        and sampling.frequency_penalty == 0.0
+    )
+
+
+def _penalised(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+    """A copy with bias and penalties applied; ``logits`` itself if no row asks for any."""
+    if all(_plain(chunk.sampling) for chunk in chunks):
+        return logits
+    logits = logits.clone()
+    vocabulary = logits.shape[1]
+    bias: dict[int, float] = {}
+    factors: dict[int, float] = {}
+    subtracted: dict[int, float] = {}
+    for row, chunk in enumerate(chunks):
+        sampling, base = chunk.sampling, row * vocabulary
+        for token_id, value in sampling.logit_bias.items():
+            if 0 <= token_id < vocabulary:
+                bias[base + token_id] = value
+        if sampling.repetition_penalty != 1.0:
+            seen = set(chunk.prompt_token_ids).union(chunk.output_token_ids)
+            factors.update((base + token_id, sampling.repetition_penalty) for token_id in seen)
+        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+        if presence or frequency:
+            for token_id, count in Counter(chunk.output_token_ids).items():
+                subtracted[base + token_id] = presence + frequency * count
+    flat = logits.view(-1)
+    if bias:
+        flat[_ids(bias, flat)] += _numbers(bias.values(), flat)
+    if factors:
+        places, factor = _ids(factors, flat), _numbers(factors.values(), flat)
+        values = flat[places]
+        flat[places] = torch.where(values > 0, values / factor, values * factor)
+    if subtracted:
+        flat[_ids(subtracted, flat)] -= _numbers(subtracted.values(), flat)
+    return logits
+
+
+def _ids(values: Iterable[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=like.device)
+
+
+def _numbers(values: Iterable[float], like: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=like.dtype, device=like.device)
+
+
+def _drawn(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+    """One draw per row by inverting the cumulative distribution over the vocabulary in its own
+    order: a tiny difference in the logits moves the borders a tiny bit, and no token's place."""
+    samplings = [chunk.sampling for chunk in chunks]
+    temperature = _column([s.temperature for s in samplings], logits)
+    scores = logits.double().clamp(_LEAST, -_LEAST)
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    scores = _only_top_k(scores, samplings)
+    scores = _only_top_p(scores, samplings)
+    min_p = _column([s.min_p for s in samplings], logits)
+    # The best score is 0, so its probability relative to the best is exp(score).
+    weights = scores.exp()
+    weights = weights.masked_fill(weights < min_p, 0.0)
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    draws = [uniform(c.sampling.seed, c.index, len(c.output_token_ids)) for c in chunks]
+    target = _column(draws, logits) * total
+    # Rounding must not push the target onto the total, behind the last possible token.
+    target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(1)
+
+
+def _only_top_k(scores: Tensor, samplings: list[Sampling]) -> Tensor:
+    vocabulary = scores.shape[1]
+    counts = [s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in samplings]
+    rows = [row for row, count in enumerate(counts) if count < vocabulary]
+    if not rows:
+        return scores
+    index = _ids(rows, scores)
+    largest = scores[index].topk(max(counts[row] for row in rows), dim=-1).values
+    last = _ids([counts[row] - 1 for row in rows], scores).unsqueeze(1)
+    return _without(scores, index, scores[index] < largest.gather(1, last))
+
+
+def _only_top_p(scores: Tensor, samplings: list[Sampling]) -> Tensor:
+    """Keep the fewest likeliest tokens whose probabilities sum to at least top_p."""
+    rows = [row for row, s in enumerate(samplings) if s.top_p < 1.0]
+    if not rows:
+        return scores
+    index = _ids(rows, scores)
+    limit = _column([samplings[row].top_p for row in rows], scores)
+    probabilities = scores[index].softmax(-1)
+    likeliest = probabilities.topk(min(_NUCLEUS_GUESS, scores.shape[1]), dim=-1).values
+    if bool((likeliest.sum(-1, keepdim=True) < limit).any()):
+        likeliest = probabilities.sort(dim=-1, descending=True).values
+    before = likeliest.cumsum(-1) - likeliest
+    kept = (before < limit).sum(-1, keepdim=True).clamp(min=1)
+    border = likeliest.gather(1, kept - 1)
+    return _without(scores, index, probabilities < border)
+
+
+def _without(scores: Tensor, rows: Tensor, removed: Tensor) -> Tensor:
+    """A copy of ``scores`` in which the ``removed`` [rows, vocabulary] tokens are impossible."""
+    scores = scores.clone()
+    scores[rows] = scores[rows].masked_fill(removed, -torch.inf)
+    return scores
