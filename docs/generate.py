@@ -72,23 +72,71 @@ def settings_page() -> str:
 
 def api_page() -> str:
     """The HTTP routes of gateway, control and worker."""
-    from cloudlm.control.api import route_table as control_routes
-    from cloudlm.gateway.app import route_table as gateway_routes
-    from cloudlm.worker.app import route_table as worker_routes
-
     lines = [NOTE, "# HTTP routes\n\n"]
     lines.append("Errors have OpenAI's shape everywhere: ")
     lines.append('`{"error": {"message", "type", "param", "code"}}` with the true status.\n')
-    for title, routes in (
-        ("Gateway (port 8000)", gateway_routes()),
-        ("Control (port 8001)", control_routes()),
-        ("Worker (ports from 8100, loopback)", worker_routes()),
+    for title, key, routes in (
+        ("Gateway (port 8000)", "a key", _gateway_routes()),
+        ("Control (port 8001)", "an admin key", _control_routes()),
+        ("Worker (ports from 8100, loopback)", "the worker token", _worker_routes()),
     ):
-        lines.append(f"\n## {title}\n\n| method | path | key | what it does |\n|---|---|---|---|\n")
-        for method, path, key, meaning in sorted(routes, key=lambda row: (row[1], row[0])):
-            lines.append(f"| {method} | `{path}` | {key} | {meaning} |\n")
+        lines.append(f"\n## {title}\n\nAll but the open ones demand {key}.\n\n")
+        lines.append("| method | path | open | what it does |\n|---|---|---|---|\n")
+        for path, method, is_open, meaning in sorted(routes):
+            lines.append(f"| {method} | `{path}` | {'open' if is_open else ''} | {meaning} |\n")
     lines.append("\nControl serves its OpenAPI document at `/api/v1/openapi.json`.\n")
     return "".join(lines)
+
+
+Row = tuple[str, str, bool, str]
+
+
+def _gateway_routes() -> list[Row]:
+    from cloudlm.gateway.dialects.openai import METHODS
+
+    meanings = {
+        "/v1/chat/completions": "answer a conversation",
+        "/v1/completions": "continue a text",
+        "/v1/models": "list the deployed models",
+        "/tokenize": "a text or messages to token ids",
+        "/detokenize": "token ids to text",
+    }
+    rows: list[Row] = [(path, method, False, meanings[path]) for path, method in METHODS.items()]
+    rows.append(("/v1/models/{id}", "GET", False, "show one deployed model"))
+    return [
+        *rows,
+        ("/livez", "GET", True, "200 as long as the process answers"),
+        ("/readyz", "GET", True, "200 when it takes requests"),
+        ("/health", "GET", True, "the same as /readyz"),
+        ("/metrics", "GET", True, "metrics in Prometheus' text format"),
+    ]
+
+
+def _control_routes() -> list[Row]:
+    from unittest.mock import MagicMock
+
+    from cloudlm.control.api.app import build_app
+    from cloudlm.control.api.edge import OPEN_PATHS
+
+    document = build_app(MagicMock()).openapi()
+    rows: list[Row] = [
+        (path, method.upper(), False, operation.get("summary", "").lower())
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+    return [*rows, *((path, "GET", True, "probe or metrics") for path in OPEN_PATHS)]
+
+
+def _worker_routes() -> list[Row]:
+    from cloudlm.worker.app import ROUTES
+
+    rows: list[Row] = []
+    for entry in ROUTES:
+        text = re.sub(r"\s+", " ", (entry.handler.__doc__ or "").split("\n\n")[0]).strip()
+        meaning = re.sub(r"^(GET|POST) \S+?(: |, | and |; |$)", "", text).rstrip(".")
+        path = entry.path.replace(":path}", "}")
+        rows.append((path, entry.method, entry.is_open, meaning.replace("``", "`")))
+    return rows
 
 
 def drivers_page() -> str:

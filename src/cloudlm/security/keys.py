@@ -80,6 +80,13 @@ def verify(text: str, record: KeyRecord | None, pepper: bytes) -> KeyRecord:
     return record
 
 
+def cache_salt(tenant: str, pepper: bytes, wanted: str = "") -> str:
+    """What keys a tenant's prefix blocks in a worker's cache, so that no tenant can find, or time,
+    what another one asked. ``wanted`` is the caller's own salt, which can only narrow further."""
+    parts = f"prefix-cache\0{tenant}\0{wanted}".encode("utf-8", "surrogatepass")
+    return hmac.new(pepper, parts, hashlib.sha256).hexdigest()[:32]
+
+
 def invalid_key() -> AuthenticationFailed:
     """The one answer to every bad key."""
     return AuthenticationFailed(

@@ -6,7 +6,7 @@ import pytest
 
 from cloudlm.core.errors import AuthenticationFailed
 from cloudlm.core.tenant import Role
-from cloudlm.security.keys import bearer, key_id, mint, verify
+from cloudlm.security.keys import bearer, cache_salt, key_id, mint, verify
 
 PEPPER = b"p" * 32
 OTHER = b"q" * 32
@@ -70,3 +70,15 @@ def test_both_headers_are_read() -> None:
     assert bearer("Bearer abc") == "abc"
     assert bearer("bearer abc ") == "abc"
     assert bearer(None, "xyz") == "xyz"
+
+
+def test_cache_salts_keep_tenants_and_installations_apart() -> None:
+    salts = {
+        cache_salt("a", PEPPER),
+        cache_salt("b", PEPPER),
+        cache_salt("a", OTHER),
+        cache_salt("a", PEPPER, "own"),
+        cache_salt("", PEPPER, "a"),
+    }
+    assert len(salts) == 5
+    assert cache_salt("a", PEPPER) == cache_salt("a", PEPPER)

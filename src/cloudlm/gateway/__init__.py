@@ -1,0 +1,1 @@
+"""The plane that answers requests: keys, admission, routing, retries, relay, accounting."""

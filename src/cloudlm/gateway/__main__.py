@@ -1,0 +1,71 @@
+"""``python -m cloudlm.gateway``: the gateway's process. Exit code 0 after SIGTERM, 1 if it cannot
+start, with one line on standard error that says why."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from cloudlm.core.errors import CloudlmError
+from cloudlm.core.settings import Settings
+from cloudlm.gateway.app import Gateway, make_app
+from cloudlm.gateway.server import listen, make_server
+from cloudlm.state.home import Home, load_settings
+from cloudlm.state.open import open_state
+from cloudlm.telemetry.logs import get_logger, setup_logging
+
+_log = get_logger("cloudlm.gateway")
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until a signal asks to stop. Raises CloudlmError if it cannot start."""
+    home = Home(settings.home).ensure()
+    wanted = settings.gateway
+    bound = listen(wanted.host, wanted.port)
+    state = await open_state(home.state_url(settings))
+    try:
+        gateway = Gateway(
+            wanted,
+            state,
+            home=home.path,
+            pepper=home.pepper(),
+            worker_token=home.worker_token(),
+        )
+        server = make_server(
+            make_app(gateway), drain_timeout_s=wanted.drain_timeout_s, cut=gateway.cut
+        )
+        async with gateway.running():
+            fields = {"host": wanted.host, "port": bound.getsockname()[1]}
+            _log.info("gateway_listens", extra={"fields": fields})
+            await server.serve(sockets=[bound])
+        _log.info("gateway_stopped")
+    finally:
+        bound.close()
+        await state.close()
+
+
+def main() -> int:
+    """Read the settings and serve; the exit code."""
+    try:
+        settings, _ = load_settings()
+        setup_logging(settings.log, process="gateway")
+        _run(settings)
+    except CloudlmError as error:
+        print(f"cloudlm gateway: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(settings: Settings) -> None:
+    try:
+        import uvloop
+    except ImportError:  # not made for this system
+        asyncio.run(serve(settings))
+    else:
+        uvloop.run(serve(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

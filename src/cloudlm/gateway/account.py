@@ -1,0 +1,140 @@
+"""One attempt from its choice to its ledger row, and one request from its door to its end.
+
+Whatever way an attempt ends, ``settle`` writes exactly one row; later calls change nothing. Must
+not send or choose.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from cloudlm.core.chat import Usage
+from cloudlm.core.clock import Clock
+from cloudlm.core.errors import CloudlmError, InternalError, RequestCancelled
+from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
+from cloudlm.gateway.interrupt import Interrupt
+from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.meter import NO_MODEL, Meter
+from cloudlm.gateway.upstream import ReplicaRefused
+
+
+def status_of(error: CloudlmError) -> int:
+    """The HTTP status that a client sees for ``error``."""
+    return error.answered_status if isinstance(error, ReplicaRefused) else error.status
+
+
+def outcome_of(error: CloudlmError) -> Outcome:
+    """How an attempt that ended in ``error`` is called in the ledger."""
+    if isinstance(error, RequestCancelled):
+        return Outcome.CANCELLED
+    status = status_of(error)
+    return Outcome.REFUSED if status < 500 or status in (501, 503) else Outcome.FAILED
+
+
+class Exchange:
+    """One request inside the gateway."""
+
+    def __init__(self, request_id: str, clock: Clock, meter: Meter) -> None:
+        self.request_id = request_id
+        self.clock = clock
+        self.meter = meter
+        self.interrupt = Interrupt()
+        self.key: KeyRecord | None = None
+        self.model = NO_MODEL
+        self.replica = ""
+        self.attempts = 0
+        self.started_at = clock.now()
+        self.started = clock.monotonic()
+        self._on_end: list[Callable[[], None]] = []
+        self._ended = False
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Do something once when the exchange ends, last added first done."""
+        self._on_end.append(action)
+
+    def end(self, outcome: Outcome, status: int) -> None:
+        """The exchange is over. Only the first call counts."""
+        if self._ended:
+            return
+        self._ended = True
+        while self._on_end:
+            self._on_end.pop()()
+        elapsed_s = self.clock.monotonic() - self.started
+        self.meter.request_ended(self.model, outcome, status, elapsed_s)
+
+    def fail(self, error: CloudlmError) -> None:
+        """The exchange is over because of ``error``."""
+        self.end(outcome_of(error), status_of(error))
+
+
+class Attempt:
+    """One request sent to one replica."""
+
+    def __init__(self, exchange: Exchange, ledger: Ledger, on_settled: Callable[[], None]) -> None:
+        assert exchange.key is not None
+        self.id = secrets.token_hex(12)
+        self._exchange = exchange
+        self._ledger = ledger
+        self._on_settled = on_settled
+        self._number = exchange.attempts
+        self._replica = exchange.replica
+        self._started_at = exchange.clock.now()
+        self._started = exchange.clock.monotonic()
+        self._first_token_s: float | None = None
+        self._usage = Usage()
+        self._settled = False
+        ledger.begin(self)
+
+    def relayed(self, usage: Usage) -> None:
+        """So many tokens have been handed to the client so far."""
+        self._usage = usage
+
+    def first_content(self) -> None:
+        """The first content was handed to the client."""
+        if self._first_token_s is None:
+            exchange = self._exchange
+            now = exchange.clock.monotonic()
+            self._first_token_s = now - self._started
+            exchange.meter.first_token(exchange.model, now - exchange.started)
+
+    def fail(self, error: CloudlmError) -> None:
+        """The attempt is over because of ``error``."""
+        self.settle(outcome_of(error), status_of(error))
+
+    def settle(self, outcome: Outcome, status: int) -> None:
+        """The attempt is over: write its row. Only the first call counts."""
+        if self._settled:
+            return
+        self._settled = True
+        self._on_settled()
+        exchange, usage = self._exchange, self._usage
+        self._ledger.add(self._row(outcome, status))
+        exchange.meter.attempt_ended(
+            exchange.model, outcome, usage.prompt_tokens, usage.completion_tokens
+        )
+
+    def row_so_far(self) -> LedgerRow:
+        """The row that this attempt leaves if the gateway dies."""
+        return self._row(Outcome.FAILED, InternalError.status)
+
+    def _row(self, outcome: Outcome, status: int) -> LedgerRow:
+        exchange, usage = self._exchange, self._usage
+        assert exchange.key is not None
+        return LedgerRow(
+            id=self.id,
+            request_id=exchange.request_id,
+            attempt=self._number,
+            tenant=exchange.key.tenant,
+            key_id=exchange.key.id,
+            model=exchange.model,
+            replica=self._replica,
+            outcome=outcome,
+            status=status,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            started_at=self._started_at,
+            duration_s=exchange.clock.monotonic() - self._started,
+            first_token_s=self._first_token_s,
+        )

@@ -1,0 +1,336 @@
+"""The one handler of the inference API, to be read from top to bottom.
+
+authorise → parse and validate → admit → choose → send → relay → account.
+
+Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
+request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
+route, admit or retry; it asks ``router``, ``admission`` and ``retry``, which are pure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import Endpoint
+from cloudlm.core.errors import (
+    AuthenticationFailed,
+    CloudlmError,
+    InternalError,
+    NoReplica,
+    RequestCancelled,
+    Retry,
+    UpstreamFailed,
+)
+from cloudlm.core.settings import GatewaySettings
+from cloudlm.core.tenant import KeyRecord, Outcome
+from cloudlm.gateway.account import Attempt, Exchange, status_of
+from cloudlm.gateway.admission import Admission
+from cloudlm.gateway.demand import DemandReporter
+from cloudlm.gateway.dialects import openai
+from cloudlm.gateway.dialects.openai import Call, Operation
+from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.relay import Relay
+from cloudlm.gateway.retry import RetryBudget, full_jitter
+from cloudlm.gateway.router import Loads, choose
+from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
+from cloudlm.gateway.view import ServedModel, Snapshot, View
+from cloudlm.security import keys
+from cloudlm.telemetry.logs import get_logger, request_id_var
+
+NO_REPLICA_RETRY_AFTER_S = 2.0
+LARGE_BODY_BYTES = 256 * 1024
+_STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """All that the handler works with; assembled in ``app``."""
+
+    settings: GatewaySettings
+    pepper: bytes
+    clock: Clock
+    view: View
+    admission: Admission
+    loads: Loads
+    demand: DemandReporter
+    upstream: Upstream
+    ledger: Ledger
+    meter: Meter
+    fraction: Callable[[], float] = random.random
+
+
+class Handler:
+    """Answers requests of the inference API."""
+
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
+        self._budgets: dict[str, RetryBudget] = {}
+        self._open: set[Exchange] = set()
+        rooms.view.on_change.append(self._follow)
+
+    # The straight path ---------------------------------------------------------------------------
+
+    async def handle(self, request: GatewayRequest) -> GatewayResponse:
+        """Answer one request; never raises but for cancellation."""
+        rooms = self._rooms
+        exchange = Exchange(request_id(request.headers), rooms.clock, rooms.meter)
+        request_id_var.set(exchange.request_id)
+        request.disconnected.add_done_callback(
+            lambda _: exchange.interrupt.cut(RequestCancelled("the client went away"))
+        )
+        self._open.add(exchange)
+        exchange.at_end(lambda: self._open.discard(exchange))
+        try:
+            return await self._answer(exchange, request)
+        except CloudlmError as error:
+            exchange.fail(error)
+            return self._refusal(exchange, error)
+        except asyncio.CancelledError:
+            exchange.end(Outcome.CANCELLED, RequestCancelled.status)
+            raise
+        except Exception:
+            _log.exception("request_failed", extra={"fields": {"path": request.path}})
+            fault = InternalError(f"the gateway failed; its log knows {exchange.request_id}")
+            exchange.fail(fault)
+            return self._refusal(exchange, fault)
+
+    async def _answer(self, exchange: Exchange, request: GatewayRequest) -> GatewayResponse:
+        view = self._rooms.view.snapshot()
+        exchange.key = self._authorise(request, view)
+        operation, name = openai.route(request.method, request.path)
+        if operation is Operation.LIST_MODELS:
+            return self._listed(exchange, openai.models_body(view.models.values()))
+        if operation is Operation.GET_MODEL:
+            return self._listed(exchange, openai.model_body(view.model(name)))
+        tenant = exchange.key.tenant
+        salted = functools.partial(keys.cache_salt, tenant, self._rooms.pepper)
+        if len(request.body) < LARGE_BODY_BYTES:
+            call = openai.parse(operation, request.body, salted)
+        else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
+            call = await asyncio.to_thread(openai.parse, operation, request.body, salted)
+        model = view.model(call.model)
+        self._admit(exchange, model)
+        return await self._serve(exchange, call)
+
+    def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
+        """The key's record. Missing, malformed, unknown and revoked keys cost the same work and
+        get the same answer; users and admins alike may infer."""
+        try:
+            text = keys.bearer(
+                request.headers.get("authorization"), request.headers.get("x-api-key")
+            )
+        except AuthenticationFailed:
+            text = ""
+        key_id = keys.key_id(text)
+        record = view.keys.get(key_id) if key_id is not None else None
+        return keys.verify(text, record, self._rooms.pepper)
+
+    def _admit(self, exchange: Exchange, model: ServedModel) -> None:
+        rooms = self._rooms
+        exchange.model = model.name
+        rooms.demand.count(model.name)
+        if not model.endpoints:
+            raise NoReplica(
+                f"model {model.name!r} is deployed but none of its replicas is ready yet "
+                "(starting…); try again in a few seconds",
+                retry_after_s=NO_REPLICA_RETRY_AFTER_S,
+            )
+        rooms.admission.enter(model.name)
+        rooms.meter.entered(model.name)
+        exchange.at_end(lambda: rooms.meter.left(model.name))
+        exchange.at_end(lambda: rooms.admission.leave(model.name))
+
+    async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
+        """Try replicas until one answers, the attempts or the budget are used up, or none is
+        left; then the last replica's verdict stands."""
+        budget = self._budgets.setdefault(call.model, RetryBudget())
+        budget.count_request(self._rooms.clock.monotonic())
+        tried: set[str] = set()
+        endpoint = self._choose(call, tried)
+        if endpoint is None:
+            raise NoReplica(
+                f"no replica of {call.model!r} takes requests now",
+                retry_after_s=NO_REPLICA_RETRY_AFTER_S,
+            )
+        while True:
+            tried.add(endpoint.replica)
+            try:
+                return await self._attempt(exchange, call, endpoint)
+            except CloudlmError as error:
+                if not self._may_retry(exchange, call, error, tried, budget):
+                    raise
+                last = error
+            wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
+            with exchange.interrupt:
+                await self._rooms.clock.sleep(wait_s)
+            endpoint = self._choose(call, tried)
+            if endpoint is None:
+                raise last
+            self._rooms.meter.retried(call.model)
+
+    async def _attempt(self, exchange: Exchange, call: Call, endpoint: Endpoint) -> GatewayResponse:
+        rooms, replica = self._rooms, endpoint.replica
+        exchange.attempts += 1
+        exchange.replica = replica
+        rooms.loads.begin(replica)
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        answer: Answer | None = None
+        try:
+            deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
+            with exchange.interrupt:
+                answer = await rooms.upstream.send(
+                    endpoint.url + call.path,
+                    call.body,
+                    {"x-request-id": exchange.request_id},
+                    replica=replica,
+                    timeout_s=rooms.settings.first_token_timeout_s,
+                    now=rooms.clock.now(),
+                )
+                if call.stream:
+                    idle_timeout_s = rooms.settings.idle_timeout_s
+                    relay = Relay(exchange, attempt, answer, call, idle_timeout_s)
+                    await relay.begin(deadline)
+                    rooms.loads.answered(replica)
+                    return GatewayResponse(200, self._headers(exchange, _STREAM_HEADERS), relay)
+                raw = await answer.whole(max(deadline - rooms.clock.monotonic(), 0.0))
+            answer.close()
+            return self._whole(exchange, attempt, call, raw)
+        except BaseException as error:
+            if answer is not None:
+                answer.close()
+            known = error if isinstance(error, CloudlmError) else None
+            if isinstance(error, asyncio.CancelledError):
+                known = RequestCancelled("the request was cancelled")
+            if known is not None:
+                self._judge(replica, known)
+            attempt.fail(known or InternalError("the gateway failed"))
+            raise
+
+    def _judge(self, replica: str, error: CloudlmError) -> None:
+        """Remember what a failed attempt says about its replica."""
+        now = self._rooms.clock.monotonic()
+        if isinstance(error, ReplicaRefused):
+            if error.retry_after_s:
+                self._rooms.loads.cool(replica, now + error.retry_after_s)
+            elif error.answered_status >= 500 and error.elsewhere:
+                self._rooms.loads.failed(replica, now)
+        elif error.retry is Retry.ELSEWHERE:
+            self._rooms.loads.failed(replica, now)
+
+    def _whole(
+        self, exchange: Exchange, attempt: Attempt, call: Call, raw: bytes
+    ) -> GatewayResponse:
+        """An answer that came in one piece."""
+        body = openai.decode(raw)
+        if body is None or (call.generates and not isinstance(body.get("choices"), list)):
+            raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
+        if call.generates:
+            attempt.first_content()
+            usage = openai.usage_of(body)
+            if usage is not None:
+                attempt.relayed(usage)
+        self._rooms.loads.answered(exchange.replica)
+        attempt.settle(Outcome.FINISHED, 200)
+        exchange.end(Outcome.FINISHED, 200)
+        headers = self._headers(exchange, {"content-type": "application/json"})
+        return GatewayResponse(200, headers, openai.shape_answer(body, call))
+
+    # What the path asks ---------------------------------------------------------------------------
+
+    def _choose(self, call: Call, tried: set[str]) -> Endpoint | None:
+        """The replica for the next attempt, out of those that serve at this moment."""
+        model = self._rooms.view.snapshot().models.get(call.model)
+        return choose(
+            model.endpoints if model is not None else (),
+            self._rooms.loads,
+            self._rooms.clock.monotonic(),
+            tried=tried,
+            retrying=bool(tried),
+        )
+
+    def _may_retry(
+        self,
+        exchange: Exchange,
+        call: Call,
+        error: CloudlmError,
+        tried: set[str],
+        budget: RetryBudget,
+    ) -> bool:
+        elsewhere = (
+            error.elsewhere if isinstance(error, ReplicaRefused) else error.retry is Retry.ELSEWHERE
+        )
+        return (
+            elsewhere
+            and exchange.attempts < self._rooms.settings.max_attempts
+            and self._choose(call, tried) is not None
+            and budget.take(self._rooms.clock.monotonic())
+        )
+
+    def _listed(self, exchange: Exchange, body: dict[str, object]) -> GatewayResponse:
+        exchange.end(Outcome.FINISHED, 200)
+        headers = self._headers(exchange, {"content-type": "application/json"})
+        return GatewayResponse(200, headers, openai.encode(body))
+
+    def _refusal(self, exchange: Exchange, error: CloudlmError) -> GatewayResponse:
+        status = status_of(error)
+        if status >= 500:
+            fields = {"model": exchange.model, "status": status, "reason": error.message}
+            _log.warning("request_not_answered", extra={"fields": fields})
+        return refusal(error, self._headers(exchange, {}))
+
+    def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
+        """Who served the request, for every answer."""
+        headers = {"x-request-id": exchange.request_id, **more}
+        if exchange.model:
+            headers["x-cloudlm-model"] = header_safe(exchange.model)
+        if exchange.attempts:
+            headers["x-cloudlm-replica"] = header_safe(exchange.replica)
+            headers["x-cloudlm-attempts"] = str(exchange.attempts)
+        return headers
+
+    # What happens around it -----------------------------------------------------------------------
+
+    def _follow(self, view: Snapshot) -> None:
+        """Called when the state changed: cut what runs on revoked keys, forget what is gone."""
+        for exchange in list(self._open):
+            if exchange.key is not None:
+                record = view.keys.get(exchange.key.id)
+                if record is None or record.revoked_at is not None:
+                    exchange.interrupt.cut(keys.invalid_key())
+        self._rooms.loads.keep_only(
+            {endpoint.replica for model in view.models.values() for endpoint in model.endpoints}
+        )
+        for name in [name for name in self._budgets if name not in view.models]:
+            del self._budgets[name]
+
+    def cut_all(self, error: CloudlmError) -> int:
+        """End every open exchange with ``error``; returns how many there were."""
+        exchanges = list(self._open)
+        for exchange in exchanges:
+            exchange.interrupt.cut(error)
+        return len(exchanges)
+
+
+def refusal(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:
+    """The response that says ``error``."""
+    headers["content-type"] = "application/json"
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, AuthenticationFailed):
+        headers["www-authenticate"] = "Bearer"
+    return GatewayResponse(status_of(error), headers, msgspec.json.encode(error.body()))

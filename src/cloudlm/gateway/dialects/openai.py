@@ -1,0 +1,251 @@
+"""OpenAI's API as clients speak it: paths, bodies in, chunks and bodies out.
+
+Requests are validated with ``core.requests`` and then forwarded as the client wrote them, only
+two fields altered: ``stream_options``, because the gateway needs the usage in every chunk to
+account for a stream that breaks, and ``cache_salt``, which keeps tenants' prefixes apart. What
+the client did not ask for is stripped on the way back. Must not do I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from cloudlm.core.chat import Usage
+from cloudlm.core.errors import (
+    CloudlmError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotSupported,
+)
+from cloudlm.core.requests import decode_body, parse_chat, parse_completion
+from cloudlm.gateway.sse import event
+from cloudlm.gateway.view import ServedModel
+
+DONE_DATA = b"[DONE]"
+DONE_EVENT = event(DONE_DATA)
+OWNER = "cloudlm"
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder()
+
+
+class Operation(StrEnum):
+    """What a path asks for; the value of those that need a replica is its path there."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETION = "/v1/completions"
+    TOKENIZE = "/tokenize"
+    DETOKENIZE = "/detokenize"
+    LIST_MODELS = "/v1/models"
+    GET_MODEL = "/v1/models/{id}"
+
+
+METHODS = {
+    Operation.CHAT.value: "POST",
+    Operation.COMPLETION.value: "POST",
+    Operation.TOKENIZE.value: "POST",
+    Operation.DETOKENIZE.value: "POST",
+    Operation.LIST_MODELS.value: "GET",
+}
+_KNOWN_ELSEWHERE = (
+    "/v1/assistants",
+    "/v1/audio",
+    "/v1/batches",
+    "/v1/containers",
+    "/v1/conversations",
+    "/v1/embeddings",
+    "/v1/evals",
+    "/v1/files",
+    "/v1/fine_tuning",
+    "/v1/images",
+    "/v1/messages",
+    "/v1/moderations",
+    "/v1/realtime",
+    "/v1/responses",
+    "/v1/threads",
+    "/v1/uploads",
+    "/v1/vector_stores",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One validated request for a replica. ``body`` is what is sent there."""
+
+    operation: Operation
+    model: str
+    body: bytes
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+    @property
+    def path(self) -> str:
+        return self.operation.value
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answer holds tokens that are accounted for."""
+        return self.operation in (Operation.CHAT, Operation.COMPLETION)
+
+
+def route(method: str, path: str) -> tuple[Operation, str]:
+    """The operation of a path, and the model's name for GET_MODEL.
+
+    Raises MethodNotAllowed, NotSupported (OpenAI has it, we do not) or NotFound.
+    """
+    wanted = METHODS.get(path)
+    if wanted is not None:
+        if method != wanted:
+            raise MethodNotAllowed(f"{path} takes {wanted}, not {method[:20]}")
+        return Operation(path), ""
+    name = path.removeprefix("/v1/models/")
+    if name != path and name:
+        if method != "GET":
+            raise MethodNotAllowed(f"a model can be read with GET, not {method[:20]}")
+        return Operation.GET_MODEL, name
+    if any(path == known or path.startswith(known + "/") for known in _KNOWN_ELSEWHERE):
+        raise NotSupported(f"{path[:80]} is part of OpenAI's API that this server does not offer")
+    raise NotFound(f"there is nothing at {path[:80]!r}; this server speaks OpenAI's API under /v1")
+
+
+def parse(operation: Operation, raw: bytes, salted: Callable[[str], str]) -> Call:
+    """Validate a body. ``salted`` makes the cache salt that is sent on out of the client's own
+    (empty if it gave none). Raises InvalidRequest and NotSupported naming the field."""
+    body = decode_body(raw)
+    if operation is Operation.CHAT:
+        return _generation(operation, body, parse_chat(body), salted)
+    if operation is Operation.COMPLETION:
+        return _generation(operation, body, parse_completion(body), salted)
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequest("model is required: the name of a deployed model", param="model")
+    return Call(operation, model, encode(body))
+
+
+def _generation(
+    operation: Operation, body: dict[str, Any], parsed: Any, salted: Callable[[str], str]
+) -> Call:
+    own_salt = body.get("cache_salt")
+    if own_salt is not None and not isinstance(own_salt, str):
+        raise InvalidRequest("cache_salt must be a text", param="cache_salt")
+    body["cache_salt"] = salted(own_salt or "")
+    if parsed.stream:
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    options = parsed.stream_options
+    return Call(
+        operation,
+        parsed.model,
+        encode(body),
+        stream=parsed.stream,
+        include_usage=options.include_usage,
+        continuous_usage=options.include_usage and options.continuous_usage_stats,
+    )
+
+
+def encode(body: Any) -> bytes:
+    """``body`` as JSON. Raises InvalidRequest for text that is not Unicode."""
+    try:
+        return _encoder.encode(body)
+    except (UnicodeEncodeError, ValueError, OverflowError, RecursionError):
+        raise InvalidRequest("the body holds a value that JSON cannot carry") from None
+
+
+def decode(raw: bytes) -> dict[str, Any] | None:
+    """A JSON object that a replica sent, None if it is anything else."""
+    try:
+        body = _decoder.decode(raw)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def usage_of(body: dict[str, Any]) -> Usage | None:
+    """The tokens that a body or chunk states, None if it states none or nonsense."""
+    usage = body.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    return Usage(
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
+        _count(cached),
+    )
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 2**53 else 0
+
+
+def has_content(chunk: dict[str, Any]) -> bool:
+    """Whether a chunk holds something of the answer: text, or the end of a choice. A chunk that
+    only names the role is none."""
+    choices = chunk.get("choices")
+    if not isinstance(choices, list):
+        return False
+    return any(isinstance(choice, dict) and _speaks(choice) for choice in choices)
+
+
+def _speaks(choice: dict[str, Any]) -> bool:
+    if choice.get("text") or choice.get("finish_reason") is not None:
+        return True
+    delta = choice.get("delta")
+    return isinstance(delta, dict) and any(v for k, v in delta.items() if k != "role")
+
+
+def is_aborted(chunk: dict[str, Any]) -> bool:
+    """Whether a replica says that it gave up on a choice."""
+    choices = chunk.get("choices")
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") == "abort" for choice in choices
+    )
+
+
+def shape_chunk(chunk: dict[str, Any], call: Call) -> bytes:
+    """A chunk as an event for this client; empty if the client did not ask for it.
+
+    The model has the name that was asked for; usage is as ``stream_options`` said.
+    """
+    if not chunk.get("choices") and not call.include_usage:
+        return b""
+    chunk["model"] = call.model
+    if not call.continuous_usage and "usage" in chunk:
+        if not call.include_usage:
+            del chunk["usage"]
+        elif chunk.get("choices"):
+            chunk["usage"] = None
+    return event(_encoder.encode(chunk))
+
+
+def shape_answer(body: dict[str, Any], call: Call) -> bytes:
+    """A whole answer as JSON for this client."""
+    if "model" in body:
+        body["model"] = call.model
+    return _encoder.encode(body)
+
+
+def error_event(error: CloudlmError) -> bytes:
+    """The event that ends a broken stream; ``[DONE]`` never follows it."""
+    return event(_encoder.encode(error.body()))
+
+
+def model_body(model: ServedModel) -> dict[str, Any]:
+    """One model in OpenAI's form."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(model.created_at),
+        "owned_by": OWNER,
+    }
+
+
+def models_body(models: Iterable[ServedModel]) -> dict[str, Any]:
+    """The list of models, by name."""
+    ordered = sorted(models, key=lambda model: model.name)
+    return {"object": "list", "data": [model_body(model) for model in ordered]}

@@ -1,0 +1,167 @@
+"""Passing a replica's stream on, event by event, to its end.
+
+``begin`` holds everything back until the first content, so that a replica which fails before it can
+still be replaced and the client still gets a true status. After that a failure becomes an explicit
+error event; ``[DONE]`` and ``finish_reason`` are only ever what the replica sent. Reads no further
+ahead than one piece: a client that reads slowly slows the replica down. Must not choose or retry.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from cloudlm.core.chat import Usage
+from cloudlm.core.errors import CloudlmError, RequestCancelled, UpstreamFailed
+from cloudlm.core.tenant import Outcome
+from cloudlm.gateway.account import Attempt, Exchange
+from cloudlm.gateway.dialects import openai
+from cloudlm.gateway.sse import SseParser
+from cloudlm.gateway.upstream import Answer, ReplicaRefused
+
+MAX_HELD_BYTES = 4 * 1024 * 1024
+_END_TIMEOUT_S = 0.25
+
+
+class Relay:
+    """The body of a streamed response. See ``exchange.BodyStream`` for who must call what."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        attempt: Attempt,
+        answer: Answer,
+        call: openai.Call,
+        idle_timeout_s: float,
+    ) -> None:
+        self._exchange = exchange
+        self._attempt = attempt
+        self._answer = answer
+        self._call = call
+        self._idle_timeout_s = idle_timeout_s
+        self._parser = SseParser()
+        self._ready: list[bytes] = []
+        self._usage = Usage()
+        self._pieces_with_content = 0
+        self._usage_stated = False
+        self._finished = False
+        self._failure: CloudlmError | None = None
+        self._closed = False
+
+    async def begin(self, deadline: float) -> None:
+        """Read until the first content; ``deadline`` is in the clock's monotonic seconds.
+
+        Raises UpstreamFailed or UpstreamTimeout if there will be none.
+        """
+        if not self._answer.is_event_stream:
+            raise UpstreamFailed("a replica answered a streamed request without a stream")
+        while not self._pieces_with_content:
+            left_s = max(deadline - self._exchange.clock.monotonic(), 0.0)
+            await self._read(left_s)
+            if self._failure is not None and not self._pieces_with_content:
+                raise self._failure
+            if self._finished and not self._pieces_with_content:
+                raise UpstreamFailed("a replica ended its stream without any content")
+            if sum(map(len, self._ready)) > MAX_HELD_BYTES:
+                raise UpstreamFailed("a replica sent too much without any content")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next events, whole, in one piece."""
+        while not self._ready:
+            if self._closed or self._failure is not None or self._finished:
+                await self._close_gently()
+                raise StopAsyncIteration
+            try:
+                with self._exchange.interrupt:
+                    await self._read(self._idle_timeout_s)
+            except CloudlmError as error:
+                self._break_off(error)
+        return self._hand_over()
+
+    async def aclose(self) -> None:
+        """End now. A stream that was not read to its end counts as cancelled by the client."""
+        self._close(self._exchange.interrupt.error or RequestCancelled("the client went away"))
+
+    async def _read(self, timeout_s: float) -> None:
+        piece = await self._answer.piece(timeout_s)
+        if not piece:
+            self._failure = UpstreamFailed(
+                "a replica ended its stream before the answer was complete"
+            )
+            if self._pieces_with_content:
+                self._break_off(self._failure)
+            return
+        for data in self._parser.feed(piece):
+            self._take(data)
+            if self._finished or self._failure is not None:
+                return
+
+    def _take(self, data: bytes) -> None:
+        """One event of the replica."""
+        if data == openai.DONE_DATA:
+            self._finished = True
+            self._ready.append(openai.DONE_EVENT)
+            return
+        chunk = openai.decode(data)
+        if chunk is None:
+            self._break_off(UpstreamFailed("a replica sent an event that is not JSON"))
+        elif chunk.get("error"):
+            error = chunk["error"]
+            status = error.get("code") if isinstance(error, dict) else None
+            known = status if type(status) is int and 400 <= status <= 599 else 502
+            self._break_off(ReplicaRefused(known, chunk, None))
+        elif openai.is_aborted(chunk):
+            self._break_off(UpstreamFailed("a replica gave up on the answer"))
+        else:
+            self._count(chunk)
+            shaped = openai.shape_chunk(chunk, self._call)
+            if shaped:
+                self._ready.append(shaped)
+
+    def _count(self, chunk: dict[str, object]) -> None:
+        if openai.has_content(chunk):
+            self._pieces_with_content += 1
+        usage = openai.usage_of(chunk)
+        if usage is not None:
+            self._usage_stated = True
+            self._usage = usage
+        elif not self._usage_stated:  # a replica that states none: a chunk is a token
+            self._usage = Usage(completion_tokens=self._pieces_with_content)
+
+    def _break_off(self, error: CloudlmError) -> None:
+        """Note the failure; once content was shown, tell the client."""
+        self._failure = error
+        if self._pieces_with_content and not isinstance(error, RequestCancelled):
+            self._ready.append(openai.error_event(error))
+
+    def _hand_over(self) -> bytes:
+        out = b"".join(self._ready)
+        self._ready.clear()
+        self._attempt.first_content()
+        self._attempt.relayed(self._usage)
+        if self._failure is not None:
+            self._close(self._failure)
+        elif self._finished:
+            self._attempt.settle(Outcome.FINISHED, 200)
+            self._exchange.end(Outcome.FINISHED, 200)
+        return out
+
+    async def _close_gently(self) -> None:
+        """After ``[DONE]``: see the end of the body, so that the connection can be used again."""
+        if self._finished and not self._closed:
+            try:
+                with self._exchange.interrupt:
+                    await self._answer.piece(_END_TIMEOUT_S)
+            except CloudlmError:
+                pass  # the answer is complete; only the connection is lost
+        self._close(self._failure or RequestCancelled("the client went away"))
+
+    def _close(self, error: CloudlmError) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._answer.close()
+        self._attempt.fail(error)
+        self._exchange.fail(error)

@@ -1,0 +1,147 @@
+"""The gateway's picture of the shared state: models, endpoints and keys, in memory.
+
+Polls the state's version and reads everything again when it grew, so that a request never waits
+for a database and a revoked key is refused well within a second. When the state cannot be read the
+last good picture serves on, for a stated time. Must not write to the state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import Endpoint
+from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
+from cloudlm.core.tenant import KeyRecord
+from cloudlm.state.base import State
+from cloudlm.telemetry.logs import get_logger
+
+POLL_INTERVAL_S = 0.2
+READ_TIMEOUT_S = 2.0
+LAST_GOOD_VIEW_S = 3600.0
+_NAMES_SHOWN = 20
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A deployment as clients see it. ``created_at`` is Unix seconds."""
+
+    name: str
+    created_at: float
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One consistent reading of the state."""
+
+    version: int
+    models: dict[str, ServedModel] = field(default_factory=dict)
+    keys: dict[str, KeyRecord] = field(default_factory=dict)
+
+    def model(self, name: str) -> ServedModel:
+        """The model of that name. Raises ModelNotFound naming those that exist."""
+        found = self.models.get(name)
+        if found is not None:
+            return found
+        known = sorted(self.models)
+        shown = ", ".join(known[:_NAMES_SHOWN]) + (" …" if len(known) > _NAMES_SHOWN else "")
+        raise ModelNotFound(
+            f"there is no model {name[:80]!r}; "
+            + (f"deployed here: {shown}" if known else "nothing is deployed here yet"),
+            param="model",
+        )
+
+
+class View:
+    """Follows the state. ``run`` is the one task that refreshes it."""
+
+    def __init__(
+        self,
+        state: State,
+        clock: Clock,
+        *,
+        poll_interval_s: float = POLL_INTERVAL_S,
+        last_good_view_s: float = LAST_GOOD_VIEW_S,
+    ) -> None:
+        self._state = state
+        self._clock = clock
+        self._poll_interval_s = poll_interval_s
+        self._last_good_view_s = last_good_view_s
+        self._snapshot: Snapshot | None = None
+        self._read_at = clock.monotonic()
+        self._failing = False
+        self.on_change: list[Callable[[Snapshot], None]] = []
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the state was last reached."""
+        return self._clock.monotonic() - self._read_at
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a picture young enough to serve from."""
+        return self._snapshot is not None and self.age_s <= self._last_good_view_s
+
+    def snapshot(self) -> Snapshot:
+        """The latest picture. Raises Unavailable if there is none or it is too old."""
+        if self._snapshot is None:
+            raise Unavailable("the gateway has not read its state yet", retry_after_s=1.0)
+        if self.age_s > self._last_good_view_s:
+            raise Unavailable(
+                f"the gateway has not reached its state for {self.age_s:.0f} s, longer than the "
+                f"{self._last_good_view_s:.0f} s it may serve without",
+                retry_after_s=5.0,
+            )
+        return self._snapshot
+
+    async def refresh(self) -> bool:
+        """Look once; True if the state was reached. Never raises what the state raises."""
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                version = await self._state.version()
+                changed = self._snapshot is None or version != self._snapshot.version
+                fresh = await self._read(version) if changed else None
+        except (CloudlmError, OSError) as error:  # OSError holds TimeoutError
+            if not self._failing:
+                _log.warning("state_unreachable", extra={"fields": {"reason": repr(error)}})
+            self._failing = True
+            return False
+        if self._failing:
+            _log.info("state_reached_again", extra={"fields": {"after_s": round(self.age_s, 1)}})
+        self._failing = False
+        self._read_at = self._clock.monotonic()
+        if fresh is not None:
+            self._snapshot = fresh
+            for told in self.on_change:
+                told(fresh)
+        return True
+
+    async def run(self) -> None:
+        """Refresh until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+            except Exception:  # a fault of ours must not stop the gateway from seeing revocations
+                _log.exception("view_refresh_failed")
+            await self._clock.sleep(self._poll_interval_s)
+
+    async def _read(self, version: int) -> Snapshot:
+        # The version is read first: a change made meanwhile grows it and is read next time.
+        deployments = await self._state.list_deployments()
+        endpoints = await self._state.list_endpoints()
+        keys = await self._state.list_keys()
+        models = {
+            d.spec.name: ServedModel(
+                d.spec.name,
+                d.created_at,
+                tuple(e for e in endpoints if e.model == d.spec.name),
+            )
+            for d in deployments
+            if not d.deleting
+        }
+        return Snapshot(version, models, {record.id: record for record in keys})

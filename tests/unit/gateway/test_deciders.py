@@ -1,0 +1,158 @@
+"""The pure parts: router, admission, retry budget, jitter."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudlm.core.deployment import Endpoint
+from cloudlm.core.errors import Overloaded
+from cloudlm.gateway.admission import Admission
+from cloudlm.gateway.retry import RetryBudget, full_jitter
+from cloudlm.gateway.router import Loads, choose
+
+
+def endpoints(*weights: float) -> list[Endpoint]:
+    return [Endpoint("m", f"r{n}", f"http://h:{n}", 1, w) for n, w in enumerate(weights)]
+
+
+def name(endpoint: Endpoint | None) -> str | None:
+    return endpoint.replica if endpoint else None
+
+
+def test_least_load_wins() -> None:
+    loads = Loads()
+    loads.begin("r0")
+    loads.begin("r0")
+    loads.begin("r1")
+    assert name(choose(endpoints(1, 1), loads, 0.0)) == "r1"
+    loads.end("r0")
+    loads.end("r0")
+    assert name(choose(endpoints(1, 1), loads, 0.0)) == "r0"
+
+
+def test_ties_go_round() -> None:
+    loads = Loads()
+    order = []
+    for _ in range(6):
+        chosen = choose(endpoints(1, 1, 1), loads, 0.0)
+        assert chosen is not None
+        loads.begin(chosen.replica)
+        loads.end(chosen.replica)
+        order.append(chosen.replica)
+    assert order == ["r0", "r1", "r2", "r0", "r1", "r2"]
+
+
+@given(st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=1, max_size=5), st.integers(1, 60))
+def test_load_follows_weight(weights: list[float], requests: int) -> None:
+    loads = Loads()
+    for _ in range(requests):
+        chosen = choose(endpoints(*weights), loads, 0.0)
+        assert chosen is not None
+        loads.begin(chosen.replica)
+    shares = [loads.of(f"r{n}").ongoing / weight for n, weight in enumerate(weights)]
+    # Nobody could be relieved by giving one of its requests to somebody else.
+    for n, weight in enumerate(weights):
+        if loads.of(f"r{n}").ongoing:
+            others = [(loads.of(f"r{m}").ongoing + 1) / w for m, w in enumerate(weights) if m != n]
+            assert all(shares[n] <= other + 1e-9 for other in others), weight
+    assert loads.total(f"r{n}" for n in range(len(weights))) == requests
+
+
+def test_tried_weightless_and_none() -> None:
+    loads = Loads()
+    assert name(choose(endpoints(0, 1), loads, 0.0)) == "r1"
+    assert choose(endpoints(0, 1), loads, 0.0, tried={"r1"}) is None
+    assert choose([], loads, 0.0) is None
+
+
+def test_cooling_replica_is_a_last_resort_and_never_a_retry() -> None:
+    loads = Loads()
+    loads.cool("r0", until=10.0)
+    loads.cool("r0", until=5.0)  # a shorter wish does not shorten the longer one
+    for _ in range(3):
+        loads.begin("r1")
+    assert name(choose(endpoints(1, 1), loads, 9.0)) == "r1"
+    assert name(choose(endpoints(1), loads, 9.0)) == "r0"
+    assert choose(endpoints(1), loads, 9.0, tried={"r1"}, retrying=True) is None
+    assert name(choose(endpoints(1), loads, 10.0, tried={"r1"}, retrying=True)) == "r0"
+
+
+def test_failing_replica_is_distrusted_longer_and_longer() -> None:
+    loads = Loads()
+    for _ in range(3):
+        loads.begin("r1")
+    waits = []
+    for _ in range(8):
+        loads.failed("r0", 100.0)
+        waits.append(loads.of("r0").suspect_until - 100.0)
+    assert waits == [1, 2, 4, 8, 16, 16, 16, 16]
+    assert name(choose(endpoints(1, 1), loads, 115.9)) == "r1"
+    assert name(choose(endpoints(1, 1), loads, 116.0)) == "r0"
+    assert name(choose(endpoints(1), loads, 101.0, tried={"r1"}, retrying=True)) == "r0"
+    loads.answered("r0")
+    assert name(choose(endpoints(1, 1), loads, 101.0)) == "r0"
+
+
+def test_forgotten_replicas() -> None:
+    loads = Loads()
+    loads.begin("busy")
+    loads.begin("idle")
+    loads.end("idle")
+    loads.keep_only(set())
+    assert loads.of("busy").ongoing == 1
+    assert loads.of("idle").chosen_at == 0
+    loads.end("busy")
+
+
+def test_admission_counts() -> None:
+    admission = Admission(2)
+    admission.enter("a")
+    admission.enter("b")
+    with pytest.raises(Overloaded) as refused:
+        admission.enter("a")
+    assert refused.value.retry_after_s
+    assert (admission.total, admission.ongoing("a"), admission.ongoing("c")) == (2, 1, 0)
+    admission.leave("b")
+    admission.enter("a")
+    assert (admission.total, admission.ongoing("a"), admission.ongoing("b")) == (2, 2, 0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 3)), max_size=200))
+def test_budget_never_exceeds_its_share(steps: list[tuple[float, int]]) -> None:
+    """At each granted retry the last minute holds at most 20 % of retries, or 3."""
+    budget, now = RetryBudget(), 0.0
+    requests: list[float] = []
+    retries: list[float] = []
+    for pause, tries in steps:
+        now += pause
+        budget.count_request(now)
+        requests.append(now)
+        for _ in range(tries):
+            if budget.take(now):
+                retries.append(now)
+                recent = sum(t > now - 66 for t in requests)  # a window and the slice it began in
+                assert sum(t > now - 60 for t in retries) <= max(3, 0.2 * recent)
+
+
+def test_budget_floor_returns_after_a_minute() -> None:
+    budget = RetryBudget()
+    budget.count_request(0.0)
+    assert [budget.take(0.0) for _ in range(4)] == [True, True, True, False]
+    budget.count_request(61.0)
+    assert budget.take(61.0)
+
+
+def test_budget_grows_with_requests() -> None:
+    budget = RetryBudget()
+    for _ in range(100):
+        budget.count_request(1.0)
+    assert sum(budget.take(2.0) for _ in range(100)) == 20
+
+
+def test_full_jitter() -> None:
+    assert full_jitter(1, 0.0) == 0.0
+    assert full_jitter(1, 0.999) < 0.05
+    assert 0.09 < full_jitter(2, 0.999) < 0.1
+    assert full_jitter(50, 0.5) == 0.5

@@ -1,0 +1,142 @@
+"""``python -m cloudlm.gateway`` as a process: start, stop, being killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudlm.core.deployment import DeploymentSpec, Endpoint
+from cloudlm.core.tenant import Outcome, Role
+from cloudlm.gateway.server import listen
+from cloudlm.security.keys import mint
+from cloudlm.state.home import Home, load_settings
+from cloudlm.state.open import open_state
+
+pytestmark = pytest.mark.flow
+
+
+def start(home: Path, port: int) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "CLOUDLM_HOME": str(home),
+        "CLOUDLM_GATEWAY_PORT": str(port),
+        "CLOUDLM_GATEWAY_DRAIN_TIMEOUT_S": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "cloudlm.gateway"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str], how: signal.Signals) -> tuple[int, str]:
+    process.send_signal(how)
+    _, said = process.communicate(timeout=20)
+    return process.returncode, said
+
+
+async def ready(port: int) -> None:
+    def look() -> bool:
+        with contextlib.suppress(OSError):
+            return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").status == 200)
+        return False
+
+    deadline = time.monotonic() + 30
+    while not await asyncio.to_thread(look):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def state_of(home: Path) -> AsyncIterator[Any]:
+    settings, _ = load_settings({"home": str(home)}, {})
+    state = await open_state(Home(home).ensure().state_url(settings))
+    try:
+        yield state
+    finally:
+        await state.close()
+
+
+async def test_port_in_use_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    bound = listen("127.0.0.1", 0)
+    try:
+        process = start(tmp_path, bound.getsockname()[1])
+        _, said = await asyncio.to_thread(process.communicate, timeout=30)
+    finally:
+        bound.close()
+    assert process.returncode == 1
+    assert len(said.splitlines()) == 1
+    assert "is in use by another process" in said
+
+
+async def test_killed_in_a_stream_and_stopped_by_a_signal(kit: Any, tmp_path: Path) -> None:
+    """kill -9 in mid-stream: the attempt's row comes with the next start. SIGTERM: exit code 0."""
+    replica, port = kit.MockReplica("m-r1-0"), free_port()
+    await replica.start()
+    replica.default = kit.Plan(tokens=10, stall_at=6)
+    minted = mint("k", Role.USER, Home(tmp_path).ensure().pepper(), 1.0)
+    async with state_of(tmp_path) as state:
+        await state.put_key(minted.record)
+        await state.put_deployment(DeploymentSpec("m", "models:/m/1"), now=1.0)
+        await state.put_endpoints("m", [Endpoint("m", replica.name, replica.url, 1)])
+    first = start(tmp_path, port)
+    second: subprocess.Popen[str] | None = None
+    try:
+        await ready(port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = b'{"model":"m","stream":true,"messages":[{"role":"user","content":"canary-81"}]}'
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: killed\r\n"
+            + f"authorization: Bearer {minted.text}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        got = b""
+        while b"t4 " not in got:
+            got += await asyncio.wait_for(reader.read(4096), 10)
+        await asyncio.sleep(1.3)  # by now the tokens so far are noted
+        code, said = await asyncio.to_thread(end, first, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        second = start(tmp_path, port)
+        await ready(port)
+        await asyncio.sleep(0.5)
+        code, more = await asyncio.to_thread(end, second, signal.SIGTERM)
+        assert code == 0, more
+        async with state_of(tmp_path) as state:
+            (row,) = await state.list_ledger()
+        assert (row.request_id, row.outcome, row.completion_tokens) == ("killed", Outcome.FAILED, 5)
+        assert list((tmp_path / "ledger").iterdir()) == []
+        secret = minted.text.split("_")[3]
+        said += more + "".join(
+            path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()
+        )
+        assert "canary-81" not in said
+        assert secret not in said
+    finally:
+        for process in (first, second):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.communicate()
+        await replica.stop()
