@@ -1,1 +1,1 @@
-"""Where replicas run. ``base`` is the contract; each driver is an entry point ``cloudlm.drivers``."""
+"""Where replicas run: ``base`` is the contract, each driver an entry point ``cloudlm.drivers``."""

@@ -1,0 +1,1 @@
+"""Control's REST API, one module per noun; ``app`` joins them."""

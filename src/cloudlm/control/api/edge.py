@@ -1,0 +1,139 @@
+"""The outermost layer of the control API: request id, admin key, size of the body, errors.
+
+Default deny: whatever the path, a request without an admin key goes no further, so that a new
+route cannot be forgotten. Only the paths in ``OPEN_PATHS`` are for everybody.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cloudlm.core.errors import (
+    CloudlmError,
+    InternalError,
+    PayloadTooLarge,
+    PermissionDenied,
+    Retry,
+    StorageFailed,
+)
+from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.security.keys import bearer, key_id, verify
+from cloudlm.state.base import State
+from cloudlm.telemetry.logs import get_logger, request_id_var
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
+MAX_BODY_BYTES = 1_000_000
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
+_log = get_logger(__name__)
+
+
+async def admin_of(headers: Headers, state: State, pepper: bytes) -> KeyRecord:
+    """The admin key of a request. Raises AuthenticationFailed or PermissionDenied."""
+    text = bearer(headers.get("authorization"), headers.get("x-api-key"))
+    found = key_id(text)
+    record = verify(text, None if found is None else await state.get_key(found), pepper)
+    if record.role is not Role.ADMIN:
+        raise PermissionDenied(
+            "this key may use models only; the control API needs a key with the role 'admin'"
+        )
+    return record
+
+
+class Edge:
+    """Wraps all routes of the control API."""
+
+    def __init__(self, app: ASGIApp, *, state: State, pepper: bytes) -> None:
+        self._app = app
+        self._state = state
+        self._pepper = pepper
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        reset = request_id_var.set(request_id)
+        answer = _Answer(send, request_id)
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                scope.setdefault("state", {})["key"] = await admin_of(
+                    headers, self._state, self._pepper
+                )
+            await self._app(scope, _capped(receive, headers), answer)
+        except Exception as error:
+            if not answer.begun:
+                await error_response(error)(scope, receive, answer)
+            elif not answer.complete:
+                _log.exception("answer_broken_off", extra={"fields": {"path": scope["path"]}})
+        finally:
+            request_id_var.reset(reset)
+
+
+class _Answer:
+    """A send that adds the request id and remembers how far the answer has come."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.begun = False
+        self.complete = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            MutableHeaders(scope=message)["x-request-id"] = self._request_id
+        elif not message.get("more_body", False):
+            self.complete = True
+        await self._send(message)
+
+
+def _capped(receive: Receive, headers: Headers) -> Receive:
+    """``receive`` that raises PayloadTooLarge for more than MAX_BODY_BYTES."""
+    announced = headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+        raise _too_large()
+    received = 0
+
+    async def capped() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY_BYTES:
+            raise _too_large()
+        return message
+
+    return capped
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+
+
+def error_response(error: Exception) -> Response:
+    """Any error as an answer in OpenAI's shape; a foreign one is logged, not shown."""
+    if isinstance(error, CloudlmError):
+        verdict: CloudlmError = error
+    else:
+        _log.error("request_failed", exc_info=error)
+        verdict = InternalError("control failed; details are in its log under the request id")
+    if isinstance(error, StorageFailed):
+        _log.error("storage_failed", extra={"fields": {"reason": error.message}})
+    headers = {}
+    if verdict.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if verdict.retry is Retry.LATER:
+        headers["retry-after"] = str(max(1, round(verdict.retry_after_s or 1)))
+    return JSONResponse(verdict.body(), status_code=verdict.status, headers=headers)
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """The framework's hook for our own errors."""
+    return error_response(error)

@@ -1,0 +1,195 @@
+"""The assembly of the control process: everything it is made of, joined once, visibly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from cloudlm.control.api.app import build_api
+from cloudlm.control.api.services import Services
+from cloudlm.control.drivers import Drivers
+from cloudlm.control.jobs import Jobs, import_kind
+from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.probe import HttpProber
+from cloudlm.control.reconcile import Reconciler
+from cloudlm.control.registry import Progress
+from cloudlm.core.clock import Clock, SystemClock
+from cloudlm.core.errors import BadSetting, Conflict, StorageFailed
+from cloudlm.core.model import Manifest
+from cloudlm.core.settings import ControlSettings, SettingRow, Settings
+from cloudlm.drivers.base import DriverContext
+from cloudlm.drivers.guard import lock_file
+from cloudlm.registry.importer import import_address
+from cloudlm.registry.registry import Registry, open_registry
+from cloudlm.state.base import State
+from cloudlm.state.home import Home
+from cloudlm.state.open import open_state
+from cloudlm.telemetry.logs import get_logger
+
+STOP_TIMEOUT_S = 5
+# What a worker reads itself; all other settings are no business of it.
+_WORKER_SETTINGS = ("engine.", "worker.", "log.", "registry.")
+_log = get_logger("cloudlm.control")
+
+
+async def serve(settings: Settings, rows: Sequence[SettingRow]) -> None:
+    """Control until SIGTERM. Raises Conflict (another control, port in use), StorageFailed,
+    BadSetting, Unavailable. Replicas go on: they end with the lifeline's owner."""
+    home = Home(settings.home).ensure()
+    with only_control_of(home), listening(settings.control) as listener:
+        state = await open_state(home.state_url(settings))
+        registry = await asyncio.to_thread(
+            open_registry, home.registry_url(settings), home=home.path, settings=settings.registry
+        )
+        try:
+            async with running(settings, rows, home, state, registry) as services:
+                await _answer(services, listener)
+        finally:
+            await asyncio.to_thread(registry.close)
+            await state.close()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    settings: Settings,
+    rows: Sequence[SettingRow],
+    home: Home,
+    state: State,
+    registry: Registry,
+) -> AsyncIterator[Services]:
+    """The loop and the jobs at work, and what the API needs."""
+    clock: Clock = SystemClock()
+    context = DriverContext(
+        home=home.path,
+        clock=clock,
+        environment=dict(os.environ),
+        worker_environment=worker_environment(settings, rows, home),
+        first_port=settings.worker.first_port,
+    )
+    drivers = Drivers(context)
+    metrics = ControlMetrics()
+
+    def importer(source: str, name: str | None, alias: str | None, progress: Progress) -> Manifest:
+        return import_address(registry, source, name, alias=alias, progress=progress)
+
+    jobs = Jobs(state, clock, {"import": import_kind(importer)})
+    async with HttpProber(settings.control.probe_timeout_s) as prober:
+        reconciler = Reconciler(state, drivers, registry, prober, clock, settings.control, metrics)
+        await jobs.resume()
+        loop = asyncio.create_task(reconciler.run())
+        try:
+            yield Services(
+                state=state,
+                registry=registry,
+                drivers=drivers,
+                reconciler=reconciler,
+                jobs=jobs,
+                metrics=metrics,
+                pepper=home.pepper(),
+                clock=clock,
+            )
+        finally:
+            loop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await loop
+            await jobs.close()
+            await drivers.close()
+
+
+def worker_environment(
+    settings: Settings, rows: Sequence[SettingRow], home: Home
+) -> dict[str, str]:
+    """What every replica is given, settings from file and flags included."""
+    given = {
+        row.environment: str(row.value)
+        for row in rows
+        if row.name.startswith(_WORKER_SETTINGS) and row.source != "default"
+    }
+    given["CLOUDLM_HOME"] = str(home.path)
+    given["CLOUDLM_WORKER_TOKEN"] = home.worker_token()
+    given["CLOUDLM_REGISTRY_URL"] = home.registry_url(settings)
+    return given
+
+
+@contextlib.contextmanager
+def only_control_of(home: Home) -> Iterator[None]:
+    """Be the one control of this home. The lock vanishes with the process, however it ends."""
+    path: Path = home.run / "control.lock"
+    try:
+        lock = lock_file(path)
+    except OSError as error:
+        raise StorageFailed(f"cannot write {path}: {error.strerror}") from None
+    if lock is None:
+        raise Conflict(
+            f"another control runs already with the home {home.path}; stop it, or give another "
+            "folder with CLOUDLM_HOME"
+        )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def listening(settings: ControlSettings) -> Iterator[socket.socket]:
+    """The API's socket. Raises Conflict if the port is in use, BadSetting for a bad address."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+            listener.listen(256)
+        except (socket.gaierror, OverflowError) as error:
+            raise BadSetting(f"control.host = {settings.host!r} is no address: {error}") from None
+        except OSError as error:
+            raise Conflict(
+                f"control cannot listen on {settings.host} port {settings.port}: "
+                f"{error.strerror}. Stop what uses it, or choose another with CLOUDLM_CONTROL_PORT"
+            ) from None
+        yield listener
+    finally:
+        listener.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling, which would end the process before we have."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _answer(services: Services, listener: socket.socket) -> None:
+    """Serve the API until a signal."""
+    config = uvicorn.Config(
+        build_api(services),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=STOP_TIMEOUT_S,
+        lifespan="off",
+    )
+    server = _Server(config)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop)
+    get_logger("uvicorn.error").setLevel(logging.WARNING)
+    _log.info("control_listens", extra={"fields": {"port": listener.getsockname()[1]}})
+    await server.serve(sockets=[listener])
+    _log.info("control_stopped")

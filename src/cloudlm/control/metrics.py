@@ -1,0 +1,62 @@
+"""Control's own metrics. Labels are bounded: deployments that exist, nothing a caller sends."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+
+class ControlMetrics:
+    """All metrics of one control process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._passes = Histogram(
+            "cloudlm_control_pass_seconds",
+            "Duration of one reconciliation, seconds.",
+            registry=self._registry,
+        )
+        self._failed = Counter(
+            "cloudlm_control_failed_passes", "Reconciliations that failed.", registry=self._registry
+        )
+        self._stalled = Counter(
+            "cloudlm_control_stalled_replicas",
+            "Replicas restarted because they stood still.",
+            registry=self._registry,
+        )
+        self._wanted = Gauge(
+            "cloudlm_deployment_wanted_replicas",
+            "Replicas a deployment should have.",
+            ["deployment"],
+            registry=self._registry,
+        )
+        self._ready = Gauge(
+            "cloudlm_deployment_ready_replicas",
+            "Replicas of a deployment that answer.",
+            ["deployment"],
+            registry=self._registry,
+        )
+        self._shown: set[str] = set()
+
+    def passed(self, duration_s: float) -> None:
+        self._passes.observe(duration_s)
+
+    def failed(self) -> None:
+        self._failed.inc()
+
+    def stalled(self) -> None:
+        self._stalled.inc()
+
+    def deployment(self, name: str, wanted: int, ready: int) -> None:
+        self._shown.add(name)
+        self._wanted.labels(name).set(wanted)
+        self._ready.labels(name).set(ready)
+
+    def forget(self, name: str) -> None:
+        if name in self._shown:
+            self._shown.discard(name)
+            self._wanted.remove(name)
+            self._ready.remove(name)
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)

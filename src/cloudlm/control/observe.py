@@ -1,0 +1,145 @@
+"""Looks at the world once per pass: which groups exist, which replicas answer, which have stalled.
+
+Remembers per replica what judging needs. Must not change anything; a driver that fails is a fact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from cloudlm.control.drivers import Drivers
+from cloudlm.control.probe import Prober, ProbeRecord, Verdict, judge
+from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import GroupObservation, Replica, ReplicaState
+from cloudlm.core.errors import CloudlmError, InternalError, Unavailable
+from cloudlm.drivers.base import Ability, Driver
+from cloudlm.telemetry.logs import get_logger
+
+DRIVER_TIMEOUT_S = 60.0
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenGroup:
+    """A group and the driver that runs it."""
+
+    driver: str
+    observation: GroupObservation
+
+    @property
+    def deployment(self) -> str:
+        spec = self.observation.spec
+        return "" if spec is None else spec.deployment
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The world at one moment.
+
+    ``ready`` and ``stalled`` hold replica ids, ``busy`` the requests at those that answer,
+    ``faults`` what went wrong with a driver: its groups are then unknown, not gone.
+    """
+
+    groups: tuple[SeenGroup, ...] = ()
+    ready: frozenset[str] = frozenset()
+    stalled: frozenset[str] = frozenset()
+    busy: Mapping[str, int] = field(default_factory=dict)
+    faults: Mapping[str, CloudlmError] = field(default_factory=dict)
+
+    def of(self, deployment: str) -> list[SeenGroup]:
+        """The groups of one deployment."""
+        return [group for group in self.groups if group.deployment == deployment]
+
+
+_Life = tuple[int | None, int, str | None]
+
+
+class Observer:
+    """Observes drivers and probes replicas."""
+
+    def __init__(
+        self, drivers: Drivers, prober: Prober, clock: Clock, stall_timeout_s: float
+    ) -> None:
+        self._drivers = drivers
+        self._prober = prober
+        self._clock = clock
+        self._stall_timeout_s = stall_timeout_s
+        self._records: dict[str, tuple[_Life, ProbeRecord]] = {}
+
+    async def look(self, wanted_drivers: Iterable[str]) -> Seen:
+        """Observe all groups of these drivers and of every driver used before."""
+        faults: dict[str, CloudlmError] = {}
+        for name in wanted_drivers:
+            try:
+                self._drivers.get(name)
+            except CloudlmError as error:
+                faults[name] = error
+        groups: list[SeenGroup] = []
+        for name, driver in self._drivers.in_use().items():
+            try:
+                groups += await self._groups_of(name, driver)
+            except CloudlmError as error:
+                faults[name] = error
+            except TimeoutError:
+                faults[name] = Unavailable(f"driver {name!r} did not answer")
+            except Exception:
+                _log.exception("driver_failed", extra={"fields": {"driver": name}})
+                faults[name] = InternalError(f"driver {name!r} failed; see control's log")
+        return await self._probe(groups, faults)
+
+    async def _groups_of(self, name: str, driver: Driver) -> list[SeenGroup]:
+        async with asyncio.timeout(DRIVER_TIMEOUT_S):
+            observations = [await driver.observe(group) for group in await driver.groups()]
+        return [SeenGroup(name, seen) for seen in observations if seen.spec is not None]
+
+    async def _probe(self, groups: list[SeenGroup], faults: dict[str, CloudlmError]) -> Seen:
+        replicas = [(g, r) for g in groups for r in g.observation.replicas]
+        known = {replica.id for _, replica in replicas}
+        self._records = {one: found for one, found in self._records.items() if one in known}
+        await asyncio.gather(
+            *(self._probe_one(r) for g, r in replicas if self._is_to_probe(g.driver, r))
+        )
+        ready, stalled, busy = set(), set(), {}
+        for _, replica in replicas:
+            record = self._record(replica)
+            if record is None:
+                if replica.state is ReplicaState.READY:  # the driver answers for it
+                    ready.add(replica.id)
+                continue
+            if record.misses == 0 and record.answered:
+                busy[replica.id] = record.busy
+            if record.verdict is Verdict.READY:
+                ready.add(replica.id)
+            elif record.verdict is Verdict.STALLED:
+                stalled.add(replica.id)
+        return Seen(tuple(groups), frozenset(ready), frozenset(stalled), busy, faults)
+
+    def _is_to_probe(self, driver: str, replica: Replica) -> bool:
+        has_address = Ability.PER_REPLICA_ADDRESS in self._drivers.get(driver).abilities
+        runs = replica.state in (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING)
+        return has_address and runs and replica.url is not None
+
+    async def _probe_one(self, replica: Replica) -> None:
+        assert replica.url is not None
+        record = self._record(replica) or ProbeRecord(progress_at=self._clock.monotonic())
+        before = record.verdict
+        record = await self._asked(replica.url, record)
+        if record.misses == 1 and before is Verdict.READY:
+            # Requests go to it at this moment: ask again now, not in the next pass.
+            record = await self._asked(replica.url, record)
+        self._records[replica.id] = (_life(replica), record)
+
+    async def _asked(self, url: str, record: ProbeRecord) -> ProbeRecord:
+        sample = await self._prober.probe(url)
+        return judge(record, sample, self._clock.monotonic(), self._stall_timeout_s)
+
+    def _record(self, replica: Replica) -> ProbeRecord | None:
+        """What is remembered of this life of the replica; a restart begins anew."""
+        found = self._records.get(replica.id)
+        return found[1] if found is not None and found[0] == _life(replica) else None
+
+
+def _life(replica: Replica) -> _Life:
+    return replica.pid, replica.restarts, replica.url

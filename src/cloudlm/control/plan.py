@@ -1,0 +1,181 @@
+"""What must change so that the groups of a deployment become what was asked: a pure function.
+
+A changed deployment is rolled out as Kubernetes does it: the new revision's group grows while old
+groups shrink, with at most ``max_surge`` replicas more than wanted at any moment, and without
+giving up a replica that answers before another one does (with ``max_surge`` 0, one less than
+wanted is accepted). The plan looks one step ahead: apply it, observe again, plan again.
+Must not know drivers, addresses or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from cloudlm.core.deployment import Deployment, GroupObservation, GroupSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Give the group this spec. ``leaving`` are the replicas that it stops."""
+
+    spec: GroupSpec
+    leaving: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Stop and forget the group. ``leaving`` are its replicas."""
+
+    name: str
+    leaving: frozenset[str] = frozenset()
+
+
+Action = Apply | Delete
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Actions in order; those with replicas leaving wait until these have been drained."""
+
+    actions: tuple[Action, ...] = ()
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Ids of all replicas that are to stop."""
+        return frozenset[str]().union(*(action.leaving for action in self.actions))
+
+
+def group_name(deployment: str, revision: int) -> str:
+    """The name of the group that runs one revision."""
+    return f"{deployment}-r{revision}"
+
+
+def desired_group(deployment: Deployment, model: str, replicas: int) -> GroupSpec:
+    """The group of the deployment's revision. ``model`` is the fixed version it runs."""
+    spec = deployment.spec
+    return GroupSpec(
+        name=group_name(spec.name, deployment.revision),
+        deployment=spec.name,
+        revision=deployment.revision,
+        model=model,
+        replicas=replicas,
+        engine=spec.engine,
+        options=dict(spec.options),
+        env=dict(spec.env),
+    )
+
+
+def plan_deletion(groups: Sequence[GroupObservation]) -> Plan:
+    """Stop everything: the deployment is being deleted, or no longer exists."""
+    return Plan(tuple(_delete(group) for group in groups if group.spec is not None))
+
+
+def plan(
+    deployment: Deployment,
+    wanted: int,
+    groups: Sequence[GroupObservation],
+    ready: Collection[str],
+    model: str,
+) -> Plan:
+    """The next step towards ``wanted`` replicas of the deployment's revision.
+
+    ``groups`` are all groups of this deployment, ``ready`` the ids of replicas that answer (those
+    that are being drained included, as long as they could answer again), ``model`` the fixed
+    version of the revision.
+    """
+    if deployment.deleting:
+        return plan_deletion(groups)
+    target = desired_group(deployment, model, wanted)
+    existing = [group for group in groups if group.spec is not None]
+    current = next((group for group in existing if group.name == target.name), None)
+    old = sorted((g for g in existing if g.name != target.name), key=_revision)
+    if current is not None and not _runs_same(current, target):
+        # A leftover of an earlier deployment of this name: out of the way first.
+        return Plan((_delete(current),))
+    actions: list[Action] = []
+    grown = _grow(target, current, old, wanted + deployment.spec.max_surge)
+    if grown is not None:
+        actions.append(grown)
+    floor = wanted - (1 if deployment.spec.max_surge == 0 else 0)
+    actions += _shrink(old, current, wanted, ready, floor)
+    return Plan(tuple(actions))
+
+
+def _grow(
+    target: GroupSpec,
+    current: GroupObservation | None,
+    old: Sequence[GroupObservation],
+    most: int,
+) -> Apply | None:
+    """The current group's next size: as many as wanted, as far as the surge leaves room."""
+    room = most - sum(_size(group) for group in old)
+    if current is None or current.spec is None:
+        return Apply(replace(target, replicas=max(0, min(target.replicas, room))))
+    size = current.spec.replicas
+    replicas = min(target.replicas, max(size, room))
+    complete = len(current.replicas) >= replicas
+    if replicas == size and complete:
+        return None
+    return Apply(replace(target, replicas=replicas), _leaving(current, replicas))
+
+
+def _shrink(
+    old: Sequence[GroupObservation],
+    current: GroupObservation | None,
+    staying: int,
+    ready: Collection[str],
+    floor: int,
+) -> list[Action]:
+    """Take replicas from old groups, oldest revision first and newest replica first.
+
+    One that answers may go as long as ``floor`` others answer; one that does not, as long as
+    ``floor`` others exist without counting new ones that do not answer yet: so a moment in which
+    nothing answers gives up nothing, and a broken revision makes room for its repair.
+    ``staying`` replicas of the current group are not leaving.
+    """
+    kept = [] if current is None else [r.id for r in current.replicas][:staying]
+    new_ready = sum(replica in ready for replica in kept)
+    old_ready = sum(r.id in ready for group in old for r in group.replicas)
+    spare_ready = new_ready + old_ready - floor
+    spare_any = sum(group.spec.replicas for group in old if group.spec) + new_ready - floor
+    actions: list[Action] = []
+    for group in old:
+        assert group.spec is not None
+        size = group.spec.replicas
+        while size > 0 and spare_any > 0:
+            if f"{group.name}-{size - 1}" in ready:
+                if spare_ready <= 0:
+                    break
+                spare_ready -= 1
+            spare_any -= 1
+            size -= 1
+        if size == 0:
+            actions.append(_delete(group))
+        elif size < group.spec.replicas:
+            actions.append(Apply(replace(group.spec, replicas=size), _leaving(group, size)))
+    return actions
+
+
+def _runs_same(current: GroupObservation, target: GroupSpec) -> bool:
+    assert current.spec is not None
+    kept = current.spec
+    return replace(target, replicas=kept.replicas, model=kept.model) == kept
+
+
+def _size(group: GroupObservation) -> int:
+    """Replicas that take room: those asked for, and those still on their way out."""
+    return max(0 if group.spec is None else group.spec.replicas, len(group.replicas))
+
+
+def _leaving(group: GroupObservation, replicas: int) -> frozenset[str]:
+    kept = {f"{group.name}-{number}" for number in range(replicas)}
+    return frozenset(replica.id for replica in group.replicas if replica.id not in kept)
+
+
+def _delete(group: GroupObservation) -> Delete:
+    return Delete(group.name, frozenset(replica.id for replica in group.replicas))
+
+
+def _revision(group: GroupObservation) -> int:
+    return 0 if group.spec is None else group.spec.revision

@@ -1,0 +1,304 @@
+"""The loop that makes what runs equal what was asked.
+
+Level-triggered: each pass looks at everything anew and takes one step, so that it does not matter
+what was missed, or when control was killed. One deployment's trouble never stops the others.
+Replicas lose their endpoint before they are stopped and get it only when they answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from cloudlm.control.autoscale import ScaleMemory, autoscale
+from cloudlm.control.drain import Drains
+from cloudlm.control.drivers import DEFAULT, Drivers
+from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
+from cloudlm.control.plan import Action, Apply, Plan, group_name, plan, plan_deletion
+from cloudlm.control.probe import Prober
+from cloudlm.control.registry import ModelRegistry
+from cloudlm.control.status import summarise
+from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import Demand, Deployment, DeploymentStatus, Endpoint
+from cloudlm.core.errors import CloudlmError, InvalidRequest
+from cloudlm.core.model import parse_ref
+from cloudlm.core.settings import ControlSettings
+from cloudlm.drivers.base import Ability
+from cloudlm.state.base import State
+from cloudlm.telemetry.logs import get_logger
+
+DEMAND_FRESH_S = 10.0
+_log = get_logger(__name__)
+
+
+class Reconciler:
+    """Everything that a pass remembers; all of it may be lost with the process."""
+
+    def __init__(
+        self,
+        state: State,
+        drivers: Drivers,
+        registry: ModelRegistry,
+        prober: Prober,
+        clock: Clock,
+        settings: ControlSettings,
+        metrics: ControlMetrics,
+    ) -> None:
+        self._state = state
+        self._drivers = drivers
+        self._registry = registry
+        self._clock = clock
+        self._interval_s = settings.reconcile_interval_s
+        self._metrics = metrics
+        self._observer = Observer(drivers, prober, clock, settings.stall_timeout_s)
+        self._drains = Drains(settings.drain_timeout_s)
+        self._scale: dict[str, tuple[int, ScaleMemory]] = {}
+        self._versions: dict[str, str] = {}
+        self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
+        self._statuses: dict[str, DeploymentStatus] | None = None
+        self._stopped_stalled: dict[str, object] = {}
+        self._seen = Seen()
+        self._wake = asyncio.Event()
+
+    # The loop -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Pass after pass until cancelled."""
+        while True:
+            started = self._clock.monotonic()
+            try:
+                await self.step()
+                self._metrics.passed(self._clock.monotonic() - started)
+            except CloudlmError as error:
+                self._metrics.failed()
+                _log.warning("pass_failed", extra={"fields": {"reason": error.message}})
+            except Exception:
+                self._metrics.failed()
+                _log.exception("pass_failed")
+            await self._pause()
+
+    def nudge(self) -> None:
+        """Something was asked: the next pass begins at once."""
+        self._wake.set()
+
+    def models_in_use(self) -> frozenset[str]:
+        """The versions (``models:/name/3``) that groups run, as of the last pass."""
+        specs = (group.observation.spec for group in self._seen.groups)
+        return frozenset(spec.model for spec in specs if spec is not None)
+
+    async def step(self) -> None:
+        """One pass over everything."""
+        deployments = await self._state.list_deployments()
+        demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
+        await self._recall()
+        seen = await self._observer.look({DEFAULT, *(d.spec.driver for d in deployments)})
+        self._seen = seen
+        self._drains.keep_only({r.id for g in seen.groups for r in g.observation.replicas})
+        await self._stop_stalled(seen)
+        for deployment in deployments:
+            name = deployment.spec.name
+            try:
+                await self._converge(deployment, seen, [d for d in demand if d.model == name])
+            except CloudlmError as error:
+                _log.warning(
+                    "deployment_failed",
+                    extra={"fields": {"deployment": name, "reason": error.message}},
+                )
+            except Exception:
+                _log.exception("deployment_failed", extra={"fields": {"deployment": name}})
+        await self._remove_orphans({d.spec.name for d in deployments}, seen)
+
+    async def _pause(self) -> None:
+        sleeping = asyncio.ensure_future(self._clock.sleep(self._interval_s))
+        waking = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({sleeping, waking}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sleeping, waking):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            self._wake.clear()
+
+    async def _recall(self) -> None:
+        """At the first pass: what the control before us has written."""
+        if self._endpoints is None:
+            found: dict[str, tuple[Endpoint, ...]] = {}
+            for endpoint in await self._state.list_endpoints():
+                found[endpoint.model] = (*found.get(endpoint.model, ()), endpoint)
+            self._endpoints = found
+        if self._statuses is None:
+            self._statuses = {one.name: one for one in await self._state.list_statuses()}
+
+    # One deployment -----------------------------------------------------------------------------
+
+    async def _converge(self, deployment: Deployment, seen: Seen, demand: Sequence[Demand]) -> None:
+        name = deployment.spec.name
+        groups = seen.of(name)
+        observations = [group.observation for group in groups]
+        wanted = self._wanted(deployment, demand)
+        problem, step = "", Plan()
+        fault = seen.faults.get(deployment.spec.driver)
+        if fault is not None:
+            problem = fault.message  # its groups are unknown: leave everything as it is
+        else:
+            try:
+                model = "" if deployment.deleting else await self._version(deployment, groups)
+                step = plan(deployment, wanted, observations, seen.ready, model)
+            except CloudlmError as error:
+                problem = error.message
+        if fault is None:
+            await self._withdraw(name, groups, step, seen)
+            problem = await self._act(step, deployment.spec.driver, groups, seen) or problem
+        status = summarise(
+            deployment, wanted, observations, seen.ready, step.leaving, problem, self._clock.now()
+        )
+        await self._write_status(status)
+        # A driver that is not installed runs nothing that we could stop.
+        known = fault is None or isinstance(fault, InvalidRequest)
+        if deployment.deleting and not groups and known:
+            await self._forget(deployment)
+
+    def _wanted(self, deployment: Deployment, demand: Sequence[Demand]) -> int:
+        name = deployment.spec.name
+        current, memory = self._scale.get(name, (self._recalled_wanted(name), ScaleMemory()))
+        wanted, memory = autoscale(
+            deployment.spec, demand, current, memory, self._clock.monotonic()
+        )
+        self._scale[name] = (wanted, memory)
+        return wanted
+
+    def _recalled_wanted(self, name: str) -> int:
+        status = (self._statuses or {}).get(name)
+        return 0 if status is None else status.wanted_replicas
+
+    async def _version(self, deployment: Deployment, groups: Sequence[SeenGroup]) -> str:
+        """The fixed version of the revision: what its group runs; for a new revision what the
+        address means now. Moving an alias later changes nothing."""
+        group = group_name(deployment.spec.name, deployment.revision)
+        for one in groups:
+            spec = one.observation.spec
+            if spec is not None and spec.name == group:
+                self._versions[group] = spec.model
+        if group not in self._versions:
+            ref = parse_ref(deployment.spec.model)
+            manifest = await asyncio.to_thread(self._registry.resolve, ref)
+            self._versions[group] = manifest.ref
+        return self._versions[group]
+
+    async def _withdraw(
+        self, name: str, groups: Sequence[SeenGroup], step: Plan, seen: Seen
+    ) -> None:
+        """Write the endpoints: replicas that answer and are to stay."""
+        assert self._endpoints is not None
+        replicas = {r.id for g in groups for r in g.observation.replicas}
+        serving = {endpoint.replica for endpoint in self._endpoints.get(name, ())}
+        endpoints = tuple(
+            Endpoint(name, replica.id, replica.url, group.observation.spec.revision)
+            for group in groups
+            if group.observation.spec is not None
+            for replica in group.observation.replicas
+            if replica.id in seen.ready and replica.id not in step.leaving and replica.url
+        )
+        if self._endpoints.get(name, ()) != endpoints:
+            await self._state.put_endpoints(name, endpoints)
+            self._endpoints[name] = endpoints
+        self._drains.note(replicas, step.leaving, serving, self._clock.monotonic())
+
+    async def _act(self, step: Plan, driver: str, groups: Sequence[SeenGroup], seen: Seen) -> str:
+        """Carry out what may be done now; returns why the driver refused, if it did."""
+        drivers = {group.observation.name: group.driver for group in groups}
+        problem = ""
+        for action in step.actions:
+            name = action.spec.name if isinstance(action, Apply) else action.name
+            if not self._drains.done(action.leaving, seen.busy, self._clock.monotonic()):
+                continue
+            try:
+                await self._carry_out(action, drivers.get(name, driver))
+            except CloudlmError as error:
+                problem = error.message
+            except TimeoutError:
+                problem = f"driver {drivers.get(name, driver)!r} did not answer"
+        return problem
+
+    async def _carry_out(self, action: Action, driver: str) -> None:
+        async with asyncio.timeout(DRIVER_TIMEOUT_S):
+            if isinstance(action, Apply):
+                await self._drivers.get(driver).apply(action.spec)
+            else:
+                await self._drivers.get(driver).delete(action.name)
+
+    async def _write_status(self, status: DeploymentStatus) -> None:
+        assert self._statuses is not None
+        self._metrics.deployment(status.name, status.wanted_replicas, status.ready_replicas)
+        before = self._statuses.get(status.name)
+        if before is not None and replace(before, updated_at=status.updated_at) == status:
+            return
+        await self._state.put_status(status)
+        self._statuses[status.name] = status
+        if before is None or before.phase is not status.phase:
+            fields = {"deployment": status.name, "phase": status.phase.value}
+            _log.info("phase", extra={"fields": {**fields, "reason": status.message}})
+
+    async def _forget(self, deployment: Deployment) -> None:
+        assert self._statuses is not None and self._endpoints is not None
+        name = deployment.spec.name
+        if not await self._state.remove_deployment(name, generation=deployment.generation):
+            return  # it was asked for again meanwhile
+        self._statuses.pop(name, None)
+        self._endpoints.pop(name, None)
+        self._scale.pop(name, None)
+        self._metrics.forget(name)
+        for group in [one for one in self._versions if one.rpartition("-r")[0] == name]:
+            del self._versions[group]
+
+    # What belongs to nobody, and what stands still ------------------------------------------------
+
+    async def _remove_orphans(self, names: set[str], seen: Seen) -> None:
+        orphans: dict[str, list[SeenGroup]] = {}
+        for group in seen.groups:
+            if group.deployment not in names:
+                orphans.setdefault(group.deployment, []).append(group)
+        for model in [one for one in self._endpoints or {} if one not in names]:
+            orphans.setdefault(model, [])
+        for name, groups in orphans.items():
+            try:
+                step = plan_deletion([group.observation for group in groups])
+                await self._withdraw(name, groups, step, seen)
+                problem = await self._act(step, DEFAULT, groups, seen)
+                if not groups and self._endpoints is not None:
+                    self._endpoints.pop(name, None)
+            except Exception as error:
+                problem = str(error)
+            if problem:
+                _log.warning("orphan_stays", extra={"fields": {"group": name, "reason": problem}})
+
+    async def _stop_stalled(self, seen: Seen) -> None:
+        """Have replicas that stand still started anew, once per life."""
+        lives: Mapping[str, object] = {
+            replica.id: (replica.pid, replica.restarts)
+            for group in seen.groups
+            for replica in group.observation.replicas
+        }
+        for group in seen.groups:
+            driver = self._drivers.get(group.driver)
+            for replica in group.observation.replicas:
+                known = self._stopped_stalled.get(replica.id) == lives[replica.id]
+                if replica.id not in seen.stalled or known:
+                    continue
+                if Ability.STOPS_ONE_REPLICA not in driver.abilities:
+                    continue
+                fields = {"replica": replica.id, "deployment": group.deployment}
+                _log.warning("replica_stalled", extra={"fields": fields})
+                self._metrics.stalled()
+                try:
+                    await driver.stop_replica(group.observation.name, replica.id)
+                    self._stopped_stalled[replica.id] = lives[replica.id]
+                except CloudlmError as error:
+                    fields["reason"] = error.message
+                    _log.warning("replica_not_stopped", extra={"fields": fields})
+        for one in [one for one in self._stopped_stalled if one not in lives]:
+            del self._stopped_stalled[one]

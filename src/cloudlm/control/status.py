@@ -1,0 +1,115 @@
+"""What people are told of a deployment: one phase, and the reason if something is wrong. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from cloudlm.control.plan import group_name
+from cloudlm.core.deployment import (
+    Deployment,
+    DeploymentPhase,
+    DeploymentStatus,
+    GroupObservation,
+    Replica,
+    ReplicaState,
+)
+
+_FAILING = (ReplicaState.BACKOFF, ReplicaState.FAILED)
+_MAX_MESSAGE = 500
+# One crash may be bad luck; a replica that crashes again and again will not come up by itself.
+_RESTARTS_TO_FAIL = 2
+
+
+def summarise(
+    deployment: Deployment,
+    wanted: int,
+    groups: Sequence[GroupObservation],
+    ready: Collection[str],
+    leaving: Collection[str],
+    problem: str,
+    now: float,
+) -> DeploymentStatus:
+    """The status to write. ``problem`` is what hinders control itself, empty if nothing does."""
+    current = group_name(deployment.spec.name, deployment.revision)
+    replicas = [
+        _shown(replica, ready, leaving)
+        for group in sorted(groups, key=lambda group: group.name != current)
+        for replica in group.replicas
+    ]
+    serving = [one for one in replicas if one.state is ReplicaState.READY]
+    failing = [one for one in replicas if _is_failing(one)]
+    updating = any(group.name != current for group in groups)
+    message = problem or (_reason(failing[0]) if failing else "")
+    return DeploymentStatus(
+        name=deployment.spec.name,
+        phase=_phase(deployment, wanted, len(serving), failing, updating, problem),
+        observed_generation=deployment.generation,
+        wanted_replicas=wanted,
+        ready_replicas=len(serving),
+        replicas=tuple(replicas),
+        message=message[:_MAX_MESSAGE],
+        updated_at=now,
+    )
+
+
+def _phase(
+    deployment: Deployment,
+    wanted: int,
+    serving: int,
+    failing: Sequence[Replica],
+    updating: bool,
+    problem: str,
+) -> DeploymentPhase:
+    if deployment.deleting:
+        return DeploymentPhase.DELETING
+    if problem:
+        return DeploymentPhase.DEGRADED if serving else DeploymentPhase.FAILED
+    if serving == 0:
+        hopeless = any(one.restarts >= _RESTARTS_TO_FAIL for one in failing)
+        return DeploymentPhase.FAILED if hopeless else DeploymentPhase.STARTING
+    if failing:
+        return DeploymentPhase.DEGRADED
+    if updating:
+        return DeploymentPhase.UPDATING
+    return DeploymentPhase.READY if serving >= wanted else DeploymentPhase.DEGRADED
+
+
+def _shown(replica: Replica, ready: Collection[str], leaving: Collection[str]) -> Replica:
+    if replica.id in leaving:
+        return replace(replica, state=ReplicaState.DRAINING)
+    if replica.id in ready:
+        # What once went wrong is over: the message is about now.
+        return replace(replica, state=ReplicaState.READY, message="")
+    if replica.state is ReplicaState.READY:
+        return replace(replica, state=ReplicaState.STARTING)
+    return replica
+
+
+def _is_failing(replica: Replica) -> bool:
+    crashed_before = replica.state is ReplicaState.STARTING and replica.restarts > 0
+    return replica.state in _FAILING or (crashed_before and bool(replica.message))
+
+
+def _reason(replica: Replica) -> str:
+    return f"{replica.id}: {readable(replica.message) or replica.state.value}"
+
+
+def readable(message: str) -> str:
+    """A replica's last words for people: of a JSON log line only what it says."""
+    head, brace, _ = message.partition("{")
+    if not brace:
+        return message
+    try:
+        line = json.loads(message[len(head) :])
+    except ValueError:
+        return message
+    if not isinstance(line, dict):
+        return message
+    if line.get("level") in ("debug", "info"):
+        return head.removesuffix(": ")  # what it said before it was killed is no reason
+    said = line.get("reason") or line.get("error") or line.get("message") or line.get("event")
+    if not isinstance(said, str) or not said.strip():
+        return message
+    return head + said.strip().splitlines()[-1]

@@ -1,0 +1,178 @@
+"""A whole control plane without processes or network: memory state, memory driver, manual clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from cloudlm.control.drivers import Drivers
+from cloudlm.control.jobs import Jobs, Kind
+from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.probe import UNREACHABLE, Sample
+from cloudlm.control.reconcile import Reconciler
+from cloudlm.core.clock import ManualClock
+from cloudlm.core.deployment import DeploymentSpec
+from cloudlm.core.errors import ModelNotFound, NotFound
+from cloudlm.core.model import Manifest, ModelFile
+from cloudlm.core.settings import ControlSettings
+from cloudlm.core.wire import import_from_body
+from cloudlm.drivers.base import Ability, DriverContext
+from cloudlm.drivers.memory import MemoryDriver, MemoryWorld
+from cloudlm.state.memory import MemoryState
+
+PEPPER = b"p" * 32
+
+
+def manifest(name, version):
+    return Manifest(
+        name=name,
+        version=version,
+        files=(ModelFile("model.safetensors", 10, "0" * 64),),
+        task="generate",
+        architecture="LlamaForCausalLM",
+        precision="float32",
+        parameters=10,
+        context_length=64,
+    )
+
+
+class MemoryRegistry:
+    """The registry's verbs over dictionaries."""
+
+    def __init__(self):
+        self.versions = {"bank": [manifest("bank", 1), manifest("bank", 2)]}
+        self.aliases = {"bank": {"champion": 1}}
+
+    def list_models(self):
+        return sorted(self.versions)
+
+    def list_versions(self, name):
+        if name not in self.versions:
+            raise ModelNotFound(f"model {name!r} is not registered; registered: bank")
+        return self.versions[name]
+
+    def list_aliases(self, name):
+        return dict(self.aliases.get(name, {}))
+
+    def resolve(self, ref):
+        versions = self.list_versions(ref.name)
+        number = ref.version or versions[-1].version
+        if ref.alias is not None:
+            if ref.alias not in self.aliases.get(ref.name, {}):
+                raise ModelNotFound(f"model {ref.name!r} has no alias {ref.alias!r}")
+            number = self.aliases[ref.name][ref.alias]
+        for version in versions:
+            if version.version == number:
+                return version
+        raise ModelNotFound(f"{ref} does not exist")
+
+    def set_alias(self, name, alias, version):
+        self.list_versions(name)
+        self.aliases.setdefault(name, {})[alias] = version
+
+    def remove_alias(self, name, alias):
+        if alias not in self.aliases.get(name, {}):
+            raise NotFound(f"model {name!r} has no alias {alias!r}")
+        del self.aliases[name][alias]
+
+    def remove(self, ref):
+        found = self.resolve(ref)
+        self.versions[ref.name].remove(found)
+
+
+class ProbedDriver(MemoryDriver):
+    """Replicas that must be asked, as those of the process driver."""
+
+    abilities = MemoryDriver.abilities | {Ability.PER_REPLICA_ADDRESS}
+
+
+class ScriptedProber:
+    """Answers by replica id; READY for those not named."""
+
+    def __init__(self):
+        self.samples = {}
+        self.default = Sample(True, ready=True)
+        self.missing_once = set()
+
+    async def probe(self, url):
+        replica = url.removeprefix("http://").removesuffix(".memory.invalid")
+        if replica in self.missing_once:
+            self.missing_once.discard(replica)
+            return UNREACHABLE
+        return self.samples.get(replica, self.default)
+
+    def misses_once(self, replica):
+        self.missing_once.add(replica)
+
+    def silence(self, replica):
+        self.samples[replica] = UNREACHABLE
+
+
+@dataclass
+class Plane:
+    """Control and everything around it; ``restart`` makes a new control over the same world."""
+
+    home: object
+    clock: ManualClock = field(default_factory=ManualClock)
+    state: MemoryState = field(default_factory=MemoryState)
+    world: MemoryWorld = field(default_factory=MemoryWorld)
+    elsewhere: MemoryWorld = field(default_factory=MemoryWorld)
+    registry: MemoryRegistry = field(default_factory=MemoryRegistry)
+    prober: ScriptedProber = field(default_factory=ScriptedProber)
+    imported: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.restart()
+
+    def restart(self):
+        context = DriverContext(self.home, self.clock, {}, {})
+        build = {
+            "process": lambda context: ProbedDriver(context, self.world),
+            "memory": lambda context: MemoryDriver(context, self.elsewhere),
+        }
+        self.drivers = Drivers(context, build)
+        self.metrics = ControlMetrics()
+        self.reconciler = Reconciler(
+            self.state,
+            self.drivers,
+            self.registry,
+            self.prober,
+            self.clock,
+            ControlSettings(drain_timeout_s=30.0, stall_timeout_s=20.0),
+            self.metrics,
+        )
+        self.jobs = Jobs(self.state, self.clock, {"import": Kind(import_from_body, self._import)})
+
+    def _import(self, arguments, report):
+        report(0.5, "copying")
+        self.imported.append(arguments["source"])
+        return {"model": "models:/bank/3"}
+
+    async def ask(self, name="bank", model="models:/bank/1", **changes):
+        spec = DeploymentSpec(name, model, **changes)
+        return await self.state.put_deployment(spec, now=self.clock.now())
+
+    async def steps(self, count=1, seconds=0.5):
+        for _ in range(count):
+            await self.reconciler.step()
+            await self.clock.advance(seconds)
+
+    async def serving(self):
+        return [endpoint.replica for endpoint in await self.state.list_endpoints()]
+
+    def running(self):
+        groups = [*self.world.groups.values(), *self.elsewhere.groups.values()]
+        return sorted(replica for group in groups for replica in group.replicas)
+
+
+@pytest.fixture
+async def plane(tmp_path):
+    made = Plane(tmp_path)
+    yield made
+    await made.jobs.close()
+
+
+@pytest.fixture
+def pepper():
+    return PEPPER

@@ -1,0 +1,65 @@
+"""The lines of several groups in one stream."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cloudlm.control.api.logs import log_lines
+from cloudlm.core.deployment import GroupObservation, Replica, ReplicaState
+from cloudlm.core.errors import NotFound, NotSupported
+from cloudlm.drivers.base import Ability
+
+
+class TalkingDriver:
+    """A driver of which only the output matters; following never ends by itself."""
+
+    name = "talking"
+    abilities = frozenset({Ability.REPLICA_LOGS})
+
+    def __init__(self):
+        self.reading = set()
+
+    async def groups(self):
+        return ["bank-r10", "bank-r2", "bank-extra-r1", "bankrupt-r1"]
+
+    async def observe(self, name):
+        replica = Replica(f"{name}-0", ReplicaState.READY)
+        return GroupObservation(name, None, (replica,))
+
+    async def logs(self, name, *, replica=None, tail=100, follow=False):
+        self.reading.add(name)
+        try:
+            yield f"{name} says ü"
+            if follow:
+                await asyncio.Event().wait()
+        finally:
+            self.reading.discard(name)
+
+
+async def test_groups_in_the_order_of_their_revisions_and_of_no_other_deployment():
+    lines = await log_lines(TalkingDriver(), "bank", replica=None, tail=5, follow=False)
+    assert b"".join([line async for line in lines]).decode() == "bank-r2 says ü\nbank-r10 says ü\n"
+
+
+async def test_following_hears_all_and_lets_go_of_all():
+    driver = TalkingDriver()
+    lines = await log_lines(driver, "bank", replica=None, tail=5, follow=True)
+    heard = {await anext(lines), await anext(lines)}
+    assert heard == {"bank-r2 says ü\n".encode(), "bank-r10 says ü\n".encode()}
+    assert driver.reading == {"bank-r2", "bank-r10"}
+    await lines.aclose()
+    assert driver.reading == set()
+
+
+async def test_a_driver_without_output_says_so():
+    driver = TalkingDriver()
+    driver.abilities = frozenset()
+    with pytest.raises(NotSupported, match="talking"):
+        await log_lines(driver, "bank", replica=None, tail=5, follow=False)
+
+
+async def test_a_replica_of_another_deployment_is_not_found():
+    with pytest.raises(NotFound):
+        await log_lines(TalkingDriver(), "bank", replica="bankrupt-r1-0", tail=5, follow=False)
