@@ -20,7 +20,7 @@ pytestmark = pytest.mark.flow
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-STARTS = ("make ", "cloudlm up", "git clone", "cd ")
+STARTS = ("make ", "cloudlm up", "git clone", "cd ", "source ")
 
 
 def blocks(paper: str) -> list[str]:

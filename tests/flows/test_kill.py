@@ -157,6 +157,9 @@ def test_after_kill_9_nothing_is_left_and_all_starts_again(
             running.process.wait(10)
             wait_for("the end of every process", lambda: not processes_of(running.home), 10)
     assert not any(path.suffix == ".tmp" for path in running.home.rglob("*"))
+    if whom == "parent":  # everybody else could still clean up
+        assert [path for path in running.home.rglob("*") if path.suffix == ".lock"] == []
+        assert [path for path in running.home.glob("run/*/*") if path.name != "group.json"] == []
     with sqlite3.connect(running.home / "state.db") as database:
         assert database.execute("pragma integrity_check").fetchone() == ("ok",)
     again = own_installation(home=running.home)

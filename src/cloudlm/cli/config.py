@@ -17,7 +17,7 @@ def add_to(app: typer.Typer) -> None:
 def show(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show every setting, its value and its source (file < environment < flag)."""
+    """Show every setting and where its value comes from. File < environment < flag."""
     _, rows = load_settings()
     shown = [
         (row.name, "***" if row.secret and row.value else row.value, row.source, row.environment)

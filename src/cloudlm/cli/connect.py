@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from cloudlm.cli.stack import Addresses, running_addresses
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import AuthenticationFailed
 from cloudlm.state.home import Home, load_settings
@@ -15,13 +16,6 @@ if TYPE_CHECKING:
     from cloudlm.state.base import State
 
 
-def api_key() -> str | None:
-    """The caller's key: CLOUDLM_API_KEY, or OPENAI_API_KEY if it is one of ours, so that a key of
-    another service is never sent to this one."""
-    other = os.environ.get("OPENAI_API_KEY", "")
-    return os.environ.get("CLOUDLM_API_KEY") or (other if other.startswith("clm_") else None)
-
-
 def local_url(host: str, port: int) -> str:
     """Where a process of this machine answers that listens on ``host``."""
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104
@@ -29,22 +23,29 @@ def local_url(host: str, port: int) -> str:
 
 
 def control_client() -> Client:
-    """A client of the control API. Raises AuthenticationFailed when no key is set."""
+    """A client of the control API: the one that CLOUDLM_CONTROL_URL names, else that of the
+    installation running in this home, else that of the settings. Raises AuthenticationFailed
+    when no key is set."""
     from cloudlm.client import Client
+    from cloudlm.client.connection import key_of
 
-    key = api_key()
+    key = key_of(os.environ)
     if not key:
         raise AuthenticationFailed(
             "no API key: set CLOUDLM_API_KEY to the admin key that 'cloudlm up' showed at its "
             "first start, or make one with 'cloudlm keys create --local --role admin'"
         )
     settings, _ = load_settings()
-    control = local_url(settings.control.host, settings.control.port)
-    gateway = local_url(settings.gateway.host, settings.gateway.port)
+    running = running_addresses(Home(settings.home))
+    if running is None:
+        running = Addresses(
+            gateway_url=local_url(settings.gateway.host, settings.gateway.port),
+            control_url=local_url(settings.control.host, settings.control.port),
+        )
     return Client(
         api_key=key,
-        control_url=os.environ.get("CLOUDLM_CONTROL_URL", control),
-        gateway_url=os.environ.get("CLOUDLM_GATEWAY_URL", gateway),
+        control_url=os.environ.get("CLOUDLM_CONTROL_URL") or running.control_url,
+        gateway_url=os.environ.get("CLOUDLM_GATEWAY_URL") or running.gateway_url,
     )
 
 

@@ -10,16 +10,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib import resources
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cloudlm.cli.screen import out, print_json, say
+from cloudlm.cli.screen import out, print_json, print_marked, print_text, say
 from cloudlm.cli.up import Running, curl_line, running_stack, stop_signal
 from cloudlm.core.errors import Unavailable
 from cloudlm.core.settings import Settings
 from cloudlm.core.tenant import Role
 from cloudlm.drivers.guard import port_is_free
+
+if TYPE_CHECKING:
+    from cloudlm.client import Client
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,7 +36,7 @@ def demo(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Start everything, ask the starter model five real questions, show how to go on."""
+    """Start everything, ask five real questions, show how to go on."""
     began = time.monotonic()
     stay = sys.stdin.isatty() and sys.stdout.isatty() if keep is None else keep
     with _own_home(), running_stack(_ports(), starter=True) as (running, stack):
@@ -68,17 +71,22 @@ def questions() -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _own_home() -> Iterator[None]:
-    """A fresh home, so that the demo neither needs nor changes the user's installation."""
-    before = os.environ.get("CLOUDLM_HOME")
+    """A fresh home, and none of the user's settings, state or registry: the demo neither needs nor
+    changes the user's installation."""
+    before = {name: value for name, value in os.environ.items() if _is_setting(name)}
     with tempfile.TemporaryDirectory(prefix="cloudlm-demo-", ignore_cleanup_errors=True) as folder:
+        for name in before:
+            del os.environ[name]
         os.environ["CLOUDLM_HOME"] = folder
         try:
             yield
         finally:
-            if before is None:
-                del os.environ["CLOUDLM_HOME"]
-            else:
-                os.environ["CLOUDLM_HOME"] = before
+            del os.environ["CLOUDLM_HOME"]
+            os.environ.update(before)
+
+
+def _is_setting(variable: str) -> bool:
+    return variable.startswith("CLOUDLM_") and variable != "CLOUDLM_DEBUG"
 
 
 def _ports() -> dict[str, Any]:
@@ -92,11 +100,10 @@ def _ports() -> dict[str, Any]:
 
 def _ask(running: Running, key: str, item: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
     """Stream one answer through the official client, printing it as it comes."""
-    from openai import OpenAI
-
-    with OpenAI(base_url=f"{running.gateway_url}/v1", api_key=key) as client:
+    with _client(running, key) as sdk, sdk.openai() as client:
         if not quiet:
-            out.print(f"\n[bold cyan]Q[/] {item['question']}\n[bold green]A[/] ", end="")
+            print_marked("\nQ", "bold cyan", f" {item['question']}")
+            print_marked("A", "bold green", " ", end="")
         began = time.monotonic()
         first_s = None
         pieces: list[str] = []
@@ -113,11 +120,12 @@ def _ask(running: Running, key: str, item: dict[str, Any], *, quiet: bool) -> di
             first_s = first_s or time.monotonic() - began
             pieces.append(piece)
             if not quiet:
-                out.print(piece, end="", markup=False)
+                print_text(piece, end="")
     answer = "".join(pieces).strip()
     if not quiet:
         seconds = time.monotonic() - began
-        out.print(f"\n  [dim]first token {(first_s or 0) * 1000:.0f} ms, all {seconds:.2f} s[/]")
+        first_ms = (first_s or 0.0) * 1000
+        out.print(f"\n  first token {first_ms:.0f} ms, all {seconds:.2f} s", style="dim")
     return {
         "question": item["question"],
         "answer": answer,
@@ -128,13 +136,15 @@ def _ask(running: Running, key: str, item: dict[str, Any], *, quiet: bool) -> di
 
 def _user_key(running: Running, admin_key: str) -> str:
     """A key for inference alone, made through the control API, to try the address with."""
-    from cloudlm.client import Client
-
-    with Client(
-        api_key=admin_key, control_url=running.control_url, gateway_url=running.gateway_url
-    ) as client:
+    with _client(running, admin_key) as client:
         text, _ = client.keys.create("demo", Role.USER)
         return text
+
+
+def _client(running: Running, key: str) -> Client:
+    from cloudlm.client import Client
+
+    return Client(api_key=key, control_url=running.control_url, gateway_url=running.gateway_url)
 
 
 def _print_start(running: Running, ready_s: float) -> None:
@@ -149,5 +159,5 @@ def _print_end(running: Running, key: str, answers: list[dict[str, Any]]) -> Non
     right = sum(answer["right"] for answer in answers)
     out.print(f"\n{right} of {len(answers)} answers are the right reply.\n")
     out.print(f"  OpenAI API  {running.gateway_url}/v1")
-    out.print(f"  API key     {key}\n", markup=False)
-    out.print(curl_line(running, key), markup=False)
+    out.print(f"  API key     {key}\n")
+    out.print(curl_line(running, key))

@@ -12,12 +12,22 @@ import typer
 import yaml
 
 from cloudlm.cli.connect import control_client
-from cloudlm.cli.screen import out, print_json, print_table, say, share_bar, spinner
-from cloudlm.core.deployment import Deployment, DeploymentPhase, DeploymentSpec, DeploymentStatus
-from cloudlm.core.errors import CloudlmError, InvalidRequest, Unavailable
+from cloudlm.cli.screen import (
+    age_text,
+    print_json,
+    print_json_line,
+    print_table,
+    print_text,
+    say,
+    share_bar,
+    spinner,
+)
+from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
+from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
-from cloudlm.core.wire import deployment_body, spec_from_body
+from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
+from cloudlm.state.home import yaml_fault
 
 if TYPE_CHECKING:
     from cloudlm.client import Client
@@ -52,7 +62,7 @@ def deploy(
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
-    """Deploy a model under a name; a model from outside is imported first."""
+    """Deploy a model under a name. A model from outside is imported first."""
     low, high = read_replicas(replicas)
     with control_client() as client:
         ref = _registered(client, model, name)
@@ -70,7 +80,7 @@ def deploy(
 
 def apply(
     file: Annotated[
-        Path, typer.Option("-f", "--file", help="YAML with one deployment per document.")
+        Path, typer.Option("-f", "--file", help="YAML, a deployment per document; - is stdin.")
     ],
     wait: Wait = True,
     json_output: Json = False,
@@ -92,22 +102,21 @@ def status(
     with control_client() as client:
         found = [client.deployments.get(name)] if name else client.deployments.list()
     if json_output:
-        print_json([deployment_body(deployment, state) for deployment, state in found])
+        print_json([deployment_body(view.deployment, view.status) for view in found])
         return
-    rows = [_status_row(deployment, state) for deployment, state in found]
+    rows = [_status_row(view) for view in found]
     columns = ("NAME", "PHASE", "READY", "MODEL", "REVISION", "MESSAGE")
     print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
-    if name and found[0][1] and found[0][1].replicas:
-        out.print()
-        _print_replicas(found[0][1])
+    if name and found[0].status and found[0].status.replicas:
+        print_text("")
+        _print_replicas(found[0].status)
 
 
-def _status_row(deployment: Deployment, state: DeploymentStatus | None) -> tuple[Any, ...]:
-    spec = deployment.spec
-    if state is None:
-        return (spec.name, DeploymentPhase.PENDING, "0", spec.model, deployment.revision, "")
-    ready = f"{state.ready_replicas}/{state.wanted_replicas}"
-    return (spec.name, state.phase, ready, spec.model, deployment.revision, state.message)
+def _status_row(view: DeploymentView) -> tuple[Any, ...]:
+    status = view.status
+    ready = f"{status.ready_replicas}/{status.wanted_replicas}" if status else "0"
+    message = status.message if status else ""
+    return (view.name, view.phase, ready, view.spec.model, view.deployment.revision, message)
 
 
 def _print_replicas(state: DeploymentStatus) -> None:
@@ -119,7 +128,7 @@ def _print_replicas(state: DeploymentStatus) -> None:
             replica.url,
             replica.pid,
             replica.restarts,
-            f"{now - replica.started_at:.0f} s" if replica.started_at else "",
+            age_text(now - replica.started_at) if replica.started_at else "",
             replica.message,
         )
         for replica in state.replicas
@@ -135,14 +144,13 @@ def logs(
     replica: Annotated[str | None, typer.Option("--replica", help="Only this one.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Print what a deployment's replicas said."""
+    """Print what a deployment's replicas said. JSON is one object per line."""
     with control_client() as client:
         for line in client.deployments.logs(name, tail=tail, follow=follow, replica=replica):
             if json_output:
-                print_json({"line": line})
+                print_json_line({"line": line})
             else:
-                sys.stdout.write(line + "\n")
-                sys.stdout.flush()
+                print_text(line)
 
 
 def scale(
@@ -151,7 +159,7 @@ def scale(
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
-    """Change how many replicas a deployment may have; nothing restarts."""
+    """Change how many replicas a deployment may have. Nothing restarts."""
     low, high = read_replicas(replicas)
     with control_client() as client:
         client.deployments.scale(name, low, high)
@@ -195,7 +203,10 @@ def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:
     options: dict[str, str | int | float | bool] = {}
     for pair in pairs:
         key, equals, raw = pair.partition("=")
-        value = yaml.safe_load(raw) if equals else None
+        try:
+            value = yaml.safe_load(raw) if equals else None
+        except yaml.YAMLError:
+            value = None
         if not key or not isinstance(value, str | int | float | bool):
             raise InvalidRequest(f"option {pair!r} must be KEY=VALUE, such as max_model_len=512")
         options[key] = value
@@ -203,13 +214,15 @@ def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:
 
 
 def read_specs(file: Path) -> list[DeploymentSpec]:
-    """The deployments in a YAML file. Raises InvalidRequest naming the file and the fault."""
+    """The deployments in a YAML file, ``-`` for standard input. Raises InvalidRequest naming the
+    file and the fault."""
     try:
-        documents = [doc for doc in yaml.safe_load_all(file.read_text("utf-8")) if doc is not None]
+        text = sys.stdin.read() if file == Path("-") else file.read_text("utf-8")
+        documents = [doc for doc in yaml.safe_load_all(text) if doc is not None]
     except OSError as error:
         raise InvalidRequest(f"cannot read {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} is not valid YAML: {error}") from None
+        raise InvalidRequest(f"{file} is not valid YAML: {yaml_fault(error)}") from None
     if not documents:
         raise InvalidRequest(f"{file} holds no deployment")
     specs = []
@@ -233,9 +246,8 @@ def _registered(client: Client, model: str, name: str) -> str:
     with share_bar(f"importing {model}") as update:
         job = client.jobs.wait(job.id, on_progress=lambda now: update(now.progress, now.message))
     if job.state is not JobState.SUCCEEDED:
-        error = (job.error or {}).get("error")
-        message = error.get("message") if isinstance(error, dict) else None
-        raise InvalidRequest(f"import of {model} {job.state}: {message or job.message}")
+        message = error_from_body(500, job.error).message if job.error else job.message
+        raise InvalidRequest(f"import of {model} {job.state}: {message}")
     return str(job.result["model"])
 
 
@@ -249,14 +261,12 @@ def _finish(client: Client, names: list[str], wait: bool, json_output: bool) -> 
                 )
     found = [client.deployments.get(name) for name in names]
     if json_output:
-        print_json([deployment_body(deployment, state) for deployment, state in found])
+        print_json([deployment_body(view.deployment, view.status) for view in found])
         return
-    for deployment, state in found:
-        phase = state.phase if state else DeploymentPhase.PENDING
-        say(f"{deployment.spec.name} is {phase} ({deployment.spec.model})")
-        if wait and (state is None or state.phase is not DeploymentPhase.READY):
-            raise Unavailable(f"{deployment.spec.name} is not ready: {state and state.message}")
+    for view in found:
+        say(f"{view.name} is {view.phase} ({view.spec.model})")
 
 
 def _progress_text(state: DeploymentStatus) -> str:
-    return f"{state.phase}, {state.ready_replicas}/{state.wanted_replicas} ready {state.message}"
+    ready = f"{state.phase}, {state.ready_replicas}/{state.wanted_replicas} ready"
+    return f"{ready}: {state.message}" if state.message else ready

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cloudlm.cli.connect import control_client
+from cloudlm.cli.connect import control_client, open_local_state
 from cloudlm.cli.screen import out, print_json, print_table, say
+from cloudlm.core.errors import NotFound
 from cloudlm.core.tenant import KeyRecord, Role
-from cloudlm.core.wire import key_body
+from cloudlm.core.wire import key_body, key_request_from_body
 
 app = typer.Typer(no_args_is_help=True, help="API keys: create, list, revoke.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -74,11 +75,15 @@ def list_keys(local: Local = False, json_output: Json = False) -> None:
 @app.command("revoke")
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The id, as 'keys list' shows it.")],
+    local: Local = False,
     json_output: Json = False,
 ) -> None:
-    """Revoke a key; it is refused everywhere within a second."""
-    with control_client() as client:
-        record = client.keys.revoke(key_id)
+    """Revoke a key. It is refused everywhere within a second."""
+    if local:
+        record = asyncio.run(_revoke_local(key_id))
+    else:
+        with control_client() as client:
+            record = client.keys.revoke(key_id)
     if json_output:
         print_json(key_body(record))
     else:
@@ -90,11 +95,12 @@ def _date(stamp: float | None) -> str:
 
 
 async def _create_local(name: str, role: Role) -> tuple[str, KeyRecord]:
-    from cloudlm.security import keys as security_keys
+    from cloudlm.security.keys import mint
 
-    state, home = await _open_local()
+    name, role = key_request_from_body({"name": name, "role": role})  # control's rules
+    state, home = await open_local_state()
     try:
-        minted = security_keys.mint(name, role, home.pepper(), time.time())
+        minted = mint(name, role, home.pepper(), time.time())
         await state.put_key(minted.record)
         return minted.text, minted.record
     finally:
@@ -102,14 +108,19 @@ async def _create_local(name: str, role: Role) -> tuple[str, KeyRecord]:
 
 
 async def _list_local() -> list[KeyRecord]:
-    state, _ = await _open_local()
+    state, _ = await open_local_state()
     try:
-        return list(await state.list_keys())
+        return await state.list_keys()
     finally:
         await state.close()
 
 
-async def _open_local() -> tuple[Any, Any]:
-    from cloudlm.cli.connect import open_local_state
-
-    return await open_local_state()
+async def _revoke_local(key_id: str) -> KeyRecord:
+    state, _ = await open_local_state()
+    try:
+        record = await state.revoke_key(key_id, now=time.time())
+    finally:
+        await state.close()
+    if record is None:
+        raise NotFound(f"no key has the id {key_id[:80]!r}; 'cloudlm keys list --local' shows all")
+    return record

@@ -65,15 +65,15 @@ def main() -> None:
     """The console script: runs the command line and ends the process with its exit code."""
     try:
         app()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):
+            # The reader of our output went away (``cloudlm logs NAME | head``): not our failure.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(0)
+        raise
     except CloudlmError as error:
         fail(error.message)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away (``cloudlm logs NAME | head``): not our failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         if os.environ.get("CLOUDLM_DEBUG"):
             raise

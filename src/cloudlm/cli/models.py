@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,14 +12,17 @@ from cloudlm.cli.connect import local_registry, open_local_state
 from cloudlm.cli.screen import (
     bytes_bar,
     count_text,
-    out,
     print_json,
     print_table,
+    print_text,
     say,
     size_text,
 )
-from cloudlm.core.errors import Conflict
+from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
 from cloudlm.core.model import Manifest, parse_ref
+
+if TYPE_CHECKING:
+    from cloudlm.registry.registry import Registry
 
 app = typer.Typer(no_args_is_help=True, help="Model versions: list, show, pull, import, rm.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -34,7 +38,7 @@ def list_models(json_output: Json = False) -> None:
     versions = [
         (version, aliases)
         for name in registry.list_models()
-        for version, aliases in _with_aliases(name)
+        for version, aliases in _with_aliases(registry, name)
     ]
     if json_output:
         print_json([{**version.body(), "aliases": aliases} for version, aliases in versions])
@@ -55,8 +59,7 @@ def list_models(json_output: Json = False) -> None:
     print_table(columns, rows, "no models; 'cloudlm models import FOLDER' adds one")
 
 
-def _with_aliases(name: str) -> list[tuple[Manifest, list[str]]]:
-    registry = local_registry()
+def _with_aliases(registry: Registry, name: str) -> list[tuple[Manifest, list[str]]]:
     aliases = registry.list_aliases(name)
     return [
         (version, sorted(alias for alias, number in aliases.items() if number == version.version))
@@ -83,7 +86,7 @@ def show(model: Ref, json_output: Json = False) -> None:
         *sorted(manifest.lineage.items()),
     ]
     print_table(("FACT", "VALUE"), facts, "")
-    out.print()
+    print_text("")
     files = [(file.path, size_text(file.size_bytes), file.sha256[:16]) for file in manifest.files]
     print_table(("FILE", "SIZE", "SHA-256"), files, "no files")
 
@@ -107,6 +110,8 @@ def import_model(
     json_output: Json = False,
 ) -> None:
     """Import a Hugging Face model folder into the registry."""
+    if Path(source).expanduser().is_dir():  # "my-model" alone would be a registered name
+        source = str(Path(source).expanduser().resolve())
     _import(source, name, alias, json_output)
 
 
@@ -118,18 +123,23 @@ def _import(source: str, name: str | None, alias: str | None, json_output: bool)
             local_registry(), source, name=name, alias=alias, progress=progress
         )
     if json_output:
-        print_json(manifest.body())
-    else:
-        out.print(manifest.ref)
-        say(f"deploy it with: cloudlm deploy {manifest.ref} --name {manifest.name}")
+        outcome = {"already_registered": manifest.already_registered, "notes": manifest.notes}
+        print_json({**manifest.body(), **outcome})
+        return
+    print_text(manifest.ref)
+    for note in manifest.notes:
+        say(note)
+    if manifest.already_registered:
+        say("these bytes were registered already; nothing was added")
+    say(f"deploy it with: cloudlm deploy {manifest.ref} --name {manifest.name}")
 
 
 @app.command("rm")
 def remove(model: Ref, json_output: Json = False) -> None:
-    """Remove one version, unless an alias or a deployment uses it."""
+    """Remove one version, unless an alias or a deployment of this machine uses it."""
     registry = local_registry()
     manifest = registry.resolve(parse_ref(model))
-    users = asyncio.run(_deployments_of(manifest))
+    users = asyncio.run(_deployments_of(registry, manifest))
     if users:
         raise Conflict(
             f"{manifest.ref} is used by deployment {', '.join(users)}; "
@@ -142,16 +152,20 @@ def remove(model: Ref, json_output: Json = False) -> None:
         say(f"removed {manifest.ref}")
 
 
-async def _deployments_of(manifest: Manifest) -> list[str]:
+async def _deployments_of(registry: Registry, manifest: Manifest) -> list[str]:
     """Deployments whose model is this version; an alias or a bare name is resolved."""
     state, _ = await open_local_state()
-    registry = local_registry()
     try:
-        names = []
-        for deployment in await state.list_deployments():
-            ref = parse_ref(deployment.spec.model)
-            if ref.name == manifest.name and registry.resolve(ref).version == manifest.version:
-                names.append(deployment.spec.name)
-        return names
+        deployments = await state.list_deployments()
     finally:
         await state.close()
+    return [one.spec.name for one in deployments if _runs(registry, one.spec.model, manifest)]
+
+
+def _runs(registry: Registry, model: str, manifest: Manifest) -> bool:
+    """False also for a deployment whose own model is gone."""
+    try:
+        ref = parse_ref(model)
+        return ref.name == manifest.name and registry.resolve(ref).version == manifest.version
+    except (InvalidRequest, NotFound):
+        return False

@@ -20,14 +20,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cloudlm.cli.screen import out, print_json, say, spinner
+from cloudlm.cli.screen import fail, print_json_line, print_text, say, spinner, talk
 from cloudlm.cli.serve import default_name
-from cloudlm.core.errors import ContextLengthExceeded, Unavailable, error_from_body
-from cloudlm.drivers.guard import LIFELINE_VARIABLE
+from cloudlm.core.errors import (
+    CloudlmError,
+    ContextLengthExceeded,
+    InvalidRequest,
+    Unavailable,
+    UpstreamFailed,
+    error_from_body,
+)
+from cloudlm.drivers.launch import GuardOptions, start_guard
 from cloudlm.state.home import Home, load_settings
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import APIError, OpenAI
 
 START_TIMEOUT_S = 600.0
 
@@ -50,37 +57,60 @@ def run(
         bool, typer.Option("--json", help="Print JSON, one answer per line.")
     ] = False,
 ) -> None:
-    """Chat with a model in the terminal; questions may also come from standard input."""
-    from openai import OpenAI
+    """Chat with a model in the terminal. Questions may also be piped in."""
+    from openai import DefaultHttpx2Client, OpenAI
 
     with (
         private_worker(model, option or []) as (url, key),
-        OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
+        OpenAI(
+            base_url=f"{url}/v1",
+            api_key=key,
+            max_retries=0,
+            http_client=DefaultHttpx2Client(trust_env=False),  # no proxy to our own process
+        ) as client,
     ):
         chat = Chat(client, default_name(model), system, temperature, json_output)
         if prompt is not None:
             chat.ask(prompt)
-            return
-        if sys.stdin.isatty():
-            say("Ask away; Ctrl-D ends, /clear forgets the conversation.")
-        for question in _questions():
-            if question == "/clear":
-                chat.clear()
-            else:
-                chat.ask(question)
+        elif sys.stdin.isatty():
+            say("Ask away. Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D ends.")
+            for question in _typed_questions():
+                _ask_and_go_on(chat, question)
+        else:
+            for line in sys.stdin:
+                _ask(chat, line.strip())
 
 
-def _questions() -> Iterator[str]:
-    """Lines from the terminal with a prompt, or from a pipe without one."""
+def _ask(chat: Chat, question: str) -> None:
+    if question == "/clear":
+        chat.clear()
+    elif question:
+        chat.ask(question)
+
+
+def _ask_and_go_on(chat: Chat, question: str) -> None:
+    """A person at the terminal may stop an answer, or ask again after a refusal."""
+    try:
+        _ask(chat, question)
+    except KeyboardInterrupt:
+        say("")
+    except InvalidRequest as error:
+        fail(error.message)
+
+
+def _typed_questions() -> Iterator[str]:
+    """Lines from the terminal, with line editing where the prompt may go to the terminal."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() uses it once it is imported)
     while True:
         try:
-            line = input(">>> ") if sys.stdin.isatty() else sys.stdin.readline()
+            if sys.stdout.isatty():
+                yield input(">>> ")
+            else:  # input() would write its prompt into the results
+                talk.print(">>> ", end="")
+                yield input()
         except EOFError:
             return
-        if not sys.stdin.isatty() and not line:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 class Chat:
@@ -100,41 +130,48 @@ class Chat:
         self._turns = []
 
     def ask(self, question: str) -> None:
-        """Stream the answer to the terminal. Raises the server's error."""
-        self._turns.append({"role": "user", "content": question})
+        """Stream the answer to the terminal. Raises the server's error; a question that was not
+        answered to the end is not part of the conversation."""
+        asked = {"role": "user", "content": question}
         while True:
             try:
-                answer = self._stream()
+                answer = self._stream([*self._opening, *self._turns, asked])
                 break
             except ContextLengthExceeded:
-                if len(self._turns) <= 2:
+                if not self._turns:
                     raise
                 self._turns = self._turns[2:]
-        self._turns.append({"role": "assistant", "content": answer})
+        self._turns += [asked, {"role": "assistant", "content": answer}]
         if self._json:
-            print_json({"question": question, "answer": answer})
+            print_json_line({"question": question, "answer": answer})
 
-    def _stream(self) -> str:
-        from openai import APIStatusError
+    def _stream(self, messages: Any) -> str:
+        from openai import APIError
 
-        messages: Any = [*self._opening, *self._turns]
+        pieces: list[str] = []
         try:
             stream = self._client.chat.completions.create(
                 model=self._model, messages=messages, temperature=self._temperature, stream=True
             )
-        except APIStatusError as error:
-            body = error.body if isinstance(error.body, dict) else {}
-            raise error_from_body(error.status_code, {"error": body}) from None
-        pieces: list[str] = []
-        for chunk in stream:
-            piece = chunk.choices[0].delta.content if chunk.choices else None
-            if piece:
-                pieces.append(piece)
-                if not self._json:
-                    out.print(piece, end="", markup=False)
+            with stream:
+                for chunk in stream:
+                    piece = chunk.choices[0].delta.content if chunk.choices else None
+                    if piece:
+                        pieces.append(piece)
+                        if not self._json:
+                            print_text(piece, end="")
+        except APIError as error:
+            raise _verdict(error) from None
         if not self._json:
-            out.print()
+            print_text("")
         return "".join(pieces)
+
+
+def _verdict(error: APIError) -> CloudlmError:
+    """What the official client raised, in our words."""
+    if isinstance(error.body, dict):
+        return error_from_body(getattr(error, "status_code", 500), {"error": error.body})
+    return UpstreamFailed(f"the model's process broke off: {error.message}")
 
 
 @contextlib.contextmanager
@@ -147,22 +184,20 @@ def private_worker(model: str, options: list[str]) -> Iterator[tuple[str, str]]:
     os.set_inheritable(write_end, False)
     with tempfile.TemporaryDirectory(prefix="run-", dir=home.run, ignore_cleanup_errors=True) as at:
         state, log = Path(at) / "worker.json", Path(at) / "worker.log"
-        command = [sys.executable, "-m", "cloudlm.drivers.guard", "--state", str(state)]
-        command += ["--log", str(log), "--first-port", str(settings.worker.first_port)]
-        command += ["--", sys.executable, "-m", "cloudlm.worker", "--model", model]
+        command = [sys.executable, "-m", "cloudlm.worker", "--model", model]
         command += ["--served-model-name", default_name(model), "--port", "{port}"]
         for pair in options:
             command += ["--option", pair]
         environment = {
             **os.environ,
-            LIFELINE_VARIABLE: str(read_end),
             "CLOUDLM_HOME": str(home.path),
             "CLOUDLM_REGISTRY_URL": home.registry_url(settings),
             "CLOUDLM_WORKER_TOKEN": key,
         }
-        guard = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, pass_fds=(read_end,)
+        how = GuardOptions(
+            state, log, command, restart=False, first_port=settings.worker.first_port
         )
+        guard = start_guard(how, environment, read_end)
         try:
             yield _wait_ready(guard, state, log), key
         finally:
@@ -176,12 +211,12 @@ def _wait_ready(guard: subprocess.Popen[bytes], state: Path, log: Path) -> str:
     import httpx2
 
     deadline = time.monotonic() + START_TIMEOUT_S
-    with spinner("loading"):
+    with spinner("loading"), httpx2.Client(timeout=2.0, trust_env=False) as client:
         while time.monotonic() < deadline and guard.poll() is None:
             with contextlib.suppress(OSError, ValueError, KeyError, httpx2.HTTPError):
                 port = json.loads(state.read_text("utf-8"))["port"]
                 url = f"http://127.0.0.1:{port}"
-                if httpx2.get(f"{url}/readyz", timeout=2.0).status_code == 200:
+                if client.get(f"{url}/readyz").status_code == 200:
                     return url
             time.sleep(0.05)
     raise Unavailable(f"the model did not start: {_last_words(log)}")
@@ -192,4 +227,5 @@ def _last_words(log: Path) -> str:
         lines = log.read_text("utf-8", "replace").strip().splitlines()
     except OSError:
         lines = []
-    return lines[-1] if lines else "it said nothing"
+    last = lines[-1] if lines else "it said nothing"
+    return last.removeprefix("cloudlm worker: ")

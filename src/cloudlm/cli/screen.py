@@ -1,7 +1,8 @@
 """What a person sees: tables, JSON, progress bars, plain errors.
 
 Results go to standard output, talk to standard error. Bars appear only on a terminal. Every
-command that prints data prints it as JSON when asked.
+command that prints data prints it as JSON when asked. Texts come from anywhere (a log, a model, a
+server), so none is read as markup and none may steer the terminal.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,69 +19,106 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 BytesProgress = Callable[[int, int, str], None]
 
-out = Console(highlight=False, soft_wrap=True)
-talk = Console(stderr=True, highlight=False)
+# They reorder what is shown, so that a text can look like another (Unicode TR 36).
+_BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+talk = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """One JSON document on standard output, at once."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_json_line(value: Any) -> None:
+    """One JSON document on one line, for results that come one after another."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Text on standard output as it is, without what would steer the terminal."""
+    sys.stdout.write(_harmless(text, keep="\n\t") + end)
+    sys.stdout.flush()
+
+
+def print_marked(mark: str, style: str, rest: str, end: str = "\n") -> None:
+    """A line on standard output that begins with a mark, coloured on a terminal."""
+    out.print(Text.assemble((mark, style), rest), end=end)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
-    """A table on standard output; ``empty`` on standard error if there is nothing to show."""
+    """A table on standard output; ``empty`` on standard error if there is nothing to show.
+
+    A terminal folds long cells; elsewhere every row is one line, however long.
+    """
     if not rows:
-        talk.print(empty)
+        say(empty)
+        return
+    cells = [["" if cell is None else _harmless(str(cell)) for cell in row] for row in rows]
+    if not out.is_terminal:
+        _print_aligned([list(columns), *cells])
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=column in ("NAME", "ID"))
+        table.add_column(column, no_wrap=column in ("NAME", "ID"), overflow="fold")
+    for row in cells:
+        table.add_row(*[Text(cell) for cell in row])
+    out.print(table, soft_wrap=False)
+
+
+def _print_aligned(rows: list[list[str]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
-        table.add_row(*["" if cell is None else str(cell) for cell in row])
-    out.print(table)
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print_text(line.rstrip())
 
 
 def say(text: str) -> None:
     """Talk: to standard error, so that results can be piped."""
-    talk.print(text, markup=False, soft_wrap=True)
+    talk.print(_harmless(text, keep="\n\t"))
 
 
 def fail(text: str) -> None:
     """A plain error on standard error."""
-    talk.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
+    talk.print(Text.assemble(("error:", "bold red"), " ", _harmless(text, keep="\n\t")))
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _harmless(text: str, keep: str = "") -> str:
+    """``text`` without control characters, which could move the cursor or hide words."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or not _steers(c) else " " for c in text)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL
 
 
 @contextlib.contextmanager
 def bytes_bar(title: str) -> Iterator[BytesProgress]:
     """A bar over bytes done; silent when standard error is not a terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
+    with _bar(title, None, BarColumn(), DownloadColumn()) as (bar, task):
 
         def update(done_bytes: int, total_bytes: int, what: str) -> None:
             bar.update(
                 task,
                 completed=done_bytes,
                 total=total_bytes or None,
-                description=f"{title} {what}".rstrip(),
+                description=_harmless(f"{title} {what}".rstrip()),
             )
 
         yield update
@@ -88,13 +127,10 @@ def bytes_bar(title: str) -> Iterator[BytesProgress]:
 @contextlib.contextmanager
 def share_bar(title: str) -> Iterator[Callable[[float, str], None]]:
     """A bar from 0 to 1 with a message; silent when standard error is not a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
-        task = bar.add_task(title, total=1.0)
+    with _bar(title, 1.0, BarColumn()) as (bar, task):
 
         def update(share: float, message: str) -> None:
-            text = f"{title}: {message}" if message else title
-            bar.update(task, completed=share, description=text)
+            bar.update(task, completed=share, description=_titled(title, message))
 
         yield update
 
@@ -102,23 +138,42 @@ def share_bar(title: str) -> Iterator[Callable[[float, str], None]]:
 @contextlib.contextmanager
 def spinner(title: str) -> Iterator[Callable[[str], None]]:
     """Work of unknown length; silent when standard error is not a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
+    with _bar(title, None) as (bar, task):
 
         def update(message: str) -> None:
-            bar.update(task, description=f"{title}: {message}" if message else title)
+            bar.update(task, description=_titled(title, message))
 
         yield update
 
 
+@contextlib.contextmanager
+def _bar(
+    title: str, total: float | None, *middle: ProgressColumn
+) -> Iterator[tuple[Progress, TaskID]]:
+    words = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), words, *middle, TimeElapsedColumn())
+    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
+        yield bar, bar.add_task(title, total=total)
+
+
+def _titled(title: str, message: str) -> str:
+    return _harmless(f"{title}: {message}" if message else title)
+
+
 def size_text(size_bytes: float) -> str:
     """Bytes as people read them: 8.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000 or unit == "GB":
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    raise AssertionError("unreachable")
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def age_text(seconds: float) -> str:
+    """How long ago as people read it: 42 s, 5 min, 3 h, 12 d."""
+    for unit, length_s, until_s in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < until_s:
+            return f"{max(0.0, seconds) // length_s:.0f} {unit}"
+    return f"{seconds // 86_400:.0f} d"
 
 
 def count_text(count: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
 
 from cloudlm.cli.connect import local_url
 from cloudlm.cli.deployments import read_options
-from cloudlm.cli.screen import out, print_json, share_bar
+from cloudlm.cli.screen import print_json, print_text, share_bar
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
 from cloudlm.state.home import Home, load_settings
 
@@ -37,7 +38,7 @@ def serve(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Serve one model over the OpenAI API until Ctrl-C; no keys file, no control plane."""
+    """Serve one model over the OpenAI API until Ctrl-C. No control plane."""
     from cloudlm.worker.app import run_worker
     from cloudlm.worker.config import WorkerConfig
 
@@ -45,15 +46,16 @@ def serve(
     settings, _ = load_settings()
     home = Home(settings.home).ensure()
 
-    with share_bar(f"loading {name}") as update:
+    with contextlib.ExitStack() as while_loading:
+        update = while_loading.enter_context(share_bar(f"loading {name}"))
 
         def on_ready(url: str) -> None:
-            update(1.0, "ready")
+            while_loading.close()
             address = url or local_url(host, port)
             if json_output:
                 print_json({"openai_base_url": f"{address}/v1", "model": name})
             else:
-                out.print(f"{name} is ready at {address}/v1")
+                print_text(f"{name} is ready at {address}/v1  (Ctrl-C stops it)")
 
         config = WorkerConfig(
             model=model,

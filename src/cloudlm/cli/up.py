@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +14,16 @@ from typing import Annotated, Any
 import typer
 
 from cloudlm.cli.connect import local_url
-from cloudlm.cli.screen import bytes_bar, out, print_json, say, spinner
-from cloudlm.cli.stack import Stack, demand_free_port, free_port
+from cloudlm.cli.screen import bytes_bar, out, print_json, print_marked, say, spinner
+from cloudlm.cli.stack import Addresses, Stack, demand_free_port, free_port
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.deployment import DeploymentPhase, DeploymentSpec, DeploymentStatus
-from cloudlm.core.errors import Unavailable
+from cloudlm.core.errors import BadSetting, Unavailable
 from cloudlm.core.settings import Settings
 from cloudlm.state.home import Home, load_settings
 
 READY_TIMEOUT_S = 300.0
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def up(
     with running_stack(flags, starter=starter) as (running, stack):
         if json_output:
             print_json(_as_json(running))
-            sys.stdout.flush()
         else:
             _print_running(running)
         stopped = stop_signal(stack)
@@ -92,24 +91,43 @@ def running_stack(flags: dict[str, Any], *, starter: bool) -> Iterator[tuple[Run
     control_url = local_url(settings.control.host, control_port)
     with _terminate_as_interrupt(), Stack(home, environment) as stack:
         admin_key, name = asyncio.run(_prepare(settings, home, starter))
-        with spinner("starting gateway and control"):
-            stack.start("gateway", "cloudlm.gateway", settings.gateway.drain_timeout_s)
-            stack.start("control", "cloudlm.control", settings.control.drain_timeout_s)
-            stack.wait_ready("gateway", f"{gateway_url}/readyz")
-            stack.wait_ready("control", f"{control_url}/readyz")
-        status = _wait_for_model(settings, home, stack, name) if name else None
+        with _key_shown_on_failure(admin_key):
+            with spinner("starting gateway and control"):
+                stack.start("gateway", "cloudlm.gateway", settings.gateway.drain_timeout_s)
+                stack.start("control", "cloudlm.control", settings.control.drain_timeout_s)
+                stack.wait_ready("gateway", f"{gateway_url}/readyz")
+                stack.wait_ready("control", f"{control_url}/readyz")
+            status = _wait_for_model(settings, home, stack, name) if name else None
+            stack.announce(Addresses(gateway_url, control_url))
         yield Running(gateway_url, control_url, admin_key, name, status), stack
 
 
+@contextlib.contextmanager
+def _key_shown_on_failure(admin_key: str | None) -> Iterator[None]:
+    """A new key exists from now on; if the start fails, this is the only time to show it."""
+    try:
+        yield
+    except BaseException:
+        if admin_key is not None:
+            say(f"the admin key was made all the same, shown only now: {admin_key}")
+        raise
+
+
 def _choose_ports(settings: Settings) -> tuple[int, int]:
+    gateway, control = settings.gateway, settings.control
+    if gateway.port == control.port != 0:
+        raise BadSetting(
+            f"gateway.port and control.port are both {gateway.port}; choose another with "
+            "--gateway-port or --control-port"
+        )
     chosen = []
     for what, host, port in (
-        ("gateway", settings.gateway.host, settings.gateway.port),
-        ("control", settings.control.host, settings.control.port),
+        ("gateway", gateway.host, gateway.port),
+        ("control", control.host, control.port),
     ):
         if port:
             demand_free_port(host, port, what)
-        chosen.append(port or free_port(host))
+        chosen.append(port or free_port(host, what))
     return chosen[0], chosen[1]
 
 
@@ -153,33 +171,35 @@ def _register_starter(settings: Settings, home: Home) -> str:
     return f"models:/{manifest.name}@champion"
 
 
-def _wait_for_model(
-    settings: Settings, home: Home, stack: Stack, name: str
-) -> DeploymentStatus | None:
+def _wait_for_model(settings: Settings, home: Home, stack: Stack, name: str) -> DeploymentStatus:
     """Wait until the deployment is ready; says what it waits for."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
     with spinner(f"loading {name}") as update:
-        while time.monotonic() < deadline:
-            stack.check("control")
-            status = asyncio.run(_read_status(settings, home, name))
-            if status is not None:
-                update(status.message or status.phase)
-                if status.phase is DeploymentPhase.READY:
-                    return status
-                if status.phase is DeploymentPhase.FAILED:
-                    raise Unavailable(f"{name} does not start: {status.message}")
-            time.sleep(0.1)
-    raise Unavailable(f"{name} was not ready within {READY_TIMEOUT_S:.0f} s")
+        return asyncio.run(_model_ready(settings, home, stack, name, update))
 
 
-async def _read_status(settings: Settings, home: Home, name: str) -> DeploymentStatus | None:
+async def _model_ready(
+    settings: Settings, home: Home, stack: Stack, name: str, update: Callable[[str], None]
+) -> DeploymentStatus:
     from cloudlm.state.open import open_state
 
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    message = "control said nothing about it"
     state = await open_state(home.state_url(settings))
     try:
-        return await state.get_status(name)
+        while time.monotonic() < deadline:
+            stack.check("control")
+            status = await state.get_status(name)
+            if status is not None:
+                message = status.message or status.phase
+                update(message)
+                if status.phase in (DeploymentPhase.READY, DeploymentPhase.SLEEPING):
+                    return status
+                if status.phase is DeploymentPhase.FAILED:
+                    raise Unavailable(f"{name} does not start: {message}")
+            await asyncio.sleep(_POLL_S)
     finally:
         await state.close()
+    raise Unavailable(f"{name} was not ready within {READY_TIMEOUT_S:.0f} s: {message}")
 
 
 @contextlib.contextmanager
@@ -235,16 +255,16 @@ def _as_json(running: Running) -> dict[str, Any]:
 
 
 def _print_running(running: Running) -> None:
-    out.print("[bold]cloudlm is up[/]  (Ctrl-C stops it)")
+    print_marked("cloudlm is up", "bold", "  (Ctrl-C stops it)")
     out.print(f"  OpenAI API   {running.gateway_url}/v1")
     out.print(f"  control API  {running.control_url}")
     if running.starter and running.status:
         out.print(f"  model        {running.starter} ({running.status.phase})")
     if running.admin_key:
-        out.print(f"  admin key    {running.admin_key}", markup=False)
+        out.print(f"  admin key    {running.admin_key}")
         out.print("               shown once and stored only as a hash: keep it\n")
-        out.print(f"export CLOUDLM_API_KEY={running.admin_key}", markup=False)
+        out.print(f"export CLOUDLM_API_KEY={running.admin_key}")
     else:
         out.print("  admin key    as shown at the first start")
     if running.starter:
-        out.print(curl_line(running, "$CLOUDLM_API_KEY"), markup=False)
+        out.print(curl_line(running, "$CLOUDLM_API_KEY"))

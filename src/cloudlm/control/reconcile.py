@@ -62,6 +62,8 @@ class Reconciler:
         self._stopped_stalled: dict[str, object] = {}
         self._seen = Seen()
         self._wake = asyncio.Event()
+        self.has_looked = False
+        """Whether one pass is complete: what an earlier control wrote is corrected."""
 
     # The loop -----------------------------------------------------------------------------------
 
@@ -71,6 +73,7 @@ class Reconciler:
             started = self._clock.monotonic()
             try:
                 await self.step()
+                self.has_looked = True
                 self._metrics.passed(self._clock.monotonic() - started)
             except CloudlmError as error:
                 self._metrics.failed()

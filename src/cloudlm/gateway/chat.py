@@ -111,7 +111,7 @@ class Handler:
 
     async def _answer(self, exchange: Exchange, request: GatewayRequest) -> GatewayResponse:
         view = self._rooms.view.snapshot()
-        exchange.key = self._authorise(request, view)
+        exchange.key = await self._authorise(request, view)
         operation, name = openai.route(request.method, request.path)
         if operation is Operation.LIST_MODELS:
             return self._listed(exchange, openai.models_body(view.models.values()))
@@ -123,13 +123,15 @@ class Handler:
             call = openai.parse(operation, request.body, salted)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
             call = await asyncio.to_thread(openai.parse, operation, request.body, salted)
-        model = view.model(call.model)
-        self._admit(exchange, model)
+        if call.model not in view.models or not view.models[call.model].endpoints:
+            view = await self._rooms.view.look_again()
+        self._admit(exchange, view.model(call.model))
         return await self._serve(exchange, call)
 
-    def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
+    async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
         """The key's record. Missing, malformed, unknown and revoked keys cost the same work and
-        get the same answer; users and admins alike may infer."""
+        get the same answer; users and admins alike may infer. Every well-formed key that fails is
+        looked up once more, known or not, so that the time says nothing either."""
         try:
             text = keys.bearer(
                 request.headers.get("authorization"), request.headers.get("x-api-key")
@@ -137,8 +139,13 @@ class Handler:
         except AuthenticationFailed:
             text = ""
         key_id = keys.key_id(text)
-        record = view.keys.get(key_id) if key_id is not None else None
-        return keys.verify(text, record, self._rooms.pepper)
+        if key_id is None:
+            return keys.verify(text, None, self._rooms.pepper)
+        try:
+            return keys.verify(text, view.keys.get(key_id), self._rooms.pepper)
+        except AuthenticationFailed:
+            view = await self._rooms.view.look_again()
+            return keys.verify(text, view.keys.get(key_id), self._rooms.pepper)
 
     def _admit(self, exchange: Exchange, model: ServedModel) -> None:
         rooms = self._rooms

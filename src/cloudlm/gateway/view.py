@@ -1,7 +1,8 @@
 """The gateway's picture of the shared state: models, endpoints and keys, in memory.
 
-Polls the state's version and reads everything again when it grew, so that a request never waits
-for a database and a revoked key is refused well within a second. When the state cannot be read the
+Polls the state's version and reads everything again when it grew, so that a request does not wait
+for a database and a revoked key is refused well within a second. Only a request that would be
+refused for a key or model unknown here waits for one more look. When the state cannot be read, the
 last good picture serves on, for a stated time. Must not write to the state.
 """
 
@@ -19,6 +20,7 @@ from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
 POLL_INTERVAL_S = 0.2
+LOOK_INTERVAL_S = 0.05
 READ_TIMEOUT_S = 2.0
 LAST_GOOD_VIEW_S = 3600.0
 _NAMES_SHOWN = 20
@@ -75,6 +77,9 @@ class View:
         self._snapshot: Snapshot | None = None
         self._read_at = clock.monotonic()
         self._failing = False
+        self._looking = asyncio.Lock()
+        self._looks = 0
+        self._looked_at = -LOOK_INTERVAL_S
         self.on_change: list[Callable[[Snapshot], None]] = []
 
     @property
@@ -101,6 +106,12 @@ class View:
 
     async def refresh(self) -> bool:
         """Look once; True if the state was reached. Never raises what the state raises."""
+        async with self._looking:  # one at a time, so that no older picture replaces a newer one
+            return await self._look()
+
+    async def _look(self) -> bool:
+        self._looks += 1
+        self._looked_at = self._clock.monotonic()
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 version = await self._state.version()
@@ -120,6 +131,19 @@ class View:
             for told in self.on_change:
                 told(fresh)
         return True
+
+    async def look_again(self) -> Snapshot:
+        """A picture read after this call, for what the last one lacks: a key or model made a
+        moment ago is not unknown. All who ask meanwhile share one look, and looks keep a distance,
+        so that a flood of bad requests does not reach the database. Raises as ``snapshot``."""
+        looks = self._looks
+        async with self._looking:
+            if self._looks == looks:
+                pause_s = self._looked_at + LOOK_INTERVAL_S - self._clock.monotonic()
+                if pause_s > 0:
+                    await self._clock.sleep(pause_s)
+                await self._look()
+        return self.snapshot()
 
     async def run(self) -> None:
         """Refresh until cancelled."""

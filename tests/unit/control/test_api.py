@@ -108,7 +108,20 @@ async def test_nothing_is_answered_without_an_admin_key(services, admin, user):
                     assert answer.status_code == status, (method, path, key)
 
 
+async def test_control_is_not_ready_before_its_first_look(services):
+    async with client_of(services) as nobody:
+        answer = await nobody.get("/readyz")
+        assert (answer.status_code, (await nobody.get("/livez")).status_code) == (503, 200)
+        running = asyncio.create_task(services.reconciler.run())
+        while not services.reconciler.has_looked:
+            await asyncio.sleep(0)
+        assert (await nobody.get("/readyz")).status_code == 200
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_open_paths_are_open_and_no_more(services):
+    services.reconciler.has_looked = True
     async with client_of(services) as nobody:
         for path in OPEN_PATHS:
             assert (await nobody.get(path)).status_code == 200

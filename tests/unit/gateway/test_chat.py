@@ -120,6 +120,16 @@ async def test_admin_key_and_api_key_header_may_infer(rig: Any, kit: Any) -> Non
     assert result.status == 200
 
 
+async def test_a_key_and_a_model_made_a_moment_ago_are_known(rig: Any, kit: Any) -> None:
+    minted = mint("new", Role.USER, kit.PEPPER, 1.0)
+    await rig.state.put_key(minted.record)
+    await rig.state.put_deployment(DeploymentSpec("fresh", "models:/m/1"), now=1.0)
+    url = rig.replicas[0].url
+    await rig.state.put_endpoints("fresh", [Endpoint("fresh", rig.replicas[0].name, url, 1)])
+    headers = {"authorization": f"Bearer {minted.text}"}
+    assert (await rig.ask(kit.chat_body(model="fresh"), headers=headers)).status == 200
+
+
 async def test_revoked_key(rig: Any, kit: Any) -> None:
     assert (await rig.ask(kit.chat_body())).status == 200
     await rig.state.revoke_key(rig.key_id, now=5.0)

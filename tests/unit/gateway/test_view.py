@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.router import Loads
-from cloudlm.gateway.view import View
+from cloudlm.gateway.view import LOOK_INTERVAL_S, View
 from cloudlm.security.keys import mint
 from cloudlm.state.memory import MemoryState
 
@@ -24,8 +25,10 @@ class CountingState(MemoryState):
 
     away = False
     readings = 0
+    versions_asked = 0
 
     async def version(self) -> int:
+        self.versions_asked += 1
         if self.away:
             raise Unavailable("away")
         return await super().version()
@@ -33,6 +36,42 @@ class CountingState(MemoryState):
     async def list_keys(self) -> Any:
         self.readings += 1
         return await super().list_keys()
+
+
+async def test_a_look_again_sees_what_was_just_made_and_is_shared() -> None:
+    state, clock = CountingState(), ManualClock()
+    view = View(state, clock)
+    await view.refresh()
+    await clock.advance(1.0)
+    minted = mint("k", Role.USER, b"p" * 32, 1.0)
+    await state.put_key(minted.record)
+    assert minted.record.id not in view.snapshot().keys
+    asking = [asyncio.create_task(view.look_again()) for _ in range(50)]
+    await clock.advance(1.0)
+    for snapshot in await asyncio.gather(*asking):
+        assert minted.record.id in snapshot.keys
+    assert state.versions_asked == 3  # the first asker's, and one for all that asked meanwhile
+
+
+async def test_looks_keep_their_distance() -> None:
+    state, clock = CountingState(), ManualClock()
+    view = View(state, clock)
+    await view.refresh()
+    waiting = asyncio.create_task(view.look_again())
+    await clock.advance(LOOK_INTERVAL_S / 2)
+    assert (waiting.done(), state.versions_asked) == (False, 1)
+    await clock.advance(LOOK_INTERVAL_S / 2)
+    await waiting
+    assert state.versions_asked == 2
+
+
+async def test_a_look_again_with_the_state_away_keeps_the_last_picture() -> None:
+    state, clock = CountingState(), ManualClock()
+    view = View(state, clock)
+    await view.refresh()
+    await clock.advance(1.0)
+    state.away = True
+    assert (await view.look_again()) is view.snapshot()
 
 
 async def test_follows_changes_and_reads_only_then() -> None:

@@ -21,6 +21,7 @@ from cloudlm.core.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    Unavailable,
     UnprocessableRequest,
 )
 from cloudlm.core.wire import driver_body
@@ -75,6 +76,8 @@ def _health_routes(services: Services) -> APIRouter:
     @router.get("/readyz")
     async def readyz() -> Response:
         await services.state.version()  # raises Unavailable if the facts cannot be reached
+        if not services.reconciler.has_looked:
+            raise Unavailable("control has not looked at everything yet", retry_after_s=1.0)
         return PlainTextResponse("ok")
 
     @router.get("/metrics")
