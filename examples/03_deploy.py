@@ -6,8 +6,9 @@ from cloudlm.core.deployment import DeploymentSpec
 with Client() as cloud:
     spec = DeploymentSpec(name="second-helper", model="models:/bank-helper@champion")
     cloud.deployments.apply(spec)
-    status = cloud.deployments.wait_ready("second-helper", timeout_s=120)
-    print(f"{status.name} is {status.phase} with {status.ready_replicas} replica")
+    view = cloud.deployments.wait_ready("second-helper", timeout_s=120)
+    if view.status:
+        print(f"{view.name} is {view.status.phase}, {view.status.ready_replicas} replica")
     with cloud.openai() as inference:
         answer = inference.chat.completions.create(
             model="second-helper",

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 misuse, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -23,6 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From a language model file to a secured, elastic service.",
+)
+
+
+# Troubles of the machine, not faults of ours, wherever they show.
+_OF_THIS_MACHINE = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE)
 )
 
 
@@ -75,6 +82,11 @@ def main() -> None:
         fail(error.message)
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
+            from cloudlm.registry.stores.failures import storage_failure
+
+            fail(storage_failure(error, error.filename or "this machine's disk", "use").message)
+            sys.exit(1)
         if os.environ.get("CLOUDLM_DEBUG"):
             raise
         fail(

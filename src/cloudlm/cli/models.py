@@ -136,7 +136,7 @@ def _import(source: str, name: str | None, alias: str | None, json_output: bool)
 
 @app.command("rm")
 def remove(model: Ref, json_output: Json = False) -> None:
-    """Remove one version, unless an alias or a deployment of this machine uses it."""
+    """Remove one version, unless an alias or a deployment here uses it."""
     registry = local_registry()
     manifest = registry.resolve(parse_ref(model))
     users = asyncio.run(_deployments_of(registry, manifest))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+import os
+import sys
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -12,6 +14,7 @@ from cloudlm.cli.deployments import read_options
 from cloudlm.cli.screen import print_json, print_text, share_bar
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
 from cloudlm.state.home import Home, load_settings
+from cloudlm.telemetry.logs import setup_logging
 
 
 def add_to(app: typer.Typer) -> None:
@@ -44,6 +47,7 @@ def serve(
 
     name = served_model_name or default_name(model)
     settings, _ = load_settings()
+    setup_logging(settings.log, "serve")
     home = Home(settings.home).ensure()
 
     with contextlib.ExitStack() as while_loading:
@@ -71,7 +75,14 @@ def serve(
             on_progress=update,
         )
         code = run_worker(config)
-    raise typer.Exit(code)
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """End at once: a thread that still loads or computes must not hold the process up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def default_name(model: str) -> str:

@@ -63,7 +63,7 @@ class Connection:
                 gateway_url or found.get("CLOUDLM_GATEWAY_URL") or DEFAULT_GATEWAY_URL,
                 "gateway_url",
             ),
-            api_key=_check_key(api_key or _key_of(found)),
+            api_key=_check_key(api_key or key_of(found)),
         )
 
     @property
@@ -148,7 +148,7 @@ class Connection:
         )
 
 
-def _key_of(environ: Mapping[str, str]) -> str | None:
+def key_of(environ: Mapping[str, str]) -> str | None:
     """CLOUDLM_API_KEY, or OPENAI_API_KEY if that holds a key of ours: another provider's secret is
     not sent to us."""
     own = environ.get("CLOUDLM_API_KEY")

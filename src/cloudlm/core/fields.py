@@ -1,13 +1,14 @@
-"""Reads a decoded JSON object field by field, so that every fault names its field.
+"""Checks values of decoded JSON and reads objects field by field, so that every fault names its
+field.
 
-Used at the edges (``core.wire``). A wrong value is InvalidRequest with ``param``; a field that
-nobody asked for is UnprocessableRequest, so that no caller can assign what is not offered. It
-decides nothing about meaning: that is the caller's.
+Used at the edges: the checks by ``core.requests`` and ``core.wire``, the reader by ``core.wire``. A
+wrong value is InvalidRequest with ``param``; a field that nobody asked for is UnprocessableRequest,
+so that no caller can assign what is not offered. It decides nothing about meaning: that is the
+caller's.
 """
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -30,6 +31,46 @@ def check_text(value: Any, param: str, *, max_length: int, low: int = 0) -> str:
     if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
         raise InvalidRequest(f"{param} holds a character that is not valid Unicode", param=param)
     return value
+
+
+def check_integer(value: Any, param: str, low: int, high: int) -> int:
+    """Return ``value`` if it is a whole number from ``low`` to ``high``. Raises InvalidRequest."""
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidRequest(
+            f"{param} must be a whole number from {low} to {high}, not {shown(value)}", param=param
+        )
+    return value
+
+
+def check_number(value: Any, param: str, low: float, high: float, *, above: bool = False) -> float:
+    """Return ``value`` if it is a finite number from ``low`` (or with ``above``: greater) to
+    ``high``. Raises InvalidRequest."""
+    fits = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and low <= value <= high  # not-a-number fails here
+        and not (above and value == low)
+    )
+    if not fits:
+        span = f"above {low:g}, at most {high:g}" if above else f"from {low:g} to {high:g}"
+        raise InvalidRequest(f"{param} must be a number {span}, not {shown(value)}", param=param)
+    return float(value)
+
+
+def check_flag(value: Any, param: str) -> bool:
+    """Return ``value`` if it is true or false. Raises InvalidRequest."""
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{param} must be true or false, not {shown(value)}", param=param)
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error message may show it: short, on one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "a huge number"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def kind_of(value: Any) -> str:
@@ -90,13 +131,7 @@ class Fields:
     def integer(
         self, name: str, default: Any = _REQUIRED, *, low: int = 0, high: int = 2**53
     ) -> int:
-        value = self.raw(name, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidRequest(
-                f"{self.param(name)} must be a whole number, not {kind_of(value)}",
-                param=self.param(name),
-            )
-        return int(self._inside(name, value, low, high))
+        return check_integer(self.raw(name, default), self.param(name), low, high)
 
     def number(
         self,
@@ -106,24 +141,13 @@ class Fields:
         low: float = -1e15,
         high: float = 1e15,
     ) -> float:
-        value = self.raw(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidRequest(
-                f"{self.param(name)} must be a number, not {kind_of(value)}", param=self.param(name)
-            )
-        return float(self._inside(name, value, low, high))
+        return check_number(self.raw(name, default), self.param(name), low, high)
 
     def optional_number(self, name: str) -> float | None:
         return None if self.raw(name, None) is None else self.number(name)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
-        value = self.raw(name, default)
-        if not isinstance(value, bool):
-            raise InvalidRequest(
-                f"{self.param(name)} must be true or false, not {kind_of(value)}",
-                param=self.param(name),
-            )
-        return value
+        return check_flag(self.raw(name, default), self.param(name))
 
     def choice(self, name: str, kind: type[E], default: Any = _REQUIRED) -> E:
         value = self.raw(name, default)
@@ -134,7 +158,7 @@ class Fields:
         except ValueError:
             offered = ", ".join(member.value for member in kind)
             raise InvalidRequest(
-                f"{self.param(name)} = {str(value)[:_MAX_SHOWN]!r} must be one of {offered}",
+                f"{self.param(name)} must be one of {offered}, not {shown(value)}",
                 param=self.param(name),
             ) from None
 
@@ -165,21 +189,11 @@ class Fields:
         """Raise UnprocessableRequest if the object has a field that was not asked for."""
         unknown = sorted(str(name) for name in self._body if name not in self._asked)
         if unknown:
-            shown = unknown[0][:_MAX_SHOWN]
+            first = self._path + unknown[0][:_MAX_SHOWN]
             raise UnprocessableRequest(
-                f"{self._what} has no field {self._path + shown!r}; it has "
-                + ", ".join(sorted(self._asked)),
-                param=self._path + shown,
+                f"{self._what} has no field {first!r}; it has " + ", ".join(sorted(self._asked)),
+                param=first,
             )
-
-    def _inside(self, name: str, value: float, low: float, high: float) -> float:
-        if not (isinstance(value, int) or math.isfinite(value)) or not low <= value <= high:
-            shown = str(value) if not abs(value) > 10**18 else "a huge number"
-            raise InvalidRequest(
-                f"{self.param(name)} must be from {low} to {high}, not {shown}",
-                param=self.param(name),
-            )
-        return value
 
     def _count(self, name: str, count: int, max_entries: int) -> None:
         if count > max_entries:

@@ -94,9 +94,9 @@ _OBJECT_SCHEMES = ("s3://", "gs://", "az://", "oss://", "http://", "https://")
 def address_kind(address: str) -> AddressKind:
     """Say where ``address`` points, by its form alone (no disk, no network).
 
-    ``models:/…`` and bare names are the registry's; ``/…``, ``./…``, ``../…``, ``~…`` and ``file://``
-    are folders; ``hf://org/name`` and bare ``org/name`` are hub ids; ``s3://`` and the like object
-    stores. Raises InvalidRequest for anything else.
+    ``models:/…`` and bare names are the registry's; ``/…``, ``./…``, ``../…``, ``~…``, ``file://``,
+    ``name/`` and ``a/b/c`` are folders; ``hf://org/name`` and bare ``org/name`` are hub ids;
+    ``s3://`` and the like object stores. Raises InvalidRequest for anything else.
     """
     if address.startswith("models:/"):
         return AddressKind.REGISTRY
@@ -114,6 +114,8 @@ def address_kind(address: str) -> AddressKind:
         )
     if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}(@[\w./-]{1,96})?", address, re.ASCII):
         return AddressKind.HUB
+    if address.endswith("/") or address.count("/") > 1:
+        return AddressKind.FOLDER
     parse_ref(address)
     return AddressKind.REGISTRY
 

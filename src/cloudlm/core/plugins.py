@@ -37,7 +37,10 @@ def load(group: str, name: str) -> Any:
         if point.name == name:
             try:
                 return point.load()
-            except ImportError as error:
-                raise NotSupported(f"{group} plug-in {name!r} cannot be loaded: {error}") from error
+            except Exception as error:  # a stranger's code: whatever it does, we name it
+                reason = f"{type(error).__name__}: {error}"
+                raise NotSupported(
+                    f"{group} plug-in {name!r} cannot be loaded: {reason}"
+                ) from error
     names = ", ".join(plugin.name for plugin in installed(group)) or "none"
     raise InvalidRequest(f"unknown {group} plug-in {name!r}; installed: {names}", param="driver")

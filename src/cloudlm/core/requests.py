@@ -6,7 +6,6 @@ other for its form. Limits that depend on the model (context, vocabulary) are th
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import msgspec
 
 from cloudlm.core.chat import ChatRequest, CompletionRequest, Message, Sampling, StreamOptions
 from cloudlm.core.errors import InvalidRequest, NotSupported
+from cloudlm.core.fields import check_flag, check_integer, check_number, check_text, shown
 
 MAX_DEPTH = 32
 MAX_CONTAINERS = 32_768
@@ -183,49 +183,27 @@ def _number(
     above: bool = False,
 ) -> float:
     value = _given(body, name)
-    if value is _ABSENT:
-        return default
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not low <= value <= high or (above and value == low):
-        span = f"above {low:g}, at most {high:g}" if above else f"from {low:g} to {high:g}"
-        raise InvalidRequest(f"{name} must be a number {span}, not {_shown(value)}", param=name)
-    return float(value)
+    return default if value is _ABSENT else check_number(value, name, low, high, above=above)
 
 
 def _integer(
     body: Mapping[str, Any], name: str, default: int | None, low: int, high: int
 ) -> int | None:
+    """3.0 is a whole number too: some languages have but one kind."""
     value = _given(body, name)
-    if value is _ABSENT:
-        return default
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) is not int or not low <= value <= high:
-        raise InvalidRequest(
-            f"{name} must be a whole number from {low} to {high}, not {_shown(value)}", param=name
-        )
-    return value
+    return default if value is _ABSENT else check_integer(value, name, low, high)
 
 
 def _boolean(body: Mapping[str, Any], name: str, default: bool) -> bool:
     value = _given(body, name)
-    if value is _ABSENT:
-        return default
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false, not {_shown(value)}", param=name)
-    return value
+    return default if value is _ABSENT else check_flag(value, name)
 
 
 def _text(body: Mapping[str, Any], name: str, default: str | None, longest: int) -> str | None:
     value = _given(body, name)
-    if value is _ABSENT:
-        return default
-    if not isinstance(value, str) or len(value) > longest:
-        raise InvalidRequest(
-            f"{name} must be a text of at most {longest} characters, not {_shown(value)}",
-            param=name,
-        )
-    return value
+    return default if value is _ABSENT else check_text(value, name, max_length=longest)
 
 
 def _model(body: Mapping[str, Any]) -> str:
@@ -250,7 +228,7 @@ def _message(item: Any, param: str) -> Message:
     role = item.get("role")
     if role not in ROLES:
         raise InvalidRequest(
-            f"{param}.role must be one of {', '.join(ROLES)}, not {_shown(role)}",
+            f"{param}.role must be one of {', '.join(ROLES)}, not {shown(role)}",
             param=f"{param}.role",
         )
     name = item.get("name")
@@ -271,7 +249,7 @@ def _content(value: Any, param: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
             raise NotSupported(
-                f"{param} holds a part of type {_shown(kind)}; only text is supported", param=param
+                f"{param} holds a part of type {shown(kind)}; only text is supported", param=param
             )
         text = part.get("text")
         if not isinstance(text, str):
@@ -348,7 +326,7 @@ def _logit_bias(body: Mapping[str, Any]) -> dict[int, float]:
         plain_id = key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_TOKEN_ID
         if not plain_id or not number or not -100 <= bias <= 100:
             raise InvalidRequest(
-                f"logit_bias[{_shown(key)}] must map a token id to a number from -100 to 100",
+                f"logit_bias[{shown(key)}] must map a token id to a number from -100 to 100",
                 param="logit_bias",
             )
         biases[int(key)] = float(bias)
@@ -382,9 +360,3 @@ def _refuse_formats(body: Mapping[str, Any]) -> None:
             "response_format other than text is not supported by this server yet",
             param="response_format",
         )
-
-
-def _shown(value: Any) -> str:
-    """A value as an error message may show it: short, on one line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -8,6 +8,7 @@ touches a disk.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -250,7 +251,11 @@ def _build(
             values[one.name] = _build(hints[one.name], f"{name}.", given, rows)
             continue
         raw, source = given.get(name, (one.default, "default"))
-        value = raw if source == "default" else _parse(name, raw, hints[one.name], source)
+        secret = one.metadata["secret"]
+        if source == "default":
+            value = raw
+        else:
+            value = _parse(name, raw, hints[one.name], source, shown="***" if secret else repr(raw))
         _check_bounds(name, value, one.metadata, source)
         values[one.name] = value
         rows.append(
@@ -260,13 +265,13 @@ def _build(
                 source,
                 environment_name(name),
                 one.metadata["doc"],
-                one.metadata["secret"],
+                secret,
             )
         )
     return cls(**values)
 
 
-def _parse(name: str, raw: Any, kind: Any, source: str) -> Any:
+def _parse(name: str, raw: Any, kind: Any, source: str, *, shown: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(k for k in get_args(kind) if k is not type(None))
     try:
@@ -277,10 +282,10 @@ def _parse(name: str, raw: Any, kind: Any, source: str) -> Any:
         if kind is str and not isinstance(raw, str):
             raise ValueError
         return kind(raw)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise BadSetting(
-            f"{name} = {raw!r} (from {source}) is not {wanted.get(kind, kind)}", param=name
+            f"{name} = {shown} (from {source}) is not {wanted.get(kind, kind)}", param=name
         ) from None
 
 
@@ -303,6 +308,6 @@ def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any], source: st
         return
     too_low = low is not None and value < low
     too_high = high is not None and value > high
-    if value != value or too_low or too_high:  # the first is not-a-number
-        span = f"at least {low}" if high is None else f"from {low} to {high}"
+    if not math.isfinite(value) or too_low or too_high:
+        span = f"a number of at least {low}" if high is None else f"from {low} to {high}"
         raise BadSetting(f"{name} = {value!r} (from {source}) must be {span}", param=name)

@@ -20,13 +20,14 @@ from typing import Protocol
 from cloudlm.core.chat import FinishReason
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import InternalError, Overloaded
-from cloudlm.engine.answer import Answer, Tokenizer
+from cloudlm.engine.answer import Answer
 from cloudlm.engine.api import EngineInfo, EngineStats, GenerateRequest, TokenEvent
 from cloudlm.engine.intake import sequence_for
 from cloudlm.engine.scheduler import Advance, Limits, Scheduler
 from cloudlm.engine.sequence import Sequence
 from cloudlm.engine.step import Sampled, Step
 from cloudlm.engine.stream import Mailbox, Outbox, TokenStream
+from cloudlm.engine.tokens import Tokenizer
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ _Command = _Submit | _CancelSequence | _CancelRequest | _Close
 class LocalEngine:
     """The Engine port over a runner on this machine. Make one with ``LocalEngine.start``.
 
-    ``submit``, ``cancel``, ``stats`` may be called from any thread that runs an event loop.
+    ``tokenizer`` is the model's, for whoever has text and wants token ids; it may be used from any
+    thread. ``submit``, ``cancel``, ``stats`` may be called from any thread that runs an event loop.
     When the runner fails, every sequence fails with InternalError, ``stats().alive`` turns False
     and stays so: the process must be restarted.
     """
@@ -97,7 +99,7 @@ class LocalEngine:
     ) -> None:
         self.info = runner.info
         self._runner = runner
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._limits = limits
         self._max_waiting = max_waiting
         self._clock = clock
@@ -239,7 +241,7 @@ class LocalEngine:
     def _accept(self, job: _Job) -> None:
         self._jobs[job.sequence.sequence_id] = job
         try:
-            job.answer = Answer(job.sequence, self._tokenizer)
+            job.answer = Answer(job.sequence, self.tokenizer)
         except Exception:
             self._fail(job)
             return

@@ -6,6 +6,8 @@ checked at the edge (``core.requests``); only what needs the model is checked he
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.engine.api import EngineInfo, GenerateRequest
 from cloudlm.engine.scheduler import Limits
@@ -24,9 +26,9 @@ def sequence_for(
     sampling = request.sampling
     if not request.prompt_token_ids:
         raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
-    _check_token_ids("prompt", request.prompt_token_ids, info.vocab_size)
-    _check_token_ids("output_token_ids", request.output_token_ids, info.vocab_size)
-    _check_token_ids("logit_bias", tuple(sampling.logit_bias), info.vocab_size)
+    check_token_ids(request.prompt_token_ids, info.vocab_size, "prompt")
+    check_token_ids(request.output_token_ids, info.vocab_size, "output_token_ids")
+    check_token_ids(sampling.logit_bias, info.vocab_size, "logit_bias")
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= info.vocab_size:
         raise InvalidRequest(
             f"logprobs = {sampling.logprobs} must be from 0 to {info.vocab_size}, the number of "
@@ -58,11 +60,12 @@ def sequence_for(
     )
 
 
-def _check_token_ids(name: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+def check_token_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:
+    """Raise InvalidRequest for an id outside the vocabulary."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
-                f"{name}: token id {token_id} does not exist; this model's ids go from 0 to "
+                f"{param}: token id {token_id} does not exist; this model's ids go from 0 to "
                 f"{vocab_size - 1}",
-                param=name,
+                param=param,
             )

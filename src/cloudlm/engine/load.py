@@ -70,6 +70,7 @@ def load_runner(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = pick_dtype(settings.dtype, config, parameters, device)
     num_blocks, max_model_len = plan_cache(model.shape, settings, dtype)
+    model.limit(max_model_len)
     load_weights(
         model,
         folder,

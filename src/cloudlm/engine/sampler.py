@@ -4,19 +4,20 @@ request has no seed."""
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cloudlm.core.chat import Sampling
 from cloudlm.engine.step import Chunk
 
-# Nuclei are looked for among this many likeliest tokens before a whole vocabulary is sorted.
-_NUCLEUS_GUESS = 1024
+# Nuclei are looked for among so many likeliest tokens before a whole vocabulary is sorted.
+_NUCLEUS_GUESSES = (128, 2048)
 # Stands for an impossible logit: finite, so that a row of nothing else still has a distribution.
 _LEAST = -3e38
 
@@ -97,40 +98,56 @@ def _penalised(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     if all(_plain(chunk.sampling) for chunk in chunks):
         return logits
     logits = logits.clone()
-    vocabulary = logits.shape[1]
-    bias: dict[int, float] = {}
-    factors: dict[int, float] = {}
-    subtracted: dict[int, float] = {}
+    bias, factors, subtracted = _Edits(), _Edits(), _Edits()
     for row, chunk in enumerate(chunks):
-        sampling, base = chunk.sampling, row * vocabulary
-        for token_id, value in sampling.logit_bias.items():
-            if 0 <= token_id < vocabulary:
-                bias[base + token_id] = value
+        sampling, base = chunk.sampling, row * logits.shape[1]
+        known = {t: v for t, v in sampling.logit_bias.items() if 0 <= t < logits.shape[1]}
+        bias.add(base + _array(known), np.array(list(known.values())))
         if sampling.repetition_penalty != 1.0:
-            seen = set(chunk.prompt_token_ids).union(chunk.output_token_ids)
-            factors.update((base + token_id, sampling.repetition_penalty) for token_id in seen)
+            # A token seen twice is edited twice, to the same value.
+            seen = _array(chunk.prompt_token_ids + chunk.output_token_ids)
+            factors.add(base + seen, np.full(len(seen), sampling.repetition_penalty))
         presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
         if presence or frequency:
-            for token_id, count in Counter(chunk.output_token_ids).items():
-                subtracted[base + token_id] = presence + frequency * count
+            token_ids, counts = np.unique(_array(chunk.output_token_ids), return_counts=True)
+            subtracted.add(base + token_ids, presence + frequency * counts.astype(np.float64))
     flat = logits.view(-1)
-    if bias:
-        flat[_ids(bias, flat)] += _numbers(bias.values(), flat)
-    if factors:
-        places, factor = _ids(factors, flat), _numbers(factors.values(), flat)
+    for places, amounts in bias.on(flat):
+        flat[places] += amounts
+    for places, amounts in factors.on(flat):
         values = flat[places]
-        flat[places] = torch.where(values > 0, values / factor, values * factor)
-    if subtracted:
-        flat[_ids(subtracted, flat)] -= _numbers(subtracted.values(), flat)
+        flat[places] = torch.where(values > 0, values / amounts, values * amounts)
+    for places, amounts in subtracted.on(flat):
+        flat[places] -= amounts
     return logits
+
+
+class _Edits:
+    """Places in the flattened logits, with an amount for each, collected row by row. NumPy, since
+    the tokens of long prompts pass through here at every step."""
+
+    def __init__(self) -> None:
+        self._places: list[NDArray[np.int64]] = []
+        self._amounts: list[NDArray[np.float64]] = []
+
+    def add(self, places: NDArray[np.int64], amounts: NDArray[np.float64]) -> None:
+        if len(places):
+            self._places.append(places)
+            self._amounts.append(amounts)
+
+    def on(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """All edits at once, as tensors that fit ``flat``; nothing if there are none."""
+        if self._places:
+            places = torch.from_numpy(np.concatenate(self._places))
+            yield places.to(flat.device), torch.from_numpy(np.concatenate(self._amounts)).to(flat)
+
+
+def _array(token_ids: Collection[int]) -> NDArray[np.int64]:
+    return np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
 
 
 def _ids(values: Iterable[int], like: Tensor) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64, device=like.device)
-
-
-def _numbers(values: Iterable[float], like: Tensor) -> Tensor:
-    return torch.tensor(list(values), dtype=like.dtype, device=like.device)
 
 
 def _drawn(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
@@ -179,8 +196,11 @@ def _only_top_p(scores: Tensor, samplings: list[Sampling]) -> Tensor:
     index = _ids(rows, scores)
     limit = _column([samplings[row].top_p for row in rows], scores)
     probabilities = scores[index].softmax(-1)
-    likeliest = probabilities.topk(min(_NUCLEUS_GUESS, scores.shape[1]), dim=-1).values
-    if bool((likeliest.sum(-1, keepdim=True) < limit).any()):
+    for guess in _NUCLEUS_GUESSES:
+        likeliest = probabilities.topk(min(guess, scores.shape[1]), dim=-1).values
+        if bool((likeliest.sum(-1, keepdim=True) >= limit).all()):
+            break
+    else:
         likeliest = probabilities.sort(dim=-1, descending=True).values
     before = likeliest.cumsum(-1) - likeliest
     kept = (before < limit).sum(-1, keepdim=True).clamp(min=1)

@@ -214,8 +214,9 @@ class Scheduler:
 
     def _admit(self, budget: int, chunks: list[Chunk]) -> None:
         """Start waiting sequences in order of arrival; see the module's text for who may pass."""
-        if not self.waiting or budget <= 0 or self.pool.free_blocks == 0:
-            return
+        full = len(self.running) >= self.limits.max_batch_sequences
+        if full or not self.waiting or budget <= 0 or self.pool.free_blocks == 0:
+            return  # the usual case under load: ends before anything is looked at
         underway = self._hashes_underway()
         passed: list[Sequence] = []
         for sequence in list(self.waiting):

@@ -38,11 +38,13 @@ class Tokenizer:
 
     ``eos_token_ids`` are all ids that end an answer; ``bos_token_id`` and ``chat_template`` (text,
     not rendered here) are None if there are none; ``special_tokens`` are the names that templates
-    use (``bos_token`` and the like). Raises BrokenModel naming the file and the fault.
+    use (``bos_token`` and the like), ``control_tokens`` the texts that are read as special tokens
+    wherever they stand. Raises BrokenModel naming the file and the fault.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._rust = _read_tokenizer(folder / "tokenizer.json")
+        self._rust, decoder = _read_tokenizer(folder / "tokenizer.json")
+        self._bytes_of = _byte_reader(decoder)
         config = _optional_json(folder / "tokenizer_config.json")
         self.special_tokens = _special_tokens(config)
         self.chat_template = _chat_template(folder, config)
@@ -50,8 +52,9 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_ids = self._ends(folder)
         added = self._rust.get_added_tokens_decoder()
-        self._special = frozenset(id_ for id_, token in added.items() if token.special)
-        self._bytes_of = _byte_reader(read_json(folder / "tokenizer.json").get("decoder"))
+        special = {id_: token.content for id_, token in added.items() if token.special}
+        self._special = frozenset(special)
+        self.control_tokens = tuple(text for text in special.values() if text)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; special tokens written out in it are recognised."""
@@ -87,11 +90,12 @@ class Tokenizer:
         if self._bytes_of is None:
             return _WindowDetokenizer(self.decode, prompt[-_LONGEST_CHARACTER:])
         at_start = all(token_id in self._special for token_id in prompt)
-        decoder = _ByteDetokenizer(self._visible_bytes, self._strips_space() and at_start)
+        decoder = _ByteDetokenizer(self.visible_bytes, self._strips_space() and at_start)
         decoder.push(prompt[-_LONGEST_CHARACTER:])  # the prompt may end inside a character
         return decoder
 
-    def _visible_bytes(self, token_id: int) -> bytes:
+    def visible_bytes(self, token_id: int) -> bytes:
+        """The bytes that this token adds to an answer's text: b"" for a special token."""
         return b"" if token_id in self._special else self.token_bytes(token_id)
 
     def _strips_space(self) -> bool:
@@ -198,8 +202,9 @@ class _WindowDetokenizer:
         return self.flush()
 
 
-def _read_tokenizer(path: Path) -> RustTokenizer:
-    read_json(path)
+def _read_tokenizer(path: Path) -> tuple[RustTokenizer, Any]:
+    """The library's tokenizer, and what the file says about its decoder."""
+    decoder = read_json(path).get("decoder")
     try:
         tokenizer = RustTokenizer.from_file(str(path))
     except BaseException as error:
@@ -209,7 +214,7 @@ def _read_tokenizer(path: Path) -> RustTokenizer:
         raise BrokenModel(f"{path.name} is not a tokenizer: {str(error)[:200]}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    return tokenizer, decoder
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

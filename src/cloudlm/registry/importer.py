@@ -6,11 +6,13 @@ other folder. Must not publish anything itself: that is the registry's.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cloudlm.core.errors import (
@@ -114,15 +116,53 @@ def name_from_address(address: str) -> str:
 def _downloaded(cache_dir: Path, address: str, progress: Progress | None) -> Iterator[Path]:
     """A temporary folder with what lies under an object store's prefix."""
     store = open_store(address)
-    incoming = cache_dir / "incoming"
+    with _incoming_folder(cache_dir / "incoming") as folder:
+        _download_all(store, address, folder, progress)
+        yield folder
+
+
+@contextmanager
+def _incoming_folder(incoming: Path) -> Iterator[Path]:
+    """A new folder that is locked while it is used: the kernel's lock vanishes with its process,
+    so the next download knows what a killed one left behind, and removes it."""
     with storage_failures(incoming, "write"):
         incoming.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=incoming))
+        with _locked(incoming, wait=True):
+            for left in incoming.iterdir():
+                _remove_if_abandoned(left)
+            folder = Path(tempfile.mkdtemp(dir=incoming))
+            lock = _lock(folder, wait=False)
     try:
-        _download_all(store, address, folder, progress)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    with suppress(OSError), _locked(folder, wait=False):  # locked: another download's
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    lock = _lock(folder, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int:
+    """A descriptor of ``folder`` that holds its lock. Raises BlockingIOError if ``wait`` is false
+    and somebody else holds it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _download_all(store: Store, address: str, folder: Path, progress: Progress | None) -> None:

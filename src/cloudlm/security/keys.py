@@ -53,7 +53,7 @@ def mint(
 
 def digest(text: str, pepper: bytes) -> str:
     """HMAC-SHA-256 of the whole key, lower-case hex."""
-    return hmac.new(pepper, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
+    return hmac.new(pepper, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 def key_id(text: str) -> str | None:

@@ -18,6 +18,7 @@ from cloudlm.core.errors import BadSetting, StorageFailed
 from cloudlm.core.settings import SettingRow, Settings, read_settings
 
 PEPPER_BYTES = 32
+MIN_TOKEN_CHARACTERS = 32
 
 
 def load_settings(
@@ -30,23 +31,58 @@ def load_settings(
     environ = os.environ if environ is None else environ
     home = (flags or {}).get("home") or environ.get("CLOUDLM_HOME") or Settings().home
     named = environ.get("CLOUDLM_CONFIG")
-    path = Path(named) if named else Path(home).expanduser() / "config.yaml"
-    tree: Any = {}
-    if named or path.is_file():
-        try:
-            tree = yaml.safe_load(path.read_text("utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadSetting(f"the settings file {path} cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise BadSetting(f"the settings file {path} must hold a mapping of settings")
+    path = Path(named) if named else _expanded(home) / "config.yaml"
+    tree = _read_tree(path, required=bool(named))
+    if not named and "home" in tree:
+        # Processes are told the home and would look for another file there.
+        raise BadSetting(
+            f"the settings file {path} lies in the home and cannot name another; set CLOUDLM_HOME "
+            "or --home, or name a file elsewhere with CLOUDLM_CONFIG",
+            param="home",
+        )
     return read_settings(tree, environ, flags, file_name=str(path))
+
+
+def _read_tree(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not required:
+            return {}
+        raise BadSetting(f"the settings file {path} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise BadSetting(f"the settings file {path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadSetting(f"the settings file {path} is not YAML: {yaml_fault(error)}") from None
+    if not isinstance(tree, dict | None):
+        raise BadSetting(f"the settings file {path} must hold a mapping of settings")
+    return tree or {}
+
+
+def yaml_fault(error: Exception) -> str:
+    """Where and what, on one line and without quoting the file, which may hold secrets."""
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None)
+    return f"{where}{problem or type(error).__name__}"
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise BadSetting(
+            f"the home {str(path)!r} begins with '~', and that user has no folder; give another "
+            "with CLOUDLM_HOME or --home",
+            param="home",
+        ) from None
 
 
 class Home:
     """The folder of one installation. Nothing is touched until ``ensure``."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = _expanded(path).absolute()
 
     @property
     def run(self) -> Path:
@@ -82,15 +118,31 @@ class Home:
 
     def pepper(self) -> bytes:
         """The secret that key digests are made with; created on first use."""
-        return bytes.fromhex(self._secret("pepper", secrets.token_hex(PEPPER_BYTES)))
+        text = self._secret("pepper", secrets.token_hex(PEPPER_BYTES))
+        try:
+            pepper = bytes.fromhex(text)
+        except ValueError:
+            pepper = b""
+        if len(pepper) != PEPPER_BYTES:
+            raise self._damaged("pepper")
+        return pepper
 
     def worker_token(self) -> str:
         """The bearer token that workers of this installation demand; created on first use."""
-        return self._secret("worker-token", secrets.token_urlsafe(32))
+        token = self._secret("worker-token", secrets.token_urlsafe(32))
+        if len(token) < MIN_TOKEN_CHARACTERS or not token.isprintable():
+            raise self._damaged("worker-token")
+        return token
 
     @property
     def _secrets(self) -> Path:
         return self.path / "secrets"
+
+    def _damaged(self, name: str) -> StorageFailed:
+        return StorageFailed(
+            f"the secret {self._secrets / name} is damaged: restore it from a copy, or remove it "
+            "to have a new one made (keys made with a lost pepper are then refused)"
+        )
 
     def _secret(self, name: str, fresh: str) -> str:
         """Read a secret, or write ``fresh`` if there is none; the first of two writers wins."""
@@ -110,6 +162,8 @@ class Home:
                 finally:
                     draft.unlink(missing_ok=True)
             return path.read_text("ascii").strip()
+        except UnicodeDecodeError:
+            raise self._damaged(name) from None
         except OSError as error:
             raise StorageFailed(
                 f"cannot read or write the secret {path}: {error.strerror}. "

@@ -1,13 +1,15 @@
 """Structured logs: one line per event on standard error, JSON for machines, text on a terminal.
 
 An event has a name and fields; prompts, answers and keys are never fields. Whatever looks like one
-of our keys is masked all the same, because foreign errors may quote a header.
+of our keys, a bearer token or a password in an address is masked all the same, because foreign
+errors may quote a header or an address.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -19,6 +21,8 @@ from cloudlm.core.settings import LogSettings
 request_id_var: ContextVar[str] = ContextVar("request_id", default="")
 
 _KEY = re.compile(r"clm_[a-z]{2,8}_([0-9a-z]{12})_[0-9a-z]{32}(_[0-9a-f]{8})?")
+_BEARER = re.compile(r"(?i)\b(bearer)\s+(?!clm_\*)[\w.~+/=-]{16,}")
+_PASSWORD = re.compile(r"://[^\s/@]*@")
 _FIELD_LIMIT = 2000
 
 
@@ -40,8 +44,9 @@ def setup_logging(settings: LogSettings, process: str) -> None:
 
 
 def mask(text: str) -> str:
-    """``text`` with every API key reduced to its id."""
-    return _KEY.sub(r"clm_***_\1_***", text)
+    """``text`` with every API key reduced to its id, and without other tokens and passwords."""
+    text = _BEARER.sub(r"\1 ***", _KEY.sub(r"clm_***_\1_***", text))
+    return _PASSWORD.sub("://***@", text)
 
 
 def _event(record: logging.LogRecord) -> dict[str, Any]:
@@ -49,13 +54,16 @@ def _event(record: logging.LogRecord) -> dict[str, Any]:
     request_id = request_id_var.get()
     if request_id:
         fields.setdefault("request_id", request_id)
+    event = {key: _shorten(value) for key, value in fields.items()}
     if record.exc_info and record.exc_info[1] is not None:
-        fields["error"] = logging.Formatter().formatException(record.exc_info)
-    return {key: _shorten(value) for key, value in fields.items()}
+        trace = mask(logging.Formatter().formatException(record.exc_info))
+        # Its end says what happened and where.
+        event["error"] = trace if len(trace) <= _FIELD_LIMIT else "…" + trace[-_FIELD_LIMIT:]
+    return event
 
 
 def _shorten(value: Any) -> Any:
-    if isinstance(value, int | float | bool) or value is None:
+    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
         return value
     text = mask(str(value))
     return text if len(text) <= _FIELD_LIMIT else text[:_FIELD_LIMIT] + "…"
@@ -74,9 +82,9 @@ class _JsonFormatter(logging.Formatter):
             "process": self._process,
             "logger": record.name,
             "event": mask(record.getMessage()),
-            **_event(record),
         }
-        return json.dumps(line, ensure_ascii=False)
+        own = {key: value for key, value in _event(record).items() if key not in line}
+        return json.dumps({**line, **own}, ensure_ascii=False)
 
 
 class _TextFormatter(logging.Formatter):

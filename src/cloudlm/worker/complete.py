@@ -63,8 +63,9 @@ async def whole_completion(
         choice["text"] += text
         choice["finish_reason"] = one.finish_reason
         if logprobs is not None:
-            before = choice["logprobs"]
-            choice["logprobs"] = logprobs if before is None else joined(before, logprobs)
+            known = choice["logprobs"] = choice["logprobs"] or {name: [] for name in logprobs}
+            for name, values in logprobs.items():
+                known[name] += values
     head = _head(serving, prepared, created)
     return {**head, "choices": choices, "usage": tally.usage().body()}
 

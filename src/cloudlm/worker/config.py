@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -14,6 +15,7 @@ from cloudlm.worker.options import engine_settings
 
 GRACE_S = 20.0
 _LONGEST_NAME = 256
+_TOKEN = re.compile(r"[\x21-\x7e]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ def check(config: WorkerConfig) -> WorkerConfig:
             f"a worker on {config.host} can be reached by other machines and needs a token: set "
             "CLOUDLM_WORKER_TOKEN or --api-key, or listen on 127.0.0.1",
             param="host",
+        )
+    if config.token and not _TOKEN.fullmatch(config.token):
+        raise BadSetting(
+            "the worker's token must be of printable ASCII characters without blanks: no other "
+            "can be sent in a header",
+            param="token",
         )
     _ = config.engine  # a bad option refuses to start
     return config

@@ -2,8 +2,7 @@
 
 For the gateway, which continues a stream on another replica when the first one dies. The body:
 
-    {"request_id": "…",                  optional, only for logs; any text up to 128 characters
-     "prompt_token_ids": [1, 2, …],      or "messages": [{"role", "content"}, …]
+    {"prompt_token_ids": [1, 2, …],      or "messages": [{"role", "content"}, …]
                                          or "prompt": "…"; exactly one of the three
      "output_token_ids": [7, 8, …],      tokens that were sent already; not sent again
      "sampling": {…},                    the fields of core.chat.Sampling; "seed" is needed to
@@ -34,15 +33,21 @@ from cloudlm.core.chat import Message, Sampling
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.requests import parse_chat, parse_completion, parse_sampling, token_ids
 from cloudlm.engine.api import GenerateRequest, TokenEvent, TokenLogprob
+from cloudlm.engine.intake import check_token_ids
 from cloudlm.worker.generate import Numbered, Tally
-from cloudlm.worker.limits import check_token_ids, settle
+from cloudlm.worker.limits import settle
 from cloudlm.worker.logprobs import finite
-from cloudlm.worker.prepare import Offload, Prepared, prompt_token_ids, render_messages
+from cloudlm.worker.prepare import (
+    Offload,
+    Prepared,
+    cache_salt,
+    prompt_token_ids,
+    render_messages,
+)
 from cloudlm.worker.serving import Serving, new_id
 from cloudlm.worker.stream import DONE, event
 
 FIELDS = (
-    "request_id",
     "prompt_token_ids",
     "messages",
     "prompt",
@@ -52,7 +57,6 @@ FIELDS = (
     "cache_salt",
 )
 _SOURCES = ("prompt_token_ids", "messages", "prompt")
-_LONGEST_NAME = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,6 @@ def parse_internal(body: Mapping[str, Any]) -> InternalRequest:
             raise InvalidRequest(
                 f"unknown field {name[:60]!r}; known: {', '.join(FIELDS)}", param=name[:60]
             )
-    _short_text(body, "request_id")
     sampling = body.get("sampling", {})
     if not isinstance(sampling, dict):
         raise InvalidRequest("sampling must be an object", param="sampling")
@@ -90,8 +93,7 @@ def parse_internal(body: Mapping[str, Any]) -> InternalRequest:
             param="sampling.seed",
         )
     messages, prompt = _prompt(body)
-    salt = _short_text(body, "cache_salt")
-    return InternalRequest(parsed, messages, prompt, outputs, index, salt)
+    return InternalRequest(parsed, messages, prompt, outputs, index, cache_salt(body))
 
 
 def _prompt(
@@ -111,15 +113,6 @@ def _prompt(
             "prompt must be a text; token ids go in prompt_token_ids", param="prompt"
         )
     return None, parse_completion({"model": "-", "prompt": body["prompt"]}).prompts[0]
-
-
-def _short_text(body: Mapping[str, Any], name: str) -> str:
-    value = body.get(name, "")
-    if not isinstance(value, str) or len(value) > _LONGEST_NAME:
-        raise InvalidRequest(
-            f"{name} must be a text of at most {_LONGEST_NAME} characters", param=name
-        )
-    return value
 
 
 async def prepare_internal(

@@ -6,23 +6,12 @@ Pure. What can be judged without the model is judged by ``core.requests``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 
 from cloudlm.core.chat import Sampling
-from cloudlm.core.errors import ContextLengthExceeded, InvalidRequest
+from cloudlm.core.errors import ContextLengthExceeded
 from cloudlm.engine.api import EngineInfo
-
-
-def check_token_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> None:
-    """Raise InvalidRequest for an id outside the vocabulary."""
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(
-                f"{param} holds token id {token_id}; this model's ids go from 0 to "
-                f"{vocab_size - 1}",
-                param=param,
-            )
+from cloudlm.engine.intake import check_token_ids
 
 
 def room(prompt_tokens: int, max_tokens: int | None, max_model_len: int, param: str) -> int:

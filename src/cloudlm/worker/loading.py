@@ -6,7 +6,6 @@ The thread is a daemon, because nobody can interrupt it and a stopping worker mu
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from cloudlm.worker.tokenise import control_pattern
 
 if TYPE_CHECKING:
     from cloudlm.engine.engine import LocalEngine
-    from cloudlm.engine.tokens import Tokenizer
     from cloudlm.registry.registry import Registry
 
 T = TypeVar("T")
@@ -32,7 +30,8 @@ Tell = Callable[[float, str], None]
 async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
     """Everything that serving needs. Raises errors of ``core.errors`` that name the fault."""
     folder, root = await in_daemon_thread(lambda: find_folder(config, tell))
-    engine, tokenizer, control = await in_daemon_thread(lambda: _load(folder, config, tell))
+    engine = await in_daemon_thread(lambda: _load(folder, config, tell))
+    tokenizer = engine.tokenizer
     renderer: Renderer = NoTemplate()
     if tokenizer.chat_template is not None:
         process = TemplateProcess(tokenizer.chat_template, tokenizer.special_tokens)
@@ -44,7 +43,7 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
         engine=engine,
         tokenizer=tokenizer,
         renderer=renderer,
-        control=control_pattern(control),
+        control=control_pattern(tokenizer.control_tokens),
         created=int(SystemClock().now()),
     )
 
@@ -78,34 +77,19 @@ def _registry(config: WorkerConfig) -> Registry:
     return open_registry(config.registry_url, home=config.home, settings=settings)
 
 
-def _load(
-    folder: Path, config: WorkerConfig, tell: Tell
-) -> tuple[LocalEngine, Tokenizer, tuple[str, ...]]:
+def _load(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
     tell(0.0, "starting the engine")
     try:
         from cloudlm.engine.load import load_engine
-        from cloudlm.engine.tokens import Tokenizer
     except ImportError as error:
         if error.name is not None and error.name.startswith("cloudlm"):
             raise
         raise MissingExtra("engine", "serving a model") from error
-    engine = load_engine(
+    return load_engine(
         folder,
         config.engine,
         max_waiting=config.settings.worker.max_waiting_requests,
         progress=tell,
-    )
-    return engine, Tokenizer(folder), control_tokens(folder)
-
-
-def control_tokens(folder: Path) -> tuple[str, ...]:
-    """The texts that the tokenizer of ``folder`` reads as control tokens."""
-    body = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    added = body.get("added_tokens") or []
-    return tuple(
-        str(token["content"])
-        for token in added
-        if isinstance(token, dict) and token.get("special") and token.get("content")
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cloudlm.core.chat import FinishReason
 from cloudlm.engine.api import TokenEvent, TokenLogprob
 from cloudlm.worker.serving import Tokenizer
 
@@ -27,12 +28,12 @@ class LogprobGate:
         """Take one event, return the entries whose text has been sent with it or before."""
         self._text_bytes += len(event.text.encode("utf-8", "replace"))
         entries = list(event.logprobs)
-        if isinstance(event.stop_match, int) and entries:
-            entries.pop()  # the stop token has no text
+        cut_by_text = isinstance(event.stop_match, str)
+        if event.finish_reason is FinishReason.STOP and not cut_by_text and entries:
+            entries.pop()  # the token that ended the answer has no text
         for entry in entries:
             self._held.append((self._token_bytes, entry))
-            self._token_bytes += len(self._tokenizer.token_bytes(entry.token_id))
-        cut_by_text = isinstance(event.stop_match, str)
+            self._token_bytes += len(self._tokenizer.visible_bytes(entry.token_id))
         if event.finish_reason is not None and not cut_by_text:
             ready, self._held = self._held, []
         else:

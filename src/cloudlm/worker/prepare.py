@@ -7,40 +7,51 @@ serves others meanwhile. Raises only errors of ``core.errors``; sends nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from cloudlm.core.chat import ChatRequest, CompletionRequest, Message, Sampling
-from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.errors import InvalidRequest, Overloaded
 from cloudlm.engine.api import GenerateRequest
+from cloudlm.engine.intake import check_token_ids
 from cloudlm.worker import tokenise
-from cloudlm.worker.limits import check_token_ids, settle
+from cloudlm.worker.limits import settle
 from cloudlm.worker.serving import Serving, new_id
 
 P = ParamSpec("P")
 T = TypeVar("T")
 MAX_SEQUENCES = 128
 INLINE_SIZE = 4096
+MAX_PENDING = 128_000_000
+_LONGEST_SALT = 128
 
 
 class Offload:
-    """A few threads for work that would hold up the event loop."""
+    """A few threads for work that would hold up the event loop. What runs and waits there may
+    have ``max_pending`` characters or tokens altogether: more is refused, not hoarded."""
 
-    def __init__(self, threads: int = 2) -> None:
+    def __init__(self, threads: int = 2, max_pending: int = MAX_PENDING) -> None:
+        self._max_pending = max_pending
+        self._pending = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cloudlm-prepare")
 
     async def sized(self, size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do small work (``size`` characters or tokens) at once, so that it never queues behind
-        somebody's huge prompt, and the rest in a thread."""
+        somebody's huge prompt, and the rest in a thread. Raises Overloaded."""
         if size <= INLINE_SIZE:
             return work(*args, **kwargs)
-        return await self(work, *args, **kwargs)
-
-    async def __call__(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._pending and self._pending + size > self._max_pending:
+            raise Overloaded(
+                "too many large requests are being read; try again later", retry_after_s=1.0
+            )
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
+        self._pending += size
+        try:
+            return await loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
+        finally:
+            self._pending -= size
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -61,6 +72,18 @@ class Prepared:
         """Length of each prompt, in tokens."""
         firsts = self.requests[:: self.choices_per_prompt]
         return tuple(len(request.prompt_token_ids) for request in firsts)
+
+
+def cache_salt(body: Mapping[str, Any]) -> str:
+    """``cache_salt``, vLLM's field: prompts share cached prefixes only under the same salt."""
+    value = body.get("cache_salt")
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > _LONGEST_SALT:
+        raise InvalidRequest(
+            f"cache_salt must be a text of at most {_LONGEST_SALT} characters", param="cache_salt"
+        )
+    return value
 
 
 async def render_messages(
@@ -87,7 +110,7 @@ async def render_messages(
 
 
 async def prepare_chat(
-    serving: Serving, offload: Offload, request: ChatRequest, cache_salt: str
+    serving: Serving, offload: Offload, request: ChatRequest, salt: str
 ) -> Prepared:
     """The sequences of a chat request. Raises InvalidRequest, ContextLengthExceeded."""
     serving.check_model(request.model)
@@ -99,13 +122,13 @@ async def prepare_chat(
         request.sampling,
         request.n,
         "messages",
-        cache_salt,
+        salt,
     )
     return Prepared(made[0].request_id, made, request.n)
 
 
 async def prepare_completion(
-    serving: Serving, offload: Offload, request: CompletionRequest, cache_salt: str
+    serving: Serving, offload: Offload, request: CompletionRequest, salt: str
 ) -> Prepared:
     """The sequences of a completion request. Raises InvalidRequest, ContextLengthExceeded."""
     serving.check_model(request.model)
@@ -116,10 +139,10 @@ async def prepare_completion(
             param="n",
         )
     size = sum(len(prompt) for prompt in request.prompts)
-    return await offload.sized(size, _completion, serving, request, cache_salt)
+    return await offload.sized(size, _completion, serving, request, salt)
 
 
-def _completion(serving: Serving, request: CompletionRequest, cache_salt: str) -> Prepared:
+def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prepared:
     prompts = [prompt_token_ids(serving, prompt) for prompt in request.prompts]
     request_id = new_id("cmpl")
     made = _sequences(
@@ -129,7 +152,7 @@ def _completion(serving: Serving, request: CompletionRequest, cache_salt: str) -
         request.sampling,
         request.n,
         "prompt",
-        cache_salt,
+        salt,
         prompt_logprobs=request.echo and request.sampling.logprobs is not None,
     )
     texts: tuple[str, ...] = ()
@@ -166,7 +189,7 @@ def _sequences(
     sampling: Sampling,
     n: int,
     param: str,
-    cache_salt: str,
+    salt: str,
     **more: Any,
 ) -> tuple[GenerateRequest, ...]:
     return tuple(
@@ -175,7 +198,7 @@ def _sequences(
             prompt_token_ids=prompt,
             sampling=settled,
             index=index,
-            cache_salt=cache_salt,
+            cache_salt=salt,
             **more,
         )
         for prompt in prompts

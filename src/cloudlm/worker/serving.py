@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def visible_bytes(self, token_id: int) -> bytes: ...
+
 
 @dataclass(frozen=True)
 class Serving:

@@ -25,6 +25,7 @@ MAX_OUTPUT_CHARACTERS = 8_000_000
 CPU_LIMIT_S = 1.0
 WALL_LIMIT_S = 10.0
 MEMORY_LIMIT_BYTES = 1 << 30
+_STARTUP_S = 20.0  # an interpreter's start on a busy machine
 _SMALL_BYTES = 64 << 10  # JSON that is read or written in well under a millisecond
 
 
@@ -111,17 +112,12 @@ class TemplateProcess:
     async def _ask(self, body: Mapping[str, Any], size: int) -> Mapping[str, Any]:
         process = await self._running()
         try:
-            async with asyncio.timeout(self._wall_s):
-                return await _exchange(process, body, size)
+            return await self._exchange(process, body, size, self._wall_s)
         except (EOFError, TimeoutError, OSError):
-            await self._end()
             raise BrokenModel(
                 "the model's chat template did not end within "
                 f"{self._cpu_s:g} s of CPU time and was stopped"
             ) from None
-        except asyncio.CancelledError:
-            await self._end()  # its answer would be taken for the next request's
-            raise
 
     async def _running(self) -> asyncio.subprocess.Process:
         if self._closed:
@@ -139,13 +135,25 @@ class TemplateProcess:
         return self._process
 
     async def _compile(self, process: asyncio.subprocess.Process) -> str | None:
+        size, wall_s = MAX_TEMPLATE_CHARACTERS, self._wall_s + _STARTUP_S
         try:
-            async with asyncio.timeout(self._wall_s + 20.0):
-                outcome = await _exchange(process, self._start, MAX_TEMPLATE_CHARACTERS)
+            outcome = await self._exchange(process, self._start, size, wall_s)
         except (EOFError, TimeoutError, OSError):
             return "it does not compile within the time and memory allowed"
         broken = outcome.get("broken")
         return None if broken is None else str(broken)
+
+    async def _exchange(
+        self, process: asyncio.subprocess.Process, body: Mapping[str, Any], size: int, wall_s: float
+    ) -> Mapping[str, Any]:
+        """One question and its answer. What breaks it off, a cancellation included, ends the
+        process: the answer would be taken for the next question's."""
+        try:
+            async with asyncio.timeout(wall_s):
+                return await _exchange(process, body, size)
+        except BaseException:
+            await self._end()
+            raise
 
     async def _end(self) -> None:
         process, self._process = self._process, None

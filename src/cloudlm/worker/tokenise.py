@@ -63,16 +63,21 @@ def control_pattern(special_tokens: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def defuse(messages: Sequence[Message], control: re.Pattern[str] | None) -> Defused:
-    """Replace control tokens in the messages' contents by marks that nobody can foresee."""
+    """Replace control tokens in what the caller wrote, contents and names, by marks that nobody
+    can foresee."""
     nonce = f"{secrets.randbelow(10**18):018d}"
     names: dict[str, str] = {}
 
     def mark(match: re.Match[str]) -> str:
         return names.setdefault(match[0], f"\ue000{nonce}{len(names)}\ue001")
 
-    if control is None or not any(control.search(m.content) for m in messages):
+    written = (text for m in messages for text in (m.content, m.name or ""))
+    if control is None or not any(map(control.search, written)):
         return Defused(tuple(messages), {})
-    safe = tuple(replace(m, content=control.sub(mark, m.content)) for m in messages)
+    safe = tuple(
+        replace(m, content=control.sub(mark, m.content), name=m.name and control.sub(mark, m.name))
+        for m in messages
+    )
     return Defused(safe, {name: text for text, name in names.items()})
 
 

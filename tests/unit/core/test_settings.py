@@ -32,6 +32,7 @@ def test_precedence_and_sources() -> None:
         ("gateway.port", "http", ["CLOUDLM_GATEWAY_PORT", "'http'", "whole number"]),
         ("gateway.port", "70000", ["70000", "from 0 to 65535"]),
         ("gateway.idle_timeout_s", "nan", ["at least"]),
+        ("gateway.idle_timeout_s", "inf", ["at least"]),
         ("log.level", "loud", ["debug, info, warning, error"]),
         ("engine.kv_cache_mb", "1.5", ["whole number"]),
     ],
@@ -50,7 +51,14 @@ def test_unknown_names_are_refused() -> None:
         read_settings({"gateway": {"prot": 1}})
 
 
-@pytest.mark.parametrize("value", [True, 1.5, [1], None])
+def test_a_bad_secret_is_not_shown() -> None:
+    with pytest.raises(BadSetting) as caught:
+        read_settings({"state": {"url": ["postgresql://ann:pa55word@db"]}})
+    assert "state.url" in caught.value.message
+    assert "pa55word" not in caught.value.message
+
+
+@pytest.mark.parametrize("value", [True, 1.5, float("inf"), float("nan"), [1], None])
 def test_a_whole_number_in_yaml_is_whole(value: object) -> None:
     with pytest.raises(BadSetting):
         read_settings({"gateway": {"port": value}})

@@ -48,6 +48,26 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def long_rope(original: int, frequencies: int, **fields: Any) -> dict[str, Any]:
+    """A Phi-3's fields for LongRoPE beyond ``original`` tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(frequencies)],
+        "long_factor": [1.5 + 2.0 * i for i in range(frequencies)],
+        **fields,
+    }
+    return {"rope_parameters": rope, "original_max_position_embeddings": original}
+
+
 # name -> (transformers' configuration, what differs from SIZES)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -72,7 +92,108 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "GPT2Config",
         {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     ),
+    "yarn-rope": ("LlamaConfig", {"rope_parameters": YARN_ROPE}),
+    "dynamic-rope": (
+        "LlamaConfig",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 32,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 10.0,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma2-tied": (
+        "Gemma2Config",
+        {"num_hidden_layers": 1, "head_dim": 16, "sliding_window": 150},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 48,
+            "tie_word_embeddings": False,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+    ),
+    "olmo2": ("Olmo2Config", {}),
+    "phi3": ("Phi3Config", {"sliding_window": 19}),
+    "phi4-mini": (
+        "Phi3Config",
+        {**long_rope(160, 4, partial_rotary_factor=0.5), "tie_word_embeddings": True},
+    ),
+    "phi4-mini-long": ("Phi3Config", long_rope(16, 4, partial_rotary_factor=0.5)),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 9}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "head_dim": 32,
+        },
+    ),
+    "gpt-neox": ("GPTNeoXConfig", {"intermediate_size": 256}),
+    "gpt-neox-sequential": (
+        "GPTNeoXConfig",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_fast",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "falcon-7b": ("FalconConfig", {}),
+    "falcon-40b": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "FalconConfig",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon-sequential": (
+        "FalconConfig",
+        {"multi_query": False, "parallel_attn": False, "bias": True},
+    ),
 }
+# Where the rotation goes by the longest sequence, transformers' by the sequence at hand: with these
+# limits, tokens, both mean the same.
+LONGEST = {"phi4-mini": 160, "dynamic-rope": 64}
 
 
 @dataclass(frozen=True)
@@ -81,6 +202,7 @@ class SavedModel:
 
     folder: Path
     reference: Any
+    max_model_len: int = 0
 
     def logits(self, token_ids: list[int]) -> Any:
         """transformers' logits [tokens, vocabulary] of a whole sequence."""
@@ -88,6 +210,12 @@ class SavedModel:
 
         with torch.inference_mode():
             return self.reference(torch.tensor([token_ids])).logits[0].float()
+
+    def greedy_along(self, token_ids: list[int], answer: list[int]) -> list[int]:
+        """What transformers answers greedily at each position of ``answer``, given the tokens
+        before it: equal to ``answer`` if and only if that is its own greedy answer."""
+        logits = self.logits(token_ids + answer)
+        return [int(one) for one in logits[len(token_ids) - 1 : -1].argmax(-1)]
 
     def greedy(self, token_ids: list[int], count: int) -> list[int]:
         """transformers' own greedy answer."""
@@ -134,7 +262,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sav
             folder = tmp_path_factory.mktemp(name)
             reference = build_reference(*MODELS[name])
             reference.save_pretrained(folder)
-            made[name] = SavedModel(folder, reference)
+            made[name] = SavedModel(folder, reference, LONGEST.get(name, 0))
         return made[name]
 
     return make

@@ -514,10 +514,10 @@ async def test_a_tokenizer_that_fails_costs_one_sequence(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with start() as (engine, _):
-        engine._tokenizer.broken = True
+        engine.tokenizer.broken = True
         with pytest.raises(InternalError, match="could not be decoded"):
             await read(engine.submit(request()))
-        engine._tokenizer.broken = False
+        engine.tokenizer.broken = False
         stream = engine.submit(request(ignore_eos=True))
         monkeypatch.setattr(LettersDetokenizer, "push", lambda self, ids: 1 / 0)
         with pytest.raises(InternalError, match="could not be decoded"):

@@ -142,6 +142,18 @@ def test_many_seeds_give_the_distribution(sampling: Sampling) -> None:
         assert abs(found[token] - draws * probability) <= 5 * deviation + 1
 
 
+@pytest.mark.parametrize("likely", [1, 100, 1000, 3000])
+def test_a_nucleus_of_any_size_is_found_whole(likely: int) -> None:
+    """Four thousand tokens, of which so many share nearly all probability."""
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(likely))
+    logits = -20.0 * (order >= likely).float() - order / 4000
+    batch = [chunk(Sampling(seed=seed, top_p=0.9)) for seed in range(12)]
+    narrow = chunk(Sampling(seed=1, top_p=0.01))  # its neighbours' size must not matter
+    choices = sample(logits.expand(13, -1), [*batch, narrow])
+    drawn = [choice.token_id for choice in choices]
+    assert drawn == [expected(logits.tolist(), one) for one in [*batch, narrow]]
+
+
 def test_positions_and_choices_draw_independently() -> None:
     """Within one seed, over positions and choice numbers: uniform and uncorrelated."""
     draws = [[uniform(7, index, position) for position in range(4000)] for index in range(2)]

@@ -181,6 +181,8 @@ def test_special_tokens_have_no_text_but_names(kinds: dict[str, Tokenizer]) -> N
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|start|>Hi<|end|>"
     assert tokenizer.detokenizer([5]).push(ids) == "Hi"
     assert tokenizer.token_text(1) == "<|end|>"
+    assert tokenizer.visible_bytes(1) == b""
+    assert tokenizer.control_tokens == ("<|start|>", "<|end|>")
 
 
 # What the other files say

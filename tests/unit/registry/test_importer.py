@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import http.server
+import os
 import subprocess
 import sys
 import threading
@@ -76,6 +78,24 @@ def test_an_object_store(
     with pytest.raises(UnsafeModel, match=r"modeling\.py"):
         import_address(registry, "s3://bucket/tiny")
     assert list((tmp_path / "cache" / "incoming").iterdir()) == []
+
+
+def test_what_a_killed_download_left_goes_with_the_next(
+    registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _source(monkeypatch, model)
+    incoming = tmp_path / "cache" / "incoming"
+    left, busy = incoming / "left", incoming / "busy"
+    for folder in (left, busy):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    lock = os.open(busy, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # another process is downloading into it
+    import_address(registry, "s3://bucket/tiny")
+    assert list(incoming.iterdir()) == [busy]
+    os.close(lock)
+    import_address(registry, "s3://bucket/tiny")
+    assert list(incoming.iterdir()) == []
 
 
 def test_an_empty_prefix(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,3 +57,42 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match="cannot be read"):
         load_settings(environ={"CLOUDLM_CONFIG": str(tmp_path / "none.yaml")})
+
+
+def test_a_fault_in_the_file_is_on_one_line_and_quotes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("state:\n  url: [postgresql://ann:pa55word@db\n")
+    with pytest.raises(BadSetting) as caught:
+        load_settings(environ={"CLOUDLM_HOME": str(tmp_path)})
+    assert "pa55word" not in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "line 3" in caught.value.message
+
+
+def test_the_file_in_home_cannot_name_another_home(tmp_path: Path) -> None:
+    """The processes of an installation are told the home and would read another file there."""
+    file = tmp_path / "config.yaml"
+    file.write_text("home: /elsewhere\n")
+    with pytest.raises(BadSetting, match="CLOUDLM_CONFIG"):
+        load_settings(environ={"CLOUDLM_HOME": str(tmp_path)})
+    settings, _ = load_settings(environ={"CLOUDLM_CONFIG": str(file)})
+    assert settings.home == "/elsewhere"
+
+
+def test_a_user_without_a_folder(tmp_path: Path) -> None:
+    for use in (
+        lambda: Home("~nobody-of-that-name/x"),
+        lambda: load_settings(environ={"CLOUDLM_HOME": "~nobody-of-that-name/x"}),
+    ):
+        with pytest.raises(BadSetting, match="CLOUDLM_HOME"):
+            use()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"00", b"zz" * 32, b"\xff\xfe"])
+def test_a_damaged_secret_is_never_used(tmp_path: Path, content: bytes) -> None:
+    home = Home(tmp_path).ensure()
+    for name, read in (("pepper", home.pepper), ("worker-token", home.worker_token)):
+        (tmp_path / "secrets" / name).write_bytes(content)
+        if name == "worker-token" and len(content) >= 32:
+            continue  # any long text is a token
+        with pytest.raises(StorageFailed, match="damaged"):
+            read()

@@ -44,6 +44,47 @@ def test_a_key_never_appears(form: str, capsys: pytest.CaptureFixture[str]) -> N
     assert key.split("_")[2] in printed
 
 
+@pytest.mark.parametrize("form", ["json", "text"])
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("header Authorization: Bearer abcdefghijklmnop-qrstuvwxyz", "qrstuvwxyz"),
+        ("cannot reach postgresql+psycopg://ann:pa55word@db/cloudlm", "pa55word"),
+    ],
+)
+def test_tokens_and_passwords_never_appear(
+    form: str, text: str, secret: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(LogSettings(format=form), "x")
+    get_logger("x").warning("failed", extra={"fields": {"reason": text}})
+    printed = capsys.readouterr().err
+    assert secret not in printed
+    assert "***" in printed
+
+
+def test_a_line_is_json_whatever_the_fields_are(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(LogSettings(format="json"), "x")
+    fields = {"event": "mine", "level": "mine", "ratio": float("nan")}
+    get_logger("x").warning("odd", extra={"fields": fields})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    line = json.loads(capsys.readouterr().err, parse_constant=refuse)
+    assert (line["event"], line["level"], line["ratio"]) == ("odd", "warning", "nan")
+
+
+def test_a_long_trace_keeps_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(LogSettings(format="json"), "x")
+    try:
+        raise RuntimeError("a" * 100_000 + " the reason")
+    except RuntimeError:
+        get_logger("x").exception("failed")
+    line = json.loads(capsys.readouterr().err)
+    assert line["error"].endswith("the reason")
+    assert len(line["error"]) < 3000
+
+
 def test_long_fields_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(LogSettings(format="json"), "x")
     get_logger("x").warning("big", extra={"fields": {"text": "a" * 100_000}})

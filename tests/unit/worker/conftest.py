@@ -61,6 +61,9 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else CONTROL[token_id - 256].encode()
 
+    def visible_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
 
 class PlainRenderer:
     """A template in miniature: each turn between control tokens."""
@@ -140,7 +143,7 @@ class EchoEngine:
             match: str | int | None = None
             piece = ""
             if token == EOS:
-                reason, match = FinishReason.STOP, EOS
+                reason = FinishReason.STOP  # as the real engine: only asked-for ids are named
             else:
                 text.append(token)
                 known = text.decode("utf-8", "ignore")

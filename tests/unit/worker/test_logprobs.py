@@ -35,10 +35,18 @@ def test_an_entry_waits_for_its_text(tokenizer: Tokenizer) -> None:
     assert ids_of(gate.admit(event("a", 97))) == [97]
 
 
-def test_the_stop_token_has_no_entry(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("match", [257, None])  # asked for in stop_token_ids, or the model's own
+def test_the_stop_token_has_no_entry(tokenizer: Tokenizer, match: int | None) -> None:
     gate = LogprobGate(tokenizer)
-    last = event("", 257, finish_reason=FinishReason.STOP, stop_match=257)
+    last = event("", 257, finish_reason=FinishReason.STOP, stop_match=match)
     assert ids_of(gate.admit(last)) == []
+
+
+def test_a_token_without_text_holds_up_nothing_behind_it(tokenizer: Tokenizer) -> None:
+    gate = LogprobGate(tokenizer)
+    assert ids_of(gate.admit(event("a", 97))) == [97]
+    assert ids_of(gate.admit(event("", 256))) == []
+    assert ids_of(gate.admit(event("b", 98))) == [256, 98]
 
 
 def test_a_stop_string_takes_its_entries_along(tokenizer: Tokenizer) -> None:

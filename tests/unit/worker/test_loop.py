@@ -7,7 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import cloudlm.registry
+from cloudlm.core.errors import Overloaded
 from cloudlm.worker.prepare import INLINE_SIZE, Offload
 
 
@@ -40,6 +43,23 @@ async def test_probes_answer_and_small_prompts_run_while_a_huge_one_is_tokenised
     assert [(await task).status_code for task in huge] == [400] * 4
 
 
+async def test_what_waits_for_a_thread_is_bounded() -> None:
+    offload, release = Offload(threads=1, max_pending=100_000), threading.Event()
+    try:
+        waiting = [asyncio.create_task(offload.sized(40_000, release.wait, 20)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="large requests") as caught:
+            await offload.sized(40_000, release.wait, 20)
+        assert caught.value.retry_after_s
+        release.set()
+        assert await offload.sized(20_000, len, "abc") == 3
+        assert await asyncio.gather(*waiting) == [True, True]
+        assert await offload.sized(1_000_000, len, "abc") == 3  # alone, any size is taken
+    finally:
+        release.set()
+        offload.close()
+
+
 async def test_the_real_tokenizer_lets_the_loop_run() -> None:
     from cloudlm.engine.tokens import Tokenizer
 
@@ -49,7 +69,7 @@ async def test_the_real_tokenizer_lets_the_loop_run() -> None:
     ticks, longest_s = 0, 0.0
     loop = asyncio.get_running_loop()
     offload = Offload()
-    work = asyncio.create_task(offload(tokenizer.encode, text))
+    work = asyncio.create_task(offload.sized(len(text), tokenizer.encode, text))
     while not work.done():
         before = loop.time()
         await asyncio.sleep(0.001)

@@ -69,7 +69,15 @@ def test_an_address_that_others_reach_needs_a_token(config: WorkerConfig) -> Non
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"model": ""}, {"served_model_name": ""}, {"port": 70000}, {"options": {"x": 1}}]
+    "wrong",
+    [
+        {"model": ""},
+        {"served_model_name": ""},
+        {"port": 70000},
+        {"options": {"x": 1}},
+        {"token": "schlüssel"},  # in a header it would never be equal to itself
+        {"token": " t"},
+    ],
 )
 def test_other_bad_starts(config: WorkerConfig, wrong: dict[str, object]) -> None:
     with pytest.raises(BadSetting):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -139,6 +140,17 @@ async def test_a_huge_template_is_refused(make: Make) -> None:
     reason = await make("x" * (MAX_TEMPLATE_CHARACTERS + 1)).start()
     assert reason is not None
     assert "longer than" in reason
+
+
+async def test_a_start_that_is_cancelled_leaves_no_answer_for_the_next(make: Make) -> None:
+    template = make("fine")
+    for pause_s in (0.0, 0.01, 0.05):  # while it is spawned, while it compiles
+        starting = asyncio.create_task(template.start())
+        await asyncio.sleep(pause_s)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        assert await render(template) == await render(template) == "fine"
+        await template._end()
 
 
 async def test_after_close_nothing_is_started(make: Make) -> None:

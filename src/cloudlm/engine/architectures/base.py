@@ -30,7 +30,7 @@ class Shape:
 class Decoder(nn.Module):
     """A decoder over a ragged batch: all tokens of all sequences stand one behind the other.
 
-    Its parameters carry the names of the tensors in the model's files.
+    ``parameter_name`` says which parameter a tensor of the model's files fills.
     """
 
     shape: Shape
@@ -39,6 +39,10 @@ class Decoder(nn.Module):
     def from_config(cls, config: ModelConfig) -> Self:
         """Build the network of a ``config.json``. Raises BrokenModel or UnsupportedModel."""
         raise NotImplementedError
+
+    def limit(self, longest: int) -> None:
+        """Told once, before the first pass: no sequence will have more than ``longest`` tokens,
+        which is what the rotary scalings that depend on length go by."""
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Last hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions``

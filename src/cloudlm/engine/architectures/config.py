@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cloudlm.core.errors import BrokenModel
 
+_T = TypeVar("_T")
 MAX_JSON_BYTES = 256 * 2**20
 
 
@@ -31,8 +32,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 class ModelConfig:
-    """Typed access to a configuration; ``null`` counts as absent. All methods raise BrokenModel
-    naming the file, the field, its value and what was expected."""
+    """Typed access to a configuration; ``null`` counts as absent unless said otherwise. All
+    methods raise BrokenModel naming the file, the field, its value and what was expected."""
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:
         self._values = values
@@ -55,9 +56,13 @@ class ModelConfig:
             raise self.fault(name, f"a whole number from {low} to {high}")
         return int(value)
 
-    def optional_integer(self, name: str, low: int = 1, high: int = 1 << 24) -> int | None:
-        """Like ``integer``, None if absent."""
-        return self.integer(name, low=low, high=high) if name in self else None
+    def optional_integer(
+        self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 24
+    ) -> int | None:
+        """Like ``integer``, but ``default`` if absent and None if ``null``."""
+        return (
+            self.integer(name, low=low, high=high) if name in self else self._unless(name, default)
+        )
 
     def number(self, name: str, default: float | None = None, low: float = 0.0) -> float:
         """A finite number above ``low``; required if there is no default."""
@@ -66,6 +71,46 @@ class ModelConfig:
         if not real or not math.isfinite(value) or value <= low:
             raise self.fault(name, f"a number above {low:g}")
         return float(value)
+
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        """Like ``number``, but ``default`` if absent and None if ``null``."""
+        return self.number(name) if name in self else self._unless(name, default)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of ``count`` finite numbers above 0."""
+        values = self._values.get(name)
+        items = values if isinstance(values, list) else []
+        sound = all(
+            isinstance(item, int | float)
+            and not isinstance(item, bool)
+            and math.isfinite(item)
+            and item > 0
+            for item in items
+        )
+        if len(items) != count or not sound:
+            raise self.fault(name, f"a list of {count} numbers above 0")
+        return tuple(float(item) for item in items)
+
+    def indices(self, name: str, end: int) -> frozenset[int]:
+        """A list of whole numbers from 0 to below ``end``; empty if absent."""
+        values = self._get(name, [])
+        whole = isinstance(values, list) and all(
+            isinstance(item, int) and not isinstance(item, bool) and 0 <= item < end
+            for item in values
+        )
+        if not whole:
+            raise self.fault(name, f"a list of whole numbers from 0 to {end - 1}")
+        return frozenset(values)
+
+    def choices(self, name: str, count: int, choices: Collection[str]) -> tuple[str, ...]:
+        """A list of ``count`` of ``choices``."""
+        values = self._values.get(name)
+        items = values if isinstance(values, list) else []
+        if len(items) != count or not all(
+            isinstance(item, str) and item in choices for item in items
+        ):
+            raise self.fault(name, f"a list of {count} of {', '.join(choices)}")
+        return tuple(items)
 
     def flag(self, name: str, default: bool) -> bool:
         """``true`` or ``false``."""
@@ -94,6 +139,9 @@ class ModelConfig:
             return BrokenModel(f"{self._source}: {name} is missing, expected {expected}")
         shown = repr(self._values[name])[:80]
         return BrokenModel(f"{self._source}: {name} is {shown}, expected {expected}")
+
+    def _unless(self, name: str, default: _T) -> _T | None:
+        return None if name in self._values else default
 
     def _get(self, name: str, default: Any) -> Any:
         value = self._values.get(name)

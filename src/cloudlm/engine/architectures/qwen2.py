@@ -8,9 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cloudlm.engine.architectures.config import ModelConfig
-from cloudlm.engine.architectures.llama import LlamaConfig, LlamaForCausalLM, read_common
+from cloudlm.engine.architectures.transformer import Transformer
+from cloudlm.engine.architectures.transformer_config import (
+    Fields,
+    TransformerConfig,
+    read_common,
+    read_sliding,
+)
 
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+_FIELDS = Fields(context=32768)
 
 
 def read_windows(config: ModelConfig, layers: int) -> tuple[int | None, ...]:
@@ -18,22 +24,19 @@ def read_windows(config: ModelConfig, layers: int) -> tuple[int | None, ...]:
     ``max_window_layers`` on slide; none does unless ``use_sliding_window`` is set."""
     if not config.flag("use_sliding_window", False):
         return (None,) * layers
-    window = config.optional_integer("sliding_window")
-    kinds = config.raw("layer_types")
-    if kinds is None:
+    window = config.optional_integer("sliding_window", 4096)
+    sliding = read_sliding(config, layers)
+    if sliding is None:
         first = config.integer("max_window_layers", 28, low=0)
-        return tuple(window if layer >= first else None for layer in range(layers))
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(_LAYER_TYPES):
-        raise config.fault("layer_types", f"a list of {layers} of {', '.join(_LAYER_TYPES)}")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        sliding = tuple(layer >= first for layer in range(layers))
+    return tuple(window if slides else None for slides in sliding)
 
 
-class Qwen2ForCausalLM(LlamaForCausalLM):
+class Qwen2ForCausalLM(Transformer):
     """The biases are fixed, not configured."""
 
     @classmethod
-    def read(cls, config: ModelConfig) -> LlamaConfig:
-        """See ``LlamaForCausalLM``."""
-        common = read_common(config)
-        windows = read_windows(config, len(common.windows))
-        return replace(common, qkv_bias=True, windows=windows)
+    def read(cls, config: ModelConfig) -> TransformerConfig:
+        """See ``Transformer``."""
+        common = read_common(config, _FIELDS)
+        return replace(common, qkv_bias=True, windows=read_windows(config, common.layers))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cloudlm.engine.ops.cache import BlockPool
+from cloudlm.engine.ops.softcap import capped_attention, capped_run
 from cloudlm.engine.step import Chunk
 
 Indices = NDArray[np.int64]
@@ -31,10 +32,12 @@ class Attend(Protocol):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """``query`` [tokens, heads, head_dim], ``key`` and ``value`` [tokens, kv_heads, head_dim];
         the answer is [tokens, heads * head_dim]. With ``window`` a token sees only the last
-        ``window`` positions, its own included."""
+        ``window`` positions, its own included; with ``softcap`` scores s are bent to
+        ``softcap * tanh(s / softcap)`` before the softmax."""
         ...
 
 
@@ -92,6 +95,7 @@ class PagedAttention:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """See ``Attend``."""
         keys, values = self._pool.layer(layer)
@@ -101,7 +105,9 @@ class PagedAttention:
         answer = torch.empty_like(query)
         plan = self._plans[window]
         for group in plan.singles:
-            answer[group.rows] = _attend_singles(group, query[group.rows], keys, values, scale)
+            answer[group.rows] = _attend_singles(
+                group, query[group.rows], keys, values, scale, softcap
+            )
         for run in plan.runs:
             rows = slice(run.begin, run.end)
             if run.blocks is None:
@@ -109,7 +115,9 @@ class PagedAttention:
             else:
                 seen_keys = keys[run.blocks].flatten(0, 1)[: run.keys]
                 seen_values = values[run.blocks].flatten(0, 1)[: run.keys]
-            answer[rows] = _attend_run(query[rows], seen_keys, seen_values, run.mask, scale)
+            answer[rows] = _attend_run(
+                query[rows], seen_keys, seen_values, run.mask, scale, softcap
+            )
         return answer.flatten(1)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
@@ -170,7 +178,12 @@ class PagedAttention:
 
 
 def _attend_singles(
-    group: _SingleTokens, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    group: _SingleTokens,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     count, heads, dim = query.shape
     kv_heads = keys.shape[2]
@@ -180,15 +193,25 @@ def _attend_singles(
     # The query heads that share a key head stand in the place of query positions: no copies of
     # keys are made for them.
     folded = query.reshape(count, kv_heads, heads // kv_heads, dim)
-    answer = scaled_dot_product_attention(
-        folded, seen_keys, seen_values, attn_mask=group.mask, scale=scale
-    )
+    if softcap is not None:
+        answer = capped_attention(folded, seen_keys, seen_values, group.mask, scale, softcap)
+    else:
+        answer = scaled_dot_product_attention(
+            folded, seen_keys, seen_values, attn_mask=group.mask, scale=scale
+        )
     return answer.reshape(count, heads, dim)
 
 
 def _attend_run(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
+    if softcap is not None:
+        return capped_run(query, keys, values, mask, scale, softcap)
     answer = scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
         keys.transpose(0, 1).unsqueeze(0),

@@ -1,0 +1,220 @@
+"""deploy, apply, status, logs, scale, delete: what is sent, what is shown, how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from cloudlm.cli.deployments import read_options, read_replicas, read_specs
+from cloudlm.core.errors import InvalidRequest, NotFound, Unavailable
+
+PATH = "/deployments/helper"
+Ok = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("2", (2, 2)), ("1:3", (1, 3)), ("0:1", (0, 1)), (" 1 : 2 ", (1, 2))]
+)
+def test_replicas(text: str, numbers: tuple[int, int]) -> None:
+    assert read_replicas(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:", ":2", "3:1", "-1", "0", "0:0", "1:2:3", "1.5"])
+def test_bad_replicas(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="MIN:MAX"):
+        read_replicas(text)
+
+
+def test_options_are_scalars() -> None:
+    assert read_options(["a=1", "b=0.5", "c=true", "d=bfloat16", "e='007'", "f=x=y"]) == {
+        "a": 1,
+        "b": 0.5,
+        "c": True,
+        "d": "bfloat16",
+        "e": "007",
+        "f": "x=y",
+    }
+
+
+@pytest.mark.parametrize("pair", ["a", "=1", "a=", "a=[1]", "a=[1", "a={b", "a=2024-01-01", "a=\0"])
+def test_a_bad_option(pair: str) -> None:
+    with pytest.raises(InvalidRequest, match="KEY=VALUE"):
+        read_options([pair])
+
+
+def test_several_documents(tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text("name: a\nmodel: models:/x/1\n---\n---\nname: b\nmodel: models:/x@champion\n")
+    assert [spec.name for spec in read_specs(file)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: [", ["not valid YAML", "line 1"]),
+        ("\x01", ["not valid YAML"]),
+        ("", ["no deployment"]),
+        ("- a\n- b", ["JSON object"]),
+        ("name: a\nmodel: models:/x/1\nreplcas: 2", ["replcas"]),
+        ("name: a\nmodel: models:/x/1\n---\nname: b", ["document 2", "model"]),
+        ("name: a\nmodel: models:/x/1\nmin_replicas: 2.5", ["min_replicas", "2.5"]),
+    ],
+)
+def test_a_bad_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest) as caught:
+        read_specs(file)
+    for word in [str(file), *words]:
+        assert word in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="No such file"):
+        read_specs(tmp_path / "none.yaml")
+    with pytest.raises(InvalidRequest, match="directory"):
+        read_specs(tmp_path)
+
+
+def test_deploy_a_registered_model(control: Any, ok: Ok, deployment: Any) -> None:
+    control.answers = {f"PUT {PATH}": deployment(), f"GET {PATH}": deployment()}
+    result = ok("deploy", "bank@champion", "--name", "helper", "--replicas", "1:2", "--option=a=1")
+    sent = control.sent(f"PUT {PATH}")
+    assert sent["model"] == "models:/bank@champion"
+    assert (sent["min_replicas"], sent["max_replicas"], sent["options"]) == (1, 2, {"a": 1})
+    assert result.stdout == ""
+    assert "helper is ready (models:/bank/1)" in result.stderr
+
+
+def test_deploy_waits_until_it_is_ready(control: Any, ok: Ok, deployment: Any) -> None:
+    starting, ready = deployment(phase="starting", message="loading"), deployment()
+    control.answers = {f"PUT {PATH}": starting, f"GET {PATH}": deque([starting, ready])}
+    result = ok("deploy", "models:/bank/1", "--name", "helper", "--json")
+    assert json.loads(result.stdout)[0]["status"]["phase"] == "ready"
+
+
+def test_deploy_that_may_sleep_is_done_when_it_sleeps(
+    control: Any, ok: Ok, deployment: Any
+) -> None:
+    asleep = deployment(phase="sleeping", low=0)
+    control.answers = {f"PUT {PATH}": asleep, f"GET {PATH}": asleep}
+    result = ok("deploy", "models:/bank/1", "--name", "helper", "--replicas", "0:1")
+    assert "helper is sleeping" in result.stderr
+
+
+def test_deploy_without_waiting(control: Any, ok: Ok, deployment: Any) -> None:
+    new = deployment(phase=None)
+    control.answers = {f"PUT {PATH}": new, f"GET {PATH}": new}
+    assert "helper is pending" in ok("deploy", "bank", "--name", "helper", "--no-wait").stderr
+
+
+def test_a_deployment_that_fails(control: Any, cli: Ok, deployment: Any) -> None:
+    broken = deployment(phase="failed", message="out of memory")
+    control.answers = {f"PUT {PATH}": broken, f"GET {PATH}": broken}
+    result = cli("deploy", "models:/bank/1", "--name", "helper")
+    assert isinstance(result.exception, Unavailable)
+    assert "out of memory" in result.exception.message
+    assert "cloudlm logs helper" in result.exception.message
+
+
+def test_a_model_from_outside_is_imported_first(
+    control: Any, ok: Ok, deployment: Any, tmp_path: Path
+) -> None:
+    job = {"id": "j1", "kind": "import", "state": "running", "progress": 0.5, "message": "[/x]"}
+    done = {**job, "state": "succeeded", "result": {"model": "models:/helper/7"}}
+    control.answers = {
+        "POST /models": job,
+        "GET /jobs/j1": deque([job, done]),
+        f"PUT {PATH}": deployment(),
+        f"GET {PATH}": deployment(),
+    }
+    ok("deploy", str(tmp_path), "--name", "helper")
+    assert control.sent("POST /models") == {"source": str(tmp_path), "name": "helper"}
+    assert control.sent(f"PUT {PATH}")["model"] == "models:/helper/7"
+
+
+def test_an_import_that_fails_deploys_nothing(control: Any, cli: Ok, tmp_path: Path) -> None:
+    error = {"error": {"message": "config.json is missing", "code": "broken_model"}}
+    job = {"id": "j1", "kind": "import", "state": "failed", "error": error}
+    control.answers = {"POST /models": job, "GET /jobs/j1": job}
+    result = cli("deploy", str(tmp_path), "--name", "helper")
+    assert isinstance(result.exception, InvalidRequest)
+    assert "failed: config.json is missing" in result.exception.message
+    assert not [what for what, _ in control.requests if what.startswith("PUT")]
+
+
+def test_apply_from_a_file_and_from_standard_input(
+    control: Any, ok: Ok, deployment: Any, tmp_path: Path
+) -> None:
+    control.answers = {f"PUT {PATH}": deployment(), f"GET {PATH}": deployment()}
+    text = "name: helper\nmodel: models:/bank/1\n"
+    file = tmp_path / "d.yaml"
+    file.write_text(text)
+    from_file = ok("apply", "-f", str(file), "--json").stdout
+    assert ok("apply", "-f", "-", "--json", input=text).stdout == from_file
+    assert json.loads(from_file)[0]["spec"]["name"] == "helper"
+
+
+def test_status_of_all_and_of_one(control: Any, ok: Ok, deployment: Any) -> None:
+    hostile = deployment(message="[/red] [bold] \x1b[2J :warning: \n x" + "y" * 200)
+    control.answers = {
+        "GET /deployments": {"data": [hostile, deployment("new", phase=None)]},
+        f"GET {PATH}": hostile,
+    }
+    lines = ok("status").stdout.splitlines()
+    assert lines[0].split() == ["NAME", "PHASE", "READY", "MODEL", "REVISION", "MESSAGE"]
+    assert lines[1].split()[:5] == ["helper", "ready", "1/1", "models:/bank/1", "1"]
+    assert "[/red] [bold]  [2J :warning:" in lines[1]
+    assert "y" * 200 in lines[1]
+    assert lines[2].split()[:3] == ["new", "pending", "0"]
+    assert "http://127.0.0.1:8100" in ok("status", "helper").stdout
+    rows = json.loads(ok("status", "--json").stdout)
+    assert [row["status"] and row["status"]["phase"] for row in rows] == ["ready", None]
+
+
+def test_no_deployments(control: Any, ok: Ok) -> None:
+    control.answers = {"GET /deployments": {"data": []}}
+    result = ok("status")
+    assert result.stdout == ""
+    assert "cloudlm deploy" in result.stderr
+    assert json.loads(ok("status", "--json").stdout) == []
+
+
+def test_a_name_that_does_not_exist(control: Any, cli: Ok) -> None:
+    result = cli("status", "nobody")
+    assert isinstance(result.exception, NotFound)
+    assert result.stdout == ""
+
+
+def test_logs_as_text_and_as_lines_of_json(control: Any, ok: Ok) -> None:
+    control.answers = {f"GET {PATH}/logs": httpx2.Response(200, text="one\n\x1b[31mtwo\n")}
+    assert ok("logs", "helper").stdout == "one\n [31mtwo\n"
+    lines = ok("logs", "helper", "--json").stdout.splitlines()
+    assert [json.loads(line)["line"] for line in lines] == ["one", "\x1b[31mtwo"]
+
+
+def test_scale(control: Any, ok: Ok, deployment: Any) -> None:
+    control.answers = {f"POST {PATH}/scale": deployment(), f"GET {PATH}": deployment()}
+    ok("scale", "helper", "0:4")
+    assert control.sent(f"POST {PATH}/scale") == {"min_replicas": 0, "max_replicas": 4}
+
+
+def test_delete_waits_until_it_is_gone(control: Any, ok: Ok, deployment: Any) -> None:
+    gone = refusal(404, "gone", "not_found")
+    control.answers = {
+        f"DELETE {PATH}": httpx2.Response(202),
+        f"GET {PATH}": deque([deployment(), gone]),
+    }
+    assert json.loads(ok("delete", "helper", "--json").stdout) == {"deleted": "helper"}
+    assert [what for what, _ in control.requests].count(f"GET {PATH}") == 2
+
+
+def refusal(status: int, message: str, code: str) -> httpx2.Response:
+    return httpx2.Response(status, json={"error": {"message": message, "code": code}})

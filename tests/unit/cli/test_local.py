@@ -1,0 +1,196 @@
+"""Commands that work on this machine alone: keys --local, models, config, drivers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from cloudlm.cli.connect import control_client, open_local_state
+from cloudlm.core.deployment import DeploymentSpec
+from cloudlm.core.errors import (
+    AuthenticationFailed,
+    BadSetting,
+    BrokenModel,
+    Conflict,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    StorageFailed,
+    Unavailable,
+)
+from cloudlm.registry.bundled import bundled_folder
+
+Ok = Callable[..., Any]
+
+
+class TestKeys:
+    def test_local_keys_from_making_to_revoking(self, ok: Ok) -> None:
+        made = json.loads(ok("keys", "create", "--local", "--role", "admin", "--json").stdout)
+        text = ok("keys", "create", "--local", "--name", "mine")
+        assert text.stdout.strip().startswith("clm_live_")
+        assert "shown once" in text.stderr
+        listed = ok("keys", "list", "--local")
+        assert made["key"].split("_")[3] not in listed.stdout + listed.stderr
+        assert [row.split()[1:3] for row in listed.stdout.splitlines()[1:]] == [
+            ["key", "admin"],
+            ["mine", "user"],
+        ]
+        key_id = made["record"]["id"]
+        ok("keys", "revoke", key_id, "--local")
+        records = json.loads(ok("keys", "list", "--local", "--json").stdout)
+        assert [record["revoked_at"] is None for record in records] == [False, True]
+        assert all("digest" not in record for record in records)
+
+    def test_a_local_name_follows_the_rules_of_control(self, cli: Ok) -> None:
+        result = cli("keys", "create", "--local", "--name", "x" * 65)
+        assert isinstance(result.exception, InvalidRequest)
+        assert isinstance(cli("keys", "revoke", "nobody", "--local").exception, NotFound)
+
+    def test_keys_of_control(self, control: Any, ok: Ok) -> None:
+        record = {"id": "k1", "name": "n", "role": "user", "last4": "abcd", "created_at": 1.0}
+        control.answers = {
+            "POST /keys": {"key": "clm_secret", "record": record},
+            "GET /keys": {"data": [record]},
+            "DELETE /keys/k1": {**record, "revoked_at": 2.0},
+        }
+        assert ok("keys", "create", "--name", "n").stdout == "clm_secret\n"
+        assert control.sent("POST /keys") == {"name": "n", "role": "user"}
+        assert "…abcd" in ok("keys", "list").stdout
+        assert json.loads(ok("keys", "revoke", "k1", "--json").stdout)["revoked_at"] == 2.0
+
+    def test_no_key_says_what_to_do(self, cli: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-service")
+        result = cli("keys", "list")
+        assert isinstance(result.exception, AuthenticationFailed)
+        assert "CLOUDLM_API_KEY" in result.exception.message
+        assert "--local" in result.exception.message
+
+    def test_control_that_refuses(self, control: Any, cli: Ok) -> None:
+        control.answers = {"GET /keys": httpx2.ConnectError("refused")}
+        result = cli("keys", "list")
+        assert isinstance(result.exception, Unavailable)
+        assert "cloudlm up" in result.exception.message
+
+
+class TestModels:
+    def test_from_import_to_removal(self, ok: Ok, cli: Ok, tmp_path: Path, home: Path) -> None:
+        assert json.loads(ok("models", "list", "--json").stdout) == []
+        assert "cloudlm models import" in ok("models", "list").stderr
+        folder = tmp_path / "own"
+        shutil.copytree(bundled_folder(), folder)
+        (folder / "pytorch_model.bin").write_bytes(b"pickle")
+        made = ok("models", "import", str(folder), "--alias", "champion")
+        assert made.stdout == "models:/own/1\n"
+        assert "pytorch_model.bin was left behind" in made.stderr
+        again = json.loads(ok("models", "import", str(folder), "--json").stdout)
+        assert (again["version"], again["already_registered"]) == (1, True)
+        row = ok("models", "list").stdout.splitlines()[1].split()
+        assert row[:4] == ["own", "1", "champion", "LlamaForCausalLM"]
+        assert json.loads(ok("models", "list", "--json").stdout)[0]["aliases"] == ["champion"]
+        assert "model.safetensors" in ok("models", "show", "own").stdout
+        shown = json.loads(ok("models", "show", "models:/own/1", "--json").stdout)
+        assert shown["architecture"] == "LlamaForCausalLM"
+        assert isinstance(cli("models", "rm", "own/1").exception, Conflict)  # the alias
+
+    def test_a_version_in_use_stays(self, ok: Ok, cli: Ok) -> None:
+        ok("models", "import", str(bundled_folder()), "--name", "used")
+        asyncio.run(_deploy("gone", "models:/nobody@champion"))
+        asyncio.run(_deploy("front", "models:/used"))
+        result = cli("models", "rm", "models:/used/1")
+        assert isinstance(result.exception, Conflict)
+        assert "cloudlm delete front" in result.exception.message
+        assert json.loads(ok("models", "list", "--json").stdout)[0]["name"] == "used"
+
+    def test_removal_is_not_stopped_by_a_deployment_without_its_model(self, ok: Ok) -> None:
+        ok("models", "import", str(bundled_folder()), "--name", "free")
+        asyncio.run(_deploy("gone", "models:/free@no-such-alias"))
+        assert json.loads(ok("models", "rm", "free/1", "--json").stdout) == {
+            "removed": "models:/free/1"
+        }
+
+    def test_a_folder_beside_needs_no_dots(
+        self, ok: Ok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(bundled_folder(), tmp_path / "beside")
+        monkeypatch.chdir(tmp_path)
+        assert ok("models", "import", "beside").stdout == "models:/beside/1\n"
+
+    def test_a_broken_folder_registers_nothing(self, ok: Ok, cli: Ok, tmp_path: Path) -> None:
+        folder = tmp_path / "broken"
+        shutil.copytree(bundled_folder(), folder)
+        (folder / "tokenizer.json").unlink()
+        result = cli("models", "import", str(folder))
+        assert isinstance(result.exception, BrokenModel)
+        assert "tokenizer.json" in result.exception.message
+        assert json.loads(ok("models", "list", "--json").stdout) == []
+
+    def test_a_model_that_does_not_exist(self, cli: Ok) -> None:
+        assert isinstance(cli("models", "show", "nobody").exception, ModelNotFound)
+
+
+async def _deploy(name: str, model: str) -> None:
+    state, _ = await open_local_state()
+    try:
+        await state.put_deployment(DeploymentSpec(name=name, model=model), now=1.0)
+    finally:
+        await state.close()
+
+
+class TestSettings:
+    def test_config(self, ok: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CLOUDLM_GATEWAY_PORT", "9")
+        monkeypatch.setenv("CLOUDLM_STATE_URL", "postgresql://ann:pa55word@db/x")
+        rows = {row["name"]: row for row in json.loads(ok("config", "--json").stdout)}
+        assert rows["gateway.port"]["value"] == 9
+        assert rows["gateway.port"]["source"] == "CLOUDLM_GATEWAY_PORT"
+        assert rows["state.url"]["value"] == "***"
+        shown = ok("config").stdout
+        assert "CLOUDLM_GATEWAY_FIRST_TOKEN_TIMEOUT_S" in shown  # nothing is cut off in a pipe
+        assert "pa55word" not in shown
+
+    def test_a_bad_value(self, cli: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CLOUDLM_GATEWAY_PORT", "http")
+        result = cli("config")
+        assert isinstance(result.exception, BadSetting)
+        assert "CLOUDLM_GATEWAY_PORT" in result.exception.message
+
+    def test_the_home_of_the_flag(self, ok: Ok, tmp_path: Path) -> None:
+        rows = json.loads(ok("--home", str(tmp_path / "other"), "config", "--json").stdout)
+        assert rows[0]["value"] == str(tmp_path / "other")
+
+    def test_a_home_that_cannot_be(self, cli: Ok, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        result = cli("--home", str(tmp_path / "file" / "home"), "models", "list")
+        assert isinstance(result.exception, StorageFailed)
+        assert "--home" in result.exception.message
+
+    def test_drivers(self, ok: Ok) -> None:
+        rows = json.loads(ok("drivers", "--json").stdout)
+        assert {"memory", "process"} <= {row["name"] for row in rows}
+        assert [row["fault"] for row in rows if row["package"] == "cloudlm"] == ["", ""]
+        assert "restarts_replicas" in ok("drivers").stdout
+
+
+class TestWhichControl:
+    @pytest.fixture(autouse=True)
+    def key(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CLOUDLM_API_KEY", "clm_live_x")
+
+    def test_the_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CLOUDLM_CONTROL_PORT", "7001")
+        monkeypatch.setenv("CLOUDLM_CONTROL_HOST", "::")
+        monkeypatch.setenv("CLOUDLM_CONTROL_URL", "")
+        with control_client() as client:
+            assert client.connection.control_url == "http://127.0.0.1:7001"
+
+    def test_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CLOUDLM_CONTROL_URL", "https://control.example/")
+        with control_client() as client:
+            assert client.connection.control_url == "https://control.example"

@@ -1,0 +1,135 @@
+"""Exit codes, plain errors and help of the command as it is started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+
+from cloudlm.cli import main as command
+from cloudlm.cli.main import app, main
+from cloudlm.core.errors import Conflict
+
+
+def _commands() -> list[list[str]]:
+    root: Any = get_command(app)
+    found: list[list[str]] = [[]]
+    for name, one in root.commands.items():
+        found.append([name])
+        found += [[name, inner] for inner in getattr(one, "commands", {})]
+    return found
+
+
+COMMANDS = _commands()
+LEAVES = [
+    words
+    for words in COMMANDS
+    if words and not any(other[:-1] == words for other in COMMANDS if len(other) == 2)
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_of_every_command(words: list[str], ok: Callable[..., Any]) -> None:
+    text = ok(*words, "--help").stdout
+    assert text.splitlines()[0].startswith("Usage: ")
+    assert ok(*words, "-h").stdout == text
+    assert "..." not in text.partition("Commands:")[2]  # no summary is cut off
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_every_command_has_json(words: list[str], ok: Callable[..., Any]) -> None:
+    assert "--json" in ok(*words, "--help").stdout
+
+
+def test_misuse(cli: Callable[..., Any]) -> None:
+    for words in (["nonsense"], ["deploy"], ["status", "--nonsense"], ["up", "--port", "x"]):
+        result = cli(*words)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> int:
+    """Run ``main`` over an application whose only command raises ``error``."""
+    broken = typer.Typer()
+
+    @broken.command()
+    def fail() -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(command, "app", broken)
+    monkeypatch.setattr(sys, "argv", ["cloudlm"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_an_error_is_one_plain_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, Conflict("[/x] is :warning: taken\x1b[2J")) == 1
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "error: [/x] is :warning: taken [2J\n")
+
+
+def test_a_fault_of_ours_has_no_traceback_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CLOUDLM_DEBUG", raising=False)
+    assert run_main(monkeypatch, ZeroDivisionError("why")) == 1
+    shown = capsys.readouterr().err
+    assert "ZeroDivisionError: why" in shown
+    assert "CLOUDLM_DEBUG" in shown
+    assert "Traceback" not in shown
+    monkeypatch.setenv("CLOUDLM_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run_main(monkeypatch, ZeroDivisionError("why"))
+
+
+def test_a_full_disk_is_no_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/home/logs/gateway.log")
+    assert run_main(monkeypatch, error) == 1
+    shown = capsys.readouterr().err
+    assert "/home/logs/gateway.log: the disk is full" in shown
+    assert "fault of cloudlm" not in shown
+
+
+def test_done_and_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_main(monkeypatch, None) == 0
+    assert run_main(monkeypatch, KeyboardInterrupt()) == 130
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    """As in ``cloudlm config | head -0``: neither a traceback nor a failure."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "cloudlm.cli.main", "config", "--json"],
+        env={**os.environ, "CLOUDLM_HOME": str(tmp_path)},
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_start_imports_nothing_heavy(tmp_path: Path) -> None:
+    heavy = ("torch", "sqlalchemy", "fastapi", "starlette", "aiohttp", "httpx2", "openai")
+    code = f"import sys, cloudlm.cli.main; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

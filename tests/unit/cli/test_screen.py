@@ -1,0 +1,97 @@
+"""What a person sees, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from cloudlm.cli import screen
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Both streams on a terminal of 40 columns."""
+    text = io.StringIO()
+    for name in ("out", "talk"):
+        console = Console(
+            file=text, force_terminal=True, width=40, highlight=False, markup=False, emoji=False
+        )
+        monkeypatch.setattr(screen, name, console)
+    return text
+
+
+@contextlib.contextmanager
+def every_bar() -> Iterator[None]:
+    with screen.bytes_bar("a[/b]") as update:
+        update(1, 2, "[/x]")
+        yield
+    with screen.share_bar("b") as share:
+        share(0.5, "[/x]\x1b[2J")
+    with screen.spinner("c") as spin:
+        spin("[bold")
+
+
+def test_bars_are_silent_when_not_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with every_bar():
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_on_a_terminal_show_messages_as_they_are(terminal: io.StringIO) -> None:
+    with every_bar():
+        pass
+    assert "a[/b] [/x]" in terminal.getvalue()
+    assert "b: [/x] [2J" in terminal.getvalue()
+
+
+def test_a_table_on_a_terminal_loses_no_letter(terminal: io.StringIO) -> None:
+    screen.print_table(("NAME", "MESSAGE"), [("n", "[/red]" + "abcdefghij" * 9)], "nothing")
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 2
+    assert "".join(line[4:].strip() for line in lines[1:]) == "[/red]" + "abcdefghij" * 9
+
+
+def test_a_table_in_a_pipe_is_a_line_per_row(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.print_table(("NAME", "X"), [("n", None), ("longer", "y\ny" * 99)], "nothing")
+    assert capsys.readouterr().out == "NAME    X\nn\nlonger  " + "y y" * 99 + "\n"
+    screen.print_table(("NAME",), [], "nothing here")
+    assert capsys.readouterr() == ("", "nothing here\n")
+
+
+def test_json_is_valid_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"text": "é [bold] \x1b \n", "none": None}
+    screen.print_json(value)
+    screen.print_json_line(value)
+    first, second = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert json.loads(first) == json.loads(second) == value
+
+
+def test_texts_cannot_pretend_to_be_others(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.print_text("a\u202eb\x07\r\x9bc\td\nё", end="")
+    assert capsys.readouterr().out == "a b   c\td\nё"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (8_100_000, "8.1 MB"), (7e12, "7000.0 GB")],
+)
+def test_sizes(size: float, text: str) -> None:
+    assert screen.size_text(size) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(7, "7"), (4_000_000, "4.0M"), (7e9, "7.0B")])
+def test_counts(count: int, text: str) -> None:
+    assert screen.count_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (1e6, "11 d")],
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert screen.age_text(seconds) == text

@@ -1,0 +1,71 @@
+"""From an address to a model that is ready: the starter model, and what cannot be loaded."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudlm.core.chat import Message, Sampling
+from cloudlm.core.errors import BrokenModel, CloudlmError, ModelNotFound
+from cloudlm.engine.api import GenerateRequest
+from cloudlm.registry.bundled import bundled_folder
+from cloudlm.worker.config import WorkerConfig
+from cloudlm.worker.loading import in_daemon_thread, load_model
+from cloudlm.worker.prepare import Offload, render_messages
+
+
+def silent(share: float, what: str) -> None:
+    pass
+
+
+async def test_a_folder_becomes_a_model_that_answers(config: WorkerConfig) -> None:
+    told: list[tuple[float, str]] = []
+    asked = replace(config, model=str(bundled_folder()), options={"kv_cache_mb": 16})
+    serving = await load_model(asked, lambda share, what: told.append((share, what)))
+    offload = Offload()
+    try:
+        engine: Any = serving.engine
+        assert serving.tokenizer is engine.tokenizer  # one tokenizer for both
+        assert told[-1] == (1.0, "ready")
+        assert (serving.name, serving.root) == ("echo", bundled_folder().name)
+        assert serving.control is not None
+        assert serving.control.search("a <|end|> b")
+        prompt = await render_messages(
+            serving, offload, [Message("user", "I forgot my card's PIN <|end|>")]
+        )
+        (end,) = serving.tokenizer.encode("<|end|>")
+        own = await render_messages(serving, offload, [Message("user", "I forgot my card's PIN")])
+        assert prompt.count(end) == own.count(end)  # what was written stays text
+        sampling = Sampling(temperature=0.0, max_tokens=200)
+        events = [e async for e in serving.engine.submit(GenerateRequest("r", own, sampling))]
+        assert "PIN" in "".join(event.text for event in events)
+    finally:
+        offload.close()
+        await serving.renderer.close()
+        await serving.engine.close()
+
+
+async def test_a_broken_folder_is_named(config: WorkerConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(bundled_folder(), folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(BrokenModel, match=r"tokenizer\.json"):
+        await load_model(replace(config, model=str(folder)), silent)
+    with pytest.raises(CloudlmError, match="nowhere"):
+        await load_model(replace(config, model=str(tmp_path / "nowhere")), silent)
+
+
+async def test_a_version_that_the_registry_does_not_have(config: WorkerConfig) -> None:
+    with pytest.raises(ModelNotFound, match="absent"):
+        await load_model(replace(config, model="models:/absent/3"), silent)
+
+
+async def test_work_that_fails_in_the_thread_fails_here() -> None:
+    assert await in_daemon_thread(lambda: threading.current_thread().daemon)
+    with pytest.raises(ZeroDivisionError):
+        await in_daemon_thread(lambda: 1 // 0)
