@@ -20,10 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 PROMPT_TOKENS = 128
+
+Run = Callable[[list[list[int]]], float]  # prompts to the seconds that their answers took
 
 
 def main() -> int:
@@ -34,8 +37,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         models = {"bank-helper": bundled_folder(), "qwen3-0.1b": _make_qwen3(Path(scratch))}
         for name, folder in models.items():
-            for line in _measure(name, folder, options):
-                print(json.dumps(line), flush=True)
+            with ExitStack() as stack:
+                for line in _measure(name, folder, options, stack):
+                    print(json.dumps(line), flush=True)
     return 0
 
 
@@ -75,8 +79,10 @@ def _make_qwen3(folder: Path) -> Path:
     return folder
 
 
-def _measure(name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    runners: dict[str, Callable[[list[list[int]]], float]] = {"cloudlm": _ours(folder, options)}
+def _measure(
+    name: str, folder: Path, options: argparse.Namespace, stack: ExitStack
+) -> list[dict[str, Any]]:
+    runners = {"cloudlm": _ours(folder, options, stack)}
     if not options.no_peer:
         runners["transformers"] = _transformers(folder, options)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -115,14 +121,15 @@ def _prompts(count: int, vocab_size: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(10, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-def _ours(folder: Path, options: argparse.Namespace) -> Callable[[list[list[int]]], float]:
+def _ours(folder: Path, options: argparse.Namespace, stack: ExitStack) -> Run:
     from cloudlm.core.chat import Sampling
     from cloudlm.core.settings import EngineSettings
     from cloudlm.engine.api import GenerateRequest
     from cloudlm.engine.load import load_engine
 
     settings = EngineSettings(dtype=options.dtype, threads=options.threads, kv_cache_mb=512)
-    engine = load_engine(folder, settings, max_waiting=64, progress=None)
+    engine = load_engine(folder, settings, max_waiting=64)
+    stack.callback(lambda: asyncio.run(engine.close()))
     sampling = Sampling(temperature=0.0, max_tokens=options.output, ignore_eos=True)
 
     async def one(number: int, prompt: list[int]) -> int:
@@ -143,7 +150,7 @@ def _ours(folder: Path, options: argparse.Namespace) -> Callable[[list[list[int]
     return run
 
 
-def _transformers(folder: Path, options: argparse.Namespace) -> Callable[[list[list[int]]], float]:
+def _transformers(folder: Path, options: argparse.Namespace) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
 
