@@ -114,7 +114,12 @@ class EngineSettings:
         1024, "Tokens computed in one step, prefill chunks included.", low=16
     )
     max_batch_sequences: int = setting(64, "Sequences in one step.", low=1, high=4096)
-    threads: int = setting(0, "CPU threads of the engine; 0 takes all cores.", low=0, high=1024)
+    threads: int = setting(
+        0,
+        "CPU threads of the engine; 0 takes all cores, one for a very small model.",
+        low=0,
+        high=1024,
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ Progress = Callable[[float, str], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below this size a CPU computes float32 faster than half precision, and memory does not matter.
 _SMALL_PARAMETERS = 50_000_000
+# Below this size a step is so short that threads wait for each other longer than they work, above
+# all on a machine that has other work too.
+_ONE_THREAD_PARAMETERS = 20_000_000
 
 
 def load_engine(
@@ -44,7 +47,6 @@ def load_engine(
 
     tell = progress or (lambda share, what: None)
     tell(0.0, "reading the configuration")
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     tokenizer = Tokenizer(folder)
     runner = load_runner(folder, settings, tokenizer.eos_token_ids, tell)
     engine = LocalEngine.start(
@@ -69,6 +71,7 @@ def load_runner(
     device = pick_device(settings.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = pick_dtype(settings.dtype, config, parameters, device)
+    torch.set_num_threads(pick_threads(settings.threads, parameters))
     num_blocks, max_model_len = plan_cache(model.shape, settings, dtype)
     model.limit(max_model_len)
     load_weights(
@@ -100,6 +103,13 @@ def _build(folder: Path) -> tuple[str, ModelConfig, Decoder]:
     config = ModelConfig(values)
     with torch.device("meta"):
         return name, config, architecture.from_config(config)
+
+
+def pick_threads(asked: int, parameters: int) -> int:
+    """CPU threads of a step; 0 is all cores, but one for a very small model."""
+    if asked:
+        return asked
+    return 1 if parameters < _ONE_THREAD_PARAMETERS else len(os.sched_getaffinity(0))
 
 
 def pick_device(asked: str) -> torch.device:

@@ -19,7 +19,7 @@ from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.api import GenerateRequest
 from cloudlm.engine.architectures.base import Shape
 from cloudlm.engine.architectures.config import ModelConfig
-from cloudlm.engine.load import load_engine, pick_device, pick_dtype, plan_cache
+from cloudlm.engine.load import load_engine, pick_device, pick_dtype, pick_threads, plan_cache
 
 SMALL = EngineSettings(device="cpu", kv_cache_mb=2, threads=1)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -179,3 +179,9 @@ def test_a_cache_that_cannot_work_is_refused_with_the_remedy(
     )
     with pytest.raises(BadSetting, match=words):
         plan_cache(SHAPE, settings, torch.float32)
+
+
+def test_a_very_small_model_gets_one_thread() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert [pick_threads(0, 3_000_000), pick_threads(0, 500_000_000)] == [1, cores]
+    assert pick_threads(5, 3_000_000) == 5
