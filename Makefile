@@ -6,21 +6,28 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup lint format types check docs starter bench-engine bench-gateway node-client clean
+.PHONY: demo test setup check format docs starter bench-engine bench-gateway clean
 
-setup: $(STAMP)
+setup: $(DEV)
 
 # PyTorch first and alone: a range would let pip choose a build with several gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cloudlm needs Python 3.11 or newer; set PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing dependencies into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[engine,postgres,dev]'
+	@echo "installing cloudlm into $(VENV) (a few minutes the first time)"
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[engine]'
 	@touch $@
 
-demo: setup
+$(DEV): $(STAMP)
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) -e '.[engine,postgres,dev]'
+	@touch $@
+
+demo: $(STAMP)
 	@$(BIN)/cloudlm demo
 
 test: setup check

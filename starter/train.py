@@ -51,7 +51,9 @@ class Recipe:
     mix: Mix = field(default_factory=Mix)
     chat_epochs: int = 3
     chat_rate: float = 6e-4
-    chat_mix: Mix = Mix(turns=(0.4, 0.3, 0.2, 0.1), history=0.7, full=0.15)
+    chat_mix: Mix = field(
+        default_factory=lambda: Mix(turns=(0.4, 0.35, 0.17, 0.08), history=0.7, full=0.15)
+    )
 
 
 def with_setting(recipe: Recipe, setting: str) -> Recipe:
