@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup check format docs starter bench-engine bench-gateway clean
+.PHONY: demo test setup check format docs starter native bench-engine bench-gateway clean
 
 setup: $(DEV)
 
@@ -48,6 +48,10 @@ docs: setup
 
 starter: setup
 	@$(BIN)/python -m starter.train
+
+# The engine's CPU kernels; built on first use otherwise, where a compiler is found.
+native: $(STAMP)
+	@$(BIN)/python -m cloudlm.engine.native.build
 
 bench-engine: setup
 	@$(BIN)/python bench/engine/run.py

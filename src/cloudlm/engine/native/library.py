@@ -1,0 +1,290 @@
+"""The native library behind ``contract.Kernels``: loads it, packs weights, passes addresses.
+
+Decides nothing about who computes what; ``__init__.py`` picks the library or PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor
+
+from cloudlm.engine.native import structures as c
+from cloudlm.engine.native.contract import LayerCache, Packed, Path, Rotary, StackLayer, Weight
+from cloudlm.engine.native.packing import (
+    PANEL,
+    Int4Weight,
+    Int8Weight,
+    arrange,
+    column_order,
+    split_scale,
+)
+from cloudlm.engine.native.plan import AttentionPlan
+
+SPIN_US = 100  # how long a thread waits awake for work: longer than Python's pause between calls
+_ALIGNMENT = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """The structure that the library reads, and the tensors that its addresses belong to."""
+
+    struct: c.LinearStruct
+    tensors: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    structs: ctypes.Array[c.LayerStruct]
+    layers: tuple[StackLayer, ...]
+
+
+class NativeKernels:
+    """See ``contract.Kernels``. ``threads`` includes the caller's; ``pin`` binds the others to one
+    CPU each. Raises OSError if the library cannot be loaded or the CPU refuses its tiles."""
+
+    def __init__(self, path: FilePath, name: str, *, threads: int, pin: bool = False) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self.name = name
+        if not self._library.cloudlm_start():
+            raise OSError("the system does not let this process use the CPU's tile registers")
+        self.threads = self.set_threads(threads, pin=pin)
+
+    def set_threads(self, threads: int, *, pin: bool = False, spin_us: int = SPIN_US) -> int:
+        """Restart the team of threads; the answer is how many there are."""
+        cpus = sorted(os.sched_getaffinity(0))
+        places = [cpus[i % len(cpus)] if pin else -1 for i in range(max(threads, 1))]
+        array = (ctypes.c_int * len(places))(*places)
+        self.threads = int(self._library.cloudlm_threads(threads, array, spin_us))
+        return self.threads
+
+    def pack(
+        self, weight: Weight, *, gated: bool = False, bias: Tensor | None = None, planes: int = 2
+    ) -> Packed:
+        """See ``Kernels``."""
+        matrix = (weight if isinstance(weight, Tensor) else weight.codes).contiguous()
+        rows, inputs = matrix.shape
+        group = weight.group if isinstance(weight, Int4Weight) else 64
+        if isinstance(weight, Int4Weight) and group != 32 and group % 64:
+            raise ValueError(f"groups of {group} inputs: expected 32 or a multiple of 64")
+        if isinstance(weight, Tensor) and weight.dtype != torch.bfloat16:
+            raise ValueError(f"expected bfloat16 or quantised weights, got {weight.dtype}")
+        unit = max(group, 64)
+        k = -(-inputs // unit) * unit
+        order = column_order(rows, gated=gated)
+        kind, bits = _kind(weight)
+        data = self._bytes(len(order) * k * bits // 8)
+        self._library.cloudlm_pack(kind, _at(matrix), rows, inputs, k, int(gated), _at(data))
+        scale, group_scale, zeros = _scales(weight, order)
+        packed_bias = None if bias is None else arrange(bias.float(), order, 0.0)
+        tensors = (data, scale, group_scale, zeros, packed_bias)
+        outputs = rows // 2 if gated else rows
+        struct = c.LinearStruct(
+            kind, outputs, inputs, k, len(order) // PANEL, int(gated), group, planes,
+            *map(c.address, tensors),
+        )  # fmt: skip
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return Packed(outputs, inputs, gated, size, _Content(struct, tensors))
+
+    def linear(
+        self,
+        weight: Packed,
+        x: Tensor,
+        out: Tensor,
+        *,
+        add: bool = False,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        path: Path = "auto",
+    ) -> Tensor:
+        """See ``Kernels``."""
+        tokens = _expect(x, weight.inputs, "x")
+        _expect(out, weight.outputs, "out", tokens)
+        if tokens:
+            self._library.cloudlm_linear(
+                ctypes.byref(weight.content.struct),
+                ctypes.byref(c.input_struct(x, norm, eps)),
+                ctypes.byref(c.output_struct(out, add=add)),
+                tokens,
+                c.PATHS[path],
+            )
+        return out
+
+    def rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        out: Tensor,
+        *,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See ``Kernels``."""
+        tokens = _expect(out, weight.shape[0], "out", _expect(x, weight.shape[0], "x"))
+        if residual is not None:
+            _expect(residual, x.shape[1], "residual", tokens)
+            if residual.dtype != torch.float32 or not residual.is_contiguous():
+                raise ValueError("residual must be contiguous float32")
+        self._library.cloudlm_rms_norm(
+            ctypes.byref(c.input_struct(x, weight, eps)),
+            _at(residual),
+            ctypes.byref(c.output_struct(out)),
+            tokens,
+            x.shape[1],
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
+        """See ``Kernels``."""
+        size = gate_up.shape[1] // 2
+        tokens = _expect(out, size, "out", gate_up.shape[0])
+        self._library.cloudlm_silu_mul(
+            ctypes.byref(c.input_struct(gate_up)), ctypes.byref(c.output_struct(out)), tokens, size
+        )
+        return out
+
+    def rope_store(self, qkv: Tensor, rotary: Rotary, slots: Tensor, cache: LayerCache) -> Tensor:
+        """See ``Kernels``."""
+        dim, width = rotary.head_dim, rotary.heads * rotary.head_dim
+        tokens = _expect(qkv, width + 2 * rotary.kv_heads * dim, "qkv")
+        if dim % 32 or qkv.dtype != torch.bfloat16:
+            raise ValueError(f"expected bfloat16 and heads of a multiple of 32, got {dim}")
+        for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
+            _expect(table, dim // 2, name, tokens)
+        struct = c.RopeStruct(
+            qkv.data_ptr(), qkv.stride(0), rotary.heads, rotary.kv_heads, dim,
+            _at(rotary.cos), _at(rotary.sin), _at(rotary.q_norm), _at(rotary.k_norm),
+            rotary.eps, cache.block_size, _at(slots), _at(cache.keys), _at(cache.values),
+        )  # fmt: skip
+        self._library.cloudlm_rope_store(ctypes.byref(struct), tokens)
+        return qkv[:, :width]
+
+    def attention(
+        self, query: Tensor, cache: LayerCache, plan: AttentionPlan, out: Tensor, scale: float
+    ) -> Tensor:
+        """See ``Kernels``."""
+        dim = cache.keys.shape[2] // cache.block_size
+        tokens = _expect(out, query.shape[1], "out", _expect(query, query.shape[1], "query"))
+        if tokens != plan.tokens or dim % 32 or cache.block_size % 32:
+            raise ValueError(
+                f"{tokens} tokens, heads of {dim}, blocks of {cache.block_size}: expected "
+                f"{plan.tokens} tokens, heads and blocks of a multiple of 32"
+            )
+        struct = _attention_struct(plan, cache, query.shape[1] // dim, scale)
+        struct.q, struct.q_stride = query.data_ptr(), query.stride(0)
+        struct.out, struct.out_stride = out.data_ptr(), out.stride(0)
+        struct.keys, struct.values = cache.keys.data_ptr(), cache.values.data_ptr()
+        self._library.cloudlm_attention(ctypes.byref(struct))
+        return out
+
+    def stack(self, layers: Sequence[StackLayer]) -> _Stack:
+        """See ``Kernels``."""
+        structs = (c.LayerStruct * len(layers))()
+        for struct, layer in zip(structs, layers, strict=True):
+            for name in ("qkv", "out", "gate_up", "down"):
+                setattr(struct, name, getattr(layer, name).content.struct)
+            for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
+                setattr(struct, name, c.address(getattr(layer, name)))
+            struct.keys = layer.cache.keys.data_ptr()
+            struct.values = layer.cache.values.data_ptr()
+            struct.plan = layer.plan
+        return _Stack(structs, tuple(layers))
+
+    def run_stack(
+        self,
+        stack: _Stack,
+        hidden: Tensor,
+        rotary: Rotary,
+        slots: Tensor,
+        plans: Sequence[AttentionPlan],
+        scale: float,
+        *,
+        path: Path = "auto",
+    ) -> Tensor:
+        """See ``Kernels``."""
+        first = stack.layers[0]
+        dim, cache = rotary.head_dim, first.cache
+        tokens = _expect(hidden, first.qkv.inputs, "hidden")
+        _expect(rotary.cos, dim // 2, "cos", tokens)
+        _expect(rotary.sin, dim // 2, "sin", tokens)
+        if hidden.dtype != torch.float32 or not hidden.is_contiguous():
+            raise ValueError("hidden must be contiguous float32")
+        if len(slots) != tokens or any(plan.tokens != tokens for plan in plans):
+            raise ValueError(f"slots and plans must be those of {tokens} tokens")
+        width = rotary.heads * dim
+        sizes = (first.qkv.outputs, width, first.gate_up.outputs)
+        rooms = [torch.empty(tokens, size, dtype=torch.bfloat16) for size in sizes]
+        structs = [_attention_struct(plan, cache, rotary.heads, scale) for plan in plans]
+        array = (c.AttentionStruct * len(plans))(*structs)
+        struct = c.StackStruct(
+            hidden.data_ptr(), tokens, hidden.shape[1], c.PATHS[path], rotary.eps,
+            *(room.data_ptr() for room in rooms),
+            c.RopeStruct(
+                None, sizes[0], rotary.heads, rotary.kv_heads, dim,
+                _at(rotary.cos), _at(rotary.sin), None, None,
+                rotary.eps, cache.block_size, _at(slots), None, None,
+            ),
+            ctypes.addressof(array),
+        )  # fmt: skip
+        self._library.cloudlm_run_stack(
+            stack.structs, len(stack.layers), ctypes.byref(struct), len(plans)
+        )
+        return hidden
+
+    def _bytes(self, size: int) -> Tensor:
+        """Memory for weights; large pages make reading it quicker."""
+        spare = _ALIGNMENT if size >= _ALIGNMENT else 64
+        memory = torch.empty(size + spare, dtype=torch.uint8)
+        aligned = memory[-memory.data_ptr() % spare :][:size]
+        if spare == _ALIGNMENT:
+            self._library.cloudlm_large_pages(_at(aligned), ctypes.c_size_t(size))
+        return aligned
+
+
+def _attention_struct(
+    plan: AttentionPlan, cache: LayerCache, heads: int, scale: float
+) -> c.AttentionStruct:
+    """All of it but queries, answers and cache."""
+    struct = c.AttentionStruct()
+    struct.heads, struct.kv_heads = heads, cache.keys.shape[1]
+    struct.dim, struct.block_size = cache.keys.shape[2] // cache.block_size, cache.block_size
+    struct.tokens, struct.window, struct.scale = plan.tokens, plan.window, scale
+    struct.n_pieces, struct.n_parts = len(plan.pieces), plan.parts
+    for name in ("rows", "tables", "limits", "pieces", "merge_first", "merge_parts"):
+        setattr(struct, name, getattr(plan, name).ctypes.data)
+    return struct
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(c.address(tensor))
+
+
+def _expect(rows: Tensor, size: int, name: str, tokens: int | None = None) -> int:
+    """The number of rows. Raises ValueError: the library would write anywhere."""
+    count = rows.shape[0] if tokens is None else tokens
+    if rows.dim() != 2 or rows.shape != (count, size):
+        raise ValueError(f"{name} is {tuple(rows.shape)}, expected ({count}, {size})")
+    return count
+
+
+def _kind(weight: Weight) -> tuple[int, int]:
+    """The number of the kind of weights and its bits."""
+    if isinstance(weight, Int8Weight):
+        return c.INT8, 8
+    return (c.INT4, 4) if isinstance(weight, Int4Weight) else (c.BF16, 16)
+
+
+def _scales(weight: Weight, order: Tensor) -> Sequence[Tensor | None]:
+    """Scale by column, scale by group and zero points, as far as the kind has them."""
+    if isinstance(weight, Tensor):
+        return None, None, None
+    if isinstance(weight, Int8Weight):
+        return arrange(weight.scale.float(), order, 0.0), None, None
+    groups, factor = split_scale(weight.scale)
+    zeros = None if weight.zeros is None else arrange(weight.zeros, order, 0)
+    return arrange(factor, order, 0.0), arrange(groups, order, 0.0), zeros

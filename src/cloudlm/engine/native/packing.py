@@ -1,0 +1,100 @@
+"""Weights on their way into the kernels: quantisation and the order of columns. Plain PyTorch.
+
+A packed matrix has panels of 32 outputs. In a gated one (gate and up fused) a panel is 16 gates
+and the 16 ups that belong to them. ``src/linear.cpp`` tells the layout of a panel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PANEL = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight:
+    """``weight[n, k] = scale[n] * codes[n, k]``; codes int8 in [-127, 127], scale float32."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """``weight[n, k] = scale[n, k // group] * (codes[n, k] - zeros[n, k // group])``.
+
+    codes uint8 0 to 15 (one a byte), scale float32 or float16 [n, groups], zeros uint8 [n, groups]
+    or None for 8 everywhere. ``group`` is 32, 64, 128 or another multiple of 64; the last group
+    may be shorter than the others.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zeros: Tensor | None
+    group: int
+
+
+def quantize_int8(weight: Tensor) -> Int8Weight:
+    """Per output, symmetric, to the nearest. ``weight`` [n, k], any floating type."""
+    wide = weight.float()
+    scale = wide.abs().amax(1) / 127
+    safe = torch.where(scale > 0, scale, 1.0)
+    return Int8Weight((wide / safe[:, None]).round().clamp(-127, 127).to(torch.int8), scale)
+
+
+def quantize_int4(weight: Tensor, group: int = 128, *, symmetric: bool = True) -> Int4Weight:
+    """Groups of ``group`` inputs, to the nearest. ``weight`` [n, k], any floating type."""
+    n, k = weight.shape
+    groups = -(-k // group)
+    wide = torch.zeros(n, groups * group)
+    wide[:, :k] = weight.float()
+    wide = wide.view(n, groups, group)
+    if symmetric:
+        # The value of largest magnitude becomes -8, the one code that has no opposite.
+        most = wide.gather(2, wide.abs().argmax(2, keepdim=True)).squeeze(2)
+        scale, zeros = most / -8, None
+        shift = torch.full((n, groups), 8.0)
+    else:
+        low, high = wide.amin(2).clamp(max=0), wide.amax(2).clamp(min=0)
+        scale = (high - low) / 15
+        shift = (-low / torch.where(scale > 0, scale, 1.0)).round().clamp(0, 15)
+        zeros = shift.to(torch.uint8)
+    scale = scale.half().float()
+    safe = torch.where(scale != 0, scale, 1.0)
+    codes = (wide / safe[..., None] + shift[..., None]).round().clamp(0, 15).to(torch.uint8)
+    return Int4Weight(codes.view(n, -1)[:, :k].contiguous(), scale, zeros, group)
+
+
+def column_order(rows: int, *, gated: bool) -> Tensor:
+    """Which row of the matrix each packed column is, -1 for padding; [panels * 32]."""
+    if not gated:
+        order = torch.full((-(-rows // PANEL) * PANEL,), -1)
+        order[:rows] = torch.arange(rows)
+        return order
+    half, width = rows // 2, PANEL // 2
+    gates = torch.full((-(-half // width) * width,), -1)
+    gates[:half] = torch.arange(half)
+    ups = torch.where(gates >= 0, gates + half, -1)
+    return torch.stack((gates.view(-1, width), ups.view(-1, width)), 1).flatten()
+
+
+def arrange(values: Tensor, order: Tensor, fill: float) -> Tensor:
+    """``values`` [rows] or [rows, groups] in the order of packed columns: [columns], or by panel
+    [panels, groups, 32]."""
+    shape = (len(order), *values.shape[1:])
+    placed = torch.full(shape, fill, dtype=values.dtype)
+    placed[order >= 0] = values[order[order >= 0]]
+    if values.dim() == 1:
+        return placed.contiguous()
+    return placed.view(-1, PANEL, shape[1]).transpose(1, 2).contiguous()
+
+
+def split_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Group scales [rows, groups] as float16, and a float32 factor for each row that is a power of
+    two: float16 sources stay exact and small scales keep their precision."""
+    most = scale.float().abs().amax(1)
+    factor = torch.exp2(torch.floor(torch.log2(torch.where(most > 0, most, 1.0))))
+    return (scale.float() / factor[:, None]).half(), factor

@@ -1,0 +1,168 @@
+"""Who attends to what in one step: made once per step, used by every layer. Plain NumPy.
+
+The work is cut into pieces: some query tokens against a stretch of one block table. A sequence's
+own keys are a piece of its own; keys that several sequences share (their tables begin with the same
+blocks) are one piece for all of them, so that memory is read once. A token with more than one
+piece gets its answer from the partial ones, merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+# Query tokens in a piece, and keys in a piece: a long stretch is cut so that threads can share it.
+# The cuts depend on positions only, never on the batch: so a token's answer does not either.
+MAX_TOKENS = 32
+MAX_KEYS = 1024
+# Sharing costs a merge: below so many tokens in common it is not worth it.
+MIN_SHARED_KEYS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """The tokens of one sequence in the step: ``count`` of them from position ``start``, in
+    consecutive rows of the batch. ``table`` covers all positions up to the last."""
+
+    start: int
+    count: int
+    table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """See the module. ``pieces`` [n, 6]: first and count into ``rows``, offset into ``tables``,
+    begin and end of the keys, number of the first partial answer or -1. ``limits`` [tokens]: how
+    many keys a token may see. Token t merges ``merge_parts[merge_first[t] : merge_first[t + 1]]``;
+    none means that its answer is whole."""
+
+    tokens: int
+    parts: int
+    window: int
+    rows: Ints
+    tables: Ints
+    limits: Ints
+    pieces: Ints
+    merge_first: Ints
+    merge_parts: Ints
+
+
+def plan_attention(
+    queries: Sequence[Query], block_size: int, *, window: int | None = None, share: bool = True
+) -> AttentionPlan:
+    """The plan of one step; the rows of the batch are the tokens of ``queries`` in order.
+    ``window``: a token sees so many positions at most, its own included. ``share=False`` gives
+    every sequence its own pieces: then no answer depends on the others in the batch."""
+    plan = _Draft(block_size, window or 0)
+    row, rows = 0, []
+    for query in queries:
+        rows.append(row)
+        plan.add_query(query)
+        row += query.count
+    shared = [0] * len(queries)
+    if share and window is None:
+        for members, keys in _groups(queries, block_size):
+            plan.add_shared([rows[i] for i in members], plan.offsets[members[0]], keys)
+            for i in members:
+                shared[i] = keys
+    for query, first, begin, offset in zip(queries, rows, shared, plan.offsets, strict=True):
+        plan.add_own(query, first, begin, offset)
+    return plan.finish()
+
+
+class _Draft:
+    def __init__(self, block_size: int, window: int) -> None:
+        self._block_size = block_size
+        self._window = window
+        self.offsets: list[int] = []
+        self._tables: list[int] = []
+        self._limits: list[int] = []
+        # (rows, table offset, begin, end)
+        self._pieces: list[tuple[Sequence[int], int, int, int]] = []
+
+    def add_query(self, query: Query) -> None:
+        self.offsets.append(len(self._tables))
+        needed = -(-(query.start + query.count) // self._block_size)
+        self._tables += query.table[:needed]
+        self._limits += range(query.start + 1, query.start + query.count + 1)
+
+    def add_shared(self, rows: list[int], offset: int, keys: int) -> None:
+        for begin in range(0, keys, MAX_KEYS):
+            end = min(begin + MAX_KEYS, keys)
+            for at in range(0, len(rows), MAX_TOKENS):
+                self._pieces.append((rows[at : at + MAX_TOKENS], offset, begin, end))
+
+    def add_own(self, query: Query, row: int, shared: int, offset: int) -> None:
+        for at in range(0, query.count, MAX_TOKENS):
+            count = min(MAX_TOKENS, query.count - at)
+            end = query.start + at + count
+            first = shared
+            if self._window:
+                first = max(0, query.start + at + 1 - self._window) // 32 * 32
+            rows = range(row + at, row + at + count)
+            if query.count > 1:  # a prompt has pieces enough for all threads
+                self._pieces.append((rows, offset, first, end))
+                continue
+            cuts = [first, *range((first // MAX_KEYS + 1) * MAX_KEYS, end, MAX_KEYS), end]
+            for begin, stop in itertools.pairwise(cuts):
+                if stop > begin:
+                    self._pieces.append((rows, offset, begin, stop))
+
+    def finish(self) -> AttentionPlan:
+        tokens = len(self._limits)
+        uses = np.zeros(tokens, dtype=np.int32)
+        for rows, *_ in self._pieces:
+            uses[list(rows)] += 1
+        pieces = np.empty((len(self._pieces), 6), dtype=np.int32)
+        all_rows: list[int] = []
+        merges: list[list[int]] = [[] for _ in range(tokens)]
+        parts = 0
+        # Long ones first: the last piece of work to be taken should be a short one.
+        order = sorted(self._pieces, key=lambda piece: -len(piece[0]) * (piece[3] - piece[2]))
+        for i, (rows, offset, begin, end) in enumerate(order):
+            partial = any(uses[row] > 1 for row in rows)
+            pieces[i] = (len(all_rows), len(rows), offset, begin, end, parts if partial else -1)
+            all_rows += rows
+            if partial:
+                for row in rows:
+                    merges[row].append(parts)
+                    parts += 1
+        first = np.zeros(tokens + 1, dtype=np.int32)
+        np.cumsum([len(merge) for merge in merges], out=first[1:])
+        return AttentionPlan(
+            tokens=tokens,
+            parts=parts,
+            window=self._window,
+            rows=np.array(all_rows, dtype=np.int32),
+            tables=np.array(self._tables, dtype=np.int32),
+            limits=np.array(self._limits, dtype=np.int32),
+            pieces=pieces,
+            merge_first=first,
+            merge_parts=np.array([part for merge in merges for part in merge], dtype=np.int32),
+        )
+
+
+def _groups(queries: Sequence[Query], block_size: int) -> list[tuple[list[int], int]]:
+    """Decoding sequences whose tables begin alike: their numbers and how many keys they share.
+    The last token's own block is never shared: it is still being written."""
+    heads: dict[int, list[int]] = {}
+    for i, query in enumerate(queries):
+        if query.count == 1 and query.start >= MIN_SHARED_KEYS:
+            heads.setdefault(query.table[0], []).append(i)
+    groups = []
+    for members in heads.values():
+        if len(members) < 2:
+            continue
+        full = min(queries[i].start // block_size for i in members)
+        tables = np.array([queries[i].table[:full] for i in members])
+        alike = (tables == tables[0]).all(axis=0)
+        blocks = full if alike.all() else int(alike.argmin())
+        if blocks * block_size >= MIN_SHARED_KEYS:
+            groups.append((members, blocks * block_size))
+    return groups

@@ -1,0 +1,531 @@
+"""The native kernels against PyTorch, for every instruction set that this machine has; building,
+and what happens where nothing can be built. Everything is compiled into the test run's own folder.
+
+Tolerances, relative to the largest value: float32 results 2e-5; 2e-3 where inputs are quantised to
+8 bits (a code may round the other way); bf16 results 2**-7, one unit in their last place.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cloudlm.engine.native import build, load_kernels
+from cloudlm.engine.native.plan import MAX_KEYS, Query, plan_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cloudlm.engine.native.contract import Kernels, LayerCache, Rotary
+
+torch = pytest.importorskip("torch")
+
+needs_compiler = pytest.mark.skipif(
+    build.find_compiler() is None or not build.instruction_sets(),
+    reason="no C++ compiler on PATH, or a CPU without AVX2",
+)
+PRECISIONS = ("bf16", "int8", "int4-32", "int4-64", "int4-128", "int4-64-zeros", "int4-192")
+TOKENS = (1, 2, 3, 4, 7, 16, 17, 33, 70, 530)
+UNIT = 2**-7
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture(scope="module", params=build.instruction_sets() or ["none"])
+def kernels(request: pytest.FixtureRequest, cache_folder: Path) -> Kernels:
+    if build.find_compiler() is None or request.param == "none":
+        pytest.skip("no C++ compiler on PATH, or a CPU without AVX2")
+    from cloudlm.engine.native.library import NativeKernels
+
+    path = build.library(request.param, cache_folder)
+    assert path is not None, "the build failed: see the log"
+    return NativeKernels(path, request.param, threads=2)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Kernels:
+    from cloudlm.engine.native.fallback import TorchKernels
+
+    return TorchKernels()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(3)
+
+
+def off(answer: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value; infinite if either is not finite."""
+    wide, right = answer.double(), expected.double()
+    if not bool(wide.isfinite().all() and right.isfinite().all()):
+        return float("inf")
+    return float((wide - right).abs().max() / right.abs().max())
+
+
+def weight_of(precision: str, matrix: Tensor) -> Tensor | object:
+    from cloudlm.engine.native.packing import quantize_int4, quantize_int8
+
+    kind, *details = precision.split("-")
+    if kind == "bf16":
+        return matrix
+    if kind == "int8":
+        return quantize_int8(matrix)
+    return quantize_int4(matrix, int(details[0]), symmetric=len(details) == 1)
+
+
+# ---- linear ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_linear_agrees_for_all_shapes_and_paths(
+    kernels: Kernels, reference: Kernels, precision: str, gated: bool
+) -> None:
+    for rows, inputs in ((70, 100), (256, 384)):
+        matrix = (torch.randn(rows, inputs) * 0.05).bfloat16()
+        bias = torch.randn(rows)
+        weight = weight_of(precision, matrix)
+        for planes in (1, 2):
+            own = kernels.pack(weight, gated=gated, bias=bias, planes=planes)
+            right = reference.pack(weight, gated=gated, bias=bias, planes=planes)
+            allowed = 2e-3 if planes == 1 and precision != "bf16" else 2e-5
+            for tokens in TOKENS:
+                x = torch.randn(tokens, inputs)
+                expected = reference.linear(right, x, torch.empty(tokens, own.outputs))
+                for path in ("auto", "vector", "tiles"):
+                    answer = kernels.linear(own, x, torch.empty(tokens, own.outputs), path=path)
+                    assert off(answer, expected) < allowed, (rows, planes, tokens, path)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("path", ["vector", "tiles"])
+def test_a_row_does_not_depend_on_the_other_rows(
+    kernels: Kernels, precision: str, path: str
+) -> None:
+    weight = kernels.pack(weight_of(precision, torch.randn(96, 256).bfloat16()))
+    x = torch.randn(70, 256)
+    together = kernels.linear(weight, x, torch.empty(70, 96), path=path)
+    for row in (0, 1, 17, 40, 69):
+        alone = kernels.linear(weight, x[row : row + 1], torch.empty(1, 96), path=path)
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_quantised_products_do_not_depend_on_the_path(
+    kernels: Kernels, precision: str, planes: int
+) -> None:
+    weight = kernels.pack(
+        weight_of(precision, torch.randn(64, 320).bfloat16()), gated=True, planes=planes
+    )
+    x = torch.randn(37, 320).bfloat16()
+    by_vector = kernels.linear(weight, x, torch.empty(37, 32), path="vector")
+    assert torch.equal(by_vector, kernels.linear(weight, x, torch.empty(37, 32), path="tiles"))
+
+
+def test_linear_norms_adds_and_rounds(kernels: Kernels, reference: Kernels) -> None:
+    matrix = torch.randn(64, 200).bfloat16()
+    own, right = kernels.pack(matrix), reference.pack(matrix)
+    wide = torch.randn(9, 300)
+    x, norm = wide[:, :200], torch.rand(200)  # rows that do not touch
+    start = torch.randn(9, 64)
+    answer = kernels.linear(own, x, start.clone(), add=True, norm=norm, eps=1e-5)
+    expected = reference.linear(right, x, start.clone(), add=True, norm=norm, eps=1e-5)
+    assert off(answer, expected) < UNIT  # the normed inputs are rounded to bf16 in both
+    narrow = torch.zeros(9, 80, dtype=torch.bfloat16)
+    kernels.linear(own, x.bfloat16(), narrow[:, 8:72])
+    expected = reference.linear(right, x.bfloat16(), torch.empty(9, 64))
+    assert off(narrow[:, 8:72], expected) < UNIT
+    assert not narrow[:, :8].any() and not narrow[:, 72:].any()
+
+
+def test_extremes_of_quantisation_do_not_overflow(kernels: Kernels, reference: Kernels) -> None:
+    from cloudlm.engine.native.packing import Int4Weight, Int8Weight
+
+    inputs = 4096
+    for sign in (1, -1):
+        codes = torch.full((32, inputs), 127 * sign, dtype=torch.int8)
+        eight = Int8Weight(codes, torch.ones(32))
+        zeros = torch.full((32, inputs // 128), 0 if sign > 0 else 15, dtype=torch.uint8)
+        codes = torch.full((32, inputs), 15 if sign > 0 else 0, dtype=torch.uint8)
+        four = Int4Weight(codes, torch.ones(32, inputs // 128), zeros, 128)
+        x = torch.full((5, inputs), -3.0)
+        for weight in (eight, four):
+            for planes in (1, 2):
+                own = kernels.pack(weight, planes=planes)
+                right = reference.pack(weight, planes=planes)
+                expected = reference.linear(right, x, torch.empty(5, 32))
+                for path in ("vector", "tiles"):
+                    answer = kernels.linear(own, x, torch.empty(5, 32), path=path)
+                    assert off(answer, expected) < 1e-6
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_not_finite_is_not_hidden(kernels: Kernels, precision: str) -> None:
+    weight = kernels.pack(weight_of(precision, torch.randn(32, 64).bfloat16()))
+    for poison in (float("nan"), float("inf")):
+        x = torch.randn(2, 64)
+        x[0, 5] = poison
+        answer = kernels.linear(weight, x, torch.empty(2, 32))
+        assert not answer[0].isfinite().any()
+        assert answer[1].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_stay_close_to_the_matrix(reference: Kernels, bits: int) -> None:
+    matrix = torch.randn(64, 256)
+    x = torch.randn(8, 256)
+    weight = weight_of("int8" if bits == 8 else "int4-32", matrix)
+    packed = reference.pack(weight)
+    assert off(reference.linear(packed, x, torch.empty(8, 64)), x @ matrix.T) < 2.0 ** (2 - bits)
+
+
+def test_tiny_scales_keep_their_precision() -> None:
+    from cloudlm.engine.native.packing import split_scale
+
+    scale = torch.rand(16, 4) * 1e-6 + 1e-7
+    halves, factor = split_scale(scale)
+    assert off(halves.float() * factor[:, None], scale) < 1e-3
+    exact = scale.half().float() * 1024
+    halves, factor = split_scale(exact)
+    assert torch.equal(halves.float() * factor[:, None], exact)
+
+
+def test_wrong_shapes_are_refused(kernels: Kernels) -> None:
+    weight = kernels.pack(torch.randn(32, 64).bfloat16())
+    with pytest.raises(ValueError, match=r"x is \(2, 63\), expected \(2, 64\)"):
+        kernels.linear(weight, torch.empty(2, 63), torch.empty(2, 32))
+    with pytest.raises(ValueError, match=r"out is \(3, 32\), expected \(2, 32\)"):
+        kernels.linear(weight, torch.empty(2, 64), torch.empty(3, 32))
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        kernels.linear(weight, torch.empty(2, 64, dtype=torch.float64), torch.empty(2, 32))
+    with pytest.raises(ValueError, match="added to float32 only"):
+        narrow = torch.empty(2, 32, dtype=torch.bfloat16)
+        kernels.linear(weight, torch.empty(2, 64), narrow, add=True)
+
+
+# ---- the small operations ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [100, 1024])
+def test_norm_and_activation_agree(kernels: Kernels, reference: Kernels, size: int) -> None:
+    x, weight = torch.randn(70, size).bfloat16(), torch.randn(size)
+    for residual in (None, torch.randn(70, size)):
+        answers, kept = [], []
+        for one in (kernels, reference):
+            kept.append(None if residual is None else residual.clone())
+            out = torch.empty(70, size)
+            answers.append(one.rms_norm(x, weight, 1e-6, out, residual=kept[-1]))
+        assert off(*answers) < 2e-5
+        if residual is not None:
+            assert torch.equal(kept[0], kept[1])
+            assert torch.equal(kept[0], residual + x)
+    gate_up = torch.randn(70, 2 * size).bfloat16() * 40
+    own = kernels.silu_mul(gate_up, torch.empty(70, size))
+    assert off(own, reference.silu_mul(gate_up, torch.empty(70, size))) < 2e-6
+
+
+def layer_cache(blocks: int, kv_heads: int, dim: int, block_size: int) -> LayerCache:
+    from cloudlm.engine.native.contract import LayerCache
+
+    memory = torch.randn(2, blocks, kv_heads, block_size * dim).bfloat16()
+    return LayerCache(memory[0], memory[1], block_size)
+
+
+def rotary_of(heads: int, kv_heads: int, dim: int, tokens: int, *, normed: bool) -> Rotary:
+    from cloudlm.engine.native.contract import Rotary
+
+    angles = torch.randn(tokens, dim // 2)
+    norms = (torch.rand(dim), torch.rand(dim)) if normed else (None, None)
+    return Rotary(heads, kv_heads, dim, angles.cos(), angles.sin(), *norms)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 128, 32), (3, 3, 96, 64)])
+def test_rope_store_agrees_and_puts_keys_where_they_belong(
+    kernels: Kernels,
+    reference: Kernels,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int,
+    normed: bool,
+) -> None:
+    from cloudlm.engine.native.cache import unpack_keys, unpack_values
+
+    tokens, blocks = 37, 9
+    own, right = layer_cache(blocks, kv_heads, dim, size), layer_cache(blocks, kv_heads, dim, size)
+    right.keys.copy_(own.keys)
+    right.values.copy_(own.values)
+    rotary = rotary_of(heads, kv_heads, dim, tokens, normed=normed)
+    slots = torch.tensor(random.Random(1).sample(range(blocks * size), tokens))
+    slots[4] = -1
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).bfloat16()
+    qkv[2, -1] = float("inf")
+    query = kernels.rope_store(qkv.clone(), rotary, slots, own)
+    expected = reference.rope_store(qkv.clone(), rotary, slots, right)
+    assert off(query, expected) < UNIT
+    assert off(own.keys, right.keys) < UNIT
+    assert torch.equal(own.values, right.values)
+    plain = qkv.unflatten(1, (-1, dim))[:, -kv_heads:].nan_to_num(0.0, 0.0, 0.0)
+    stored = unpack_values(own.values, dim).flatten(0, 1)
+    kept = slots >= 0
+    assert torch.equal(stored[slots[kept]], plain[kept])
+    if not normed:  # a turn keeps every head's length
+        lengths = unpack_keys(own.keys, dim).flatten(0, 1)[slots[kept]].float().norm(dim=-1)
+        before = qkv.unflatten(1, (-1, dim))[:, heads : heads + kv_heads][kept].float()
+        assert off(lengths, before.norm(dim=-1)) < UNIT
+
+
+# ---- attention --------------------------------------------------------------------------------
+
+
+def naive_attention(
+    query: Tensor, cache: LayerCache, queries: list[Query], window: int | None, dim: int
+) -> Tensor:
+    """Token by token in float64, straight from the definition."""
+    from cloudlm.engine.native.cache import unpack_keys, unpack_values
+
+    keys, values = unpack_keys(cache.keys, dim).double(), unpack_values(cache.values, dim).double()
+    heads, kv_heads = query.shape[1] // dim, keys.shape[2]
+    answers = []
+    rows = iter(query.double().unflatten(1, (heads, dim)))
+    for asked in queries:
+        table = torch.tensor(list(asked.table))
+        key, value = keys[table].flatten(0, 1), values[table].flatten(0, 1)
+        for position in range(asked.start, asked.start + asked.count):
+            first = 0 if window is None else max(0, position + 1 - window)
+            spread = heads // kv_heads
+            seen = key[first : position + 1].repeat_interleave(spread, 1)
+            scores = torch.einsum("hd,shd->hs", next(rows), seen) * dim**-0.5
+            seen = value[first : position + 1].repeat_interleave(spread, 1)
+            answers.append(torch.einsum("hs,shd->hd", scores.softmax(1), seen).flatten())
+    return torch.stack(answers)
+
+
+def batches(size: int, blocks: int) -> dict[str, tuple[list[Query], int | None]]:
+    draw = random.Random(5)
+
+    def table(tokens: int) -> list[int]:
+        return [draw.randrange(blocks) for _ in range(-(-tokens // size))]
+
+    prefix = table(256)
+    ends = (0, 5, 31, 32, 100, 500, MAX_KEYS - 1, MAX_KEYS, 2 * MAX_KEYS + 7)
+    decode = [Query(start, 1, table(start + 1)) for start in ends]
+    chunk = Query(77, 33, table(110))
+    followers = [Query(256 + 9 * i, 1, prefix + table(9 * i + 1)) for i in range(20)]
+    return {
+        "decode": (decode, None),
+        "window": ([*decode[:-1], chunk], 50),
+        "prefill": ([Query(0, 100, table(100)), decode[5], chunk], None),
+        "shared": ([*followers, chunk], None),
+    }
+
+
+@pytest.mark.parametrize("case", ["decode", "window", "prefill", "shared"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "size"), [(4, 2, 128, 32), (4, 1, 64, 64), (6, 2, 96, 32)]
+)
+def test_attention_agrees(
+    kernels: Kernels,
+    reference: Kernels,
+    case: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int,
+) -> None:
+    cache = layer_cache(80, kv_heads, dim, size)
+    queries, window = batches(size, 80)[case]
+    plan = plan_attention(queries, size, window=window)
+    query = torch.randn(plan.tokens, heads * dim).bfloat16()
+    exact = naive_attention(query, cache, queries, window, dim)
+    own = kernels.attention(query, cache, plan, torch.empty_like(query), dim**-0.5)
+    torch_answer = reference.attention(query, cache, plan, torch.empty_like(query), dim**-0.5)
+    assert off(own, exact) < UNIT
+    assert off(torch_answer, exact) < UNIT
+
+
+def test_a_token_attends_alike_whatever_else_is_in_the_batch(kernels: Kernels) -> None:
+    cache = layer_cache(80, 2, 64, 32)
+    queries = batches(32, 80)["decode"][0]
+    query = torch.randn(len(queries), 4 * 64).bfloat16()
+    together = plan_attention(queries, 32, share=False)
+    answer = kernels.attention(query, cache, together, torch.empty_like(query), 0.1)
+    for row, one in enumerate(queries):
+        alone = query[row : row + 1]
+        plan = plan_attention([one], 32, share=False)
+        expected = kernels.attention(alone, cache, plan, torch.empty_like(alone), 0.1)
+        assert torch.equal(answer[row], expected[0])
+
+
+def test_slots_beyond_the_limit_are_never_seen(kernels: Kernels) -> None:
+    cache = layer_cache(2, 1, 64, 32)
+    query = torch.randn(1, 64).bfloat16()
+    plan = plan_attention([Query(36, 1, [0, 1])], 32)
+    before = kernels.attention(query, cache, plan, torch.empty_like(query), 1.0)
+    from cloudlm.engine.native.cache import key_places, value_places
+
+    key_places(cache.keys, 64)[1, 0, 5:] = 1e30
+    key_places(cache.keys, 64)[1, 1] = 1e30
+    value_places(cache.values, 64)[1, 2, 1] = 1e30
+    value_places(cache.values, 64)[1, 3:] = 1e30
+    assert torch.equal(before, kernels.attention(query, cache, plan, torch.empty_like(query), 1.0))
+
+
+def test_shared_keys_become_one_piece() -> None:
+    prefix = list(range(8))
+    queries = [Query(256 + i, 1, [*prefix, 20 + i]) for i in range(5)]
+    plan = plan_attention([*queries, Query(300, 1, list(range(40, 50)))], 32)
+    shared = [piece for piece in plan.pieces.tolist() if piece[1] == 5]
+    assert [piece[3:5] for piece in shared] == [[0, 256]]
+    own = sorted(piece[3:5] for piece in plan.pieces.tolist() if piece[1] == 1)
+    assert own == [[0, 301], *([256, 257 + i] for i in range(5))]
+    assert plan.parts == 10 and len(plan.merge_parts) == 10
+
+
+def test_a_block_that_is_still_written_is_not_shared() -> None:
+    table = list(range(9))
+    plan = plan_attention([Query(270, 1, table), Query(280, 1, table)], 32)
+    assert sorted(piece[3:5] for piece in plan.pieces.tolist()) == [
+        [0, 256],
+        [256, 271],
+        [256, 281],
+    ]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4-64"])
+def test_a_stack_is_its_layers_one_by_one(
+    kernels: Kernels, reference: Kernels, precision: str
+) -> None:
+    from dataclasses import replace
+
+    from cloudlm.engine.native.contract import StackLayer
+    from cloudlm.engine.native.fallback import run_layers
+
+    size, heads, kv_heads, dim, inner = 96, 4, 2, 64, 160
+    tables = [[3, 1], [5], [0, 2, 4]]
+    queries = [Query(40, 1, tables[0]), Query(0, 20, tables[1]), Query(70, 1, tables[2])]
+    plans = [plan_attention(queries, 32), plan_attention(queries, 32, window=16)]
+    slots = torch.tensor([1 * 32 + 8, *range(5 * 32, 5 * 32 + 20), 4 * 32 + 6])
+    rotary = rotary_of(heads, kv_heads, dim, 22, normed=False)
+    shapes = {
+        "qkv": ((heads + 2 * kv_heads) * dim, size),
+        "out": (size, heads * dim),
+        "gate_up": (2 * inner, size),
+        "down": (size, inner),
+    }
+    caches = [layer_cache(6, kv_heads, dim, 32) for _ in range(2)]
+    hidden = torch.randn(22, size)
+    matrices = [
+        {name: (torch.randn(shape) * shape[1] ** -0.5).bfloat16() for name, shape in shapes.items()}
+        for _ in caches
+    ]
+
+    def layers(maker: Kernels) -> list[StackLayer]:
+        return [
+            StackLayer(
+                **{
+                    name: maker.pack(weight_of(precision, matrix), gated=name == "gate_up")
+                    for name, matrix in matrices[i].items()
+                },
+                input_norm=torch.ones(size),
+                post_norm=torch.ones(size),
+                q_norm=torch.ones(dim),
+                k_norm=torch.ones(dim) if i else None,
+                cache=replace(cache, keys=cache.keys.clone(), values=cache.values.clone()),
+                plan=i,
+            )
+            for i, cache in enumerate(caches)
+        ]
+
+    own = layers(kernels)
+    whole = kernels.run_stack(kernels.stack(own), hidden.clone(), rotary, slots, plans, 0.1)
+    again = run_layers(kernels, layers(kernels), hidden.clone(), rotary, slots, plans, 0.1)
+    assert torch.equal(whole, again)
+    right = layers(reference)
+    expected = reference.run_stack(
+        reference.stack(right), hidden.clone(), rotary, slots, plans, 0.1
+    )
+    assert off(whole, expected) < 2 * UNIT  # two layers, each rounding its activations to bf16
+    for one, other in zip(own, right, strict=True):
+        assert off(one.cache.keys, other.cache.keys) < 4 * UNIT
+
+
+# ---- building ---------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_a_library_is_built_once_and_whole(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = build.instruction_sets()[0]
+    first = build.library(name, cache_folder)
+    assert first is not None
+
+    def never(*args: object) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(build, "_build", never)
+    assert build.library(name, cache_folder) == first
+    assert not [path for path in cache_folder.iterdir() if path.name.startswith("building-")]
+
+
+def test_a_failing_compiler_means_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such flag" >&2\nexit 1\n'
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "instruction_sets", lambda: ("avx2",))
+    kernels = load_kernels(2)
+    assert kernels.name == "torch"
+    (record,) = [record for record in caplog.records if record.message == "native_build_failed"]
+    assert "no such flag" in record.fields["reason"]
+
+
+def test_no_compiler_means_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path / "cache"))
+    assert load_kernels(1).name == "torch"
+
+
+def test_a_file_that_is_no_library_means_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "fake.so"
+    fake.write_text("no library")
+    monkeypatch.setattr(build, "instruction_sets", lambda: ("avx2",))
+    monkeypatch.setattr(build, "library", lambda name: fake)
+    assert load_kernels(1).name == "torch"
+
+
+def test_instruction_sets_follow_the_cpu() -> None:
+    old = frozenset({"avx2", "fma", "f16c"})
+    assert build.instruction_sets(frozenset({"sse2"})) == ()
+    assert build.instruction_sets(old) == ("avx2",)
+    vnni = "avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16"
+    newer = old | frozenset(vnni.split())
+    assert build.instruction_sets(newer) == ("avx512", "avx2")
+    newest = newer | {"amx_tile", "amx_int8", "amx_bf16"}
+    assert build.instruction_sets(newest) == ("amx", "avx512", "avx2")
+
+
+def test_importing_builds_and_loads_nothing() -> None:
+    code = "import sys, cloudlm.engine.native.build; print('torch' in sys.modules)"
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
