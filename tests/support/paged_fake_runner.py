@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 
 from cloudlm.engine.api import EngineInfo
-from cloudlm.engine.step import Chunk, Sampled, Step
+from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
 
 
 def _next_token(tokens: Iterable[int], index: int, vocab_size: int) -> int:
@@ -44,6 +45,7 @@ class PagedFakeRunner:
             block_size=block_size,
             blocks_total=num_blocks,
             eos_token_ids=eos_token_ids,
+            hidden_size=vocab_size,
         )
         self.salts: dict[int, str] = {}
         self.steps: list[Step] = []
@@ -67,7 +69,7 @@ class PagedFakeRunner:
                 self._slots[slot] = (token, position, self._salt(chunk))
         for chunk in step.chunks:
             self._check(chunk, chunk.start + len(chunk.token_ids))
-        return [self._sample(c) for c in step.chunks if c.samples or c.prompt_logprobs]
+        return [self._sample(c) for c in step.chunks if c.samples or c.prompt_logprobs or c.pooling]
 
     def close(self) -> None:
         self.closed += 1
@@ -122,4 +124,13 @@ class PagedFakeRunner:
             token_id=token,
             logprob=-0.5 if wanted else None,
             prompt_logprobs=tuple(scores) if chunk.prompt_logprobs else (),
+            pooled=self._pooled(chunk),
         )
+
+    def _pooled(self, chunk: Chunk) -> array[float] | None:
+        """Stands for hidden states: a token's is 1 at the token's own place."""
+        last = chunk.start + len(chunk.token_ids) == len(chunk.prompt_token_ids)
+        if chunk.pooling is None or (chunk.pooling is Pooling.LAST and not last):
+            return None
+        counted = chunk.token_ids if chunk.pooling is Pooling.MEAN else chunk.token_ids[-1:]
+        return array("f", [float(counted.count(token)) for token in range(self.info.vocab_size)])

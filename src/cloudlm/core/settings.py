@@ -120,6 +120,11 @@ class EngineSettings:
         low=0,
         high=1024,
     )
+    pooling: str = setting(
+        "last",
+        "What becomes of a text's hidden states in /v1/embeddings: the last one, or their mean.",
+        choices=("last", "mean"),
+    )
 
 
 @dataclass(frozen=True)

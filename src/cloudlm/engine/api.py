@@ -5,7 +5,8 @@ Knows no PyTorch, so that workers and other engines' adapters can import it chea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,6 +34,24 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """One prompt to embed; ``prompt_token_ids`` must not be empty. ``cache_salt`` as above."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A prompt's vector: ``EngineInfo.hidden_size`` float32 numbers of Euclidean length 1."""
+
+    values: array[float]
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Natural-log probability of a token under temperature-1 softmax of the processed-free logits;
     ``top`` are the likeliest alternatives, best first."""
@@ -52,7 +71,7 @@ class TokenEvent:
     has a ``finish_reason``. The stop token itself is counted in ``token_ids`` but has no text.
     ``stop_match`` is the stop string or stop token id that ended the sequence. ``queued_s``, in a
     sequence's first event only, is the time from submission to its first step, seconds (None where
-    an engine does not measure it).
+    an engine does not measure it). ``embedding`` is in an embedded prompt's only event.
     """
 
     token_ids: tuple[int, ...]
@@ -63,6 +82,7 @@ class TokenEvent:
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     queued_s: float | None = None
+    embedding: array[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +107,8 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts of the loaded model. ``max_model_len`` is the longest prompt plus answer, tokens."""
+    """Facts of the loaded model. ``max_model_len`` is the longest prompt plus answer, tokens;
+    ``hidden_size`` the length of an embedding."""
 
     architecture: str
     parameters: int
@@ -98,6 +119,7 @@ class EngineInfo:
     block_size: int
     blocks_total: int
     eos_token_ids: tuple[int, ...]
+    hidden_size: int = 0
 
 
 class Engine(Protocol):
@@ -111,6 +133,15 @@ class Engine(Protocol):
         Raises at the call (not at the first event): InvalidRequest (empty prompt, token id out of
         range), ContextLengthExceeded (prompt does not fit), Overloaded (queue full),
         InternalError (engine stopped). Closing the iterator cancels the sequence.
+        """
+        ...
+
+    async def embed(self, requests: Sequence[EmbedRequest]) -> list[Embedding]:
+        """The embeddings of all prompts, in their order, computed beside whatever else runs.
+
+        Raises InvalidRequest and ContextLengthExceeded before anything is computed, Overloaded
+        (queue full), Unavailable (cancelled: ``cancel``, ``close``), InternalError. Cancelling the
+        call ends what is left of it.
         """
         ...
 

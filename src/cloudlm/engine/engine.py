@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -21,11 +22,19 @@ from cloudlm.core.chat import FinishReason
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import InternalError, Overloaded
 from cloudlm.engine.answer import Answer
-from cloudlm.engine.api import EngineInfo, EngineStats, GenerateRequest, TokenEvent
-from cloudlm.engine.intake import sequence_for
+from cloudlm.engine.api import (
+    Embedding,
+    EmbedRequest,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    TokenEvent,
+)
+from cloudlm.engine.intake import sequence_for, sequence_to_embed
+from cloudlm.engine.pooling import PooledPrompt, embed_all
 from cloudlm.engine.scheduler import Advance, Limits, Scheduler
 from cloudlm.engine.sequence import Sequence
-from cloudlm.engine.step import Sampled, Step
+from cloudlm.engine.step import Pooling, Sampled, Step
 from cloudlm.engine.stream import Mailbox, Outbox, TokenStream
 from cloudlm.engine.tokens import Tokenizer
 
@@ -43,7 +52,7 @@ class Runner(Protocol):
     info: EngineInfo
 
     def run(self, step: Step) -> list[Sampled]:
-        """One Sampled per chunk that samples or asked for prompt log probabilities."""
+        """One Sampled per chunk that samples or asked for prompt log probabilities or pooling."""
         ...
 
     def close(self) -> None: ...
@@ -57,7 +66,7 @@ class _Job:
     sequence: Sequence
     mailbox: Mailbox
     submitted_at: float
-    answer: Answer | None = None
+    answer: Answer | PooledPrompt | None = None
     queued_s: float | None = None
     started: bool = False
 
@@ -95,7 +104,13 @@ class LocalEngine:
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, limits: Limits, max_waiting: int, clock: Clock
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        max_waiting: int,
+        clock: Clock,
+        pooling: Pooling = Pooling.LAST,
     ) -> None:
         self.info = runner.info
         self._runner = runner
@@ -103,6 +118,7 @@ class LocalEngine:
         self._limits = limits
         self._max_waiting = max_waiting
         self._clock = clock
+        self._pooling = pooling
         self._ids = itertools.count(1)
         # SimpleQueue.put is re-entrant: a stream may be collected, and cancel, at any point.
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -130,6 +146,7 @@ class LocalEngine:
         max_batch_tokens: int,
         max_batch_sequences: int,
         max_waiting: int,
+        pooling: Pooling = Pooling.LAST,
         clock: Clock | None = None,
     ) -> LocalEngine:
         """Start the thread. Raises BadSetting for limits below 1."""
@@ -140,13 +157,25 @@ class LocalEngine:
             max_batch_tokens=max_batch_tokens,
             max_batch_sequences=max_batch_sequences,
         )
-        engine = cls(runner, tokenizer, limits, max_waiting, clock or SystemClock())
+        engine = cls(runner, tokenizer, limits, max_waiting, clock or SystemClock(), pooling)
         engine._thread.start()
         return engine
 
     def submit(self, request: GenerateRequest) -> TokenStream:
         """See the port. Must be called in a running event loop, which then gets the events."""
-        sequence = sequence_for(request, next(self._ids), self.info, self._limits)
+        return self._enqueue(sequence_for(request, next(self._ids), self.info, self._limits))
+
+    async def embed(self, requests: Listing[EmbedRequest]) -> list[Embedding]:
+        """See the port."""
+        sequences = [
+            sequence_to_embed(one, next(self._ids), self._pooling, self.info, self._limits)
+            for one in requests
+        ]
+        window = max(1, self._limits.max_batch_sequences // 2)
+        return await embed_all(sequences, self._enqueue, lambda one: len(one.prompt), window)
+
+    def _enqueue(self, sequence: Sequence) -> TokenStream:
+        """Raises InternalError and Overloaded."""
         mailbox = Mailbox(asyncio.get_running_loop())
         job = _Job(sequence, mailbox, self._clock.monotonic())
         with self._lock:
@@ -241,7 +270,10 @@ class LocalEngine:
     def _accept(self, job: _Job) -> None:
         self._jobs[job.sequence.sequence_id] = job
         try:
-            job.answer = Answer(job.sequence, self.tokenizer)
+            if job.sequence.pooling is None:
+                job.answer = Answer(job.sequence, self.tokenizer)
+            else:
+                job.answer = PooledPrompt(job.sequence)
         except Exception:
             self._fail(job)
             return

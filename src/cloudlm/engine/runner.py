@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.sampler import Choice, sample, token_logprobs
-from cloudlm.engine.step import Chunk, Sampled, Step
+from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
 
 # Prompt log probabilities need the whole vocabulary per position: so many positions at a time.
 _SCORED_ROWS = 128
@@ -67,12 +68,13 @@ class Runner:
             block_size=facts.block_size,
             blocks_total=facts.num_blocks,
             eos_token_ids=facts.eos_token_ids,
+            hidden_size=shape.hidden_size,
         )
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Sampled]:
         """Compute all chunks of ``step`` in one pass. One Sampled per chunk that samples or asked
-        for prompt log probabilities, in the order of the chunks."""
+        for prompt log probabilities or pooling, in the order of the chunks."""
         self._pool.copy(step.copies)
         if not step.chunks:
             return []
@@ -92,6 +94,9 @@ class Runner:
                 )
             elif chunk.prompt_logprobs:
                 sampled.append(Sampled(chunk.sequence_id, None, prompt_logprobs=scores))
+            elif chunk.pooling is not None:
+                pooled = _pooled(chunk, hidden[begin:end])
+                sampled.append(Sampled(chunk.sequence_id, None, pooled=pooled))
             begin = end
         return sampled
 
@@ -153,3 +158,15 @@ class Runner:
             logits = self.model.logits(hidden[part])
             scores += token_logprobs(logits, token_ids[part], chunk.sampling.logprobs or 0)
         return tuple(scores)
+
+
+def _pooled(chunk: Chunk, hidden: Tensor) -> array[float] | None:
+    """What this chunk's hidden states [tokens, hidden] add to its prompt's vector; see
+    ``Sampled``. None for a part of the prompt that adds nothing."""
+    if chunk.pooling is Pooling.MEAN:
+        row = hidden.float().sum(0)
+    elif chunk.start + len(chunk.token_ids) == len(chunk.prompt_token_ids):
+        row = hidden[-1].float()
+    else:
+        return None
+    return array("f", row.cpu().numpy().tobytes())

@@ -55,6 +55,7 @@ class Entry:
 ROUTES = (
     Entry("POST", "/v1/chat/completions", serve.chat_completions),
     Entry("POST", "/v1/completions", serve.completions),
+    Entry("POST", "/v1/embeddings", serve.embeddings),
     Entry("GET", "/v1/models", serve.models),
     Entry("GET", "/v1/models/{model_id:path}", serve.model),
     Entry("POST", "/tokenize", serve.tokenize),

@@ -164,21 +164,24 @@ def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prep
     return Prepared(request_id, made, request.n, texts)
 
 
-def prompt_token_ids(serving: Serving, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-    """A prompt's token ids. Raises InvalidRequest for an empty one or ids beyond the vocabulary."""
+def prompt_token_ids(
+    serving: Serving, prompt: str | tuple[int, ...], param: str = "prompt"
+) -> tuple[int, ...]:
+    """A prompt's token ids. Raises InvalidRequest for an empty one or ids beyond the vocabulary,
+    naming the field ``param``."""
     if isinstance(prompt, str):
         token_ids = tokenise.encode(
             serving.tokenizer,
             prompt,
             serving.info.max_model_len,
             add_special_tokens=True,
-            param="prompt",
+            param=param,
         )
     else:
         token_ids = prompt
-        check_token_ids(token_ids, serving.info.vocab_size, "prompt")
+        check_token_ids(token_ids, serving.info.vocab_size, param)
     if not token_ids:
-        raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
+        raise InvalidRequest(f"the {param} is empty: it needs at least one token", param=param)
     return token_ids
 
 

@@ -4,7 +4,7 @@ what is hard lives in the plain functions that it calls."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -12,12 +12,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cloudlm import __version__
+from cloudlm.core.chat import FinishReason
 from cloudlm.core.errors import InvalidRequest, Unavailable
-from cloudlm.core.requests import decode_body, parse_chat, parse_completion, token_ids
+from cloudlm.core.requests import (
+    decode_body,
+    parse_chat,
+    parse_completion,
+    parse_embedding,
+    token_ids,
+)
+from cloudlm.engine.api import Embedding, EmbedRequest, TokenEvent
 from cloudlm.engine.intake import check_token_ids
 from cloudlm.worker.chat import stream_chat, whole_chat
 from cloudlm.worker.complete import stream_completion, whole_completion
 from cloudlm.worker.edge import log_failure, read_body
+from cloudlm.worker.embed import embedding_answer, prepare_embedding
 from cloudlm.worker.generate import Numbered, generate
 from cloudlm.worker.internal import parse_internal, prepare_internal, stream_internal
 from cloudlm.worker.metrics import CONTENT_TYPE, RequestWatch
@@ -58,6 +67,19 @@ async def completions(request: Request) -> Response:
         return _stream(events, stream_completion(serving, asked, prepared, events, created))
     answer = whole_completion(serving, asked, prepared, events, created)
     return await _whole(request, events, answer)
+
+
+async def embeddings(request: Request) -> Response:
+    """POST /v1/embeddings: texts to vectors."""
+    replica = replica_of(request)
+    serving = replica.serving
+    asked, salt = await _read(request, lambda body: (parse_embedding(body), cache_salt(body)))
+    size = sum(len(one) for one in asked.inputs)
+    prompts = await replica.offload.sized(size, prepare_embedding, serving, asked, salt)
+    found = await unless_gone(request.receive, _embed(request, serving, prompts))
+    numbers = sum(len(one.values) for one in found)
+    answer = await replica.offload.sized(numbers, embedding_answer, serving, asked, found)
+    return Response(answer, media_type="application/json")
 
 
 async def internal_generate(request: Request) -> Response:
@@ -199,6 +221,20 @@ def _run(request: Request, serving: Serving, prepared: Prepared) -> AsyncGenerat
                     yield numbered
 
     return events()
+
+
+async def _embed(
+    request: Request, serving: Serving, prompts: Sequence[EmbedRequest]
+) -> list[Embedding]:
+    """The vectors of all prompts, counted as one request that generates nothing."""
+    replica = replica_of(request)
+    arrived: float = request.scope["state"]["arrived"]
+    tokens = sum(len(one.prompt_token_ids) for one in prompts)
+    watch = RequestWatch(replica.metrics, arrived, 1, tokens)
+    with replica.running(prompts[0].request_id), contextlib.closing(watch):
+        found = await serving.engine.embed(prompts)
+        watch.on_event(0, TokenEvent((), "", finish_reason=FinishReason.STOP))
+        return found
 
 
 async def _whole(request: Request, events: AsyncGenerator[Numbered, None], answer: Any) -> Response:
