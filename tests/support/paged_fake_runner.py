@@ -5,7 +5,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
+from pathlib import Path
 
+from cloudlm.core.errors import BrokenModel
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
 
@@ -49,6 +51,7 @@ class PagedFakeRunner:
         )
         self.salts: dict[int, str] = {}
         self.steps: list[Step] = []
+        self.adapters: set[str] = set()
         self.before_step: Callable[[Step], None] = lambda step: None
         self.closed = 0
         self._slots: dict[tuple[int, int], tuple[int, int, str]] = {}
@@ -70,6 +73,18 @@ class PagedFakeRunner:
         for chunk in step.chunks:
             self._check(chunk, chunk.start + len(chunk.token_ids))
         return [self._sample(c) for c in step.chunks if c.samples or c.prompt_logprobs or c.pooling]
+
+    def read_adapter(self, folder: Path) -> str:
+        if not folder.is_dir():
+            raise BrokenModel(f"{folder} is no folder")
+        return folder.name
+
+    def add_adapter(self, key: str, adapter: str) -> None:
+        assert key not in self.adapters
+        self.adapters.add(key)
+
+    def remove_adapter(self, key: str) -> None:
+        self.adapters.remove(key)
 
     def close(self) -> None:
         self.closed += 1
@@ -93,7 +108,9 @@ class PagedFakeRunner:
         return sum(step.tokens for step in self.steps)
 
     def _salt(self, chunk: Chunk) -> str:
-        return self.salts.get(chunk.sequence_id, "")
+        if chunk.adapter:
+            assert chunk.adapter in self.adapters, "an adapter that is not there"
+        return self.salts.get(chunk.sequence_id, "") + chunk.adapter
 
     def _slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
         block = chunk.block_table[position // self.block_size]

@@ -125,6 +125,9 @@ class EngineSettings:
         "What becomes of a text's hidden states in /v1/embeddings: the last one, or their mean.",
         choices=("last", "mean"),
     )
+    adapters: str = setting(
+        "", "LoRA adapters to load at start: name=address, several separated by commas."
+    )
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ Knows no PyTorch, so that workers and other engines' adapters can import it chea
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from cloudlm.core.chat import FinishReason, Sampling
@@ -22,6 +23,7 @@ class GenerateRequest:
     strings and the position that keys the seed. ``index`` is the choice number among ``n``;
     it enters the random draw so that choices differ. ``cache_salt`` keeps tenants' prefixes apart.
     ``prompt_logprobs`` asks for the prompt tokens' log probabilities (echo with logprobs).
+    ``adapter`` names a loaded LoRA adapter, empty for the base.
     """
 
     request_id: str
@@ -31,15 +33,18 @@ class GenerateRequest:
     index: int = 0
     cache_salt: str = ""
     prompt_logprobs: bool = False
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """One prompt to embed; ``prompt_token_ids`` must not be empty. ``cache_salt`` as above."""
+    """One prompt to embed; ``prompt_token_ids`` must not be empty. ``cache_salt`` and
+    ``adapter`` as above."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     cache_salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +136,9 @@ class Engine(Protocol):
         """Start a sequence and yield its events.
 
         Raises at the call (not at the first event): InvalidRequest (empty prompt, token id out of
-        range), ContextLengthExceeded (prompt does not fit), Overloaded (queue full),
-        InternalError (engine stopped). Closing the iterator cancels the sequence.
+        range), ContextLengthExceeded (prompt does not fit), ModelNotFound (no such adapter),
+        Overloaded (queue full), InternalError (engine stopped). Closing the iterator cancels the
+        sequence.
         """
         ...
 
@@ -147,6 +153,21 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """End all sequences of this request; their iterators get a last event with ABORT."""
+        ...
+
+    def adapters(self) -> Mapping[str, str]:
+        """The loaded LoRA adapters by name, with the address that each was loaded from."""
+        ...
+
+    async def load_adapter(self, name: str, folder: Path, address: str) -> None:
+        """Load the adapter of ``folder`` while others are served.
+
+        Raises InvalidRequest (name taken, too many loaded), BrokenModel and its kinds.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for it, wait for those that run, forget it. Raises ModelNotFound."""
         ...
 
     def stats(self) -> EngineStats: ...

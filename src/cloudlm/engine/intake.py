@@ -17,9 +17,13 @@ from cloudlm.engine.step import Pooling
 
 
 def sequence_for(
-    request: GenerateRequest, sequence_id: int, info: EngineInfo, limits: Limits
+    request: GenerateRequest,
+    sequence_id: int,
+    info: EngineInfo,
+    limits: Limits,
+    adapter: str = "",
 ) -> Sequence:
-    """The sequence that the request asks for.
+    """The sequence that the request asks for; ``adapter`` is the runner's key of its adapter.
 
     Raises InvalidRequest (empty prompt, unknown token id, too many logprobs, negative max_tokens,
     more tokens to resume from than the answer may have) and ContextLengthExceeded (see
@@ -59,11 +63,17 @@ def sequence_for(
         salt=request.cache_salt,
         index=request.index,
         prompt_logprobs=request.prompt_logprobs,
+        adapter=adapter,
     )
 
 
 def sequence_to_embed(
-    request: EmbedRequest, sequence_id: int, pooling: Pooling, info: EngineInfo, limits: Limits
+    request: EmbedRequest,
+    sequence_id: int,
+    pooling: Pooling,
+    info: EngineInfo,
+    limits: Limits,
+    adapter: str = "",
 ) -> Sequence:
     """The sequence that computes the prompt and nothing more.
 
@@ -81,6 +91,7 @@ def sequence_to_embed(
         token_limit=total_tokens,
         salt=request.cache_salt,
         pooling=pooling,
+        adapter=adapter,
     )
 
 

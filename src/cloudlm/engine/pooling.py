@@ -10,7 +10,6 @@ import asyncio
 from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,6 @@ from cloudlm.core.errors import Overloaded, Unavailable
 from cloudlm.engine.api import Embedding, TokenEvent
 from cloudlm.engine.scheduler import Advance
 from cloudlm.engine.sequence import Sequence as EngineSequence
-
-T = TypeVar("T")
 
 
 class PooledPrompt:
@@ -63,15 +60,14 @@ class PooledPrompt:
 
 
 async def embed_all(
-    prompts: Sequence[T],
-    start: Callable[[T], AsyncIterator[TokenEvent]],
-    length: Callable[[T], int],
+    prompts: Sequence[EngineSequence],
+    start: Callable[[EngineSequence], AsyncIterator[TokenEvent]],
     window: int,
 ) -> list[Embedding]:
     """Embed all ``prompts``, at most ``window`` of them in the engine at a time.
 
     ``start`` may raise Overloaded: what already runs is waited for then, and only a call of which
-    nothing runs fails. ``length`` is a prompt's in tokens.
+    nothing runs fails.
     """
     found: dict[int, Embedding] = {}
     waiting = deque(enumerate(prompts))
@@ -91,7 +87,7 @@ async def embed_all(
                 event = task.result()
                 number = running.pop(task)
                 assert event.embedding is not None
-                tokens = length(prompts[number])
+                tokens = len(prompts[number].prompt)
                 found[number] = Embedding(event.embedding, tokens, event.cached_tokens)
     finally:
         for task in running:
@@ -103,5 +99,10 @@ async def embed_all(
 async def _only_event(stream: AsyncIterator[TokenEvent]) -> TokenEvent:
     event = await anext(stream)
     if event.finish_reason is FinishReason.ABORT:
-        raise Unavailable("the replica stopped before the answer was complete", retry_after_s=1.0)
+        raise broken_off()
     return event
+
+
+def broken_off() -> Unavailable:
+    """What a call raises that was ended by somebody else."""
+    return Unavailable("the replica stopped before the answer was complete", retry_after_s=1.0)

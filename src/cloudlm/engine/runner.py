@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import BrokenModel
+from cloudlm.engine.adapters import Adapter, Adapters, read_adapter, sites
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.ops.attention import PagedAttention
@@ -47,7 +49,9 @@ class Runner:
         self.model = model.eval()
         self.num_blocks = facts.num_blocks
         self.block_size = facts.block_size
-        self._device = first.device
+        self._device, self._dtype = first.device, first.dtype
+        self._sites = sites(model)
+        self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
         self._pool = BlockPool(
             shape.layers,
@@ -107,8 +111,22 @@ class Runner:
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         attend = PagedAttention(chunks, self._pool, self._windows)
         tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        hidden: Tensor = self.model(tokens, attend.positions, attend)
+        with self._adapters.applied(chunks, self._device):
+            hidden: Tensor = self.model(tokens, attend.positions, attend)
         return hidden
+
+    def read_adapter(self, folder: Path) -> Adapter:
+        """The LoRA adapter of ``folder``; from any thread. See ``adapters.read_adapter``."""
+        name = self.model.parameter_name
+        return read_adapter(folder, self._sites, name, self._dtype, self._device)
+
+    def add_adapter(self, key: str, adapter: Adapter) -> None:
+        """From the next step on chunks may name ``key``."""
+        self._adapters.add(key, adapter)
+
+    def remove_adapter(self, key: str) -> None:
+        """No chunk names ``key`` any more."""
+        self._adapters.remove(key)
 
     def check(self) -> None:
         """Compute one token for trial, which also warms the machine up. Raises BrokenModel if the
@@ -124,7 +142,7 @@ class Runner:
 
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
-        del self.model, self._pool
+        del self.model, self._pool, self._adapters
 
     def _choices(self, chunks: tuple[Chunk, ...], hidden: Tensor) -> dict[int, Choice]:
         """The next token of each chunk that samples, by the chunk's place."""

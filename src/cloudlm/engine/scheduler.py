@@ -296,6 +296,7 @@ class Scheduler:
             index=sequence.index,
             prompt_logprobs=sequence.scores_prompt,
             pooling=sequence.pooling if sequence.pools_prompt else None,
+            adapter=sequence.adapter,
         )
 
     def _publish(self, sequence: Sequence, count: int) -> None:

@@ -45,6 +45,7 @@ class Sequence:
     index: int = 0
     prompt_logprobs: bool = False
     pooling: Pooling | None = None
+    adapter: str = ""
     prompt_scored: bool = False
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -106,6 +107,6 @@ class Sequence:
         hashes = self._block_hashes
         while len(hashes) < count:
             start = len(hashes) * block_size
-            parent = hashes[-1] if hashes else chain_root(self.salt)
+            parent = hashes[-1] if hashes else chain_root(self.salt, self.adapter)
             hashes.append(next_block_hash(parent, self.tokens[start : start + block_size]))
         return hashes[:count]

@@ -30,7 +30,8 @@ class Chunk:
     reaches the end of the known tokens, so that its last position's logits choose the next token.
     ``prompt_token_ids`` and ``output_token_ids`` are the sequence's tokens so far (for penalties;
     ``len(output_token_ids)`` is the position that keys the seed), ``index`` the choice number.
-    ``pooling`` asks for hidden states in place of a token.
+    ``pooling`` asks for hidden states in place of a token. ``adapter`` is the key under which the
+    runner knows the LoRA adapter to apply, empty for the base.
     """
 
     sequence_id: int
@@ -44,6 +45,7 @@ class Chunk:
     index: int = 0
     prompt_logprobs: bool = False
     pooling: Pooling | None = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ def prepare_embedding(
     serving: Serving, request: EmbeddingRequest, salt: str
 ) -> tuple[EmbedRequest, ...]:
     """One request per input. Raises InvalidRequest and ContextLengthExceeded."""
-    serving.check_model(request.model)
+    adapter = serving.check_model(request.model)
     _check_size(request, serving.info.hidden_size)
     request_id = new_id("embd")
     longest = serving.info.max_model_len
@@ -41,7 +41,7 @@ def prepare_embedding(
                 f"{longest}; shorten it",
                 param="input",
             )
-        made.append(EmbedRequest(request_id, token_ids, salt))
+        made.append(EmbedRequest(request_id, token_ids, salt, adapter))
     return tuple(made)
 
 
@@ -62,15 +62,13 @@ def _check_size(request: EmbeddingRequest, hidden_size: int) -> None:
         )
 
 
-def embedding_answer(
-    serving: Serving, request: EmbeddingRequest, embeddings: Sequence[Embedding]
-) -> bytes:
+def embedding_answer(request: EmbeddingRequest, embeddings: Sequence[Embedding]) -> bytes:
     """The ``list`` object as JSON."""
     tokens = sum(one.prompt_tokens for one in embeddings)
     cached = sum(one.cached_tokens for one in embeddings)
     body = {
         "object": "list",
-        "model": serving.name,
+        "model": request.model,
         "data": [
             {"object": "embedding", "index": number, "embedding": _shaped(one.values, request)}
             for number, one in enumerate(embeddings)

@@ -113,7 +113,7 @@ async def prepare_chat(
     serving: Serving, offload: Offload, request: ChatRequest, salt: str
 ) -> Prepared:
     """The sequences of a chat request. Raises InvalidRequest, ContextLengthExceeded."""
-    serving.check_model(request.model)
+    adapter = serving.check_model(request.model)
     token_ids = await render_messages(serving, offload, request.messages)
     made = _sequences(
         serving,
@@ -123,6 +123,7 @@ async def prepare_chat(
         request.n,
         "messages",
         salt,
+        adapter=adapter,
     )
     return Prepared(made[0].request_id, made, request.n)
 
@@ -131,7 +132,7 @@ async def prepare_completion(
     serving: Serving, offload: Offload, request: CompletionRequest, salt: str
 ) -> Prepared:
     """The sequences of a completion request. Raises InvalidRequest, ContextLengthExceeded."""
-    serving.check_model(request.model)
+    adapter = serving.check_model(request.model)
     if len(request.prompts) * request.n > MAX_SEQUENCES:
         raise InvalidRequest(
             f"{len(request.prompts)} prompts with n = {request.n} are more than {MAX_SEQUENCES} "
@@ -139,10 +140,10 @@ async def prepare_completion(
             param="n",
         )
     size = sum(len(prompt) for prompt in request.prompts)
-    return await offload.sized(size, _completion, serving, request, salt)
+    return await offload.sized(size, _completion, serving, request, salt, adapter)
 
 
-def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prepared:
+def _completion(serving: Serving, request: CompletionRequest, salt: str, adapter: str) -> Prepared:
     prompts = [prompt_token_ids(serving, prompt) for prompt in request.prompts]
     request_id = new_id("cmpl")
     made = _sequences(
@@ -154,6 +155,7 @@ def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prep
         "prompt",
         salt,
         prompt_logprobs=request.echo and request.sampling.logprobs is not None,
+        adapter=adapter,
     )
     texts: tuple[str, ...] = ()
     if request.echo:

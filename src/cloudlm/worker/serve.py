@@ -23,6 +23,7 @@ from cloudlm.core.requests import (
 )
 from cloudlm.engine.api import Embedding, EmbedRequest, TokenEvent
 from cloudlm.engine.intake import check_token_ids
+from cloudlm.worker.adapters import add_adapter, parse_load, parse_unload
 from cloudlm.worker.chat import stream_chat, whole_chat
 from cloudlm.worker.complete import stream_completion, whole_completion
 from cloudlm.worker.edge import log_failure, read_body
@@ -78,7 +79,7 @@ async def embeddings(request: Request) -> Response:
     prompts = await replica.offload.sized(size, prepare_embedding, serving, asked, salt)
     found = await unless_gone(request.receive, _embed(request, serving, prompts))
     numbers = sum(len(one.values) for one in found)
-    answer = await replica.offload.sized(numbers, embedding_answer, serving, asked, found)
+    answer = await replica.offload.sized(numbers, embedding_answer, asked, found)
     return Response(answer, media_type="application/json")
 
 
@@ -93,16 +94,34 @@ async def internal_generate(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """GET /v1/models: list the one model served here."""
+    """GET /v1/models: list the one model served here, and its adapters."""
     serving = replica_of(request).serving
-    return JSONResponse({"object": "list", "data": [_model_body(serving)]})
+    adapters = [_adapter_body(serving, name) for name in sorted(serving.engine.adapters())]
+    return JSONResponse({"object": "list", "data": [_model_body(serving), *adapters]})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/{id}: show it."""
     serving = replica_of(request).serving
-    serving.check_model(request.path_params["model_id"])
-    return JSONResponse(_model_body(serving))
+    adapter = serving.check_model(request.path_params["model_id"])
+    return JSONResponse(_adapter_body(serving, adapter) if adapter else _model_body(serving))
+
+
+async def load_adapter(request: Request) -> Response:
+    """POST /v1/load_lora_adapter: load a LoRA adapter while others are served."""
+    replica = replica_of(request)
+    serving = replica.serving
+    name, address = await _read(request, parse_load)
+    await add_adapter(replica.config, serving, name, address)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+async def unload_adapter(request: Request) -> Response:
+    """POST /v1/unload_lora_adapter: wait for the adapter's requests, then forget it."""
+    serving = replica_of(request).serving
+    name = await _read(request, parse_unload)
+    await serving.engine.unload_adapter(name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 async def tokenize(request: Request) -> Response:
@@ -263,6 +282,11 @@ def _model_body(serving: Serving) -> dict[str, Any]:
         "parent": None,
         "max_model_len": serving.info.max_model_len,
     }
+
+
+def _adapter_body(serving: Serving, name: str) -> dict[str, Any]:
+    address = serving.engine.adapters().get(name)
+    return {**_model_body(serving), "id": name, "root": address, "parent": serving.name}
 
 
 def _check_named_model(serving: Serving, body: Mapping[str, Any]) -> None:

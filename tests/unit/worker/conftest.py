@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from cloudlm.core.chat import FinishReason, Message
 from cloudlm.core.clock import Clock, ManualClock, SystemClock
-from cloudlm.core.errors import CloudlmError, InternalError
+from cloudlm.core.errors import CloudlmError, InternalError, ModelNotFound
 from cloudlm.engine.api import (
     Embedding,
     EmbedRequest,
@@ -101,6 +101,7 @@ class EchoEngine:
         self.open: dict[int, GenerateRequest] = {}
         self.cancelled: list[str] = []
         self.embedded: list[EmbedRequest] = []
+        self.loaded: dict[str, str] = {}
         self.closed = False
         self.now = EngineStats(steps=7, blocks_total=64, prefix_queries=10, prefix_hits=4)
 
@@ -123,6 +124,18 @@ class EchoEngine:
             Embedding(array("f", [-0.5 if length % 2 else 0.5] * 4), length, cached_tokens=1)
             for length in lengths
         ]
+
+    def adapters(self) -> dict[str, str]:
+        return dict(self.loaded)
+
+    async def load_adapter(self, name: str, folder: Path, address: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.loaded[name] = address
+
+    async def unload_adapter(self, name: str) -> None:
+        if self.loaded.pop(name, None) is None:
+            raise ModelNotFound("no such adapter", param="lora_name")
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
