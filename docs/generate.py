@@ -97,6 +97,7 @@ def _gateway_routes() -> list[Row]:
     meanings = {
         "/v1/chat/completions": "answer a conversation",
         "/v1/completions": "continue a text",
+        "/v1/embeddings": "texts to vectors",
         "/v1/models": "list the deployed models",
         "/tokenize": "a text or messages to token ids",
         "/detokenize": "token ids to text",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
+from pathlib import Path
 
+from cloudlm.core.errors import BrokenModel
 from cloudlm.engine.api import EngineInfo
-from cloudlm.engine.step import Chunk, Sampled, Step
+from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
 
 
 def _next_token(tokens: Iterable[int], index: int, vocab_size: int) -> int:
@@ -44,9 +47,11 @@ class PagedFakeRunner:
             block_size=block_size,
             blocks_total=num_blocks,
             eos_token_ids=eos_token_ids,
+            hidden_size=vocab_size,
         )
         self.salts: dict[int, str] = {}
         self.steps: list[Step] = []
+        self.adapters: set[str] = set()
         self.before_step: Callable[[Step], None] = lambda step: None
         self.closed = 0
         self._slots: dict[tuple[int, int], tuple[int, int, str]] = {}
@@ -67,7 +72,19 @@ class PagedFakeRunner:
                 self._slots[slot] = (token, position, self._salt(chunk))
         for chunk in step.chunks:
             self._check(chunk, chunk.start + len(chunk.token_ids))
-        return [self._sample(c) for c in step.chunks if c.samples or c.prompt_logprobs]
+        return [self._sample(c) for c in step.chunks if c.samples or c.prompt_logprobs or c.pooling]
+
+    def read_adapter(self, folder: Path) -> str:
+        if not folder.is_dir():
+            raise BrokenModel(f"{folder} is no folder")
+        return folder.name
+
+    def add_adapter(self, key: str, adapter: str) -> None:
+        assert key not in self.adapters
+        self.adapters.add(key)
+
+    def remove_adapter(self, key: str) -> None:
+        self.adapters.remove(key)
 
     def close(self) -> None:
         self.closed += 1
@@ -91,7 +108,9 @@ class PagedFakeRunner:
         return sum(step.tokens for step in self.steps)
 
     def _salt(self, chunk: Chunk) -> str:
-        return self.salts.get(chunk.sequence_id, "")
+        if chunk.adapter:
+            assert chunk.adapter in self.adapters, "an adapter that is not there"
+        return self.salts.get(chunk.sequence_id, "") + chunk.adapter
 
     def _slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
         block = chunk.block_table[position // self.block_size]
@@ -122,4 +141,13 @@ class PagedFakeRunner:
             token_id=token,
             logprob=-0.5 if wanted else None,
             prompt_logprobs=tuple(scores) if chunk.prompt_logprobs else (),
+            pooled=self._pooled(chunk),
         )
+
+    def _pooled(self, chunk: Chunk) -> array[float] | None:
+        """Stands for hidden states: a token's is 1 at the token's own place."""
+        last = chunk.start + len(chunk.token_ids) == len(chunk.prompt_token_ids)
+        if chunk.pooling is None or (chunk.pooling is Pooling.LAST and not last):
+            return None
+        counted = chunk.token_ids if chunk.pooling is Pooling.MEAN else chunk.token_ids[-1:]
+        return array("f", [float(counted.count(token)) for token in range(self.info.vocab_size)])

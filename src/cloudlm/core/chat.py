@@ -93,6 +93,18 @@ class CompletionRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """A validated ``/v1/embeddings`` body; each input is a text or a list of token ids.
+    ``dimensions`` None is all; ``base64`` asks for float32 numbers, little-endian, in base64."""
+
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int | None = None
+    base64: bool = False
+    user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one request; ``cached_tokens`` of the prompt were found in the prefix cache."""
 

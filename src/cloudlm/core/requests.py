@@ -12,7 +12,14 @@ from typing import Any
 
 import msgspec
 
-from cloudlm.core.chat import ChatRequest, CompletionRequest, Message, Sampling, StreamOptions
+from cloudlm.core.chat import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Message,
+    Sampling,
+    StreamOptions,
+)
 from cloudlm.core.errors import InvalidRequest, NotSupported
 from cloudlm.core.fields import check_flag, check_integer, check_number, check_text, shown
 
@@ -21,6 +28,8 @@ MAX_CONTAINERS = 32_768
 MAX_STRINGS = 131_072
 MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
+MAX_INPUTS = 2048
+MAX_DIMENSIONS = 65_536
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_TOKENS = 1_000_000
 MAX_CHOICES = 16
@@ -114,12 +123,29 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
     logprobs = _integer(body, "logprobs", None, 0, MAX_TOP_LOGPROBS)
     return CompletionRequest(
         model=_model(body),
-        prompts=_prompts(body),
+        prompts=_texts_or_ids(body, "prompt", MAX_PROMPTS),
         sampling=_sampling(body, _integer(body, "max_tokens", 16, 1, MAX_TOKENS), logprobs),
         n=n,
         stream=stream,
         stream_options=_stream_options(body, stream),
         echo=_boolean(body, "echo", False),
+        user=_text(body, "user", None, MAX_NAME_CHARACTERS),
+    )
+
+
+def parse_embedding(body: Mapping[str, Any]) -> EmbeddingRequest:
+    """A ``/v1/embeddings`` body. Raises InvalidRequest with the field in ``param``."""
+    encoding = _text(body, "encoding_format", "float", 20)
+    if encoding not in ("float", "base64"):
+        raise InvalidRequest(
+            f"encoding_format must be float or base64, not {shown(encoding)}",
+            param="encoding_format",
+        )
+    return EmbeddingRequest(
+        model=_model(body),
+        inputs=_texts_or_ids(body, "input", MAX_INPUTS),
+        dimensions=_integer(body, "dimensions", None, 1, MAX_DIMENSIONS),
+        base64=encoding == "base64",
         user=_text(body, "user", None, MAX_NAME_CHARACTERS),
     )
 
@@ -267,22 +293,24 @@ def _clean(text: str, param: str) -> str:
     return text
 
 
-def _prompts(body: Mapping[str, Any]) -> tuple[str | tuple[int, ...], ...]:
-    value = _given(body, "prompt")
+def _texts_or_ids(
+    body: Mapping[str, Any], name: str, most: int
+) -> tuple[str | tuple[int, ...], ...]:
+    """One text, one list of token ids, or a list of up to ``most`` of either."""
+    value = _given(body, name)
     if isinstance(value, str):
-        return (_clean(value, "prompt"),)
+        return (_clean(value, name),)
     if not isinstance(value, list) or not value:
         raise InvalidRequest(
-            "prompt must be a text, a list of texts, a list of token ids or a list of such lists",
-            param="prompt",
+            f"{name} must be a text, a list of texts, a list of token ids or a list of such lists",
+            param=name,
         )
     if type(value[0]) is int:
-        return (token_ids(value, "prompt"),)
-    if len(value) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt may hold at most {MAX_PROMPTS} prompts", param="prompt")
+        return (token_ids(value, name),)
+    if len(value) > most:
+        raise InvalidRequest(f"{name} may hold at most {most} {name}s", param=name)
     return tuple(
-        _clean(item, "prompt") if isinstance(item, str) else token_ids(item, "prompt")
-        for item in value
+        _clean(item, name) if isinstance(item, str) else token_ids(item, name) for item in value
     )
 
 

@@ -120,6 +120,14 @@ class EngineSettings:
         low=0,
         high=1024,
     )
+    pooling: str = setting(
+        "last",
+        "What becomes of a text's hidden states in /v1/embeddings: the last one, or their mean.",
+        choices=("last", "mean"),
+    )
+    adapters: str = setting(
+        "", "LoRA adapters to load at start: name=address, several separated by commas."
+    )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ Knows no PyTorch, so that workers and other engines' adapters can import it chea
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from cloudlm.core.chat import FinishReason, Sampling
@@ -21,6 +23,7 @@ class GenerateRequest:
     strings and the position that keys the seed. ``index`` is the choice number among ``n``;
     it enters the random draw so that choices differ. ``cache_salt`` keeps tenants' prefixes apart.
     ``prompt_logprobs`` asks for the prompt tokens' log probabilities (echo with logprobs).
+    ``adapter`` names a loaded LoRA adapter, empty for the base.
     """
 
     request_id: str
@@ -30,6 +33,27 @@ class GenerateRequest:
     index: int = 0
     cache_salt: str = ""
     prompt_logprobs: bool = False
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """One prompt to embed; ``prompt_token_ids`` must not be empty. ``cache_salt`` and
+    ``adapter`` as above."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    cache_salt: str = ""
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A prompt's vector: ``EngineInfo.hidden_size`` float32 numbers of Euclidean length 1."""
+
+    values: array[float]
+    prompt_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +76,7 @@ class TokenEvent:
     has a ``finish_reason``. The stop token itself is counted in ``token_ids`` but has no text.
     ``stop_match`` is the stop string or stop token id that ended the sequence. ``queued_s``, in a
     sequence's first event only, is the time from submission to its first step, seconds (None where
-    an engine does not measure it).
+    an engine does not measure it). ``embedding`` is in an embedded prompt's only event.
     """
 
     token_ids: tuple[int, ...]
@@ -63,6 +87,7 @@ class TokenEvent:
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     queued_s: float | None = None
+    embedding: array[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +112,8 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts of the loaded model. ``max_model_len`` is the longest prompt plus answer, tokens."""
+    """Facts of the loaded model. ``max_model_len`` is the longest prompt plus answer, tokens;
+    ``hidden_size`` the length of an embedding."""
 
     architecture: str
     parameters: int
@@ -98,6 +124,7 @@ class EngineInfo:
     block_size: int
     blocks_total: int
     eos_token_ids: tuple[int, ...]
+    hidden_size: int = 0
 
 
 class Engine(Protocol):
@@ -109,13 +136,38 @@ class Engine(Protocol):
         """Start a sequence and yield its events.
 
         Raises at the call (not at the first event): InvalidRequest (empty prompt, token id out of
-        range), ContextLengthExceeded (prompt does not fit), Overloaded (queue full),
-        InternalError (engine stopped). Closing the iterator cancels the sequence.
+        range), ContextLengthExceeded (prompt does not fit), ModelNotFound (no such adapter),
+        Overloaded (queue full), InternalError (engine stopped). Closing the iterator cancels the
+        sequence.
+        """
+        ...
+
+    async def embed(self, requests: Sequence[EmbedRequest]) -> list[Embedding]:
+        """The embeddings of all prompts, in their order, computed beside whatever else runs.
+
+        Raises InvalidRequest and ContextLengthExceeded before anything is computed, Overloaded
+        (queue full), Unavailable (cancelled: ``cancel``, ``close``), InternalError. Cancelling the
+        call ends what is left of it.
         """
         ...
 
     def cancel(self, request_id: str) -> None:
         """End all sequences of this request; their iterators get a last event with ABORT."""
+        ...
+
+    def adapters(self) -> Mapping[str, str]:
+        """The loaded LoRA adapters by name, with the address that each was loaded from."""
+        ...
+
+    async def load_adapter(self, name: str, folder: Path, address: str) -> None:
+        """Load the adapter of ``folder`` while others are served.
+
+        Raises InvalidRequest (name taken, too many loaded), BrokenModel and its kinds.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for it, wait for those that run, forget it. Raises ModelNotFound."""
         ...
 
     def stats(self) -> EngineStats: ...

@@ -15,11 +15,16 @@ from hashlib import blake2b
 _DIGEST_BYTES = 32  # collisions would show one tenant another's tokens: full strength, never hash()
 
 
-def chain_root(salt: str) -> bytes:
-    """The parent of a sequence's first block. Sequences of different salts share no block."""
+def chain_root(salt: str, adapter: str = "") -> bytes:
+    """The parent of a sequence's first block. Sequences of different salts or adapters share no
+    block."""
     # Lone surrogates are legal in a JSON string and must not break the engine.
     raw = salt.encode("utf-8", "surrogatepass")
-    return blake2b(raw, digest_size=_DIGEST_BYTES, person=b"cloudlm-kv-salt").digest()
+    root = blake2b(raw, digest_size=_DIGEST_BYTES, person=b"cloudlm-kv-salt").digest()
+    if not adapter:
+        return root
+    root += adapter.encode("utf-8", "surrogatepass")
+    return blake2b(root, digest_size=_DIGEST_BYTES, person=b"cloudlm-kv-lora").digest()
 
 
 def next_block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:

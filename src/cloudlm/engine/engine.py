@@ -12,24 +12,44 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Listing
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from cloudlm.core.chat import FinishReason
 from cloudlm.core.clock import Clock, SystemClock
-from cloudlm.core.errors import InternalError, Overloaded
+from cloudlm.core.errors import (
+    CloudlmError,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+)
 from cloudlm.engine.answer import Answer
-from cloudlm.engine.api import EngineInfo, EngineStats, GenerateRequest, TokenEvent
-from cloudlm.engine.intake import sequence_for
+from cloudlm.engine.api import (
+    Embedding,
+    EmbedRequest,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    TokenEvent,
+)
+from cloudlm.engine.intake import sequence_for, sequence_to_embed
+from cloudlm.engine.pooling import PooledPrompt, broken_off, embed_all
 from cloudlm.engine.scheduler import Advance, Limits, Scheduler
 from cloudlm.engine.sequence import Sequence
-from cloudlm.engine.step import Sampled, Step
+from cloudlm.engine.step import Pooling, Sampled, Step
 from cloudlm.engine.stream import Mailbox, Outbox, TokenStream
 from cloudlm.engine.tokens import Tokenizer
 
 _logger = logging.getLogger(__name__)
+
+MAX_ADAPTERS = 256
+"""LoRA adapters that may be loaded at a time."""
 
 CLOSE_TIMEOUT_S = 30.0
 """Longest wait for the step that runs while the engine is closed, seconds."""
@@ -43,8 +63,16 @@ class Runner(Protocol):
     info: EngineInfo
 
     def run(self, step: Step) -> list[Sampled]:
-        """One Sampled per chunk that samples or asked for prompt log probabilities."""
+        """One Sampled per chunk that samples or asked for prompt log probabilities or pooling."""
         ...
+
+    def read_adapter(self, folder: Path) -> Any:
+        """A LoRA adapter, checked; from any thread, the only method that is."""
+        ...
+
+    def add_adapter(self, key: str, adapter: Any) -> None: ...
+
+    def remove_adapter(self, key: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -57,7 +85,7 @@ class _Job:
     sequence: Sequence
     mailbox: Mailbox
     submitted_at: float
-    answer: Answer | None = None
+    answer: Answer | PooledPrompt | None = None
     queued_s: float | None = None
     started: bool = False
 
@@ -82,7 +110,25 @@ class _Close:
     pass
 
 
-_Command = _Submit | _CancelSequence | _CancelRequest | _Close
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """Something to do between two steps, as soon as ``ready``."""
+
+    ready: Callable[[], bool]
+    work: Callable[[], None]
+    done: Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An adapter that requests may name. ``key`` is never used again: what the prefix cache holds
+    of an adapter must not be found by another of the same name."""
+
+    key: str
+    address: str
+
+
+_Command = _Submit | _CancelSequence | _CancelRequest | _Errand | _Close
 
 
 class LocalEngine:
@@ -95,7 +141,13 @@ class LocalEngine:
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, limits: Limits, max_waiting: int, clock: Clock
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        max_waiting: int,
+        clock: Clock,
+        pooling: Pooling = Pooling.LAST,
     ) -> None:
         self.info = runner.info
         self._runner = runner
@@ -103,10 +155,14 @@ class LocalEngine:
         self._limits = limits
         self._max_waiting = max_waiting
         self._clock = clock
+        self._pooling = pooling
         self._ids = itertools.count(1)
         # SimpleQueue.put is re-entrant: a stream may be collected, and cancel, at any point.
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards the four below
+        self._generations = itertools.count(1)
+        self._embedding: set[str] = set()  # request ids of the calls of embed
+        self._lock = threading.Lock()  # guards the five below
+        self._adapters: dict[str, _Loaded | None] = {}  # None while it loads
         self._incoming = 0  # submitted, but not yet in the snapshot
         self._closing = False
         self._failed = False
@@ -114,6 +170,8 @@ class LocalEngine:
         # From here on: the engine thread's own.
         self._scheduler = Scheduler(limits)
         self._jobs: dict[int, _Job] = {}
+        self._errands: list[_Errand] = []
+        self._keys = {""}
         self._outbox = Outbox()
         self._taken = 0
         self._steps = 0
@@ -130,6 +188,7 @@ class LocalEngine:
         max_batch_tokens: int,
         max_batch_sequences: int,
         max_waiting: int,
+        pooling: Pooling = Pooling.LAST,
         clock: Clock | None = None,
     ) -> LocalEngine:
         """Start the thread. Raises BadSetting for limits below 1."""
@@ -140,13 +199,101 @@ class LocalEngine:
             max_batch_tokens=max_batch_tokens,
             max_batch_sequences=max_batch_sequences,
         )
-        engine = cls(runner, tokenizer, limits, max_waiting, clock or SystemClock())
+        engine = cls(runner, tokenizer, limits, max_waiting, clock or SystemClock(), pooling)
         engine._thread.start()
         return engine
 
     def submit(self, request: GenerateRequest) -> TokenStream:
         """See the port. Must be called in a running event loop, which then gets the events."""
-        sequence = sequence_for(request, next(self._ids), self.info, self._limits)
+        key = self._key_of(request.adapter)
+        return self._enqueue(sequence_for(request, next(self._ids), self.info, self._limits, key))
+
+    async def embed(self, requests: Listing[EmbedRequest]) -> list[Embedding]:
+        """See the port."""
+        sequences = [
+            sequence_to_embed(one, next(self._ids), self._pooling, self.info, self._limits, key)
+            for one in requests
+            for key in [self._key_of(one.adapter)]
+        ]
+        window = max(1, self._limits.max_batch_sequences // 2)
+        ids = {one.request_id for one in requests}
+        self._embedding.update(ids)
+        try:
+            return await embed_all(sequences, self._enqueue_input, window)
+        finally:
+            self._embedding -= ids
+
+    def _enqueue_input(self, sequence: Sequence) -> TokenStream:
+        """Raises Unavailable when the call was cancelled between two of its inputs."""
+        if sequence.request_id not in self._embedding:
+            raise broken_off()
+        return self._enqueue(sequence)
+
+    def adapters(self) -> Mapping[str, str]:
+        """See the port."""
+        with self._lock:
+            return {name: one.address for name, one in self._adapters.items() if one is not None}
+
+    async def load_adapter(self, name: str, folder: Path, address: str) -> None:
+        """See the port."""
+        with self._lock:
+            if name in self._adapters:
+                raise InvalidRequest(
+                    f"an adapter {name!r} is loaded already; unload it first", param="lora_name"
+                )
+            if len(self._adapters) >= MAX_ADAPTERS:
+                raise InvalidRequest(
+                    f"{MAX_ADAPTERS} adapters are loaded, which is the limit; unload one first",
+                    param="lora_name",
+                )
+            self._adapters[name] = None
+        loaded = _Loaded(f"{name}/{next(self._generations)}", address)
+        try:
+            adapter = await asyncio.to_thread(self._runner.read_adapter, folder)
+            await self._between_steps(lambda: self._add_adapter(loaded.key, adapter))
+        except BaseException:
+            with self._lock:
+                del self._adapters[name]
+            raise
+        with self._lock:
+            self._adapters[name] = loaded
+
+    async def unload_adapter(self, name: str) -> None:
+        """See the port."""
+        with self._lock:
+            loaded = self._adapters.get(name)
+            if loaded is None:
+                raise ModelNotFound(f"no adapter {name[:120]!r} is loaded", param="lora_name")
+            del self._adapters[name]
+        key = loaded.key
+        await self._between_steps(
+            lambda: self._remove_adapter(key),
+            lambda: all(job.sequence.adapter != key for job in self._jobs.values()),
+        )
+
+    def _key_of(self, adapter: str) -> str:
+        if not adapter:
+            return ""
+        with self._lock:
+            loaded = self._adapters.get(adapter)
+        if loaded is None:
+            raise ModelNotFound(f"no adapter {adapter[:120]!r} is loaded", param="model")
+        return loaded.key
+
+    async def _between_steps(
+        self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Let the engine's thread do ``work`` when ``ready``, which is asked there, too. Whoever
+        stops waiting does not stop the work."""
+        errand = _Errand(ready, work, Future())
+        with self._lock:
+            if self._closing or self._failed or not self._thread.is_alive():
+                raise _stopped()
+            self._commands.put(errand)
+        await asyncio.shield(asyncio.wrap_future(errand.done))
+
+    def _enqueue(self, sequence: Sequence) -> TokenStream:
+        """Raises InternalError and Overloaded."""
         mailbox = Mailbox(asyncio.get_running_loop())
         job = _Job(sequence, mailbox, self._clock.monotonic())
         with self._lock:
@@ -158,6 +305,7 @@ class LocalEngine:
 
     def cancel(self, request_id: str) -> None:
         """See the port. Takes effect before the next step."""
+        self._embedding.discard(request_id)
         self._commands.put(_CancelRequest(request_id))
 
     def stats(self) -> EngineStats:
@@ -187,7 +335,7 @@ class LocalEngine:
         refuse a burst that it can run at once.
         """
         if self._closing or self._failed or not self._thread.is_alive():
-            raise InternalError("the engine has stopped; this replica must be restarted")
+            raise _stopped()
         snapshot = self._snapshot
         idle = 0 if snapshot.waiting else self._limits.max_batch_sequences - snapshot.running
         queued = snapshot.waiting + max(0, self._incoming - idle)
@@ -217,6 +365,7 @@ class LocalEngine:
     def _take_commands(self) -> bool:
         """Obey what was asked; wait while there is nothing to do. False when it is time to stop."""
         while True:
+            self._run_errands()
             try:
                 command = self._commands.get(block=not self._scheduler.has_work)
             except queue.Empty:
@@ -227,12 +376,32 @@ class LocalEngine:
             if not self._scheduler.has_work:
                 self._publish()
 
-    def _obey(self, command: _Submit | _CancelSequence | _CancelRequest) -> None:
+    def _run_errands(self) -> None:
+        for errand in [one for one in self._errands if one.ready()]:
+            self._errands.remove(errand)
+            try:
+                errand.work()
+            except Exception as error:
+                errand.done.set_exception(error)
+            else:
+                errand.done.set_result(None)
+
+    def _add_adapter(self, key: str, adapter: Any) -> None:
+        self._runner.add_adapter(key, adapter)
+        self._keys.add(key)
+
+    def _remove_adapter(self, key: str) -> None:
+        self._keys.discard(key)
+        self._runner.remove_adapter(key)
+
+    def _obey(self, command: _Submit | _CancelSequence | _CancelRequest | _Errand) -> None:
         if isinstance(command, _Submit):
             self._taken += 1
             self._accept(command.job)
         elif isinstance(command, _CancelSequence):
             self._abort(command.sequence_id)
+        elif isinstance(command, _Errand):
+            self._errands.append(command)
         else:
             for job in list(self._jobs.values()):
                 if job.sequence.request_id == command.request_id:
@@ -240,10 +409,16 @@ class LocalEngine:
 
     def _accept(self, job: _Job) -> None:
         self._jobs[job.sequence.sequence_id] = job
+        if job.sequence.adapter not in self._keys:  # unloaded while it was on its way
+            self._fail(job, ModelNotFound("the adapter was unloaded", param="model"))
+            return
         try:
-            job.answer = Answer(job.sequence, self.tokenizer)
+            if job.sequence.pooling is None:
+                job.answer = Answer(job.sequence, self.tokenizer)
+            else:
+                job.answer = PooledPrompt(job.sequence)
         except Exception:
-            self._fail(job)
+            self._fail(job, self._undecodable(job))
             return
         if job.answer.finished is not None:
             self._end(job, job.answer.finished)
@@ -274,7 +449,7 @@ class LocalEngine:
         try:
             event = job.answer.advance(advance)
         except Exception:  # of the tokenizer: it concerns this sequence alone
-            self._fail(job)
+            self._fail(job, self._undecodable(job))
             return
         if event is None:
             return
@@ -298,11 +473,15 @@ class LocalEngine:
         self._finished[reason.value] += 1
         self._outbox.post(job.mailbox, event)
 
-    def _fail(self, job: _Job) -> None:
+    def _undecodable(self, job: _Job) -> InternalError:
+        """Logs the exception that is being handled."""
         _logger.exception("sequence_failed", extra={"fields": {"id": job.sequence.request_id}})
+        return InternalError("the answer could not be decoded")
+
+    def _fail(self, job: _Job, error: CloudlmError) -> None:
         self._forget(job, FinishReason.ABORT)
         self._finished["error"] += 1
-        self._outbox.post(job.mailbox, InternalError("the answer could not be decoded"))
+        self._outbox.post(job.mailbox, error)
 
     def _forget(self, job: _Job, reason: FinishReason) -> None:
         del self._jobs[job.sequence.sequence_id]
@@ -365,6 +544,15 @@ class LocalEngine:
                 self._taken += 1
                 job = command.job
                 self._jobs[job.sequence.sequence_id] = job
+            elif isinstance(command, _Errand):
+                self._errands.append(command)
         for job in list(self._jobs.values()):
             end(job)
+        for errand in self._errands:
+            errand.done.set_exception(_stopped())
+        self._errands.clear()
         self._publish()
+
+
+def _stopped() -> InternalError:
+    return InternalError("the engine has stopped; this replica must be restarted")

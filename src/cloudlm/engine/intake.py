@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import InvalidRequest
-from cloudlm.engine.api import EngineInfo, GenerateRequest
+from cloudlm.engine.api import EmbedRequest, EngineInfo, GenerateRequest
 from cloudlm.engine.scheduler import Limits
 from cloudlm.engine.sequence import Sequence
+from cloudlm.engine.step import Pooling
 
 
 def sequence_for(
-    request: GenerateRequest, sequence_id: int, info: EngineInfo, limits: Limits
+    request: GenerateRequest,
+    sequence_id: int,
+    info: EngineInfo,
+    limits: Limits,
+    adapter: str = "",
 ) -> Sequence:
-    """The sequence that the request asks for.
+    """The sequence that the request asks for; ``adapter`` is the runner's key of its adapter.
 
     Raises InvalidRequest (empty prompt, unknown token id, too many logprobs, negative max_tokens,
     more tokens to resume from than the answer may have) and ContextLengthExceeded (see
@@ -57,6 +63,35 @@ def sequence_for(
         salt=request.cache_salt,
         index=request.index,
         prompt_logprobs=request.prompt_logprobs,
+        adapter=adapter,
+    )
+
+
+def sequence_to_embed(
+    request: EmbedRequest,
+    sequence_id: int,
+    pooling: Pooling,
+    info: EngineInfo,
+    limits: Limits,
+    adapter: str = "",
+) -> Sequence:
+    """The sequence that computes the prompt and nothing more.
+
+    Raises InvalidRequest (empty input, unknown token id) and ContextLengthExceeded.
+    """
+    if not request.prompt_token_ids:
+        raise InvalidRequest("the input is empty: it needs at least one token", param="input")
+    check_token_ids(request.prompt_token_ids, info.vocab_size, "input")
+    total_tokens = limits.total_tokens(len(request.prompt_token_ids), 0)
+    return Sequence(
+        sequence_id=sequence_id,
+        request_id=request.request_id,
+        prompt=tuple(request.prompt_token_ids),
+        sampling=Sampling(max_tokens=0),
+        token_limit=total_tokens,
+        salt=request.cache_salt,
+        pooling=pooling,
+        adapter=adapter,
     )
 
 

@@ -16,6 +16,7 @@ from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.architectures.config import ModelConfig, read_json
 from cloudlm.engine.ops.cache import block_size_bytes
 from cloudlm.engine.runner import Runner, RunnerFacts
+from cloudlm.engine.step import Pooling
 from cloudlm.engine.tokens import Tokenizer
 from cloudlm.engine.weights import load_weights
 
@@ -55,6 +56,7 @@ def load_engine(
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_sequences=settings.max_batch_sequences,
         max_waiting=max_waiting,
+        pooling=Pooling(settings.pooling),
     )
     tell(1.0, "ready")
     return engine

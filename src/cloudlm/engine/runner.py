@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import BrokenModel
+from cloudlm.engine.adapters import Adapter, Adapters, read_adapter, sites
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.sampler import Choice, sample, token_logprobs
-from cloudlm.engine.step import Chunk, Sampled, Step
+from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
 
 # Prompt log probabilities need the whole vocabulary per position: so many positions at a time.
 _SCORED_ROWS = 128
@@ -46,7 +49,9 @@ class Runner:
         self.model = model.eval()
         self.num_blocks = facts.num_blocks
         self.block_size = facts.block_size
-        self._device = first.device
+        self._device, self._dtype = first.device, first.dtype
+        self._sites = sites(model)
+        self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
         self._pool = BlockPool(
             shape.layers,
@@ -67,12 +72,13 @@ class Runner:
             block_size=facts.block_size,
             blocks_total=facts.num_blocks,
             eos_token_ids=facts.eos_token_ids,
+            hidden_size=shape.hidden_size,
         )
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Sampled]:
         """Compute all chunks of ``step`` in one pass. One Sampled per chunk that samples or asked
-        for prompt log probabilities, in the order of the chunks."""
+        for prompt log probabilities or pooling, in the order of the chunks."""
         self._pool.copy(step.copies)
         if not step.chunks:
             return []
@@ -92,6 +98,9 @@ class Runner:
                 )
             elif chunk.prompt_logprobs:
                 sampled.append(Sampled(chunk.sequence_id, None, prompt_logprobs=scores))
+            elif chunk.pooling is not None:
+                pooled = _pooled(chunk, hidden[begin:end])
+                sampled.append(Sampled(chunk.sequence_id, None, pooled=pooled))
             begin = end
         return sampled
 
@@ -102,8 +111,22 @@ class Runner:
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         attend = PagedAttention(chunks, self._pool, self._windows)
         tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        hidden: Tensor = self.model(tokens, attend.positions, attend)
+        with self._adapters.applied(chunks, self._device):
+            hidden: Tensor = self.model(tokens, attend.positions, attend)
         return hidden
+
+    def read_adapter(self, folder: Path) -> Adapter:
+        """The LoRA adapter of ``folder``; from any thread. See ``adapters.read_adapter``."""
+        name = self.model.parameter_name
+        return read_adapter(folder, self._sites, name, self._dtype, self._device)
+
+    def add_adapter(self, key: str, adapter: Adapter) -> None:
+        """From the next step on chunks may name ``key``."""
+        self._adapters.add(key, adapter)
+
+    def remove_adapter(self, key: str) -> None:
+        """No chunk names ``key`` any more."""
+        self._adapters.remove(key)
 
     def check(self) -> None:
         """Compute one token for trial, which also warms the machine up. Raises BrokenModel if the
@@ -119,7 +142,7 @@ class Runner:
 
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
-        del self.model, self._pool
+        del self.model, self._pool, self._adapters
 
     def _choices(self, chunks: tuple[Chunk, ...], hidden: Tensor) -> dict[int, Choice]:
         """The next token of each chunk that samples, by the chunk's place."""
@@ -153,3 +176,15 @@ class Runner:
             logits = self.model.logits(hidden[part])
             scores += token_logprobs(logits, token_ids[part], chunk.sampling.logprobs or 0)
         return tuple(scores)
+
+
+def _pooled(chunk: Chunk, hidden: Tensor) -> array[float] | None:
+    """What this chunk's hidden states [tokens, hidden] add to its prompt's vector; see
+    ``Sampled``. None for a part of the prompt that adds nothing."""
+    if chunk.pooling is Pooling.MEAN:
+        row = hidden.float().sum(0)
+    elif chunk.start + len(chunk.token_ids) == len(chunk.prompt_token_ids):
+        row = hidden[-1].float()
+    else:
+        return None
+    return array("f", row.cpu().numpy().tobytes())

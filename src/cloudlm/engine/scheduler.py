@@ -263,7 +263,7 @@ class Scheduler:
     def _reusable_hashes(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the blocks that may come from the cache: all full ones, but never the one of
         the last token, whose logits are needed."""
-        if sequence.scores_prompt:
+        if sequence.needs_every_position:
             return []
         size = self.limits.block_size
         return sequence.block_hashes((len(sequence.tokens) - 1) // size, size)
@@ -295,6 +295,8 @@ class Scheduler:
             output_token_ids=tuple(sequence.outputs),
             index=sequence.index,
             prompt_logprobs=sequence.scores_prompt,
+            pooling=sequence.pooling if sequence.pools_prompt else None,
+            adapter=sequence.adapter,
         )
 
     def _publish(self, sequence: Sequence, count: int) -> None:

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from cloudlm.core.chat import FinishReason, Sampling
 from cloudlm.engine.blocks import chain_root, next_block_hash
+from cloudlm.engine.step import Pooling
 
 
 class Status(StrEnum):
@@ -43,6 +44,8 @@ class Sequence:
     salt: str = ""
     index: int = 0
     prompt_logprobs: bool = False
+    pooling: Pooling | None = None
+    adapter: str = ""
     prompt_scored: bool = False
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -76,6 +79,16 @@ class Sequence:
         """
         return self.prompt_logprobs and not self.prompt_scored
 
+    @property
+    def pools_prompt(self) -> bool:
+        """Whether the prompt's hidden states are still to be computed."""
+        return self.pooling is not None and not self.prompt_scored
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Whether nothing may be taken from the prefix cache, which holds no results."""
+        return self.scores_prompt or (self.pools_prompt and self.pooling is Pooling.MEAN)
+
     def append(self, token_id: int) -> None:
         self.outputs.append(token_id)
         self.tokens.append(token_id)
@@ -84,9 +97,9 @@ class Sequence:
         """Why nothing is left to do, or None: an end token, or neither room nor scores wanted."""
         if self.outputs and self.outputs[-1] in self.end_token_ids:
             return FinishReason.STOP
-        if self.wants_token or self.scores_prompt:
+        if self.wants_token or self.scores_prompt or self.pools_prompt:
             return None
-        return FinishReason.LENGTH
+        return FinishReason.LENGTH if self.pooling is None else FinishReason.STOP
 
     def block_hashes(self, count: int, block_size: int) -> list[bytes]:
         """The chained hashes of the first ``count`` blocks, which must be full of known tokens."""
@@ -94,6 +107,6 @@ class Sequence:
         hashes = self._block_hashes
         while len(hashes) < count:
             start = len(hashes) * block_size
-            parent = hashes[-1] if hashes else chain_root(self.salt)
+            parent = hashes[-1] if hashes else chain_root(self.salt, self.adapter)
             hashes.append(next_block_hash(parent, self.tokens[start : start + block_size]))
         return hashes[:count]

@@ -7,9 +7,18 @@ blocks of ``block_size`` tokens; token ``p`` of a sequence lies in slot ``p % bl
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from enum import StrEnum
 
 from cloudlm.core.chat import Sampling
+
+
+class Pooling(StrEnum):
+    """How a prompt's hidden states become one vector: the last one, or the mean of all."""
+
+    LAST = "last"
+    MEAN = "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +30,8 @@ class Chunk:
     reaches the end of the known tokens, so that its last position's logits choose the next token.
     ``prompt_token_ids`` and ``output_token_ids`` are the sequence's tokens so far (for penalties;
     ``len(output_token_ids)`` is the position that keys the seed), ``index`` the choice number.
+    ``pooling`` asks for hidden states in place of a token. ``adapter`` is the key under which the
+    runner knows the LoRA adapter to apply, empty for the base.
     """
 
     sequence_id: int
@@ -33,6 +44,8 @@ class Chunk:
     output_token_ids: tuple[int, ...] = ()
     index: int = 0
     prompt_logprobs: bool = False
+    pooling: Pooling | None = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +64,12 @@ class Step:
 class Sampled:
     """The next token of one sequence. ``top`` as in ``engine.api.TokenLogprob``; ``logprob`` is
     None unless asked for. ``prompt_logprobs``: for a chunk that asked, one (logprob, top) per
-    position of the chunk, about the token that follows it."""
+    position of the chunk, about the token that follows it. ``pooled``: for a chunk with ``pooling``
+    the hidden state of the prompt's last token, or the sum over the chunk's tokens."""
 
     sequence_id: int
     token_id: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    pooled: array[float] | None = None

@@ -244,10 +244,12 @@ class Handler:
     ) -> GatewayResponse:
         """An answer that came in one piece."""
         body = openai.decode(raw)
-        if body is None or (call.generates and not isinstance(body.get("choices"), list)):
+        field = call.result_field
+        if body is None or (field is not None and not isinstance(body.get(field), list)):
             raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
         if call.generates:
             attempt.first_content()
+        if field is not None:
             usage = openai.usage_of(body)
             if usage is not None:
                 attempt.relayed(usage)

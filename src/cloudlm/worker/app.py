@@ -55,8 +55,11 @@ class Entry:
 ROUTES = (
     Entry("POST", "/v1/chat/completions", serve.chat_completions),
     Entry("POST", "/v1/completions", serve.completions),
+    Entry("POST", "/v1/embeddings", serve.embeddings),
     Entry("GET", "/v1/models", serve.models),
     Entry("GET", "/v1/models/{model_id:path}", serve.model),
+    Entry("POST", "/v1/load_lora_adapter", serve.load_adapter),
+    Entry("POST", "/v1/unload_lora_adapter", serve.unload_adapter),
     Entry("POST", "/tokenize", serve.tokenize),
     Entry("POST", "/detokenize", serve.detokenize),
     Entry("POST", "/internal/v1/generate", serve.internal_generate),

@@ -124,6 +124,6 @@ def _head(serving: Serving, prepared: Prepared, created: int, kind: str) -> dict
         "id": prepared.id,
         "object": kind,
         "created": created,
-        "model": serving.name,
+        "model": prepared.requests[0].adapter or serving.name,
         "system_fingerprint": serving.fingerprint,
     }

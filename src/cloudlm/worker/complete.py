@@ -110,6 +110,6 @@ def _head(serving: Serving, prepared: Prepared, created: int) -> dict[str, Any]:
         "id": prepared.id,
         "object": "text_completion",
         "created": created,
-        "model": serving.name,
+        "model": prepared.requests[0].adapter or serving.name,
         "system_fingerprint": serving.fingerprint,
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import EngineSettings, Settings
-from cloudlm.worker.options import engine_settings
+from cloudlm.worker.options import engine_settings, named_adapters
 
 GRACE_S = 20.0
 _LONGEST_NAME = 256
@@ -68,7 +68,7 @@ def check(config: WorkerConfig) -> WorkerConfig:
             "can be sent in a header",
             param="token",
         )
-    _ = config.engine  # a bad option refuses to start
+    named_adapters(config.engine.adapters)  # a bad option refuses to start
     return config
 
 

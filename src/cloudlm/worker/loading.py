@@ -1,20 +1,18 @@
-"""From a model's address to a loaded engine: fetch or inspect, load in a thread, wrap up.
-
-The thread is a daemon, because nobody can interrupt it and a stopping worker must not wait for it.
-"""
+"""From a model's address to a loaded engine: fetch or inspect, load in a thread, wrap up."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import MissingExtra
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
+from cloudlm.worker.adapters import add_adapter
 from cloudlm.worker.config import WorkerConfig
+from cloudlm.worker.daemon import in_daemon_thread
+from cloudlm.worker.options import named_adapters
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.template import NoTemplate, Renderer, TemplateProcess
 from cloudlm.worker.tokenise import control_pattern
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from cloudlm.engine.engine import LocalEngine
     from cloudlm.registry.registry import Registry
 
-T = TypeVar("T")
 Tell = Callable[[float, str], None]
 
 
@@ -37,7 +34,7 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
         process = TemplateProcess(tokenizer.chat_template, tokenizer.special_tokens)
         await process.start()  # a template that is broken answers each chat request with its fault
         renderer = process
-    return Serving(
+    serving = Serving(
         name=config.served_model_name,
         root=root,
         engine=engine,
@@ -46,6 +43,15 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
         control=control_pattern(tokenizer.control_tokens),
         created=int(SystemClock().now()),
     )
+    try:
+        for name, address in named_adapters(config.engine.adapters):
+            tell(1.0, f"loading the adapter {name}")
+            await add_adapter(config, serving, name, address)
+    except BaseException:
+        await engine.close()
+        await renderer.close()
+        raise
+    return serving
 
 
 def find_folder(config: WorkerConfig, tell: Tell) -> tuple[Path, str]:
@@ -91,31 +97,3 @@ def _load(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
         max_waiting=config.settings.worker.max_waiting_requests,
         progress=tell,
     )
-
-
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """The result of ``work``, done in a thread of its own that the process's end does not wait
-    for."""
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if outcome.done():
-            return
-        if error is not None:
-            outcome.set_exception(error)
-        else:
-            outcome.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="cloudlm-load", daemon=True).start()
-    return await outcome

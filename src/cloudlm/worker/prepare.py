@@ -113,7 +113,7 @@ async def prepare_chat(
     serving: Serving, offload: Offload, request: ChatRequest, salt: str
 ) -> Prepared:
     """The sequences of a chat request. Raises InvalidRequest, ContextLengthExceeded."""
-    serving.check_model(request.model)
+    adapter = serving.check_model(request.model)
     token_ids = await render_messages(serving, offload, request.messages)
     made = _sequences(
         serving,
@@ -123,6 +123,7 @@ async def prepare_chat(
         request.n,
         "messages",
         salt,
+        adapter=adapter,
     )
     return Prepared(made[0].request_id, made, request.n)
 
@@ -131,7 +132,7 @@ async def prepare_completion(
     serving: Serving, offload: Offload, request: CompletionRequest, salt: str
 ) -> Prepared:
     """The sequences of a completion request. Raises InvalidRequest, ContextLengthExceeded."""
-    serving.check_model(request.model)
+    adapter = serving.check_model(request.model)
     if len(request.prompts) * request.n > MAX_SEQUENCES:
         raise InvalidRequest(
             f"{len(request.prompts)} prompts with n = {request.n} are more than {MAX_SEQUENCES} "
@@ -139,10 +140,10 @@ async def prepare_completion(
             param="n",
         )
     size = sum(len(prompt) for prompt in request.prompts)
-    return await offload.sized(size, _completion, serving, request, salt)
+    return await offload.sized(size, _completion, serving, request, salt, adapter)
 
 
-def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prepared:
+def _completion(serving: Serving, request: CompletionRequest, salt: str, adapter: str) -> Prepared:
     prompts = [prompt_token_ids(serving, prompt) for prompt in request.prompts]
     request_id = new_id("cmpl")
     made = _sequences(
@@ -154,6 +155,7 @@ def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prep
         "prompt",
         salt,
         prompt_logprobs=request.echo and request.sampling.logprobs is not None,
+        adapter=adapter,
     )
     texts: tuple[str, ...] = ()
     if request.echo:
@@ -164,21 +166,24 @@ def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prep
     return Prepared(request_id, made, request.n, texts)
 
 
-def prompt_token_ids(serving: Serving, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-    """A prompt's token ids. Raises InvalidRequest for an empty one or ids beyond the vocabulary."""
+def prompt_token_ids(
+    serving: Serving, prompt: str | tuple[int, ...], param: str = "prompt"
+) -> tuple[int, ...]:
+    """A prompt's token ids. Raises InvalidRequest for an empty one or ids beyond the vocabulary,
+    naming the field ``param``."""
     if isinstance(prompt, str):
         token_ids = tokenise.encode(
             serving.tokenizer,
             prompt,
             serving.info.max_model_len,
             add_special_tokens=True,
-            param="prompt",
+            param=param,
         )
     else:
         token_ids = prompt
-        check_token_ids(token_ids, serving.info.vocab_size, "prompt")
+        check_token_ids(token_ids, serving.info.vocab_size, param)
     if not token_ids:
-        raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
+        raise InvalidRequest(f"the {param} is empty: it needs at least one token", param=param)
     return token_ids
 
 

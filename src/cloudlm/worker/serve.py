@@ -4,7 +4,7 @@ what is hard lives in the plain functions that it calls."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -12,12 +12,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cloudlm import __version__
+from cloudlm.core.chat import FinishReason
 from cloudlm.core.errors import InvalidRequest, Unavailable
-from cloudlm.core.requests import decode_body, parse_chat, parse_completion, token_ids
+from cloudlm.core.requests import (
+    decode_body,
+    parse_chat,
+    parse_completion,
+    parse_embedding,
+    token_ids,
+)
+from cloudlm.engine.api import Embedding, EmbedRequest, TokenEvent
 from cloudlm.engine.intake import check_token_ids
+from cloudlm.worker.adapters import add_adapter, parse_load, parse_unload
 from cloudlm.worker.chat import stream_chat, whole_chat
 from cloudlm.worker.complete import stream_completion, whole_completion
 from cloudlm.worker.edge import log_failure, read_body
+from cloudlm.worker.embed import embedding_answer, prepare_embedding
 from cloudlm.worker.generate import Numbered, generate
 from cloudlm.worker.internal import parse_internal, prepare_internal, stream_internal
 from cloudlm.worker.metrics import CONTENT_TYPE, RequestWatch
@@ -60,6 +70,19 @@ async def completions(request: Request) -> Response:
     return await _whole(request, events, answer)
 
 
+async def embeddings(request: Request) -> Response:
+    """POST /v1/embeddings: texts to vectors."""
+    replica = replica_of(request)
+    serving = replica.serving
+    asked, salt = await _read(request, lambda body: (parse_embedding(body), cache_salt(body)))
+    size = sum(len(one) for one in asked.inputs)
+    prompts = await replica.offload.sized(size, prepare_embedding, serving, asked, salt)
+    found = await unless_gone(request.receive, _embed(request, serving, prompts))
+    numbers = sum(len(one.values) for one in found)
+    answer = await replica.offload.sized(numbers, embedding_answer, asked, found)
+    return Response(answer, media_type="application/json")
+
+
 async def internal_generate(request: Request) -> Response:
     """POST /internal/v1/generate: token ids in and out, resume; see ``internal``."""
     replica = replica_of(request)
@@ -71,16 +94,34 @@ async def internal_generate(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """GET /v1/models: list the one model served here."""
+    """GET /v1/models: list the one model served here, and its adapters."""
     serving = replica_of(request).serving
-    return JSONResponse({"object": "list", "data": [_model_body(serving)]})
+    adapters = [_adapter_body(serving, name) for name in sorted(serving.engine.adapters())]
+    return JSONResponse({"object": "list", "data": [_model_body(serving), *adapters]})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/{id}: show it."""
     serving = replica_of(request).serving
-    serving.check_model(request.path_params["model_id"])
-    return JSONResponse(_model_body(serving))
+    adapter = serving.check_model(request.path_params["model_id"])
+    return JSONResponse(_adapter_body(serving, adapter) if adapter else _model_body(serving))
+
+
+async def load_adapter(request: Request) -> Response:
+    """POST /v1/load_lora_adapter: load a LoRA adapter while others are served."""
+    replica = replica_of(request)
+    serving = replica.serving
+    name, address = await _read(request, parse_load)
+    await add_adapter(replica.config, serving, name, address)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+async def unload_adapter(request: Request) -> Response:
+    """POST /v1/unload_lora_adapter: wait for the adapter's requests, then forget it."""
+    serving = replica_of(request).serving
+    name = await _read(request, parse_unload)
+    await serving.engine.unload_adapter(name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 async def tokenize(request: Request) -> Response:
@@ -201,6 +242,20 @@ def _run(request: Request, serving: Serving, prepared: Prepared) -> AsyncGenerat
     return events()
 
 
+async def _embed(
+    request: Request, serving: Serving, prompts: Sequence[EmbedRequest]
+) -> list[Embedding]:
+    """The vectors of all prompts, counted as one request that generates nothing."""
+    replica = replica_of(request)
+    arrived: float = request.scope["state"]["arrived"]
+    tokens = sum(len(one.prompt_token_ids) for one in prompts)
+    watch = RequestWatch(replica.metrics, arrived, 1, tokens)
+    with replica.running(prompts[0].request_id), contextlib.closing(watch):
+        found = await serving.engine.embed(prompts)
+        watch.on_event(0, TokenEvent((), "", finish_reason=FinishReason.STOP))
+        return found
+
+
 async def _whole(request: Request, events: AsyncGenerator[Numbered, None], answer: Any) -> Response:
     async with contextlib.aclosing(events):
         return JSONResponse(await unless_gone(request.receive, answer))
@@ -227,6 +282,11 @@ def _model_body(serving: Serving) -> dict[str, Any]:
         "parent": None,
         "max_model_len": serving.info.max_model_len,
     }
+
+
+def _adapter_body(serving: Serving, name: str) -> dict[str, Any]:
+    address = serving.engine.adapters().get(name)
+    return {**_model_body(serving), "id": name, "root": address, "parent": serving.name}
 
 
 def _check_named_model(serving: Serving, body: Mapping[str, Any]) -> None:

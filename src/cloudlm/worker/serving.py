@@ -56,13 +56,18 @@ class Serving:
         facts = (__version__, self.root, info.architecture, info.parameters, info.dtype)
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
-    def check_model(self, asked: str) -> None:
-        """Raise ModelNotFound unless ``asked`` is the model served here."""
-        if asked != self.name:
-            raise ModelNotFound(
-                f"the model {asked[:120]!r} does not exist here; this server has {self.name!r}",
-                param="model",
-            )
+    def check_model(self, asked: str) -> str:
+        """The adapter that ``asked`` names, empty for the model itself. Raises ModelNotFound."""
+        if asked == self.name:
+            return ""
+        adapters = self.engine.adapters()
+        if asked in adapters:
+            return asked
+        known = ", ".join(repr(name) for name in [self.name, *sorted(adapters)[:8]])
+        raise ModelNotFound(
+            f"the model {asked[:120]!r} does not exist here; this server has {known}",
+            param="model",
+        )
 
 
 def new_id(prefix: str) -> str:

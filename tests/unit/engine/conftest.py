@@ -292,6 +292,7 @@ class Driven:
     sampling: Sampling = GREEDY
     index: int = 0
     prompt_logprobs: bool = False
+    adapter: str = ""
     output: list[int] = field(default_factory=list)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -333,6 +334,7 @@ class Driver:
             output_token_ids=tuple(one.output),
             index=one.index,
             prompt_logprobs=one.prompt_logprobs and one.computed < len(one.prompt),
+            adapter=one.adapter,
         )
 
     def next_chunks(self, limit: int) -> Iterator[Chunk]:

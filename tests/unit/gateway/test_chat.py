@@ -204,7 +204,7 @@ async def test_models(rig: Any, kit: Any) -> None:
     [
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models/tiny", 405),
-        ("POST", "/v1/embeddings", 501),
+        ("POST", "/v1/images/generations", 501),
         ("GET", "/v1/files/file-1/content", 501),
         ("POST", "/v1/nothing", 404),
         ("GET", "/etc/passwd", 404),
@@ -224,6 +224,35 @@ async def test_tokenize_is_passed_through(rig: Any, kit: Any) -> None:
     assert "POST /tokenize HTTP/1.1" in rig.replicas[0].heads[0]
     (row,) = await rig.rows()
     assert (row.prompt_tokens, row.completion_tokens) == (0, 0)
+
+
+async def test_embeddings_are_passed_through_and_accounted(rig: Any, kit: Any) -> None:
+    answer = (
+        b'{"object":"list","model":"x","data":[{"object":"embedding","index":0,"embedding":[1.0]}],'
+        b'"usage":{"prompt_tokens":7,"total_tokens":7,"prompt_tokens_details":{"cached_tokens":4}}}'
+    )
+    rig.replicas[0].default = kit.Plan(body=answer)
+    body = {"model": kit.MODEL, "input": ["a", "b"], "dimensions": 1, "cache_salt": "own"}
+    result = await rig.ask(body, path="/v1/embeddings")
+    assert (result.status, result.json["model"]) == (200, kit.MODEL)
+    assert result.json["data"][0]["embedding"] == [1.0]
+    assert "POST /v1/embeddings HTTP/1.1" in rig.replicas[0].heads[0]
+    sent = rig.replicas[0].requests[0]
+    assert (sent["input"], sent["dimensions"]) == (["a", "b"], 1)
+    assert sent["cache_salt"] not in ("", "own")
+    (row,) = await rig.rows()
+    assert (row.prompt_tokens, row.completion_tokens, row.cached_tokens) == (7, 0, 4)
+
+
+async def test_bad_embeddings(rig: Any, kit: Any) -> None:
+    for fields in ({"input": []}, {"encoding_format": "x"}, {"cache_salt": 1}, {"dimensions": 0}):
+        body = {"model": kit.MODEL, "input": "a", **fields}
+        result = await rig.ask(body, path="/v1/embeddings")
+        assert (result.status, result.json["error"]["param"]) == (400, next(iter(fields)))
+    rig.replicas[0].default = kit.Plan(body=b'{"choices":[]}')
+    result = await rig.ask({"model": kit.MODEL, "input": "a"}, path="/v1/embeddings")
+    assert result.status == 502
+    assert len(rig.replicas[0].heads) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from starlette.applications import Starlette
 
 from cloudlm.core.chat import FinishReason, Message
 from cloudlm.core.clock import Clock, ManualClock, SystemClock
-from cloudlm.core.errors import CloudlmError, InternalError
+from cloudlm.core.errors import CloudlmError, InternalError, ModelNotFound
 from cloudlm.engine.api import (
+    Embedding,
+    EmbedRequest,
     EngineInfo,
     EngineStats,
     GenerateRequest,
@@ -85,7 +88,7 @@ class EchoEngine:
 
     def __init__(self, answer: str = "Hello, world") -> None:
         self.info = EngineInfo(
-            "EchoForCausalLM", 42, "float32", "cpu", VOCAB_SIZE, CONTEXT, 16, 64, (EOS,)
+            "EchoForCausalLM", 42, "float32", "cpu", VOCAB_SIZE, CONTEXT, 16, 64, (EOS,), 4
         )
         self.answer = answer
         self.gate = asyncio.Event()
@@ -97,6 +100,8 @@ class EchoEngine:
         self.requests: list[GenerateRequest] = []
         self.open: dict[int, GenerateRequest] = {}
         self.cancelled: list[str] = []
+        self.embedded: list[EmbedRequest] = []
+        self.loaded: dict[str, str] = {}
         self.closed = False
         self.now = EngineStats(steps=7, blocks_total=64, prefix_queries=10, prefix_hits=4)
 
@@ -107,6 +112,30 @@ class EchoEngine:
         number = len(self.requests)
         self.open[number] = request
         return _EchoStream(self, number, self._events(request))
+
+    async def embed(self, requests: Sequence[EmbedRequest]) -> list[Embedding]:
+        """Every prompt becomes (0.5, 0.5, 0.5, 0.5) with the sign of its length's parity."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.embedded.extend(requests)
+        await self.gate.wait()
+        lengths = [len(one.prompt_token_ids) for one in requests]
+        return [
+            Embedding(array("f", [-0.5 if length % 2 else 0.5] * 4), length, cached_tokens=1)
+            for length in lengths
+        ]
+
+    def adapters(self) -> dict[str, str]:
+        return dict(self.loaded)
+
+    async def load_adapter(self, name: str, folder: Path, address: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.loaded[name] = address
+
+    async def unload_adapter(self, name: str) -> None:
+        if self.loaded.pop(name, None) is None:
+            raise ModelNotFound("no such adapter", param="lora_name")
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

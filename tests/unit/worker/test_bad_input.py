@@ -16,6 +16,7 @@ from cloudlm.worker.template import NoTemplate
 MakeBench = Callable[..., Any]
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 BOTH = [
@@ -73,6 +74,8 @@ CASES += [(CHAT, *case) for case in CHAT_ONLY] + [(COMPLETIONS, *case) for case 
 
 def body_for(path: str) -> dict[str, Any]:
     given: dict[str, Any] = {"messages": MESSAGES} if path == CHAT else {"prompt": "hi"}
+    if path == EMBEDDINGS:
+        given = {"input": "hi"}
     return {"model": "echo", **given}
 
 
@@ -279,7 +282,7 @@ FIELDS = st.sampled_from(
     (
         *("model", "messages", "prompt", "max_tokens", "n", "stop", "logit_bias", "logprobs"),
         *("stream", "stream_options", "seed", "temperature", "echo", "top_logprobs"),
-        *("sampling", "index"),
+        *("sampling", "index", "input", "dimensions", "encoding_format"),
     )
 )
 
@@ -287,9 +290,7 @@ FIELDS = st.sampled_from(
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(
-    path=st.sampled_from([CHAT, COMPLETIONS, "/internal/v1/generate", "/tokenize"]), data=st.data()
-)
+@given(path=st.sampled_from([*POSTS, EMBEDDINGS]), data=st.data())
 def test_fuzzed_fields_never_break_the_worker(fuzz_bench: Any, path: str, data: Any) -> None:
     body = {**body_for(path), **data.draw(st.dictionaries(FIELDS, JSON, max_size=4))}
     status, text = fuzz_bench(path, body)

@@ -15,7 +15,8 @@ from cloudlm.core.errors import BrokenModel, CloudlmError, ModelNotFound
 from cloudlm.engine.api import GenerateRequest
 from cloudlm.registry.bundled import bundled_folder
 from cloudlm.worker.config import WorkerConfig
-from cloudlm.worker.loading import in_daemon_thread, load_model
+from cloudlm.worker.daemon import in_daemon_thread
+from cloudlm.worker.loading import load_model
 from cloudlm.worker.prepare import Offload, render_messages
 
 

@@ -14,13 +14,15 @@ from cloudlm.engine.ops.attention import Attend
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The sizes that the cache and the runner need. ``context`` is the longest sequence, tokens;
-    ``windows`` the attention window of each layer, None for all positions."""
+    ``windows`` the attention window of each layer, None for all positions; ``hidden_size`` the
+    length of a hidden state."""
 
     vocab_size: int
     kv_heads: int
     head_dim: int
     context: int
     windows: tuple[int | None, ...]
+    hidden_size: int = 0
 
     @property
     def layers(self) -> int:

@@ -157,7 +157,12 @@ class GPT2LMHeadModel(Decoder):
         )
         head_dim = config.hidden_size // config.heads
         self.shape = Shape(
-            config.vocab_size, config.heads, head_dim, config.context, (None,) * config.layers
+            config.vocab_size,
+            config.heads,
+            head_dim,
+            config.context,
+            (None,) * config.layers,
+            config.hidden_size,
         )
 
     @classmethod

@@ -76,7 +76,12 @@ class Transformer(Decoder):
         )
         self.logit_softcap = config.logit_softcap
         self.shape = Shape(
-            config.vocab_size, config.kv_heads, config.head_dim, config.context, config.windows
+            config.vocab_size,
+            config.kv_heads,
+            config.head_dim,
+            config.context,
+            config.windows,
+            config.hidden_size,
         )
 
     @classmethod

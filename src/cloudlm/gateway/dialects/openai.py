@@ -23,7 +23,7 @@ from cloudlm.core.errors import (
     NotFound,
     NotSupported,
 )
-from cloudlm.core.requests import decode_body, parse_chat, parse_completion
+from cloudlm.core.requests import decode_body, parse_chat, parse_completion, parse_embedding
 from cloudlm.gateway.sse import event
 from cloudlm.gateway.view import ServedModel
 
@@ -39,6 +39,7 @@ class Operation(StrEnum):
 
     CHAT = "/v1/chat/completions"
     COMPLETION = "/v1/completions"
+    EMBEDDING = "/v1/embeddings"
     TOKENIZE = "/tokenize"
     DETOKENIZE = "/detokenize"
     LIST_MODELS = "/v1/models"
@@ -48,6 +49,7 @@ class Operation(StrEnum):
 METHODS = {
     Operation.CHAT.value: "POST",
     Operation.COMPLETION.value: "POST",
+    Operation.EMBEDDING.value: "POST",
     Operation.TOKENIZE.value: "POST",
     Operation.DETOKENIZE.value: "POST",
     Operation.LIST_MODELS.value: "GET",
@@ -58,7 +60,6 @@ _KNOWN_ELSEWHERE = (
     "/v1/batches",
     "/v1/containers",
     "/v1/conversations",
-    "/v1/embeddings",
     "/v1/evals",
     "/v1/files",
     "/v1/fine_tuning",
@@ -89,8 +90,15 @@ class Call:
         return self.operation.value
 
     @property
+    def result_field(self) -> str | None:
+        """The list that an answer must hold, where its tokens are accounted for; else None."""
+        if self.operation is Operation.EMBEDDING:
+            return "data"
+        return "choices" if self.generates else None
+
+    @property
     def generates(self) -> bool:
-        """Whether the answer holds tokens that are accounted for."""
+        """Whether the answer is text that a model wrote."""
         return self.operation in (Operation.CHAT, Operation.COMPLETION)
 
 
@@ -122,6 +130,10 @@ def parse(operation: Operation, raw: bytes, salted: Callable[[str], str]) -> Cal
         return _generation(operation, body, parse_chat(body), salted)
     if operation is Operation.COMPLETION:
         return _generation(operation, body, parse_completion(body), salted)
+    if operation is Operation.EMBEDDING:
+        embedding = parse_embedding(body)
+        _salt(body, salted)
+        return Call(operation, embedding.model, encode(body))
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("model is required: the name of a deployed model", param="model")
@@ -131,10 +143,7 @@ def parse(operation: Operation, raw: bytes, salted: Callable[[str], str]) -> Cal
 def _generation(
     operation: Operation, body: dict[str, Any], parsed: Any, salted: Callable[[str], str]
 ) -> Call:
-    own_salt = body.get("cache_salt")
-    if own_salt is not None and not isinstance(own_salt, str):
-        raise InvalidRequest("cache_salt must be a text", param="cache_salt")
-    body["cache_salt"] = salted(own_salt or "")
+    _salt(body, salted)
     if parsed.stream:
         body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     options = parsed.stream_options
@@ -146,6 +155,13 @@ def _generation(
         include_usage=options.include_usage,
         continuous_usage=options.include_usage and options.continuous_usage_stats,
     )
+
+
+def _salt(body: dict[str, Any], salted: Callable[[str], str]) -> None:
+    own_salt = body.get("cache_salt")
+    if own_salt is not None and not isinstance(own_salt, str):
+        raise InvalidRequest("cache_salt must be a text", param="cache_salt")
+    body["cache_salt"] = salted(own_salt or "")
 
 
 def encode(body: Any) -> bytes:
