@@ -21,6 +21,8 @@ class GenerateRequest:
     strings and the position that keys the seed. ``index`` is the choice number among ``n``;
     it enters the random draw so that choices differ. ``cache_salt`` keeps tenants' prefixes apart.
     ``prompt_logprobs`` asks for the prompt tokens' log probabilities (echo with logprobs).
+    ``tenant`` is whose share of the engine it uses, ``weight`` how large that share is beside
+    others' (above 0); a higher ``priority`` goes first, whosever it is.
     """
 
     request_id: str
@@ -30,6 +32,9 @@ class GenerateRequest:
     index: int = 0
     cache_salt: str = ""
     prompt_logprobs: bool = False
+    tenant: str = ""
+    priority: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +114,8 @@ class Engine(Protocol):
         """Start a sequence and yield its events.
 
         Raises at the call (not at the first event): InvalidRequest (empty prompt, token id out of
-        range), ContextLengthExceeded (prompt does not fit), Overloaded (queue full),
-        InternalError (engine stopped). Closing the iterator cancels the sequence.
+        range, weight out of bounds), ContextLengthExceeded (prompt does not fit), Overloaded
+        (queue full), InternalError (engine stopped). Closing the iterator cancels the sequence.
         """
         ...
 

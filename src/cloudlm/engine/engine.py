@@ -23,7 +23,8 @@ from cloudlm.core.errors import InternalError, Overloaded
 from cloudlm.engine.answer import Answer
 from cloudlm.engine.api import EngineInfo, EngineStats, GenerateRequest, TokenEvent
 from cloudlm.engine.intake import sequence_for
-from cloudlm.engine.scheduler import Advance, Limits, Scheduler
+from cloudlm.engine.limits import Limits
+from cloudlm.engine.scheduler import Advance, Scheduler
 from cloudlm.engine.sequence import Sequence
 from cloudlm.engine.step import Sampled, Step
 from cloudlm.engine.stream import Mailbox, Outbox, TokenStream

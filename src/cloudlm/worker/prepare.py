@@ -19,6 +19,7 @@ from cloudlm.engine.intake import check_token_ids
 from cloudlm.worker import tokenise
 from cloudlm.worker.limits import settle
 from cloudlm.worker.serving import Serving, new_id
+from cloudlm.worker.sharing import Share
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,7 +111,7 @@ async def render_messages(
 
 
 async def prepare_chat(
-    serving: Serving, offload: Offload, request: ChatRequest, salt: str
+    serving: Serving, offload: Offload, request: ChatRequest, salt: str, share: Share
 ) -> Prepared:
     """The sequences of a chat request. Raises InvalidRequest, ContextLengthExceeded."""
     serving.check_model(request.model)
@@ -123,12 +124,13 @@ async def prepare_chat(
         request.n,
         "messages",
         salt,
+        share,
     )
     return Prepared(made[0].request_id, made, request.n)
 
 
 async def prepare_completion(
-    serving: Serving, offload: Offload, request: CompletionRequest, salt: str
+    serving: Serving, offload: Offload, request: CompletionRequest, salt: str, share: Share
 ) -> Prepared:
     """The sequences of a completion request. Raises InvalidRequest, ContextLengthExceeded."""
     serving.check_model(request.model)
@@ -139,10 +141,10 @@ async def prepare_completion(
             param="n",
         )
     size = sum(len(prompt) for prompt in request.prompts)
-    return await offload.sized(size, _completion, serving, request, salt)
+    return await offload.sized(size, _completion, serving, request, salt, share)
 
 
-def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prepared:
+def _completion(serving: Serving, request: CompletionRequest, salt: str, share: Share) -> Prepared:
     prompts = [prompt_token_ids(serving, prompt) for prompt in request.prompts]
     request_id = new_id("cmpl")
     made = _sequences(
@@ -153,6 +155,7 @@ def _completion(serving: Serving, request: CompletionRequest, salt: str) -> Prep
         request.n,
         "prompt",
         salt,
+        share,
         prompt_logprobs=request.echo and request.sampling.logprobs is not None,
     )
     texts: tuple[str, ...] = ()
@@ -190,6 +193,7 @@ def _sequences(
     n: int,
     param: str,
     salt: str,
+    share: Share,
     **more: Any,
 ) -> tuple[GenerateRequest, ...]:
     return tuple(
@@ -199,6 +203,9 @@ def _sequences(
             sampling=settled,
             index=index,
             cache_salt=salt,
+            tenant=share.tenant,
+            priority=share.priority,
+            weight=share.weight,
             **more,
         )
         for prompt in prompts
