@@ -27,6 +27,7 @@ def blocks(paper: str) -> list[str]:
     return BLOCK.findall((ROOT / paper).read_text("utf-8"))
 
 
+@pytest.mark.timeout(400)  # a dozen real starts one after the other
 @pytest.mark.parametrize("paper", ["README.md", "docs/start.md"])
 def test_the_commands_of_a_paper_work(paper: str, tmp_path: Path) -> None:
     running = start_installation(tmp_path / "home")

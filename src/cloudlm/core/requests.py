@@ -39,6 +39,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_TOKEN_ID = 2**31 - 1
 MAX_NAME_CHARACTERS = 256
+MAX_PRIORITY = 100
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _ABSENT: Any = object()
@@ -154,6 +155,13 @@ def parse_sampling(body: Mapping[str, Any]) -> Sampling:
     """The sampling fields of an internal request, named as in ``Sampling``."""
     logprobs = _integer(body, "logprobs", None, 0, MAX_TOP_LOGPROBS)
     return _sampling(body, _integer(body, "max_tokens", None, 1, MAX_TOKENS), logprobs)
+
+
+def read_priority(body: Mapping[str, Any]) -> int:
+    """``priority``, vLLM's field: a *lower* number goes first, 0 is usual. What is beyond
+    MAX_PRIORITY counts as that. Raises InvalidRequest if it is no whole number."""
+    value = _integer(body, "priority", 0, -(2**63), 2**63 - 1) or 0
+    return max(-MAX_PRIORITY, min(value, MAX_PRIORITY))
 
 
 def token_ids(value: Any, param: str) -> tuple[int, ...]:

@@ -58,6 +58,10 @@ class GatewaySettings:
     drain_timeout_s: float = setting(
         30.0, "Longest wait for running requests when stopping, seconds.", low=0.0
     )
+    tenant_weights: str = setting(
+        "",
+        "Tenants' shares of a replica under load, 'name=weight, …'; 1 for those not named.",
+    )
 
 
 @dataclass(frozen=True)

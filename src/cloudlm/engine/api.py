@@ -24,6 +24,8 @@ class GenerateRequest:
     it enters the random draw so that choices differ. ``cache_salt`` keeps tenants' prefixes apart.
     ``prompt_logprobs`` asks for the prompt tokens' log probabilities (echo with logprobs).
     ``adapter`` names a loaded LoRA adapter, empty for the base.
+    ``tenant`` is whose share of the engine it uses, ``weight`` how large that share is beside
+    others' (above 0); a higher ``priority`` goes first, whosever it is.
     """
 
     request_id: str
@@ -34,6 +36,9 @@ class GenerateRequest:
     cache_salt: str = ""
     prompt_logprobs: bool = False
     adapter: str = ""
+    tenant: str = ""
+    priority: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +141,9 @@ class Engine(Protocol):
         """Start a sequence and yield its events.
 
         Raises at the call (not at the first event): InvalidRequest (empty prompt, token id out of
-        range), ContextLengthExceeded (prompt does not fit), ModelNotFound (no such adapter),
-        Overloaded (queue full), InternalError (engine stopped). Closing the iterator cancels the
-        sequence.
+        range, weight out of bounds), ContextLengthExceeded (prompt does not fit), ModelNotFound
+        (no such adapter), Overloaded (queue full), InternalError (engine stopped). Closing the
+        iterator cancels the sequence.
         """
         ...
 

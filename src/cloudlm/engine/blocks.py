@@ -81,6 +81,10 @@ class BlockPool:
         """Free blocks that ``allocate`` would use up: matched blocks held by others cost none."""
         return fresh + sum(1 for block in matched if self._references[block] == 0)
 
+    def only_by(self, table: Sequence[int]) -> int:
+        """Blocks of this table that nobody else holds: what freeing it would give back."""
+        return sum(1 for block in table if self._references[block] == 1)
+
     def allocate(self, matched: Sequence[int], fresh: int) -> list[int]:
         """A block table: the matched blocks, referenced once more, then ``fresh`` empty ones.
 

@@ -39,8 +39,9 @@ from cloudlm.engine.api import (
     TokenEvent,
 )
 from cloudlm.engine.intake import sequence_for, sequence_to_embed
+from cloudlm.engine.limits import Limits
 from cloudlm.engine.pooling import PooledPrompt, broken_off, embed_all
-from cloudlm.engine.scheduler import Advance, Limits, Scheduler
+from cloudlm.engine.scheduler import Advance, Scheduler
 from cloudlm.engine.sequence import Sequence
 from cloudlm.engine.step import Pooling, Sampled, Step
 from cloudlm.engine.stream import Mailbox, Outbox, TokenStream

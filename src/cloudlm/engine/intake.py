@@ -10,8 +10,9 @@ from collections.abc import Collection
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.tenant import MAX_WEIGHT, MIN_WEIGHT
 from cloudlm.engine.api import EmbedRequest, EngineInfo, GenerateRequest
-from cloudlm.engine.scheduler import Limits
+from cloudlm.engine.limits import Limits
 from cloudlm.engine.sequence import Sequence
 from cloudlm.engine.step import Pooling
 
@@ -26,8 +27,8 @@ def sequence_for(
     """The sequence that the request asks for; ``adapter`` is the runner's key of its adapter.
 
     Raises InvalidRequest (empty prompt, unknown token id, too many logprobs, negative max_tokens,
-    more tokens to resume from than the answer may have) and ContextLengthExceeded (see
-    ``Limits.total_tokens``).
+    more tokens to resume from than the answer may have, a weight that is none) and
+    ContextLengthExceeded (see ``Limits.total_tokens``).
     """
     sampling = request.sampling
     if not request.prompt_token_ids:
@@ -40,6 +41,10 @@ def sequence_for(
             f"logprobs = {sampling.logprobs} must be from 0 to {info.vocab_size}, the number of "
             "this model's tokens",
             param="logprobs",
+        )
+    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:
+        raise InvalidRequest(
+            f"weight = {request.weight} must be from {MIN_WEIGHT} to {MAX_WEIGHT}", param="weight"
         )
     total_tokens = limits.total_tokens(len(request.prompt_token_ids), sampling.max_tokens)
     room = total_tokens - len(request.prompt_token_ids)
@@ -64,6 +69,9 @@ def sequence_for(
         index=request.index,
         prompt_logprobs=request.prompt_logprobs,
         adapter=adapter,
+        tenant=request.tenant,
+        priority=request.priority,
+        weight=request.weight,
     )
 
 

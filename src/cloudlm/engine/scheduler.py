@@ -1,85 +1,50 @@
 """Decides which tokens of which sequences the next step computes.
 
 Continuous batching: every step first takes one token of each decoding sequence, then fills the
-token budget with chunks of prompts, then admits waiting sequences. A pure decider: it is told what
-arrived and what was sampled and returns data. Must not import torch, asyncio, time, logging or
-threading.
+token budget with prompts, by priority and then by what each tenant was served (``fairness``),
+whether they are begun already or wait for admission. A pure decider: it is told what arrived and
+what was sampled and returns data. Must not import torch, asyncio, time, logging or threading.
+
+Who gives way: if no block is free for a decoding token, the last by rank: least priority, then the
+tenant that was served most, then the latest. Before that, one sequence per step that cannot be
+admitted takes the place of such as have less priority, or whose tenant is far ahead of its own (see
+``FAIRNESS_LAG_STEPS``). What was computed is computed again later, or found in the
+prefix cache.
 
 Why it cannot stall: admission reserves blocks for all known tokens, so only decoding asks for
-more; when none is free the running sequence that arrived last gives way. The running sequence that
-arrived first therefore advances in every step, and alone it always fits (``Limits.total_tokens``).
-A waiting sequence that does not fit is passed by at most ``MAX_BYPASSES`` later ones.
+more. The first by rank never gives way and alone always fits (``Limits.total_tokens``); ranks
+change only when tokens are computed that never were before, and generated tokens are kept, so work
+is lost finitely often. A waiting sequence that does not fit is passed by at most ``MAX_BYPASSES``
+later ones of its own tenant, and while it is its tenant's next one, of all tenants.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
 from cloudlm.core.chat import FinishReason
-from cloudlm.core.errors import BadSetting, ContextLengthExceeded, InvalidRequest
 from cloudlm.engine.blocks import BlockPool
+from cloudlm.engine.fairness import (
+    ANSWER_TOKEN_COST,
+    MAX_BYPASSES,
+    PROMPT_TOKEN_COST,
+    Lines,
+)
+from cloudlm.engine.limits import Limits
 from cloudlm.engine.sequence import Sequence, Status
 from cloudlm.engine.step import Chunk, Sampled, Step
 
-MAX_BYPASSES = 16
-"""Later sequences that may be admitted while an earlier one does not fit; then all wait for it."""
+FAIRNESS_LAG_STEPS = 1
+"""How far a tenant may be ahead before its sequences give way to one that waits for a place: so
+many full steps, and all that may be lost by it."""
 
-_SCAN_WINDOW = 32  # sequences that do not fit and are looked past in one step: bounds its cost
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the engine can hold. Lengths and budgets are in tokens."""
-
-    max_model_len: int
-    block_size: int
-    blocks_total: int
-    max_batch_tokens: int
-    max_batch_sequences: int
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if value < 1:
-                hint = "; raise kv_cache_mb" if name == "blocks_total" else ""
-                raise BadSetting(f"{name} = {value} must be at least 1{hint}", param=name)
-
-    @property
-    def cache_tokens(self) -> int:
-        return self.blocks_total * self.block_size
-
-    def total_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """The longest that a sequence may become, prompt and answer together, tokens.
-
-        Without ``max_tokens`` it may grow until context or cache end. Raises InvalidRequest
-        (``max_tokens`` is negative) and ContextLengthExceeded (the prompt leaves no room in the
-        context, or prompt and answer could outgrow the whole cache).
-        """
-        if max_tokens is not None and max_tokens < 0:
-            raise InvalidRequest(
-                f"max_tokens = {max_tokens} must not be negative", param="max_tokens"
-            )
-        least = prompt_tokens + (0 if max_tokens == 0 else 1)
-        if least > self.max_model_len:
-            raise ContextLengthExceeded(
-                f"this model's context is {self.max_model_len} tokens, but the prompt alone has "
-                f"{prompt_tokens} and an answer needs at least {least - prompt_tokens} more; "
-                "shorten the prompt"
-            )
-        if max_tokens is None:
-            total = min(self.max_model_len, max(self.cache_tokens, least))
-        else:
-            total = min(self.max_model_len, prompt_tokens + max_tokens)
-        if total > self.cache_tokens:
-            raise ContextLengthExceeded(
-                f"prompt ({prompt_tokens} tokens) and answer may need {total} tokens together, but "
-                f"this server's key-value cache holds {self.cache_tokens}; shorten the prompt, "
-                "lower max_tokens, or give the server a larger kv_cache_mb",
-                param="max_tokens" if least <= self.cache_tokens else None,
-            )
-        return total
+# Sequences of a tenant, and of all, that do not fit and are looked past in one step: bounds its
+# cost.
+_SCAN_WINDOW = 32
+_WHOLE_SCAN_WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +64,8 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.blocks_total, limits.block_size)
-        self.waiting: list[Sequence] = []  # both lists are in order of arrival
-        self.running: list[Sequence] = []
+        self.waiting = Lines()
+        self.running: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
         self.prompt_tokens = 0
         self.prefix_queries = 0
@@ -110,6 +75,8 @@ class Scheduler:
         self._step = Step(())
         # Room that an admission leaves to those who run, so that it is not preempted at once.
         self._headroom_blocks = max(1, limits.blocks_total // 100)
+        # No more than the budget, so that decoding always fits a step.
+        self._max_running = min(limits.max_batch_sequences, limits.max_batch_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -122,8 +89,9 @@ class Scheduler:
         assert sequence.token_limit <= self.limits.cache_tokens
         sequence.arrival = self._arrivals
         self._arrivals += 1
+        sequence.level = sequence.priority
         self._sequences[sequence.sequence_id] = sequence
-        self.waiting.append(sequence)
+        self.waiting.enter(sequence)
 
     def cancel(self, sequence_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a sequence now and free its blocks. False when it is unknown or ended already."""
@@ -135,16 +103,11 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step; empty only when there is no work."""
-        budget = self.limits.max_batch_tokens
-        chunks: list[Chunk] = []
-        for sequence in self._decoding():
-            chunks.append(self._chunk(sequence, 1))
-            budget -= 1
-        for sequence in self.running:
-            if sequence.remaining > 1 and budget > 0:
-                chunks.append(self._chunk(sequence, min(sequence.remaining, budget)))
-                budget -= len(chunks[-1].token_ids)
-        self._admit(budget, chunks)
+        if self.waiting:
+            self.waiting.tick(self.running)
+            self._make_way()
+        chunks = [self._chunk(sequence, 1) for sequence in self._decoding()]
+        self._fill(self.limits.max_batch_tokens - len(chunks), chunks)
         self._step = Step(tuple(chunks))
         return self._step
 
@@ -165,6 +128,7 @@ class Scheduler:
                 assert one is not None, "the runner sampled nothing"
                 assert one.token_id is not None, "the runner sampled nothing"
                 sequence.append(one.token_id)
+                self.waiting.charge(sequence, ANSWER_TOKEN_COST)
             reason = None if sequence.remaining > 1 else sequence.ended_by_tokens()
             if reason is not None:
                 self._finish(sequence, reason)
@@ -173,7 +137,6 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps (for tests and debugging)."""
-        assert sorted(s.arrival for s in self.waiting) == [s.arrival for s in self.waiting]
         assert sorted(s.arrival for s in self.running) == [s.arrival for s in self.running]
         assert {*map(id, self.waiting), *map(id, self.running)} == {
             id(s) for s in self._sequences.values()
@@ -188,20 +151,20 @@ class Scheduler:
 
     def _decoding(self) -> list[Sequence]:
         """The sequences that decode in this step, each with a block for its token; others may have
-        had to give way for them."""
+        had to give way for them, also such as were thought to decode."""
         decoding: list[Sequence] = []
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING or sequence.remaining != 1:
                 continue
             needed = self.pool.blocks_for(len(sequence.tokens))
             while len(sequence.block_table) < needed and not self.pool.append(sequence.block_table):
-                victim = self.running[-1]
+                victim = max(self.running, key=self._yielding)
                 self._preempt(victim)
                 if victim is sequence:
                     break
             else:
                 decoding.append(sequence)
-        return decoding
+        return [sequence for sequence in decoding if sequence.status is Status.RUNNING]
 
     def _preempt(self, victim: Sequence) -> None:
         """Take a running sequence's blocks; its tokens stay and are computed again later."""
@@ -210,49 +173,89 @@ class Scheduler:
         victim.computed = 0
         victim.status = Status.WAITING
         self.preemptions += 1
-        insort(self.waiting, victim, key=_arrival)
+        self.waiting.wait(victim)
 
-    def _admit(self, budget: int, chunks: list[Chunk]) -> None:
-        """Start waiting sequences in order of arrival; see the module's text for who may pass."""
-        full = len(self.running) >= self.limits.max_batch_sequences
-        if full or not self.waiting or budget <= 0 or self.pool.free_blocks == 0:
+    def _yielding(self, sequence: Sequence) -> tuple[int, float, int]:
+        """The greater, the sooner it gives way."""
+        return -sequence.level, self.waiting.counter(sequence.tenant), sequence.arrival
+
+    def _make_way(self) -> None:
+        """Preempt running sequences for the next waiting one if it outranks enough of them."""
+        sequence = self.waiting.first()
+        outranked = [] if sequence is None else self._outranked(sequence)
+        if sequence is None or not outranked:
+            return  # the usual case
+        wanted = self._reusable_hashes(sequence)
+        matched = self.pool.match_prefix(wanted)
+        if self._awaits(wanted, matched, self._hashes_underway()):
+            return
+        growing = sum(self._grows(one) for one in self.running)
+        needed = self._fresh_cost(sequence, matched) + self._headroom_blocks + growing
+        places, free = self._max_running - len(self.running), self.pool.free_blocks
+        victims: list[Sequence] = []
+        for victim in sorted(outranked, key=self._yielding, reverse=True):
+            if places + len(victims) > 0 and free >= needed:
+                break
+            victims.append(victim)
+            free += self.pool.only_by(victim.block_table)
+        if places + len(victims) > 0 and free >= needed:
+            for victim in victims:
+                self._preempt(victim)
+
+    def _outranked(self, sequence: Sequence) -> list[Sequence]:
+        """The running sequences that may give way to this waiting one. What is lost by it has to
+        be less than what the other tenant is ahead."""
+        lag = FAIRNESS_LAG_STEPS * self.limits.max_batch_tokens + len(sequence.tokens)
+        least = self.waiting.counter(sequence.tenant)
+        return [
+            one
+            for one in self.running
+            if one.level < sequence.level
+            or (
+                one.level == sequence.level
+                and (self.waiting.counter(one.tenant) - least) * one.weight
+                > (lag + len(one.tokens)) * PROMPT_TOKEN_COST
+            )
+        ]
+
+    def _grows(self, sequence: Sequence) -> bool:
+        """Whether its next token needs one more block."""
+        return len(sequence.block_table) < self.pool.blocks_for(len(sequence.tokens))
+
+    def _fill(self, budget: int, chunks: list[Chunk]) -> None:
+        """Spend the budget on prompts by rank; see the module's text for who may pass whom."""
+        prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
+        admission = _Admission(self)
+        if budget <= 0 or not (prefilling or admission.open):
             return  # the usual case under load: ends before anything is looked at
-        underway = self._hashes_underway()
-        passed: list[Sequence] = []
-        for sequence in list(self.waiting):
-            # A budget left over means that all running sequences had a token of it: so one more
-            # cannot make them more than the budget, and decoding always fits a step.
-            if budget <= 0 or len(self.running) >= self.limits.max_batch_sequences:
-                return
-            wanted = self._reusable_hashes(sequence)
-            matched = self.pool.match_prefix(wanted)
-            if len(matched) < len(wanted) and wanted[len(matched)] in underway:
-                continue  # another is computing this very block: wait for it and share it
-            if not self._fits(sequence, matched):
-                if sequence.bypasses >= MAX_BYPASSES or len(passed) >= _SCAN_WINDOW:
-                    return
-                passed.append(sequence)
+        for sequence in self.waiting.ranked(prefilling, admission.open):
+            if sequence.status is Status.WAITING and not admission.admit(sequence):
                 continue
-            for earlier in passed:
-                earlier.bypasses += 1
-            self._start(sequence, matched)
-            underway.update(self._full_hashes(sequence)[len(matched) :])
             chunks.append(self._chunk(sequence, min(sequence.remaining, budget)))
             budget -= len(chunks[-1].token_ids)
-            if any(earlier.bypasses >= MAX_BYPASSES for earlier in passed):
+            if budget <= 0:
                 return
 
+    def _awaits(self, wanted: list[bytes], matched: list[int], underway: set[bytes]) -> bool:
+        """Whether another sequence is computing the very block that this one needs next: it then
+        waits for it and shares it."""
+        return len(matched) < len(wanted) and wanted[len(matched)] in underway
+
     def _fits(self, sequence: Sequence, matched: list[int]) -> bool:
-        fresh = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
         headroom = self._headroom_blocks if self.running else 0
-        return self.pool.cost(matched, fresh) + headroom <= self.pool.free_blocks
+        return self._fresh_cost(sequence, matched) + headroom <= self.pool.free_blocks
+
+    def _fresh_cost(self, sequence: Sequence, matched: list[int]) -> int:
+        """Free blocks that its admission takes."""
+        fresh = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
+        return self.pool.cost(matched, fresh)
 
     def _start(self, sequence: Sequence, matched: list[int]) -> None:
         fresh = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
         sequence.block_table = self.pool.allocate(matched, fresh)
         sequence.computed = len(matched) * self.limits.block_size
         sequence.status = Status.RUNNING
-        self.waiting.remove(sequence)
+        self.waiting.start(sequence)
         insort(self.running, sequence, key=_arrival)
         if sequence.cached_tokens is None:  # only the first time: a recompute is not a query
             sequence.cached_tokens = min(sequence.computed, len(sequence.prompt))
@@ -284,6 +287,10 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         start, end = sequence.computed, sequence.computed + count
+        if sequence.charged < min(end, sequence.given):  # not what is computed again
+            new = min(end, sequence.given) - max(start, sequence.charged)
+            self.waiting.charge(sequence, new * PROMPT_TOKEN_COST)
+            sequence.charged = end
         return Chunk(
             sequence_id=sequence.sequence_id,
             token_ids=tuple(sequence.tokens[start:end]),
@@ -311,12 +318,61 @@ class Scheduler:
                 self.pool.publish(sequence.block_table[position], hashes[position])
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        queue = self.running if sequence.status is Status.RUNNING else self.waiting
-        queue.remove(sequence)
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        self.waiting.leave(sequence, sequence.status is Status.WAITING)
         self.pool.free(sequence.block_table)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         del self._sequences[sequence.sequence_id]
+
+
+class _Admission:
+    """Who may start in one step. ``open`` turns False when nobody can any more."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.open = bool(scheduler.waiting) and self._has_room()
+        self._underway = scheduler._hashes_underway() if self.open else set()
+        self._unfit: list[Sequence] = []
+        self._unfit_of: Counter[str] = Counter()
+        self._closed: set[str] = set()  # tenants whose next ones wait for an earlier one
+
+    def _has_room(self) -> bool:
+        scheduler = self._scheduler
+        return len(scheduler.running) < scheduler._max_running and scheduler.pool.free_blocks > 0
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Start the sequence, or look past it and return False."""
+        scheduler = self._scheduler
+        if not self.open or sequence.tenant in self._closed:
+            return False
+        wanted = scheduler._reusable_hashes(sequence)
+        matched = scheduler.pool.match_prefix(wanted)
+        if scheduler._awaits(wanted, matched, self._underway):
+            return False
+        if not scheduler._fits(sequence, matched):
+            self._look_past(sequence)
+            return False
+        scheduler.waiting.passed(sequence, self._unfit)
+        scheduler._start(sequence, matched)
+        self._underway.update(scheduler._full_hashes(sequence)[len(matched) :])
+        self._close()
+        return True
+
+    def _look_past(self, sequence: Sequence) -> None:
+        self._unfit.append(sequence)
+        self._unfit_of[sequence.tenant] += 1
+        if self._unfit_of[sequence.tenant] >= _SCAN_WINDOW:
+            self._closed.add(sequence.tenant)
+        self._close()
+        self.open = self.open and len(self._unfit) < _WHOLE_SCAN_WINDOW
+
+    def _close(self) -> None:
+        """Let nobody pass those that were passed often enough."""
+        self._closed.update(one.tenant for one in self._unfit if one.bypasses >= MAX_BYPASSES)
+        overdue = any(self._scheduler.waiting.overdue(one) for one in self._unfit)
+        self.open = self._has_room() and not overdue
 
 
 def _arrival(sequence: Sequence) -> int:

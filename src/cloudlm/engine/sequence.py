@@ -30,7 +30,11 @@ class Sequence:
     ``tokens`` are prompt and answer together; the first ``computed`` of them have keys and values
     in the blocks of ``block_table``. ``end_token_ids`` end the sequence when they are generated.
     ``arrival`` orders sequences (set by the scheduler; a preempted one keeps its own).
-    ``bypasses`` counts the later sequences that were admitted while this one did not fit.
+    Sequences of a higher ``priority`` go first; ``level`` is the priority that the scheduler goes
+    by, which grows with long waiting. ``tenant`` shares the engine with others by ``weight``.
+    ``given`` tokens came with the request; those before ``charged`` were counted for the tenant.
+    ``bypasses`` counts the later sequences of the same tenant that were admitted while this one did
+    not fit, ``overtaken`` those of all tenants while it was its tenant's first such one.
     ``cached_tokens`` are the prompt tokens that the prefix cache held at first admission.
     """
 
@@ -46,19 +50,28 @@ class Sequence:
     prompt_logprobs: bool = False
     pooling: Pooling | None = None
     adapter: str = ""
+    tenant: str = ""
+    priority: int = 0
+    weight: float = 1.0
     prompt_scored: bool = False
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     arrival: int = -1
     computed: int = 0
+    level: int = 0
+    queued_at: int = 0
+    charged: int = 0
     bypasses: int = 0
+    overtaken: int = 0
     cached_tokens: int | None = None
     block_table: list[int] = field(default_factory=list)
     tokens: list[int] = field(init=False)
+    given: int = field(init=False)
     _block_hashes: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = [*self.prompt, *self.outputs]
+        self.given = len(self.tokens)
 
     @property
     def remaining(self) -> int:

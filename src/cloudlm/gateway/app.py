@@ -30,6 +30,7 @@ from cloudlm.core.errors import (
     Unavailable,
 )
 from cloudlm.core.settings import GatewaySettings
+from cloudlm.core.tenant import read_weights
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.demand import DemandReporter
@@ -85,6 +86,7 @@ class Gateway:
                 upstream=self.upstream,
                 ledger=self.ledger,
                 meter=self.meter,
+                weights=read_weights(settings.tenant_weights),
             )
         )
         self.stopping = False

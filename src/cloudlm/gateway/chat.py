@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -29,7 +29,7 @@ from cloudlm.core.errors import (
     UpstreamFailed,
 )
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.core.tenant import KeyRecord, Outcome
+from cloudlm.core.tenant import TENANT_HEADER, WEIGHT_HEADER, KeyRecord, Outcome, Role
 from cloudlm.gateway.account import Attempt, Exchange, status_of
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
@@ -71,6 +71,7 @@ class Rooms:
     upstream: Upstream
     ledger: Ledger
     meter: Meter
+    weights: Mapping[str, float] = field(default_factory=dict)
     fraction: Callable[[], float] = random.random
 
 
@@ -119,10 +120,13 @@ class Handler:
             return self._listed(exchange, openai.model_body(view.model(name)))
         tenant = exchange.key.tenant
         salted = functools.partial(keys.cache_salt, tenant, self._rooms.pepper)
+        leads = exchange.key.role is Role.ADMIN
         if len(request.body) < LARGE_BODY_BYTES:
-            call = openai.parse(operation, request.body, salted)
+            call = openai.parse(operation, request.body, salted, may_lead=leads)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(openai.parse, operation, request.body, salted)
+            call = await asyncio.to_thread(
+                openai.parse, operation, request.body, salted, may_lead=leads
+            )
         if call.model not in view.models or not view.models[call.model].endpoints:
             view = await self._rooms.view.look_again()
         self._admit(exchange, view.model(call.model))
@@ -203,7 +207,7 @@ class Handler:
                 answer = await rooms.upstream.send(
                     endpoint.url + call.path,
                     call.body,
-                    {"x-request-id": exchange.request_id},
+                    self._said(exchange),
                     replica=replica,
                     timeout_s=rooms.settings.first_token_timeout_s,
                     now=rooms.clock.now(),
@@ -310,6 +314,15 @@ class Handler:
         if exchange.attempts:
             headers["x-cloudlm-replica"] = header_safe(exchange.replica)
             headers["x-cloudlm-attempts"] = str(exchange.attempts)
+        return headers
+
+    def _said(self, exchange: Exchange) -> dict[str, str]:
+        """What a replica is told about the request besides its body."""
+        headers = {"x-request-id": exchange.request_id}
+        if exchange.key is not None:
+            tenant = exchange.key.tenant
+            headers[TENANT_HEADER] = keys.tenant_mark(tenant, self._rooms.pepper)
+            headers[WEIGHT_HEADER] = f"{self._rooms.weights.get(tenant, 1.0):g}"
         return headers
 
     # What happens around it -----------------------------------------------------------------------

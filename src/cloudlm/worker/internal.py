@@ -8,7 +8,8 @@ For the gateway, which continues a stream on another replica when the first one 
      "sampling": {…},                    the fields of core.chat.Sampling; "seed" is needed to
                                          resume an answer that is drawn (temperature above 0)
      "index": 0,                         the choice's number, part of the draw
-     "cache_salt": "…"}                  keeps tenants' prefixes apart
+     "cache_salt": "…",                  keeps tenants' prefixes apart
+     "priority": 0}                      lower goes first, as in vLLM
 
 The answer is a stream of server-sent events:
 
@@ -45,6 +46,7 @@ from cloudlm.worker.prepare import (
     render_messages,
 )
 from cloudlm.worker.serving import Serving, new_id
+from cloudlm.worker.sharing import USUAL, Share, share_of
 from cloudlm.worker.stream import DONE, event
 
 FIELDS = (
@@ -55,6 +57,7 @@ FIELDS = (
     "sampling",
     "index",
     "cache_salt",
+    "priority",
 )
 _SOURCES = ("prompt_token_ids", "messages", "prompt")
 
@@ -69,10 +72,11 @@ class InternalRequest:
     output_token_ids: tuple[int, ...] = ()
     index: int = 0
     cache_salt: str = ""
+    share: Share = USUAL
 
 
-def parse_internal(body: Mapping[str, Any]) -> InternalRequest:
-    """Read the body. Raises InvalidRequest with ``param``."""
+def parse_internal(body: Mapping[str, Any], headers: Mapping[str, str]) -> InternalRequest:
+    """Read body and headers. Raises InvalidRequest with ``param``."""
     for name in body:
         if name not in FIELDS:
             raise InvalidRequest(
@@ -93,7 +97,8 @@ def parse_internal(body: Mapping[str, Any]) -> InternalRequest:
             param="sampling.seed",
         )
     messages, prompt = _prompt(body)
-    return InternalRequest(parsed, messages, prompt, outputs, index, cache_salt(body))
+    share = share_of(headers, body)
+    return InternalRequest(parsed, messages, prompt, outputs, index, cache_salt(body), share)
 
 
 def _prompt(
@@ -140,6 +145,9 @@ async def prepare_internal(
         output_token_ids=request.output_token_ids,
         index=request.index,
         cache_salt=request.cache_salt,
+        tenant=request.share.tenant,
+        priority=request.share.priority,
+        weight=request.share.weight,
     )
     return Prepared(made.request_id, (made,), 1)
 

@@ -19,6 +19,7 @@ from cloudlm.engine.intake import check_token_ids
 from cloudlm.worker import tokenise
 from cloudlm.worker.limits import settle
 from cloudlm.worker.serving import Serving, new_id
+from cloudlm.worker.sharing import Share
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,7 +111,7 @@ async def render_messages(
 
 
 async def prepare_chat(
-    serving: Serving, offload: Offload, request: ChatRequest, salt: str
+    serving: Serving, offload: Offload, request: ChatRequest, salt: str, share: Share
 ) -> Prepared:
     """The sequences of a chat request. Raises InvalidRequest, ContextLengthExceeded."""
     adapter = serving.check_model(request.model)
@@ -123,13 +124,14 @@ async def prepare_chat(
         request.n,
         "messages",
         salt,
+        share,
         adapter=adapter,
     )
     return Prepared(made[0].request_id, made, request.n)
 
 
 async def prepare_completion(
-    serving: Serving, offload: Offload, request: CompletionRequest, salt: str
+    serving: Serving, offload: Offload, request: CompletionRequest, salt: str, share: Share
 ) -> Prepared:
     """The sequences of a completion request. Raises InvalidRequest, ContextLengthExceeded."""
     adapter = serving.check_model(request.model)
@@ -140,10 +142,12 @@ async def prepare_completion(
             param="n",
         )
     size = sum(len(prompt) for prompt in request.prompts)
-    return await offload.sized(size, _completion, serving, request, salt, adapter)
+    return await offload.sized(size, _completion, serving, request, salt, share, adapter)
 
 
-def _completion(serving: Serving, request: CompletionRequest, salt: str, adapter: str) -> Prepared:
+def _completion(
+    serving: Serving, request: CompletionRequest, salt: str, share: Share, adapter: str
+) -> Prepared:
     prompts = [prompt_token_ids(serving, prompt) for prompt in request.prompts]
     request_id = new_id("cmpl")
     made = _sequences(
@@ -154,6 +158,7 @@ def _completion(serving: Serving, request: CompletionRequest, salt: str, adapter
         request.n,
         "prompt",
         salt,
+        share,
         prompt_logprobs=request.echo and request.sampling.logprobs is not None,
         adapter=adapter,
     )
@@ -195,6 +200,7 @@ def _sequences(
     n: int,
     param: str,
     salt: str,
+    share: Share,
     **more: Any,
 ) -> tuple[GenerateRequest, ...]:
     return tuple(
@@ -204,6 +210,9 @@ def _sequences(
             sampling=settled,
             index=index,
             cache_salt=salt,
+            tenant=share.tenant,
+            priority=share.priority,
+            weight=share.weight,
             **more,
         )
         for prompt in prompts

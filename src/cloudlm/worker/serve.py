@@ -40,6 +40,7 @@ from cloudlm.worker.prepare import (
 )
 from cloudlm.worker.replica import Phase, Replica
 from cloudlm.worker.serving import Serving
+from cloudlm.worker.sharing import share_of
 from cloudlm.worker.stream import EventStream, unless_gone
 
 T = TypeVar("T")
@@ -49,8 +50,11 @@ async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions: answer a conversation."""
     replica = replica_of(request)
     serving = replica.serving
-    asked, salt = await _read(request, lambda body: (parse_chat(body), cache_salt(body)))
-    prepared = await prepare_chat(serving, replica.offload, asked, salt)
+    asked, salt, share = await _read(
+        request,
+        lambda body: (parse_chat(body), cache_salt(body), share_of(request.headers, body)),
+    )
+    prepared = await prepare_chat(serving, replica.offload, asked, salt, share)
     events, created = _run(request, serving, prepared), int(replica.clock.now())
     if asked.stream:
         return _stream(events, stream_chat(serving, asked, prepared, events, created))
@@ -61,8 +65,11 @@ async def completions(request: Request) -> Response:
     """POST /v1/completions: continue a text."""
     replica = replica_of(request)
     serving = replica.serving
-    asked, salt = await _read(request, lambda body: (parse_completion(body), cache_salt(body)))
-    prepared = await prepare_completion(serving, replica.offload, asked, salt)
+    asked, salt, share = await _read(
+        request,
+        lambda body: (parse_completion(body), cache_salt(body), share_of(request.headers, body)),
+    )
+    prepared = await prepare_completion(serving, replica.offload, asked, salt, share)
     events, created = _run(request, serving, prepared), int(replica.clock.now())
     if asked.stream:
         return _stream(events, stream_completion(serving, asked, prepared, events, created))
@@ -87,7 +94,7 @@ async def internal_generate(request: Request) -> Response:
     """POST /internal/v1/generate: token ids in and out, resume; see ``internal``."""
     replica = replica_of(request)
     serving = replica.serving
-    asked = await _read(request, parse_internal)
+    asked = await _read(request, lambda body: parse_internal(body, request.headers))
     prepared = await prepare_internal(serving, replica.offload, asked)
     events = _run(request, serving, prepared)
     return _stream(events, stream_internal(prepared, events))

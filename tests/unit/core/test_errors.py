@@ -7,9 +7,10 @@ from cloudlm.core.errors import CloudlmError, MissingExtra, Retry, error_from_bo
 
 
 def every_class() -> list[type[CloudlmError]]:
+    """Those of the tree; other modules may have private kinds of their own."""
     found = [CloudlmError]
     for cls in found:
-        found.extend(cls.__subclasses__())
+        found.extend(one for one in cls.__subclasses__() if one.__module__ == errors.__name__)
     return found
 
 

@@ -16,7 +16,9 @@ from paged_fake_runner import PagedFakeRunner
 
 from cloudlm.core.chat import FinishReason, Sampling
 from cloudlm.core.errors import BadSetting, ContextLengthExceeded, InvalidRequest
-from cloudlm.engine.scheduler import MAX_BYPASSES, Advance, Limits, Scheduler
+from cloudlm.engine.fairness import MAX_BYPASSES
+from cloudlm.engine.limits import Limits
+from cloudlm.engine.scheduler import Advance, Scheduler
 from cloudlm.engine.sequence import Sequence, Status
 from cloudlm.engine.step import Step
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Outcome, Role
-from cloudlm.security.keys import cache_salt, mint
+from cloudlm.security.keys import cache_salt, mint, tenant_mark
 
 
 async def test_whole_answer(rig: Any, kit: Any) -> None:
@@ -43,9 +43,19 @@ async def test_what_the_replica_gets(rig: Any, kit: Any) -> None:
     head = rig.replicas[0].heads[0].lower()
     assert "authorization: bearer worker-token-for-tests" in head
     assert "x-request-id: abc-1" in head
+    assert f"x-cloudlm-tenant: {tenant_mark('default', kit.PEPPER)}" in head
+    assert "x-cloudlm-weight: 1\r\n" in head
     assert "cookie" not in head
     assert rig.key not in head
     assert result.headers["x-request-id"] == "abc-1"
+
+
+@pytest.mark.parametrize(("asked", "sent"), [(-5, 0), (5, 5), (10**9, 100)])
+async def test_a_user_may_let_others_go_first_but_not_push_ahead(
+    rig: Any, kit: Any, asked: int, sent: int
+) -> None:
+    await rig.ask(kit.chat_body(priority=asked))
+    assert rig.replicas[0].requests[0]["priority"] == sent
 
 
 async def test_stream_without_usage_asked(rig: Any, kit: Any) -> None:

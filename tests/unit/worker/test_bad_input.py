@@ -45,6 +45,8 @@ BOTH = [
     ("stream", "yes"),
     ("cache_salt", "x" * 1000),
     ("cache_salt", 3),
+    ("priority", "high"),
+    ("priority", 0.5),
     ("model", 3),
     ("model", ""),
 ]

@@ -1,9 +1,10 @@
 """OpenAI's API as clients speak it: paths, bodies in, chunks and bodies out.
 
 Requests are validated with ``core.requests`` and then forwarded as the client wrote them, only
-two fields altered: ``stream_options``, because the gateway needs the usage in every chunk to
-account for a stream that breaks, and ``cache_salt``, which keeps tenants' prefixes apart. What
-the client did not ask for is stripped on the way back. Must not do I/O.
+three fields altered: ``stream_options``, because the gateway needs the usage in every chunk to
+account for a stream that breaks, ``cache_salt``, which keeps tenants' prefixes apart, and
+``priority``, with which only some may go ahead of others. What the client did not ask for is
+stripped on the way back. Must not do I/O.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from cloudlm.core.errors import (
     NotFound,
     NotSupported,
 )
-from cloudlm.core.requests import decode_body, parse_chat, parse_completion, parse_embedding
+from cloudlm.core.requests import (
+    decode_body,
+    parse_chat,
+    parse_completion,
+    parse_embedding,
+    read_priority,
+)
 from cloudlm.gateway.sse import event
 from cloudlm.gateway.view import ServedModel
 
@@ -122,10 +129,16 @@ def route(method: str, path: str) -> tuple[Operation, str]:
     raise NotFound(f"there is nothing at {path[:80]!r}; this server speaks OpenAI's API under /v1")
 
 
-def parse(operation: Operation, raw: bytes, salted: Callable[[str], str]) -> Call:
+def parse(
+    operation: Operation, raw: bytes, salted: Callable[[str], str], *, may_lead: bool = False
+) -> Call:
     """Validate a body. ``salted`` makes the cache salt that is sent on out of the client's own
-    (empty if it gave none). Raises InvalidRequest and NotSupported naming the field."""
+    (empty if it gave none). Unless the client ``may_lead``, its ``priority`` can only let others go
+    first. Raises InvalidRequest and NotSupported naming the field."""
     body = decode_body(raw)
+    if body.get("priority") is not None:
+        priority = read_priority(body)
+        body["priority"] = priority if may_lead else max(priority, 0)
     if operation is Operation.CHAT:
         return _generation(operation, body, parse_chat(body), salted)
     if operation is Operation.COMPLETION:

@@ -1,0 +1,206 @@
+"""Who is next: one waiting line per tenant, and how much each tenant was served.
+
+Every tenant has a counter that grows with the tokens computed for it, divided by its weight; the
+one with the least counter is served next. A tenant that comes back does so at the counter of those
+who wait: to have been away saves nothing up. Source: virtual token counters, Sheng et al.,
+"Fairness in Serving Large Language Models", OSDI 2024 (arXiv 2401.00588), which is start-time fair
+queueing with tokens for packets. Higher priorities come first whatever the counters say, but from
+time to time the sequence that waited longest is lifted to them, so that nothing starves.
+
+A pure decider's part: must not import torch, asyncio, time, logging or threading.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace, merge
+from itertools import chain
+
+from cloudlm.engine.sequence import Sequence
+
+PROMPT_TOKEN_COST = 1.0
+ANSWER_TOKEN_COST = 2.0
+"""What a computed prompt token and a generated one add to a counter, as in the source."""
+
+PROMOTION_STEPS = 64
+"""Steps after which a sequence may have waited too long; one per so many steps is lifted."""
+
+MAX_BYPASSES = 16
+"""Later sequences that may be admitted while an earlier one does not fit; then they wait for it."""
+
+_MANY_TENANTS = 1024  # counters kept before those that say nothing any more are dropped
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """``waiting`` is in the order of ``_place``; ``stuck`` is the first that did not fit."""
+
+    counter: float = 0.0
+    sequences: int = 0
+    waiting: list[Sequence] = field(default_factory=list)
+    stuck: Sequence | None = None
+
+
+class Lines:
+    """All sequences that wait, and every tenant's counter. Iterates in no particular order."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, _Tenant] = {}
+        self._present = 0  # sequences that have entered and not left
+        self._waiting = 0
+        self._level = 0.0  # counters that are no greater say nothing: a newcomer begins here
+        self._last = _Tenant()  # the last one whose sequence started
+        self._step = 0
+        self._promoted_at = 0
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for tenant in self._tenants.values():
+            yield from tenant.waiting
+
+    def counter(self, tenant: str) -> float:
+        """Tokens computed for the tenant, weighted; only differences between tenants mean
+        anything."""
+        known = self._tenants.get(tenant)
+        return self._level if known is None else known.counter
+
+    def enter(self, sequence: Sequence) -> None:
+        """A new sequence waits. Its tenant's counter is lifted if none of its others waits."""
+        if self._present == 0:  # nobody is here to be compared with: all begin anew
+            self._tenants.clear()
+            self._level, self._last = 0.0, _Tenant()
+        self._forget()
+        self._present += 1
+        tenant = self._tenants.setdefault(sequence.tenant, _Tenant(self._level))
+        if not tenant.waiting:
+            tenant.counter = max(tenant.counter, self._least())
+        tenant.sequences += 1
+        self.wait(sequence)
+
+    def wait(self, sequence: Sequence) -> None:
+        """Put a sequence of a known tenant into its line: a new one, or one that gave way."""
+        sequence.queued_at = self._step
+        insort(self._tenants[sequence.tenant].waiting, sequence, key=_place)
+        self._waiting += 1
+
+    def start(self, sequence: Sequence) -> None:
+        """The sequence waits no longer, it runs."""
+        tenant = self._tenants[sequence.tenant]
+        self._level = max(self._level, self._least())
+        tenant.waiting.remove(sequence)
+        self._waiting -= 1
+        self._last = tenant
+        if tenant.stuck is sequence:
+            tenant.stuck = None
+
+    def leave(self, sequence: Sequence, waiting: bool) -> None:
+        """The sequence has ended."""
+        if waiting:
+            self.start(sequence)
+        self._tenants[sequence.tenant].sequences -= 1
+        self._present -= 1
+
+    def charge(self, sequence: Sequence, cost: float) -> None:
+        """Count what is computed for a sequence, in prompt tokens."""
+        self._tenants[sequence.tenant].counter += cost / sequence.weight
+
+    def tick(self, running: Iterable[Sequence]) -> None:
+        """A step begins. Lift the sequence that waited longest to the highest priority there is,
+        if it waited too long behind others and none was lifted lately."""
+        self._step += 1
+        if self._waiting == 0 or self._step - self._promoted_at < PROMOTION_STEPS:
+            return
+        self._promoted_at = self._step
+        heads = (tenant.waiting[0] for tenant in self._lines())
+        top = max(one.level for one in chain(running, heads))
+        low = [s for s in self if s.level < top and self._step - s.queued_at >= PROMOTION_STEPS]
+        if low:
+            oldest = min(low, key=lambda sequence: (sequence.queued_at, sequence.arrival))
+            line = self._tenants[oldest.tenant].waiting
+            line.remove(oldest)
+            oldest.level = top
+            insort(line, oldest, key=_place)
+
+    def first(self) -> Sequence | None:
+        """Who comes next."""
+        return min((t.waiting[0] for t in self._lines()), key=self._rank, default=None)
+
+    def ranked(self, prefilling: list[Sequence], admitting: bool) -> Iterator[Sequence]:
+        """Who gets prompt tokens computed, next first: those that are at it and, if ``admitting``,
+        those that wait. What is charged meanwhile changes who comes later."""
+        lines: dict[str, Iterator[Sequence]] = {}
+        heap: list[tuple[tuple[bool, int, float, int], Sequence]] = []
+        names = {one.tenant for one in prefilling}
+        if admitting:
+            names.update(name for name, tenant in self._tenants.items() if tenant.waiting)
+        for name in names:
+            begun = sorted((s for s in prefilling if s.tenant == name), key=_place)
+            waiting = self._tenants[name].waiting[:] if admitting else []
+            # Merging is stable: what has begun stays before what waits at the same level.
+            lines[name] = merge(begun, waiting, key=_level_down)
+            head = next(lines[name])
+            heap.append((self._rank(head), head))
+        heapify(heap)
+        while heap:
+            (rank, sequence) = heap[0]
+            now = self._rank(sequence)
+            if now > rank:  # a stale counter; they only grow
+                heapreplace(heap, (now, sequence))
+                continue
+            following = next(lines[sequence.tenant], None)
+            if following is None:
+                heappop(heap)
+            else:
+                heapreplace(heap, (self._rank(following), following))
+            yield sequence
+
+    def overdue(self, sequence: Sequence) -> bool:
+        """Whether everybody must wait until this sequence fits."""
+        stuck = self._tenants[sequence.tenant].stuck
+        return stuck is sequence and sequence.overtaken >= MAX_BYPASSES
+
+    def passed(self, by: Sequence, unfit: list[Sequence]) -> None:
+        """``by`` is admitted and these, ranked before it, do not fit. Who is stuck for longer
+        counts as well, even if ``by`` is ranked before it now."""
+        for sequence in unfit:
+            tenant = self._tenants[sequence.tenant]
+            if sequence.tenant == by.tenant:
+                sequence.bypasses += 1
+            if tenant.stuck is None:
+                tenant.stuck = sequence
+        for tenant in self._tenants.values():
+            stuck = tenant.stuck
+            if stuck is not None and stuck.arrival < by.arrival and stuck.level >= by.level:
+                stuck.overtaken += 1
+
+    def _rank(self, sequence: Sequence) -> tuple[bool, int, float, int]:
+        tenant = self._tenants[sequence.tenant]
+        return not self.overdue(sequence), -sequence.level, tenant.counter, sequence.arrival
+
+    def _lines(self) -> Iterator[_Tenant]:
+        return (tenant for tenant in self._tenants.values() if tenant.waiting)
+
+    def _least(self) -> float:
+        waiting = min((tenant.counter for tenant in self._lines()), default=self._last.counter)
+        return max(waiting, self._level)
+
+    def _forget(self) -> None:
+        """Drop the counters that are no more than a newcomer's: the same without them."""
+        if len(self._tenants) > _MANY_TENANTS:
+            self._tenants = {
+                name: tenant
+                for name, tenant in self._tenants.items()
+                if tenant.sequences or tenant.counter > self._level
+            }
+
+
+def _place(sequence: Sequence) -> tuple[int, int]:
+    return -sequence.level, sequence.arrival
+
+
+def _level_down(sequence: Sequence) -> int:
+    return -sequence.level
