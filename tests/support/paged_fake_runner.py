@@ -52,6 +52,8 @@ class PagedFakeRunner:
         self.salts: dict[int, str] = {}
         self.steps: list[Step] = []
         self.adapters: set[str] = set()
+        self.asleep = 0
+        self.broken: Exception | None = None
         self.before_step: Callable[[Step], None] = lambda step: None
         self.closed = 0
         self._slots: dict[tuple[int, int], tuple[int, int, str]] = {}
@@ -60,6 +62,7 @@ class PagedFakeRunner:
         self.before_step(step)
         self.steps.append(step)
         assert step.chunks
+        assert not self.asleep
         assert len({chunk.sequence_id for chunk in step.chunks}) == len(step.chunks)
         for chunk in step.chunks:
             self._check(chunk, chunk.start)
@@ -85,6 +88,17 @@ class PagedFakeRunner:
 
     def remove_adapter(self, key: str) -> None:
         self.adapters.remove(key)
+
+    def sleep(self, level: int) -> None:
+        assert not self.asleep
+        self.asleep = level
+        self._slots.clear()
+
+    def wake(self) -> None:
+        assert self.asleep
+        if self.broken is not None:
+            raise self.broken
+        self.asleep = 0
 
     def close(self) -> None:
         self.closed += 1

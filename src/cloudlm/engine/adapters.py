@@ -221,18 +221,30 @@ class Adapters:
     """The adapters of one runner, by key. Used by the thread that runs the network."""
 
     def __init__(self, model: Decoder) -> None:
-        self._modules = dict(model.named_modules())
         self._adapters: dict[str, Adapter] = {}
+        self._modules: dict[str, nn.Module] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._active: list[tuple[Adapter, Tensor | None]] = []
+        self.attach(model)
+
+    def attach(self, model: Decoder) -> None:
+        """Apply what is loaded to ``model`` from now on."""
+        self._modules = dict(model.named_modules())
+        for adapter in self._adapters.values():
+            self._hook(adapter)
+
+    def detach(self) -> None:
+        """Let go of the network; the adapters stay."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._modules.clear()
 
     def add(self, key: str, adapter: Adapter) -> None:
         """From the next step on chunks may name ``key``."""
         self._adapters[key] = adapter
-        for path in adapter.pairs:
-            if path not in self._hooks:
-                module = self._modules[path]
-                self._hooks[path] = module.register_forward_hook(self._sum_for(path))
+        if self._modules:
+            self._hook(adapter)
 
     def remove(self, key: str) -> None:
         """Forget an adapter; no chunk may name it any more."""
@@ -269,6 +281,12 @@ class Adapters:
             (self._adapters[key], torch.tensor(places, dtype=torch.int64, device=device))
             for key, places in rows.items()
         ]
+
+    def _hook(self, adapter: Adapter) -> None:
+        for path in adapter.pairs:
+            if path not in self._hooks:
+                module = self._modules[path]
+                self._hooks[path] = module.register_forward_hook(self._sum_for(path))
 
     def _sum_for(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

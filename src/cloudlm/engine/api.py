@@ -175,6 +175,17 @@ class Engine(Protocol):
         """Refuse new requests for it, wait for those that run, forget it. Raises ModelNotFound."""
         ...
 
+    async def sleep(self, level: int) -> None:
+        """Refuse new requests (Unavailable), wait for those that run, then give back the memory of
+        weights and cache; at level 2 also the system's copy of the weights' files. What sleeps
+        already sleeps on. Raises NotSupported (this engine cannot)."""
+        ...
+
+    async def wake(self) -> None:
+        """Load the weights again and take requests. What is awake stays so. Raises BrokenModel and
+        its kinds if the files can no longer be loaded; then it sleeps on."""
+        ...
+
     def stats(self) -> EngineStats: ...
 
     async def close(self) -> None:

@@ -126,6 +126,16 @@ class BlockPool:
                     self._cached[block] = None
         table.clear()
 
+    def forget(self) -> None:
+        """Empty every block that nobody holds: the runner's memory of them is gone."""
+        for block in self._cached:
+            block_hash = self._hashes[block]
+            assert block_hash is not None
+            del self._by_hash[block_hash]
+            self._hashes[block] = None
+            self._empty.append(block)
+        self._cached.clear()
+
     def _take(self) -> int:
         if self._empty:
             block = self._empty.pop()

@@ -28,6 +28,7 @@ from cloudlm.core.errors import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    Unavailable,
 )
 from cloudlm.engine.answer import Answer
 from cloudlm.engine.api import (
@@ -74,6 +75,10 @@ class Runner(Protocol):
     def add_adapter(self, key: str, adapter: Any) -> None: ...
 
     def remove_adapter(self, key: str) -> None: ...
+
+    def sleep(self, level: int) -> None: ...
+
+    def wake(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -162,10 +167,12 @@ class LocalEngine:
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._generations = itertools.count(1)
         self._embedding: set[str] = set()  # request ids of the calls of embed
-        self._lock = threading.Lock()  # guards the five below
+        self._lock = threading.Lock()  # guards what is below
         self._adapters: dict[str, _Loaded | None] = {}  # None while it loads
         self._incoming = 0  # submitted, but not yet in the snapshot
         self._closing = False
+        self._asleep = False  # from the wish to sleep until awake
+        self._falling_asleep = 0  # wishes that are not yet done
         self._failed = False
         self._snapshot = EngineStats(blocks_total=limits.blocks_total)
         # From here on: the engine thread's own.
@@ -173,6 +180,7 @@ class LocalEngine:
         self._jobs: dict[int, _Job] = {}
         self._errands: list[_Errand] = []
         self._keys = {""}
+        self._released = False
         self._outbox = Outbox()
         self._taken = 0
         self._steps = 0
@@ -272,6 +280,17 @@ class LocalEngine:
             lambda: all(job.sequence.adapter != key for job in self._jobs.values()),
         )
 
+    async def sleep(self, level: int) -> None:
+        """See the port."""
+        with self._lock:
+            self._falling_asleep += 1
+            self._asleep = True
+        await self._between_steps(lambda: self._release(level), lambda: not self._jobs)
+
+    async def wake(self) -> None:
+        """See the port."""
+        await self._between_steps(self._restore, lambda: not self._falling_asleep)
+
     def _key_of(self, adapter: str) -> str:
         if not adapter:
             return ""
@@ -330,13 +349,16 @@ class LocalEngine:
             raise InternalError(f"the engine's step did not end within {CLOSE_TIMEOUT_S:.0f} s")
 
     def _refuse_if_unable(self) -> None:
-        """Raises InternalError when stopped, Overloaded when the queue is full.
+        """Raises InternalError when stopped, Unavailable when asleep, Overloaded when the queue is
+        full.
 
         Sequences that the next step can start are not counted as queued, or an idle engine would
         refuse a burst that it can run at once.
         """
         if self._closing or self._failed or not self._thread.is_alive():
             raise _stopped()
+        if self._asleep:
+            raise Unavailable("the model is asleep; wake it first", retry_after_s=1.0)
         snapshot = self._snapshot
         idle = 0 if snapshot.waiting else self._limits.max_batch_sequences - snapshot.running
         queued = snapshot.waiting + max(0, self._incoming - idle)
@@ -378,7 +400,8 @@ class LocalEngine:
                 self._publish()
 
     def _run_errands(self) -> None:
-        for errand in [one for one in self._errands if one.ready()]:
+        # One may make another ready, so all are asked again after each.
+        while (errand := next((one for one in self._errands if one.ready()), None)) is not None:
             self._errands.remove(errand)
             try:
                 errand.work()
@@ -386,6 +409,24 @@ class LocalEngine:
                 errand.done.set_exception(error)
             else:
                 errand.done.set_result(None)
+
+    def _release(self, level: int) -> None:
+        try:
+            if not self._released:
+                self._runner.sleep(level)
+                self._released = True
+                self._scheduler.pool.forget()
+        finally:
+            with self._lock:
+                self._falling_asleep -= 1
+                self._asleep = self._released
+
+    def _restore(self) -> None:
+        if self._released:
+            self._runner.wake()
+            self._released = False
+        with self._lock:
+            self._asleep = False
 
     def _add_adapter(self, key: str, adapter: Any) -> None:
         self._runner.add_adapter(key, adapter)

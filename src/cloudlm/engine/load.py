@@ -15,10 +15,10 @@ from cloudlm.engine.architectures import find_architecture
 from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.architectures.config import ModelConfig, read_json
 from cloudlm.engine.ops.cache import block_size_bytes
-from cloudlm.engine.runner import Runner, RunnerFacts
+from cloudlm.engine.runner import Runner, RunnerFacts, Source
 from cloudlm.engine.step import Pooling
 from cloudlm.engine.tokens import Tokenizer
-from cloudlm.engine.weights import load_weights
+from cloudlm.engine.weights import load_weights, weight_files
 
 if TYPE_CHECKING:
     from cloudlm.engine.engine import LocalEngine
@@ -85,7 +85,14 @@ def load_runner(
     )
     tell(0.9, "trying the model out")
     facts = RunnerFacts(name, max_model_len, num_blocks, settings.block_size, eos_token_ids)
-    runner = Runner(model, facts)
+
+    def again() -> Decoder:
+        fresh = _build(folder)[2]
+        fresh.limit(max_model_len)
+        load_weights(fresh, folder, dtype=dtype, device=device)
+        return fresh
+
+    runner = Runner(model, facts, Source(again, tuple(weight_files(folder))))
     runner.check()
     return runner
 

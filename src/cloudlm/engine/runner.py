@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from cloudlm.core.chat import Sampling
-from cloudlm.core.errors import BrokenModel
+from cloudlm.core.errors import BrokenModel, NotSupported, Unavailable
 from cloudlm.engine.adapters import Adapter, Adapters, read_adapter, sites
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
+from cloudlm.engine.memory import drop_from_page_cache, give_back
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.sampler import Choice, sample, token_logprobs
@@ -36,14 +38,23 @@ class RunnerFacts:
     eos_token_ids: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the network came from: ``load`` makes it again, out of ``files``."""
+
+    load: Callable[[], Decoder]
+    files: tuple[Path, ...]
+
+
 class Runner:
-    """A network with its block pool. ``run`` is called by one thread at a time.
+    """A network with its block pool. ``run`` is called by one thread at a time. ``source`` is what
+    it wakes up from; without one it cannot sleep.
 
     The network must be loaded, all parameters of one type on one device. Raises BadSetting if the
     pool does not fit into memory.
     """
 
-    def __init__(self, model: Decoder, facts: RunnerFacts) -> None:
+    def __init__(self, model: Decoder, facts: RunnerFacts, source: Source | None = None) -> None:
         first = next(model.parameters())
         shape = model.shape
         self.model = model.eval()
@@ -53,15 +64,8 @@ class Runner:
         self._sites = sites(model)
         self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
-        self._pool = BlockPool(
-            shape.layers,
-            facts.num_blocks,
-            facts.block_size,
-            shape.kv_heads,
-            shape.head_dim,
-            first.dtype,
-            first.device,
-        )
+        self._source = source
+        self._pool = self._make_pool()
         self.info = EngineInfo(
             architecture=facts.architecture,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -73,6 +77,18 @@ class Runner:
             blocks_total=facts.num_blocks,
             eos_token_ids=facts.eos_token_ids,
             hidden_size=shape.hidden_size,
+        )
+
+    def _make_pool(self) -> BlockPool:
+        shape = self.model.shape
+        return BlockPool(
+            shape.layers,
+            self.num_blocks,
+            self.block_size,
+            shape.kv_heads,
+            shape.head_dim,
+            self._dtype,
+            self._device,
         )
 
     @torch.inference_mode()
@@ -117,8 +133,10 @@ class Runner:
 
     def read_adapter(self, folder: Path) -> Adapter:
         """The LoRA adapter of ``folder``; from any thread. See ``adapters.read_adapter``."""
-        name = self.model.parameter_name
-        return read_adapter(folder, self._sites, name, self._dtype, self._device)
+        model: Decoder | None = getattr(self, "model", None)
+        if model is None:
+            raise Unavailable("the model is asleep; wake it first")
+        return read_adapter(folder, self._sites, model.parameter_name, self._dtype, self._device)
 
     def add_adapter(self, key: str, adapter: Adapter) -> None:
         """From the next step on chunks may name ``key``."""
@@ -140,9 +158,34 @@ class Runner:
                 f"damaged, or {self.info.dtype} is too narrow for them (try dtype=float32)"
             )
 
+    def sleep(self, level: int) -> None:
+        """Give the memory of weights and cache back until ``wake``; adapters stay. At level 2 the
+        system is also asked to forget the weights' files."""
+        if self._source is None:
+            raise NotSupported("this model was not loaded from files and cannot sleep")
+        self._adapters.detach()
+        del self.model, self._pool
+        give_back()
+        if level >= 2:
+            drop_from_page_cache(self._source.files)
+
+    def wake(self) -> None:
+        """Load the weights again; the cache is empty. Raises as loading does, and sleeps on."""
+        assert self._source is not None, "only what sleeps wakes up"
+        self.model = self._source.load().eval()
+        try:
+            self._pool = self._make_pool()
+            self.check()
+        except BaseException:
+            self.__dict__.pop("_pool", None)
+            del self.model
+            raise
+        self._adapters.attach(self.model)
+
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
-        del self.model, self._pool, self._adapters
+        for name in ("model", "_pool", "_adapters"):
+            self.__dict__.pop(name, None)  # asleep it has two of them no more
 
     def _choices(self, chunks: tuple[Chunk, ...], hidden: Tensor) -> dict[int, Choice]:
         """The next token of each chunk that samples, by the chunk's place."""

@@ -1,4 +1,4 @@
-"""One replica's state: starting, ready, stopping; what the handlers share and the probes ask.
+"""One replica's state: starting, ready, sleeping, stopping; what handlers share and probes ask.
 
 Holds no route and starts no server. All methods are called from the event loop.
 """
@@ -22,6 +22,7 @@ from cloudlm.worker.prepare import Offload
 from cloudlm.worker.serving import Serving
 
 logger = get_logger(__name__)
+SLEEP_RETRY_AFTER_S = 5.0
 
 
 class Phase(StrEnum):
@@ -29,6 +30,7 @@ class Phase(StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    SLEEPING = "sleeping"
     STOPPING = "stopping"
 
 
@@ -45,10 +47,11 @@ class Replica:
         self._serving: Serving | None = None
         self._progress = Progress(config.settings.control.stall_timeout_s)
         self._running: set[str] = set()
+        self._turning = asyncio.Lock()  # one at a time falls asleep or wakes up
 
     @property
     def serving(self) -> Serving:
-        """The loaded model. Raises Unavailable before it is ready and while stopping."""
+        """The loaded model. Raises Unavailable before it is ready, asleep and while stopping."""
         if self.phase is Phase.STOPPING:
             raise Unavailable("this replica is stopping", retry_after_s=1.0)
         if self._serving is None:
@@ -56,7 +59,41 @@ class Replica:
                 f"the model {self.config.served_model_name!r} is still loading ({self.loading})",
                 retry_after_s=1.0,
             )
+        if self.phase is Phase.SLEEPING:
+            raise Unavailable(
+                f"the model {self.config.served_model_name!r} is asleep; POST /wake_up wakes it",
+                retry_after_s=SLEEP_RETRY_AFTER_S,
+            )
         return self._serving
+
+    async def sleep(self, level: int) -> None:
+        """Refuse new requests from now on; returns when those that ran are finished and the memory
+        is given back. Raises Unavailable (still loading, or stopping)."""
+        async with self._turning:
+            if self.phase is Phase.SLEEPING:
+                return
+            engine = self.serving.engine
+            self.phase = Phase.SLEEPING
+            try:
+                await engine.sleep(level)
+            except Exception:  # not cancellation: the engine falls asleep all the same
+                self._leave_sleep()
+                raise
+
+    async def wake(self) -> None:
+        """Load the model again; returns when requests are answered. Raises what loading raises, and
+        Unavailable (still loading, or stopping)."""
+        async with self._turning:
+            if self.phase is not Phase.SLEEPING:
+                _ = self.serving
+                return
+            assert self._serving is not None
+            await self._serving.engine.wake()
+            self._leave_sleep()
+
+    def _leave_sleep(self) -> None:
+        if self.phase is Phase.SLEEPING:  # it may be stopping by now
+            self.phase = Phase.READY
 
     def become_ready(self, serving: Serving) -> None:
         """From now on requests are answered."""

@@ -23,6 +23,7 @@ from cloudlm.core.requests import (
 )
 from cloudlm.engine.api import Embedding, EmbedRequest, TokenEvent
 from cloudlm.engine.intake import check_token_ids
+from cloudlm.telemetry.logs import get_logger
 from cloudlm.worker.adapters import add_adapter, parse_load, parse_unload
 from cloudlm.worker.chat import stream_chat, whole_chat
 from cloudlm.worker.complete import stream_completion, whole_completion
@@ -44,6 +45,7 @@ from cloudlm.worker.sharing import share_of
 from cloudlm.worker.stream import EventStream, unless_gone
 
 T = TypeVar("T")
+logger = get_logger(__name__)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -129,6 +131,41 @@ async def unload_adapter(request: Request) -> Response:
     name = await _read(request, parse_unload)
     await serving.engine.unload_adapter(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def sleep(request: Request) -> Response:
+    """POST /sleep: finish what runs, then give the weights' memory back (level 1 or 2)."""
+    level = request.query_params.get("level", "1")
+    if level not in ("1", "2"):
+        raise InvalidRequest(
+            f"level is {level[:40]!r}; expected 1 (the weights' files stay in the system's cache) "
+            "or 2 (they do not)",
+            param="level",
+        )
+    replica = replica_of(request)
+    began = replica.clock.monotonic()
+    await replica.sleep(int(level))
+    _log_turn("worker_sleeps", replica, began)
+    return Response(status_code=200)
+
+
+async def wake_up(request: Request) -> Response:
+    """POST /wake_up: load the weights again; answered when requests are."""
+    replica = replica_of(request)
+    began = replica.clock.monotonic()
+    await replica.wake()
+    _log_turn("worker_awake", replica, began)
+    return Response(status_code=200)
+
+
+async def is_sleeping(request: Request) -> Response:
+    """GET /is_sleeping: whether the model is asleep."""
+    return JSONResponse({"is_sleeping": replica_of(request).phase is Phase.SLEEPING})
+
+
+def _log_turn(event: str, replica: Replica, began: float) -> None:
+    seconds = round(replica.clock.monotonic() - began, 3)
+    logger.info(event, extra={"fields": {"seconds": seconds}})
 
 
 async def tokenize(request: Request) -> Response:

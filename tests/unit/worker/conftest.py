@@ -102,6 +102,7 @@ class EchoEngine:
         self.cancelled: list[str] = []
         self.embedded: list[EmbedRequest] = []
         self.loaded: dict[str, str] = {}
+        self.level = 0
         self.closed = False
         self.now = EngineStats(steps=7, blocks_total=64, prefix_queries=10, prefix_hits=4)
 
@@ -124,6 +125,18 @@ class EchoEngine:
             Embedding(array("f", [-0.5 if length % 2 else 0.5] * 4), length, cached_tokens=1)
             for length in lengths
         ]
+
+    async def sleep(self, level: int) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        while self.open:
+            await asyncio.sleep(0)
+        self.level = level
+
+    async def wake(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.level = 0
 
     def adapters(self) -> dict[str, str]:
         return dict(self.loaded)
