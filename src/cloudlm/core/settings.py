@@ -118,6 +118,10 @@ class EngineSettings:
         1024, "Tokens computed in one step, prefill chunks included.", low=16
     )
     max_batch_sequences: int = setting(64, "Sequences in one step.", low=1, high=4096)
+    deterministic: bool = setting(
+        False,
+        "Make a request's tokens independent of what else is in the batch, at some cost in speed.",
+    )
     threads: int = setting(
         0,
         "CPU threads of the engine; 0 takes all cores, one for a very small model.",

@@ -84,7 +84,14 @@ def load_runner(
         progress=lambda share: tell(0.05 + 0.85 * share, "loading the weights"),
     )
     tell(0.9, "trying the model out")
-    facts = RunnerFacts(name, max_model_len, num_blocks, settings.block_size, eos_token_ids)
+    facts = RunnerFacts(
+        name,
+        max_model_len,
+        num_blocks,
+        settings.block_size,
+        eos_token_ids,
+        deterministic=settings.deterministic,
+    )
 
     def again() -> Decoder:
         fresh = _build(folder)[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 
 from cloudlm.core.chat import Sampling
-from cloudlm.core.errors import BrokenModel, NotSupported, Unavailable
+from cloudlm.core.errors import BadSetting, BrokenModel, NotSupported, Unavailable
 from cloudlm.engine.adapters import Adapter, Adapters, read_adapter, sites
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
+from cloudlm.engine.architectures.modules import SparseMLP
 from cloudlm.engine.memory import drop_from_page_cache, give_back
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
+from cloudlm.engine.ops.invariant import InvariantAttention, Rows
 from cloudlm.engine.sampler import Choice, sample, token_logprobs
 from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
+
+# Rows of every batch in deterministic mode. A CPU with matrix units computes about so many rows of
+# a linear layer in the time in which it reads the layer's weights.
+DETERMINISTIC_ROWS = 32
 
 # Prompt log probabilities need the whole vocabulary per position: so many positions at a time.
 _SCORED_ROWS = 128
@@ -36,6 +42,7 @@ class RunnerFacts:
     num_blocks: int
     block_size: int
     eos_token_ids: tuple[int, ...] = ()
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,10 @@ class Runner:
     """A network with its block pool. ``run`` is called by one thread at a time. ``source`` is what
     it wakes up from; without one it cannot sleep.
 
-    The network must be loaded, all parameters of one type on one device. Raises BadSetting if the
-    pool does not fit into memory.
+    The network must be loaded, all parameters of one type on one device. In ``deterministic`` mode
+    a sequence's tokens depend on nothing else in the batch, nor on how it was cut into chunks: all
+    is computed in batches of DETERMINISTIC_ROWS rows, and attention by ``ops.invariant``. Raises
+    BadSetting if the pool does not fit into memory, or the network cannot be run that way.
     """
 
     def __init__(self, model: Decoder, facts: RunnerFacts, source: Source | None = None) -> None:
@@ -64,6 +73,13 @@ class Runner:
         self._sites = sites(model)
         self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
+        self._deterministic = facts.deterministic
+        if facts.deterministic and any(isinstance(one, SparseMLP) for one in model.modules()):
+            raise BadSetting(
+                "deterministic = true is not possible for a mixture of experts, whose batches "
+                "depend on what other sequences are routed to; set it to false",
+                param="deterministic",
+            )
         self._source = source
         self._pool = self._make_pool()
         self.info = EngineInfo(
@@ -124,6 +140,8 @@ class Runner:
     def hidden(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Last hidden states [tokens, hidden] of all chunks, one behind the other; stores their
         keys and values in the pool."""
+        if self._deterministic:
+            return self._hidden_in_tiles(chunks)
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         attend = PagedAttention(chunks, self._pool, self._windows)
         tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
@@ -139,16 +157,54 @@ class Runner:
         return read_adapter(folder, self._sites, model.parameter_name, self._dtype, self._device)
 
     def add_adapter(self, key: str, adapter: Adapter) -> None:
-        """From the next step on chunks may name ``key``."""
+        """From the next step on chunks may name ``key``. Raises NotSupported in deterministic
+        mode, whose batches do not tell adapters apart."""
+        if self._deterministic:
+            raise NotSupported("adapters are not possible with deterministic = true")
         self._adapters.add(key, adapter)
 
     def remove_adapter(self, key: str) -> None:
         """No chunk names ``key`` any more."""
         self._adapters.remove(key)
 
+    def _hidden_in_tiles(self, chunks: tuple[Chunk, ...]) -> Tensor:
+        """``hidden``, in batches that are all of the same shape."""
+        answers: list[Tensor] = []
+        for owned in _tiles(chunks, DETERMINISTIC_ROWS):
+            token_ids, positions = [0] * DETERMINISTIC_ROWS, [0] * DETERMINISTIC_ROWS
+            for rows in owned:
+                end = rows.start + rows.end - rows.begin
+                first = rows.start - rows.chunk.start
+                token_ids[rows.begin : rows.end] = rows.chunk.token_ids[
+                    first : first + end - rows.start
+                ]
+                positions[rows.begin : rows.end] = range(rows.start, end)
+            attend = InvariantAttention(owned, self._pool, self._windows)
+            tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+            places = torch.tensor(positions, dtype=torch.int64, device=self._device)
+            answers.append(self.model(tokens, places, attend)[: owned[-1].end])
+        return torch.cat(answers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of some rows; in deterministic mode in batches of one shape too."""
+        if not self._deterministic:
+            return self.model.logits(hidden)
+        rows = []
+        for begin in range(0, len(hidden), DETERMINISTIC_ROWS):
+            part = hidden[begin : begin + DETERMINISTIC_ROWS]
+            padded = hidden.new_zeros((DETERMINISTIC_ROWS, hidden.shape[1]))
+            padded[: len(part)] = part
+            rows.append(self.model.logits(padded)[: len(part)])
+        return torch.cat(rows)
+
+    def _sample(self, logits: Tensor, chunks: list[Chunk]) -> list[Choice]:
+        if not self._deterministic:
+            return sample(logits, chunks)
+        return [sample(logits[at : at + 1], [chunk])[0] for at, chunk in enumerate(chunks)]
+
     def check(self) -> None:
         """Compute one token for trial, which also warms the machine up. Raises BrokenModel if the
-        logits are not finite numbers."""
+        logits are not finite numbers, BadSetting if they cannot be made deterministic here."""
         trial = Chunk(0, (0,), 0, (0,), samples=True, sampling=Sampling())
         with torch.inference_mode():
             logits = self.model.logits(self.hidden((trial,)))
@@ -156,6 +212,22 @@ class Runner:
             raise BrokenModel(
                 "the model's weights give logits that are not finite numbers: the files are "
                 f"damaged, or {self.info.dtype} is too narrow for them (try dtype=float32)"
+            )
+        if self._deterministic:
+            with torch.inference_mode():
+                self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Deterministic mode needs products of one shape to treat all rows alike, which kernels do
+        without promising it: the same token in every row must give the same numbers everywhere."""
+        trial = Chunk(0, (0,), 0, (0,), samples=True, sampling=Sampling())
+        hidden = self.hidden((trial,) * DETERMINISTIC_ROWS)
+        logits = self.logits(hidden)
+        if not all(bool((rows == rows[:1]).all()) for rows in (hidden, logits)):
+            raise BadSetting(
+                f"deterministic = true is not possible here: this machine's kernels for "
+                f"{self.info.dtype} compute a row differently in another place; try another dtype",
+                param="deterministic",
             )
 
     def sleep(self, level: int) -> None:
@@ -202,7 +274,7 @@ class Runner:
         last = (
             hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=self._device)]
         )
-        chosen = sample(self.model.logits(last), list(sampling.values()))
+        chosen = self._sample(self.logits(last), list(sampling.values()))
         return dict(zip(sampling, chosen, strict=True))
 
     def _prompt_scores(self, chunk: Chunk, hidden: Tensor, choice: Choice | None) -> _Scores:
@@ -216,7 +288,7 @@ class Runner:
         scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         for begin in range(0, len(followers), _SCORED_ROWS):
             part = slice(begin, min(begin + _SCORED_ROWS, len(followers)))
-            logits = self.model.logits(hidden[part])
+            logits = self.logits(hidden[part])
             scores += token_logprobs(logits, token_ids[part], chunk.sampling.logprobs or 0)
         return tuple(scores)
 
@@ -231,3 +303,20 @@ def _pooled(chunk: Chunk, hidden: Tensor) -> array[float] | None:
     else:
         return None
     return array("f", row.cpu().numpy().tobytes())
+
+
+def _tiles(chunks: tuple[Chunk, ...], size: int) -> Iterator[list[Rows]]:
+    """All tokens of the chunks in their order, cut into batches of at most ``size`` rows."""
+    owned: list[Rows] = []
+    used = 0
+    for chunk in chunks:
+        position, end = chunk.start, chunk.start + len(chunk.token_ids)
+        while position < end:
+            count = min(size - used, end - position)
+            owned.append(Rows(chunk, used, used + count, position))
+            position, used = position + count, used + count
+            if used == size:
+                yield owned
+                owned, used = [], 0
+    if owned:
+        yield owned

@@ -377,7 +377,7 @@ class Driver:
             chunks = tuple(self.next_chunks(10**9))
             with torch.inference_mode():
                 hidden = self.runner.hidden(chunks)
-                logits = self.runner.model.logits(hidden)
+                logits = self.runner.logits(hidden)
             for chunk, rows in zip(
                 chunks, logits.split([len(c.token_ids) for c in chunks]), strict=True
             ):
