@@ -114,6 +114,17 @@ class EngineSettings:
         1024, "Tokens computed in one step, prefill chunks included.", low=16
     )
     max_batch_sequences: int = setting(64, "Sequences in one step.", low=1, high=4096)
+    tool_parser: str = setting(
+        "auto",
+        "Form in which the model writes tool calls; auto reads it off the chat template.",
+        choices=("auto", "none", "hermes", "llama3", "mistral"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "Whether the model writes its reasoning between <think> and </think>; auto reads it off "
+        "the chat template.",
+        choices=("auto", "none", "think"),
+    )
     threads: int = setting(
         0,
         "CPU threads of the engine; 0 takes all cores, one for a very small model.",

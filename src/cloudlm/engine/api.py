@@ -9,7 +9,16 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cloudlm.core.chat import FinishReason, Sampling
+from cloudlm.core.chat import Constraint, FinishReason, Sampling
+
+
+class Guide(Protocol):
+    """Keeps one sequence's answer to its constraint; made by ``Engine.guide``, for one use."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete and nothing can follow."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +30,9 @@ class GenerateRequest:
     strings and the position that keys the seed. ``index`` is the choice number among ``n``;
     it enters the random draw so that choices differ. ``cache_salt`` keeps tenants' prefixes apart.
     ``prompt_logprobs`` asks for the prompt tokens' log probabilities (echo with logprobs).
+    ``guide`` is the same engine's, for ``sampling.constraint`` and ``output_token_ids``; a
+    constraint without one is refused. ``shown_token_ids`` are special tokens that have a text in
+    this answer (the marks of tool calls).
     """
 
     request_id: str
@@ -30,6 +42,8 @@ class GenerateRequest:
     index: int = 0
     cache_salt: str = ""
     prompt_logprobs: bool = False
+    guide: Guide | None = field(default=None, compare=False, repr=False)
+    shown_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,15 @@ class Engine(Protocol):
     """Submit, cancel, look. Called from one event loop; ``submit`` validates at once."""
 
     info: EngineInfo
+
+    async def guide(self, constraint: Constraint, output_token_ids: tuple[int, ...] = ()) -> Guide:
+        """Compile a constraint, outside the engine's steps, for one sequence that has
+        ``output_token_ids`` already.
+
+        Raises InvalidRequest (it cannot be followed, or is too complex), NotSupported (the
+        tokenizer's tokens are no bytes), MissingExtra, Overloaded.
+        """
+        ...
 
     def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Start a sequence and yield its events.

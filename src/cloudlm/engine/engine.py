@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from cloudlm.core.chat import FinishReason
+from cloudlm.core.chat import Constraint, FinishReason
 from cloudlm.core.clock import Clock, SystemClock
-from cloudlm.core.errors import InternalError, Overloaded
+from cloudlm.core.errors import CloudlmError, InternalError, InvalidRequest, Overloaded
 from cloudlm.engine.answer import Answer
 from cloudlm.engine.api import EngineInfo, EngineStats, GenerateRequest, TokenEvent
+from cloudlm.engine.constraint import Constrainer, TokenGuide, guide_of
 from cloudlm.engine.intake import sequence_for
+from cloudlm.engine.masks import MaskThread, StepMasks
 from cloudlm.engine.scheduler import Advance, Limits, Scheduler
 from cloudlm.engine.sequence import Sequence
 from cloudlm.engine.step import Sampled, Step
@@ -42,8 +44,9 @@ class Runner(Protocol):
     block_size: int
     info: EngineInfo
 
-    def run(self, step: Step) -> list[Sampled]:
-        """One Sampled per chunk that samples or asked for prompt log probabilities."""
+    def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
+        """One Sampled per chunk that samples or asked for prompt log probabilities. ``masks``
+        are there if a sequence is constrained."""
         ...
 
     def close(self) -> None: ...
@@ -57,6 +60,8 @@ class _Job:
     sequence: Sequence
     mailbox: Mailbox
     submitted_at: float
+    guide: TokenGuide | None = None
+    shown_token_ids: frozenset[int] = frozenset()
     answer: Answer | None = None
     queued_s: float | None = None
     started: bool = False
@@ -99,6 +104,9 @@ class LocalEngine:
     ) -> None:
         self.info = runner.info
         self._runner = runner
+        self._constrainer = Constrainer(
+            tokenizer, runner.info.vocab_size, runner.info.eos_token_ids
+        )
         self.tokenizer = tokenizer
         self._limits = limits
         self._max_waiting = max_waiting
@@ -115,6 +123,7 @@ class LocalEngine:
         self._scheduler = Scheduler(limits)
         self._jobs: dict[int, _Job] = {}
         self._outbox = Outbox()
+        self._masks = MaskThread()
         self._taken = 0
         self._steps = 0
         self._generated_tokens = 0
@@ -144,11 +153,19 @@ class LocalEngine:
         engine._thread.start()
         return engine
 
+    async def guide(
+        self, constraint: Constraint, output_token_ids: tuple[int, ...] = ()
+    ) -> TokenGuide:
+        """See the port."""
+        return await self._constrainer.guide(constraint, output_token_ids)
+
     def submit(self, request: GenerateRequest) -> TokenStream:
         """See the port. Must be called in a running event loop, which then gets the events."""
         sequence = sequence_for(request, next(self._ids), self.info, self._limits)
         mailbox = Mailbox(asyncio.get_running_loop())
-        job = _Job(sequence, mailbox, self._clock.monotonic())
+        guide = guide_of(request)
+        now = self._clock.monotonic()
+        job = _Job(sequence, mailbox, now, guide, request.shown_token_ids)
         with self._lock:
             self._refuse_if_unable()
             self._incoming += 1
@@ -176,6 +193,7 @@ class LocalEngine:
         with self._lock:
             self._closing = True
             self._commands.put(_Close())
+        self._constrainer.close()
         await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise InternalError(f"the engine's step did not end within {CLOSE_TIMEOUT_S:.0f} s")
@@ -209,6 +227,7 @@ class LocalEngine:
             _logger.exception("engine_failed")
             self._fail_all()
         finally:
+            self._masks.close()
             try:
                 self._runner.close()
             except Exception:
@@ -241,12 +260,14 @@ class LocalEngine:
     def _accept(self, job: _Job) -> None:
         self._jobs[job.sequence.sequence_id] = job
         try:
-            job.answer = Answer(job.sequence, self.tokenizer)
+            job.answer = Answer(job.sequence, self.tokenizer, job.shown_token_ids)
         except Exception:
             self._fail(job)
             return
         if job.answer.finished is not None:
             self._end(job, job.answer.finished)
+        elif job.guide is not None and job.guide.finished:
+            self._end(job, job.answer.conclude())
         else:
             self._scheduler.add(job.sequence)
 
@@ -259,12 +280,22 @@ class LocalEngine:
             job = self._jobs[chunk.sequence_id]
             if not job.started:
                 job.started, job.queued_s = True, now - job.submitted_at
+        masks = self._begin_masks(step)
         self._publish(busy_since=now)
-        sampled = self._runner.run(step)
+        sampled = self._runner.run(step) if masks is None else self._runner.run(step, masks)
         self._steps += 1
         for advance in self._scheduler.apply(sampled):
             self._relay(advance)
         self._publish()
+
+    def _begin_masks(self, step: Step) -> StepMasks | None:
+        """Have the masks of the constrained sequences computed during the forward pass."""
+        guides: dict[int, TokenGuide] = {}
+        for chunk in step.chunks:
+            guide = self._jobs[chunk.sequence_id].guide
+            if guide is not None and chunk.samples:
+                guides[chunk.sequence_id] = guide
+        return self._masks.begin(guides) if guides else None
 
     def _relay(self, advance: Advance) -> None:
         job = self._jobs[advance.sequence.sequence_id]
@@ -280,10 +311,26 @@ class LocalEngine:
             return
         if job.queued_s is not None:
             event, job.queued_s = replace(event, queued_s=job.queued_s), None
-        if event.finish_reason is None:
-            self._outbox.post(job.mailbox, event)
-        else:
+        if event.finish_reason is not None:
             self._end(job, event)
+            return
+        fault = self._guided(job, event.token_ids)
+        if fault is not None:
+            self._fail_with(job, fault)
+            return
+        self._outbox.post(job.mailbox, event)
+        if job.guide is not None and job.guide.finished:
+            self._end(job, job.answer.conclude())
+
+    def _guided(self, job: _Job, token_ids: tuple[int, ...]) -> CloudlmError | None:
+        """Tell the guide what was sampled; what is wrong if the answer cannot go on."""
+        if job.guide is None:
+            return None
+        if job.guide.fault is None and token_ids:
+            job.guide.accept(token_ids)
+        if job.guide.fault is None:
+            return None
+        return InvalidRequest(f"the answer cannot follow its constraint: {job.guide.fault}")
 
     def _abort(self, sequence_id: int) -> None:
         job = self._jobs.get(sequence_id)
@@ -300,9 +347,12 @@ class LocalEngine:
 
     def _fail(self, job: _Job) -> None:
         _logger.exception("sequence_failed", extra={"fields": {"id": job.sequence.request_id}})
+        self._fail_with(job, InternalError("the answer could not be decoded"))
+
+    def _fail_with(self, job: _Job, error: CloudlmError) -> None:
         self._forget(job, FinishReason.ABORT)
         self._finished["error"] += 1
-        self._outbox.post(job.mailbox, InternalError("the answer could not be decoded"))
+        self._outbox.post(job.mailbox, error)
 
     def _forget(self, job: _Job, reason: FinishReason) -> None:
         del self._jobs[job.sequence.sequence_id]

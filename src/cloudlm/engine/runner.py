@@ -11,6 +11,7 @@ from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import BrokenModel
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
+from cloudlm.engine.masks import StepMasks
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.sampler import Choice, sample, token_logprobs
@@ -70,14 +71,15 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
         """Compute all chunks of ``step`` in one pass. One Sampled per chunk that samples or asked
-        for prompt log probabilities, in the order of the chunks."""
+        for prompt log probabilities, in the order of the chunks. ``masks`` tell which tokens
+        constrained sequences may go on with."""
         self._pool.copy(step.copies)
         if not step.chunks:
             return []
         hidden = self.hidden(step.chunks)
-        choices = self._choices(step.chunks, hidden)
+        choices = self._choices(step.chunks, hidden, masks)
         sampled: list[Sampled] = []
         begin = 0
         for place, chunk in enumerate(step.chunks):
@@ -121,7 +123,9 @@ class Runner:
         """Give the memory of weights and cache back; the runner cannot run any more."""
         del self.model, self._pool
 
-    def _choices(self, chunks: tuple[Chunk, ...], hidden: Tensor) -> dict[int, Choice]:
+    def _choices(
+        self, chunks: tuple[Chunk, ...], hidden: Tensor, masks: StepMasks | None
+    ) -> dict[int, Choice]:
         """The next token of each chunk that samples, by the chunk's place."""
         rows: list[int] = []
         sampling: dict[int, Chunk] = {}
@@ -136,7 +140,9 @@ class Runner:
         last = (
             hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=self._device)]
         )
-        chosen = sample(self.model.logits(last), list(sampling.values()))
+        logits, sampled = self.model.logits(last), list(sampling.values())
+        allowed = masks.by_sequence() if masks is not None else {}
+        chosen = sample(logits, sampled, [allowed.get(chunk.sequence_id) for chunk in sampled])
         return dict(zip(sampling, chosen, strict=True))
 
     def _prompt_scores(self, chunk: Chunk, hidden: Tensor, choice: Choice | None) -> _Scores:

@@ -15,6 +15,7 @@ from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import MissingExtra
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
 from cloudlm.worker.config import WorkerConfig
+from cloudlm.worker.dialect import find_dialect
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.template import NoTemplate, Renderer, TemplateProcess
 from cloudlm.worker.tokenise import control_pattern
@@ -45,6 +46,12 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
         renderer=renderer,
         control=control_pattern(tokenizer.control_tokens),
         created=int(SystemClock().now()),
+        dialect=find_dialect(
+            tokenizer.chat_template,
+            config.engine.tool_parser,
+            config.engine.reasoning_parser,
+            tokenizer.special_token_id,
+        ),
     )
 
 

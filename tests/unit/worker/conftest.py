@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from starlette.applications import Starlette
 
-from cloudlm.core.chat import FinishReason, Message
+from cloudlm.core.chat import Constraint, FinishReason, Message
 from cloudlm.core.clock import Clock, ManualClock, SystemClock
 from cloudlm.core.errors import CloudlmError, InternalError
 from cloudlm.engine.api import (
@@ -25,6 +25,7 @@ from cloudlm.engine.api import (
 )
 from cloudlm.worker.app import build_app
 from cloudlm.worker.config import WorkerConfig
+from cloudlm.worker.dialect import Dialect
 from cloudlm.worker.replica import Replica
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.template import Renderer
@@ -68,7 +69,9 @@ class ByteTokenizer:
 class PlainRenderer:
     """A template in miniature: each turn between control tokens."""
 
-    async def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    async def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = ()
+    ) -> str:
         turns = "".join(f"<|start|>{m.role}:{m.content}<|end|>" for m in messages)
         return turns + ("<|start|>assistant:" if add_generation_prompt else "")
 
@@ -97,6 +100,7 @@ class EchoEngine:
         self.requests: list[GenerateRequest] = []
         self.open: dict[int, GenerateRequest] = {}
         self.cancelled: list[str] = []
+        self.constraints: list[Constraint] = []
         self.closed = False
         self.now = EngineStats(steps=7, blocks_total=64, prefix_queries=10, prefix_hits=4)
 
@@ -107,6 +111,12 @@ class EchoEngine:
         number = len(self.requests)
         self.open[number] = request
         return _EchoStream(self, number, self._events(request))
+
+    async def guide(self, constraint: Constraint, output_token_ids: tuple[int, ...] = ()) -> object:
+        if self.refusal is not None:
+            raise self.refusal
+        self.constraints.append(constraint)
+        return object()
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
@@ -217,7 +227,9 @@ class Bench:
 MakeBench = Callable[..., Bench]
 
 
-def make_serving(engine: EchoEngine, renderer: Renderer | None = None) -> Serving:
+def make_serving(
+    engine: EchoEngine, renderer: Renderer | None = None, dialect: Dialect | None = None
+) -> Serving:
     return Serving(
         name="echo",
         root="models:/echo/1",
@@ -226,6 +238,7 @@ def make_serving(engine: EchoEngine, renderer: Renderer | None = None) -> Servin
         renderer=renderer or PlainRenderer(),
         control=control_pattern(CONTROL),
         created=1_700_000_000,
+        dialect=dialect or Dialect(),
     )
 
 
@@ -243,11 +256,12 @@ async def make_bench(config: WorkerConfig) -> AsyncIterator[MakeBench]:
         ready: bool = True,
         clock: Clock | None = None,
         renderer: Renderer | None = None,
+        dialect: Dialect | None = None,
         **more: Any,
     ) -> Bench:
         engine = EchoEngine()
         replica = Replica(replace(config, **more), clock or ManualClock())
-        serving = make_serving(engine, renderer)
+        serving = make_serving(engine, renderer, dialect)
         if ready:
             replica.become_ready(serving)
         made.append(Bench(replica, engine, serving))
