@@ -121,8 +121,8 @@ class EngineSettings:
     )
     reasoning_parser: str = setting(
         "auto",
-        "Whether the model writes its reasoning between <think> and </think>; auto reads it off "
-        "the chat template.",
+        "Whether the reasoning between think tags is split off; auto reads it off the chat "
+        "template.",
         choices=("auto", "none", "think"),
     )
     threads: int = setting(

@@ -284,6 +284,6 @@ def _reason(error: str) -> str:
     first = _SOURCE.sub("", error.split("\n<")[0])
     first = re.sub(r"^(at )?\d+\(\d+\): ", "", first)
     plain = " ".join(first.split())
-    if "panic" in plain:
-        return "no token of this model's vocabulary can follow, or it is too complex"
+    if "panic" in plain or plain.startswith("NoExtension"):
+        return "no token of this model's vocabulary can follow"
     return plain[:300] or "it is too complex"
