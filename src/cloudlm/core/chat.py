@@ -19,6 +19,24 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class ConstraintKind(StrEnum):
+    """How a constraint is written down."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must look like. ``text`` is a JSON schema, a regular expression, a JSON list
+    of texts, or a context-free grammar in llguidance's dialect of Lark, as ``kind`` says."""
+
+    kind: ConstraintKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen. Defaults are OpenAI's; temperature 0 is greedy.
@@ -28,7 +46,7 @@ class Sampling:
     (repetition: logits of tokens in prompt or output divided if positive, multiplied if negative).
     ``logprobs`` is the number of alternatives wanted per token, 0 for the chosen one alone,
     None for none. ``seed`` fixes the whole answer: the draw at each position depends on seed,
-    choice index and position only.
+    choice index and position only. ``constraint`` leaves only tokens that follow it.
     """
 
     max_tokens: int | None = None
@@ -45,15 +63,62 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model made in an earlier turn; ``arguments`` are decoded."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. ``parameters`` is the JSON schema of its arguments,
+    ``body`` the tool as the caller wrote it, which is what chat templates show to the model."""
+
+    name: str
+    parameters: Mapping[str, Any]
+    body: Mapping[str, Any]
+
+
+class ToolChoice(StrEnum):
+    """Whether the model may or must call a tool."""
+
+    NONE = "none"
+    AUTO = "auto"
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request. With ``choice`` REQUIRED, ``offered`` are those to choose from: all,
+    or the one that was named. ``parallel`` allows several calls in one answer."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = ToolChoice.NONE
+    named: str | None = None
+    parallel: bool = True
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        return tuple(tool for tool in self.tools if self.named in (None, tool.name))
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; ``content`` is plain text."""
+    """One turn of a conversation; ``content`` is plain text. An assistant's turn may hold tool
+    calls and the reasoning before them, a tool's turn the id of the call that it answers."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +141,7 @@ class ChatRequest:
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
+    tool_use: ToolUse = ToolUse()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ other for its form. Limits that depend on the model (context, vocabulary) are th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -22,6 +22,8 @@ from cloudlm.core.chat import (
 )
 from cloudlm.core.errors import InvalidRequest, NotSupported
 from cloudlm.core.fields import check_flag, check_integer, check_number, check_text, shown
+from cloudlm.core.request_format import parse_constraint
+from cloudlm.core.request_tools import message_extras, parse_tool_use
 
 MAX_DEPTH = 32
 MAX_CONTAINERS = 32_768
@@ -91,8 +93,7 @@ def _check_depth(body: dict[str, Any]) -> None:
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     """A ``/v1/chat/completions`` body. Raises InvalidRequest with the field in ``param``."""
-    _refuse_unsupported(body, ("tools", "functions", "tool_choice", "function_call", "audio"))
-    _refuse_formats(body)
+    _refuse_unsupported(body)
     limit = _integer(body, "max_completion_tokens", None, 1, MAX_TOKENS)
     if limit is None:
         limit = _integer(body, "max_tokens", None, 1, MAX_TOKENS)
@@ -109,12 +110,12 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
         stream=stream,
         stream_options=_stream_options(body, stream),
         user=_text(body, "user", None, MAX_NAME_CHARACTERS),
+        tool_use=parse_tool_use(body),
     )
 
 
 def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
     """A ``/v1/completions`` body. Raises InvalidRequest with the field in ``param``."""
-    _refuse_formats(body)
     if body.get("suffix"):
         raise NotSupported("suffix is not supported", param="suffix")
     n = _integer(body, "n", 1, 1, MAX_CHOICES) or 1
@@ -192,6 +193,7 @@ def _sampling(body: Mapping[str, Any], limit: int | None, logprobs: int | None) 
         stop_token_ids=_stop_token_ids(body),
         ignore_eos=_boolean(body, "ignore_eos", False),
         logprobs=logprobs,
+        constraint=parse_constraint(body),
     )
 
 
@@ -268,7 +270,8 @@ def _message(item: Any, param: str) -> Message:
     name = item.get("name")
     if name is not None and (not isinstance(name, str) or len(name) > MAX_NAME_CHARACTERS):
         raise InvalidRequest(f"{param}.name must be a short text", param=f"{param}.name")
-    return Message(role, _content(item.get("content"), f"{param}.content"), name)
+    content = _content(item.get("content"), f"{param}.content")
+    return Message(role, content, name, **message_extras(item, role, param))
 
 
 def _content(value: Any, param: str) -> str:
@@ -383,16 +386,8 @@ def _stream_options(body: Mapping[str, Any], stream: bool) -> StreamOptions:
     )
 
 
-def _refuse_unsupported(body: Mapping[str, Any], names: Sequence[str]) -> None:
-    for name in names:
+def _refuse_unsupported(body: Mapping[str, Any]) -> None:
+    for name, instead in (("functions", "tools"), ("function_call", "tool_choice"), ("audio", "")):
         if body.get(name) not in (None, [], {}, "none", "auto"):
-            raise NotSupported(f"{name} is not supported by this server yet", param=name)
-
-
-def _refuse_formats(body: Mapping[str, Any]) -> None:
-    wanted = body.get("response_format")
-    if wanted is not None and (not isinstance(wanted, dict) or wanted.get("type") != "text"):
-        raise NotSupported(
-            "response_format other than text is not supported by this server yet",
-            param="response_format",
-        )
+            hint = f"; use {instead}" if instead else ""
+            raise NotSupported(f"{name} is not supported by this server{hint}", param=name)

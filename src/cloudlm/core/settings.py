@@ -122,6 +122,17 @@ class EngineSettings:
         False,
         "Make a request's tokens independent of what else is in the batch, at some cost in speed.",
     )
+    tool_parser: str = setting(
+        "auto",
+        "Form in which the model writes tool calls; auto reads it off the chat template.",
+        choices=("auto", "none", "hermes", "llama3", "mistral"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "Whether the reasoning between think tags is split off; auto reads it off the chat "
+        "template.",
+        choices=("auto", "none", "think"),
+    )
     threads: int = setting(
         0,
         "CPU threads of the engine; 0 takes all cores, one for a very small model.",

@@ -19,7 +19,9 @@ from cloudlm.engine.tokens import Detokenizer, StopChecker
 class Tokenizer(Protocol):
     """What the engine needs of a tokenizer."""
 
-    def detokenizer(self, prompt_ids: list[int]) -> Detokenizer: ...
+    def detokenizer(
+        self, prompt_ids: list[int], shown: frozenset[int] = frozenset()
+    ) -> Detokenizer: ...
 
 
 class Answer:
@@ -30,9 +32,14 @@ class Answer:
     complete in them already, ``finished`` is an event that ends the sequence.
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, sequence: Sequence, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()
+    ) -> None:
         self._sequence = sequence
-        self._detokenizer = tokenizer.detokenizer(list(sequence.prompt))
+        prompt = list(sequence.prompt)
+        self._detokenizer = (
+            tokenizer.detokenizer(prompt, shown) if shown else tokenizer.detokenizer(prompt)
+        )
         self._stops = StopChecker(sequence.sampling.stop)
         self._prompt_logprobs: list[TokenLogprob | None] = []
         if sequence.prompt_logprobs:
@@ -76,6 +83,11 @@ class Answer:
             if match is not None:
                 reason, stop = FinishReason.STOP, match
         return self._event((token,), text, reason, stop, self._logprobs(sampled))
+
+    def conclude(self) -> TokenEvent:
+        """The event that ends the sequence after the token that completed its constraint."""
+        text, match = self._rest()
+        return self._event((), text, FinishReason.STOP, match)
 
     def _rest(self) -> tuple[str, str | None]:
         """What was held back, at the end: it may still turn out to hold a stop string."""

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from cloudlm.core.chat import FinishReason, Sampling
+from cloudlm.core.chat import Constraint, FinishReason, Sampling
+
+
+class Guide(Protocol):
+    """Keeps one sequence's answer to its constraint; made by ``Engine.guide``, for one use."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete and nothing can follow."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,9 @@ class GenerateRequest:
     ``adapter`` names a loaded LoRA adapter, empty for the base.
     ``tenant`` is whose share of the engine it uses, ``weight`` how large that share is beside
     others' (above 0); a higher ``priority`` goes first, whosever it is.
+    ``guide`` is the same engine's, for ``sampling.constraint`` and ``output_token_ids``; a
+    constraint without one is refused. ``shown_token_ids`` are special tokens that have a text in
+    this answer (the marks of tool calls).
     """
 
     request_id: str
@@ -39,6 +51,8 @@ class GenerateRequest:
     tenant: str = ""
     priority: int = 0
     weight: float = 1.0
+    guide: Guide | None = field(default=None, compare=False, repr=False)
+    shown_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +150,15 @@ class Engine(Protocol):
     """Submit, cancel, look. Called from one event loop; ``submit`` validates at once."""
 
     info: EngineInfo
+
+    async def guide(self, constraint: Constraint, output_token_ids: tuple[int, ...] = ()) -> Guide:
+        """Compile a constraint, outside the engine's steps, for one sequence that has
+        ``output_token_ids`` already.
+
+        Raises InvalidRequest (it cannot be followed, or is too complex), NotSupported (the
+        tokenizer's tokens are no bytes), MissingExtra, Overloaded.
+        """
+        ...
 
     def submit(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Start a sequence and yield its events.

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cloudlm.core.chat import FinishReason
+from cloudlm.core.chat import Constraint, FinishReason
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import (
     CloudlmError,
@@ -39,8 +39,10 @@ from cloudlm.engine.api import (
     GenerateRequest,
     TokenEvent,
 )
+from cloudlm.engine.constraint import Constrainer, TokenGuide, guide_of
 from cloudlm.engine.intake import sequence_for, sequence_to_embed
 from cloudlm.engine.limits import Limits
+from cloudlm.engine.masks import MaskThread, StepMasks
 from cloudlm.engine.pooling import PooledPrompt, broken_off, embed_all
 from cloudlm.engine.scheduler import Advance, Scheduler
 from cloudlm.engine.sequence import Sequence
@@ -64,8 +66,9 @@ class Runner(Protocol):
     block_size: int
     info: EngineInfo
 
-    def run(self, step: Step) -> list[Sampled]:
-        """One Sampled per chunk that samples or asked for prompt log probabilities or pooling."""
+    def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
+        """One Sampled per chunk that samples or asked for prompt log probabilities or pooling.
+        ``masks`` are there if a sequence is constrained."""
         ...
 
     def read_adapter(self, folder: Path) -> Any:
@@ -91,6 +94,8 @@ class _Job:
     sequence: Sequence
     mailbox: Mailbox
     submitted_at: float
+    guide: TokenGuide | None = None
+    shown_token_ids: frozenset[int] = frozenset()
     answer: Answer | PooledPrompt | None = None
     queued_s: float | None = None
     started: bool = False
@@ -157,6 +162,9 @@ class LocalEngine:
     ) -> None:
         self.info = runner.info
         self._runner = runner
+        self._constrainer = Constrainer(
+            tokenizer, runner.info.vocab_size, runner.info.eos_token_ids
+        )
         self.tokenizer = tokenizer
         self._limits = limits
         self._max_waiting = max_waiting
@@ -182,6 +190,7 @@ class LocalEngine:
         self._keys = {""}
         self._released = False
         self._outbox = Outbox()
+        self._masks = MaskThread()
         self._taken = 0
         self._steps = 0
         self._generated_tokens = 0
@@ -212,10 +221,17 @@ class LocalEngine:
         engine._thread.start()
         return engine
 
+    async def guide(
+        self, constraint: Constraint, output_token_ids: tuple[int, ...] = ()
+    ) -> TokenGuide:
+        """See the port."""
+        return await self._constrainer.guide(constraint, output_token_ids)
+
     def submit(self, request: GenerateRequest) -> TokenStream:
         """See the port. Must be called in a running event loop, which then gets the events."""
         key = self._key_of(request.adapter)
-        return self._enqueue(sequence_for(request, next(self._ids), self.info, self._limits, key))
+        sequence = sequence_for(request, next(self._ids), self.info, self._limits, key)
+        return self._enqueue(sequence, guide_of(request), request.shown_token_ids)
 
     async def embed(self, requests: Listing[EmbedRequest]) -> list[Embedding]:
         """See the port."""
@@ -312,10 +328,15 @@ class LocalEngine:
             self._commands.put(errand)
         await asyncio.shield(asyncio.wrap_future(errand.done))
 
-    def _enqueue(self, sequence: Sequence) -> TokenStream:
+    def _enqueue(
+        self,
+        sequence: Sequence,
+        guide: TokenGuide | None = None,
+        shown_token_ids: frozenset[int] = frozenset(),
+    ) -> TokenStream:
         """Raises InternalError and Overloaded."""
         mailbox = Mailbox(asyncio.get_running_loop())
-        job = _Job(sequence, mailbox, self._clock.monotonic())
+        job = _Job(sequence, mailbox, self._clock.monotonic(), guide, shown_token_ids)
         with self._lock:
             self._refuse_if_unable()
             self._incoming += 1
@@ -344,6 +365,7 @@ class LocalEngine:
         with self._lock:
             self._closing = True
             self._commands.put(_Close())
+        self._constrainer.close()
         await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise InternalError(f"the engine's step did not end within {CLOSE_TIMEOUT_S:.0f} s")
@@ -380,6 +402,7 @@ class LocalEngine:
             _logger.exception("engine_failed")
             self._fail_all()
         finally:
+            self._masks.close()
             try:
                 self._runner.close()
             except Exception:
@@ -456,7 +479,9 @@ class LocalEngine:
             return
         try:
             if job.sequence.pooling is None:
-                job.answer = Answer(job.sequence, self.tokenizer)
+                job.answer = Answer(
+                    job.sequence, self.tokenizer, job.shown_token_ids
+                )
             else:
                 job.answer = PooledPrompt(job.sequence)
         except Exception:
@@ -464,6 +489,8 @@ class LocalEngine:
             return
         if job.answer.finished is not None:
             self._end(job, job.answer.finished)
+        elif isinstance(job.answer, Answer) and job.guide is not None and job.guide.finished:
+            self._end(job, job.answer.conclude())
         else:
             self._scheduler.add(job.sequence)
 
@@ -476,12 +503,22 @@ class LocalEngine:
             job = self._jobs[chunk.sequence_id]
             if not job.started:
                 job.started, job.queued_s = True, now - job.submitted_at
+        masks = self._begin_masks(step)
         self._publish(busy_since=now)
-        sampled = self._runner.run(step)
+        sampled = self._runner.run(step) if masks is None else self._runner.run(step, masks)
         self._steps += 1
         for advance in self._scheduler.apply(sampled):
             self._relay(advance)
         self._publish()
+
+    def _begin_masks(self, step: Step) -> StepMasks | None:
+        """Have the masks of the constrained sequences computed during the forward pass."""
+        guides: dict[int, TokenGuide] = {}
+        for chunk in step.chunks:
+            guide = self._jobs[chunk.sequence_id].guide
+            if guide is not None and chunk.samples:
+                guides[chunk.sequence_id] = guide
+        return self._masks.begin(guides) if guides else None
 
     def _relay(self, advance: Advance) -> None:
         job = self._jobs[advance.sequence.sequence_id]
@@ -497,10 +534,26 @@ class LocalEngine:
             return
         if job.queued_s is not None:
             event, job.queued_s = replace(event, queued_s=job.queued_s), None
-        if event.finish_reason is None:
-            self._outbox.post(job.mailbox, event)
-        else:
+        if event.finish_reason is not None:
             self._end(job, event)
+            return
+        fault = self._guided(job, event.token_ids)
+        if fault is not None:
+            self._fail(job, fault)
+            return
+        self._outbox.post(job.mailbox, event)
+        if isinstance(job.answer, Answer) and job.guide is not None and job.guide.finished:
+            self._end(job, job.answer.conclude())
+
+    def _guided(self, job: _Job, token_ids: tuple[int, ...]) -> CloudlmError | None:
+        """Tell the guide what was sampled; what is wrong if the answer cannot go on."""
+        if job.guide is None:
+            return None
+        if job.guide.fault is None and token_ids:
+            job.guide.accept(token_ids)
+        if job.guide.fault is None:
+            return None
+        return InvalidRequest(f"the answer cannot follow its constraint: {job.guide.fault}")
 
     def _abort(self, sequence_id: int) -> None:
         job = self._jobs.get(sequence_id)

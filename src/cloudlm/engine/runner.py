@@ -16,11 +16,12 @@ from cloudlm.engine.adapters import Adapter, Adapters, read_adapter, sites
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.modules import SparseMLP
+from cloudlm.engine.masks import StepMasks
 from cloudlm.engine.memory import drop_from_page_cache, give_back
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.ops.invariant import InvariantAttention, Rows
-from cloudlm.engine.sampler import Choice, sample, token_logprobs
+from cloudlm.engine.sampler import Choice, Mask, sample, token_logprobs
 from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
 
 # Rows of every batch in deterministic mode. A CPU with matrix units computes about so many rows of
@@ -108,14 +109,15 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
         """Compute all chunks of ``step`` in one pass. One Sampled per chunk that samples or asked
-        for prompt log probabilities or pooling, in the order of the chunks."""
+        for prompt log probabilities or pooling, in the order of the chunks. ``masks`` tell which
+        tokens constrained sequences may go on with."""
         self._pool.copy(step.copies)
         if not step.chunks:
             return []
         hidden = self.hidden(step.chunks)
-        choices = self._choices(step.chunks, hidden)
+        choices = self._choices(step.chunks, hidden, masks)
         sampled: list[Sampled] = []
         begin = 0
         for place, chunk in enumerate(step.chunks):
@@ -197,10 +199,11 @@ class Runner:
             rows.append(self.model.logits(padded)[: len(part)])
         return torch.cat(rows)
 
-    def _sample(self, logits: Tensor, chunks: list[Chunk]) -> list[Choice]:
+    def _sample(self, logits: Tensor, chunks: list[Chunk], masks: list[Mask]) -> list[Choice]:
         if not self._deterministic:
-            return sample(logits, chunks)
-        return [sample(logits[at : at + 1], [chunk])[0] for at, chunk in enumerate(chunks)]
+            return sample(logits, chunks, masks)
+        rows = enumerate(zip(chunks, masks, strict=True))
+        return [sample(logits[at : at + 1], [chunk], [mask])[0] for at, (chunk, mask) in rows]
 
     def check(self) -> None:
         """Compute one token for trial, which also warms the machine up. Raises BrokenModel if the
@@ -259,7 +262,9 @@ class Runner:
         for name in ("model", "_pool", "_adapters"):
             self.__dict__.pop(name, None)  # asleep it has two of them no more
 
-    def _choices(self, chunks: tuple[Chunk, ...], hidden: Tensor) -> dict[int, Choice]:
+    def _choices(
+        self, chunks: tuple[Chunk, ...], hidden: Tensor, masks: StepMasks | None
+    ) -> dict[int, Choice]:
         """The next token of each chunk that samples, by the chunk's place."""
         rows: list[int] = []
         sampling: dict[int, Chunk] = {}
@@ -274,7 +279,10 @@ class Runner:
         last = (
             hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=self._device)]
         )
-        chosen = self._sample(self.logits(last), list(sampling.values()))
+        allowed = masks.by_sequence() if masks is not None else {}
+        sampled = list(sampling.values())
+        masks_of = [allowed.get(chunk.sequence_id) for chunk in sampled]
+        chosen = self._sample(self.logits(last), sampled, masks_of)
         return dict(zip(sampling, chosen, strict=True))
 
     def _prompt_scores(self, chunk: Chunk, hidden: Tensor, choice: Choice | None) -> _Scores:

@@ -41,15 +41,20 @@ def uniform(seed: int | None, index: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, chunks: Sequence[Chunk]) -> list[Choice]:
+Mask = NDArray[np.bool_] | None
+
+
+def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()) -> list[Choice]:
     """The next token of each chunk from its row of ``logits`` [chunks, vocabulary], float32.
 
-    Order of processing: logit bias; repetition (Hugging Face), presence and frequency (OpenAI)
-    penalties; temperature; top_k; top_p; min_p; one draw. Ties at the edge of top_k and top_p all
-    stay in. Log probabilities are those of the logits as they came. NaN counts as impossible.
+    ``allowed`` has, for each chunk whose next token is constrained, which tokens [vocabulary] it
+    may be, at least one; none other is ever chosen. Order of processing: logit bias; repetition
+    (Hugging Face), presence and frequency (OpenAI) penalties; constraint; temperature; top_k;
+    top_p; min_p; one draw. Ties at the edge of top_k and top_p all stay in. Log probabilities are
+    those of the logits as they came. NaN counts as impossible.
     """
     logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
-    processed = _penalised(logits, chunks)
+    processed = _constrained(_penalised(logits, chunks), allowed)
     chosen = processed.argmax(-1)
     random = [row for row, chunk in enumerate(chunks) if chunk.sampling.temperature > 0]
     if random:
@@ -119,6 +124,19 @@ def _penalised(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         flat[places] = torch.where(values > 0, values / amounts, values * amounts)
     for places, amounts in subtracted.on(flat):
         flat[places] -= amounts
+    return logits.clamp_(_LEAST, -_LEAST)
+
+
+def _constrained(logits: Tensor, allowed: Sequence[Mask]) -> Tensor:
+    """A copy in which forbidden tokens are minus infinity, below anything an allowed one may be;
+    ``logits`` itself if no row is constrained."""
+    known = [(row, mask) for row, mask in enumerate(allowed) if mask is not None]
+    if not known:
+        return logits
+    rows = torch.tensor([row for row, _ in known], device=logits.device)
+    masks = torch.from_numpy(np.stack([mask for _, mask in known])).to(logits.device)
+    logits = logits.clone()
+    logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
     return logits
 
 
@@ -155,7 +173,7 @@ def _drawn(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     order: a tiny difference in the logits moves the borders a tiny bit, and no token's place."""
     samplings = [chunk.sampling for chunk in chunks]
     temperature = _column([s.temperature for s in samplings], logits)
-    scores = logits.double().clamp(_LEAST, -_LEAST)
+    scores = logits.double()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature
     scores = _only_top_k(scores, samplings)
     scores = _only_top_p(scores, samplings)

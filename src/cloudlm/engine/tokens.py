@@ -6,7 +6,8 @@ Reads tokenizer files; must not import torch and renders no chat templates.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +55,7 @@ class Tokenizer:
         added = self._rust.get_added_tokens_decoder()
         special = {id_: token.content for id_, token in added.items() if token.special}
         self._special = frozenset(special)
+        self.special_token_ids = self._special
         self.control_tokens = tuple(text for text in special.values() if text)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -84,19 +86,39 @@ class Tokenizer:
         """The token as text; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def detokenizer(self, prompt_ids: Iterable[int]) -> Detokenizer:
-        """A detokenizer for what follows the prompt; special tokens have no text."""
+    def vocabulary(self, size: int) -> list[bytes] | None:
+        """The bytes that each of ``size`` token ids stands for, b"" for an id without a token; None
+        for a tokenizer whose tokens do not stand for bytes. Takes a second for a large one."""
+        if self._bytes_of is None:
+            return None
+        return [self.token_bytes(token_id) for token_id in range(size)]
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is written like this, None if there is none."""
+        token_id = self._rust.token_to_id(text)
+        return token_id if token_id in self._special else None
+
+    def detokenizer(
+        self, prompt_ids: Iterable[int], shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A detokenizer for what follows the prompt; special tokens have no text, but those that
+        are ``shown``."""
         prompt = list(prompt_ids)
         if self._bytes_of is None:
-            return _WindowDetokenizer(self.decode, prompt[-_LONGEST_CHARACTER:])
+            marks = {token_id: self.token_text(token_id) for token_id in shown}
+            return _WindowDetokenizer(self.decode, prompt[-_LONGEST_CHARACTER:], marks)
         at_start = all(token_id in self._special for token_id in prompt)
-        decoder = _ByteDetokenizer(self.visible_bytes, self._strips_space() and at_start)
+        bytes_of = self.visible_bytes if not shown else partial(self._shown_bytes, shown)
+        decoder = _ByteDetokenizer(bytes_of, self._strips_space() and at_start)
         decoder.push(prompt[-_LONGEST_CHARACTER:])  # the prompt may end inside a character
         return decoder
 
     def visible_bytes(self, token_id: int) -> bytes:
         """The bytes that this token adds to an answer's text: b"" for a special token."""
         return b"" if token_id in self._special else self.token_bytes(token_id)
+
+    def _shown_bytes(self, shown: frozenset[int], token_id: int) -> bytes:
+        return self.token_bytes(token_id) if token_id in shown else self.visible_bytes(token_id)
 
     def _strips_space(self) -> bool:
         return self._bytes_of is _sentencepiece_bytes
@@ -180,8 +202,14 @@ class _ByteDetokenizer:
 class _WindowDetokenizer:
     """For any other decoder: the text of a short window of tokens, less that of its known part."""
 
-    def __init__(self, decode: Callable[[list[int]], str], context: list[int]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        context: list[int],
+        marks: Mapping[int, str] | None = None,
+    ) -> None:
         self._decode = decode
+        self._marks = marks or {}
         self._context = context
         self._pending: list[int] = []
 
@@ -195,6 +223,8 @@ class _WindowDetokenizer:
         return text
 
     def _push(self, token_id: int) -> str:
+        if token_id in self._marks:
+            return self.flush() + self._marks[token_id]
         self._pending.append(token_id)
         incomplete = self._decode(self._context + self._pending).endswith("�")
         if incomplete and len(self._pending) < _LONGEST_CHARACTER:
@@ -282,6 +312,11 @@ def _sentencepiece_bytes(token: str) -> bytes:
     return token.replace("▁", " ").encode()
 
 
+def _unstripped_bytes(token: str) -> bytes:
+    """As ``_sentencepiece_bytes``, for decoders that keep an answer's first space."""
+    return _sentencepiece_bytes(token)
+
+
 def _byte_reader(decoder: Any) -> Callable[[str], bytes] | None:
     """How tokens stand for bytes, by the ``decoder`` of tokenizer.json; None if they do not."""
     if not isinstance(decoder, dict):
@@ -290,12 +325,14 @@ def _byte_reader(decoder: Any) -> Callable[[str], bytes] | None:
     kinds = [step.get("type") for step in steps or [] if isinstance(step, dict)]
     if kinds == ["ByteLevel"]:
         return _byte_level_bytes
-    if kinds == ["Replace", "ByteFallback", "Fuse", "Strip"]:
-        replace, strip = (steps or [])[0], (steps or [])[3]
-        if (
-            replace.get("pattern") == {"String": "▁"}
-            and replace.get("content") == " "
-            and (strip.get("content"), strip.get("start"), strip.get("stop")) == (" ", 1, 0)
-        ):
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"]:
+        replace, *rest = steps or []
+        if replace.get("pattern") != {"String": "▁"} or replace.get("content") != " ":
+            return None
+        if len(rest) == 2:
+            return _unstripped_bytes
+        strip = rest[2]
+        wanted = ("Strip", " ", 1, 0)
+        if len(rest) == 3 and tuple(map(strip.get, ("type", "content", "start", "stop"))) == wanted:
             return _sentencepiece_bytes
     return None

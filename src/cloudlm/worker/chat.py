@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from cloudlm.core.chat import ChatRequest
+from cloudlm.core.chat import ChatRequest, FinishReason
 from cloudlm.engine.api import TokenEvent
 from cloudlm.worker.generate import Numbered, Tally
 from cloudlm.worker.logprobs import LogprobGate, chat_logprobs
 from cloudlm.worker.prepare import Prepared
 from cloudlm.worker.serving import Serving
+from cloudlm.worker.speech import Speech, delta_of
 from cloudlm.worker.stream import DONE, event
 
 
@@ -22,21 +23,24 @@ async def whole_chat(
     created: int,
 ) -> dict[str, Any]:
     """The ``chat.completion`` object; ``created`` is Unix time, seconds."""
-    texts = [""] * request.n
+    readers = [prepared.make_reader() for _ in range(request.n)]
+    speeches = [Speech() for _ in range(request.n)]
     gates = [LogprobGate(serving.tokenizer) for _ in range(request.n)]
     entries: list[list[Any]] = [[] for _ in range(request.n)]
     reasons: list[str | None] = [None] * request.n
     tally = Tally(prepared.prompt_tokens, request.n)
     async for number, one in events:
         tally.add(number, one)
-        texts[number] += one.text
+        speeches[number].add(readers[number].push(one.text))
         entries[number] += gates[number].admit(one)
-        reasons[number] = one.finish_reason
+        if one.finish_reason is not None:
+            speeches[number].add(readers[number].finish())
+            reasons[number] = _reason(one.finish_reason, speeches[number].calls_tools)
     wants_logprobs = request.sampling.logprobs is not None
     choices = [
         {
             "index": number,
-            "message": {"role": "assistant", "content": texts[number], "refusal": None},
+            "message": speeches[number].message(),
             "logprobs": chat_logprobs(entries[number], serving.tokenizer)
             if wants_logprobs
             else None,
@@ -56,7 +60,8 @@ async def stream_chat(
     created: int,
 ) -> AsyncGenerator[bytes, None]:
     """The ``chat.completion.chunk`` events up to ``[DONE]``."""
-    chunks = _Chunks(serving, request, _head(serving, prepared, created, "chat.completion.chunk"))
+    head = _head(serving, prepared, created, "chat.completion.chunk")
+    chunks = _Chunks(serving, request, prepared, head)
     tally = Tally(prepared.prompt_tokens, request.n)
     options = request.stream_options
     begun: set[int] = set()
@@ -76,25 +81,41 @@ async def stream_chat(
 class _Chunks:
     """Makes the chunks of one stream."""
 
-    def __init__(self, serving: Serving, request: ChatRequest, head: Mapping[str, Any]) -> None:
+    def __init__(
+        self, serving: Serving, request: ChatRequest, prepared: Prepared, head: Mapping[str, Any]
+    ) -> None:
         self._tokenizer = serving.tokenizer
         self._head = head
         self._wants_logprobs = request.sampling.logprobs is not None
         self._says_usage = request.stream_options.include_usage
         self._gates = [LogprobGate(serving.tokenizer) for _ in range(request.n)]
+        self._readers = [prepared.make_reader() for _ in range(request.n)]
+        self._calls_tools = [False] * request.n
 
     def of_event(
         self, number: int, one: TokenEvent, usage: Mapping[str, Any] | None
     ) -> list[bytes]:
-        """What one event says: its text, and the end of the choice in a chunk of its own."""
+        """What one event says: its text, and the end of the choice in a chunk of its own. A piece
+        of text that a reader holds back is said later."""
         made: list[bytes] = []
         entries = self._gates[number].admit(one) if self._wants_logprobs else []
-        if one.text or entries or (usage is not None and one.finish_reason is None):
+        delta = self._delta(number, one)
+        if delta or entries or (usage is not None and one.finish_reason is None):
             logprobs = chat_logprobs(entries, self._tokenizer) if self._wants_logprobs else None
-            made.append(self.chunk(number, {"content": one.text}, logprobs, None, usage))
+            made.append(self.chunk(number, delta or {"content": ""}, logprobs, None, usage))
         if one.finish_reason is not None:
-            made.append(self.chunk(number, {}, None, one.finish_reason, usage))
+            reason = _reason(one.finish_reason, self._calls_tools[number])
+            made.append(self.chunk(number, {}, None, reason, usage))
         return made
+
+    def _delta(self, number: int, one: TokenEvent) -> dict[str, Any]:
+        reader = self._readers[number]
+        pieces = reader.push(one.text)
+        if one.finish_reason is not None:
+            pieces += reader.finish()
+        delta = delta_of(pieces)
+        self._calls_tools[number] = self._calls_tools[number] or "tool_calls" in delta
+        return delta
 
     def chunk(
         self,
@@ -117,6 +138,11 @@ class _Chunks:
 
     def last(self, usage: Mapping[str, Any]) -> bytes:
         return event({**self._head, "choices": [], "usage": usage})
+
+
+def _reason(reason: FinishReason, calls_tools: bool) -> str:
+    """OpenAI's word: an answer that ended by itself and calls tools waits for their results."""
+    return "tool_calls" if calls_tools and reason is FinishReason.STOP else reason.value
 
 
 def _head(serving: Serving, prepared: Prepared, created: int, kind: str) -> dict[str, Any]:

@@ -6,7 +6,9 @@ For the gateway, which continues a stream on another replica when the first one 
                                          or "prompt": "…"; exactly one of the three
      "output_token_ids": [7, 8, …],      tokens that were sent already; not sent again
      "sampling": {…},                    the fields of core.chat.Sampling; "seed" is needed to
-                                         resume an answer that is drawn (temperature above 0)
+                                         resume an answer that is drawn (temperature above 0);
+                                         a constraint as in "response_format" or
+                                         "structured_outputs"
      "index": 0,                         the choice's number, part of the draw
      "cache_salt": "…",                  keeps tenants' prefixes apart
      "priority": 0}                      lower goes first, as in vLLM
@@ -42,6 +44,7 @@ from cloudlm.worker.prepare import (
     Offload,
     Prepared,
     cache_salt,
+    guided,
     prompt_token_ids,
     render_messages,
 )
@@ -149,7 +152,7 @@ async def prepare_internal(
         priority=request.share.priority,
         weight=request.share.weight,
     )
-    return Prepared(made.request_id, (made,), 1)
+    return Prepared(made.request_id, await guided(serving, (made,)), 1)
 
 
 async def stream_internal(

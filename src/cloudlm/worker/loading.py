@@ -12,6 +12,7 @@ from cloudlm.core.model import AddressKind, address_kind, parse_ref
 from cloudlm.worker.adapters import add_adapter
 from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.daemon import in_daemon_thread
+from cloudlm.worker.dialect import find_dialect
 from cloudlm.worker.options import named_adapters
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.template import NoTemplate, Renderer, TemplateProcess
@@ -42,6 +43,12 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
         renderer=renderer,
         control=control_pattern(tokenizer.control_tokens),
         created=int(SystemClock().now()),
+        dialect=find_dialect(
+            tokenizer.chat_template,
+            config.engine.tool_parser,
+            config.engine.reasoning_parser,
+            tokenizer.special_token_id,
+        ),
     )
     try:
         for name, address in named_adapters(config.engine.adapters):

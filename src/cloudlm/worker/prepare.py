@@ -9,17 +9,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
-from cloudlm.core.chat import ChatRequest, CompletionRequest, Message, Sampling
+from cloudlm.core.chat import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Sampling,
+    Tool,
+    ToolChoice,
+)
 from cloudlm.core.errors import InvalidRequest, Overloaded
 from cloudlm.engine.api import GenerateRequest
 from cloudlm.engine.intake import check_token_ids
 from cloudlm.worker import tokenise
+from cloudlm.worker.dialect import check_tools, constraint_of, opens_reasoning, reader_of
 from cloudlm.worker.limits import settle
 from cloudlm.worker.serving import Serving, new_id
 from cloudlm.worker.sharing import Share
+from cloudlm.worker.speech import PlainReader, Reader
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,12 +70,14 @@ class Offload:
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One API request, ready to run. ``requests`` holds ``choices_per_prompt`` sequences per
-    prompt, prompt by prompt; their place is the choice's index. ``prompt_texts`` are for echo."""
+    prompt, prompt by prompt; their place is the choice's index. ``prompt_texts`` are for echo.
+    ``make_reader`` makes what takes a choice's text apart."""
 
     id: str
     requests: tuple[GenerateRequest, ...]
     choices_per_prompt: int
     prompt_texts: tuple[str, ...] = ()
+    make_reader: Callable[[], Reader] = PlainReader
 
     @property
     def prompt_tokens(self) -> tuple[int, ...]:
@@ -95,12 +106,30 @@ async def render_messages(
     add_generation_prompt: bool = True,
 ) -> tuple[int, ...]:
     """The token ids of a conversation in the model's own format."""
-    size = sum(len(message.content) for message in messages)
-    defused = await offload.sized(size, tokenise.defuse, messages, serving.control)
-    text = await serving.renderer.render(
-        defused.messages, add_generation_prompt=add_generation_prompt
+    token_ids, _ = await _render(
+        serving, offload, messages, (), add_generation_prompt=add_generation_prompt
     )
-    return await offload.sized(
+    return token_ids
+
+
+async def _render(
+    serving: Serving,
+    offload: Offload,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    *,
+    add_generation_prompt: bool,
+) -> tuple[tuple[int, ...], str]:
+    """The token ids and the text of a conversation in the model's own format."""
+    size = sum(len(message.content) for message in messages)
+    if tools or any(message.tool_calls for message in messages):
+        size += INLINE_SIZE  # their size is not known, so it is a thread's work
+    bodies = [tool.body for tool in tools]
+    defused = await offload.sized(size, tokenise.defuse, messages, serving.control, bodies)
+    text = await serving.renderer.render(
+        defused.messages, add_generation_prompt=add_generation_prompt, tools=defused.tools
+    )
+    token_ids = await offload.sized(
         len(text),
         tokenise.encode_rendered,
         serving.tokenizer,
@@ -108,6 +137,7 @@ async def render_messages(
         defused.marks,
         serving.info.max_model_len,
     )
+    return token_ids, text
 
 
 async def prepare_chat(
@@ -115,19 +145,45 @@ async def prepare_chat(
 ) -> Prepared:
     """The sequences of a chat request. Raises InvalidRequest, ContextLengthExceeded."""
     adapter = serving.check_model(request.model)
-    token_ids = await render_messages(serving, offload, request.messages)
+    dialect, use = serving.dialect, request.tool_use
+    check_tools(dialect, use)
+    uses_tools = use.choice is not ToolChoice.NONE
+    shown_tools = use.tools if uses_tools else ()
+    token_ids, text = await _render(
+        serving, offload, request.messages, shown_tools, add_generation_prompt=True
+    )
+    begun = opens_reasoning(dialect, text)
+    sampling = replace(request.sampling, constraint=constraint_of(dialect, request, begun=begun))
     made = _sequences(
         serving,
         new_id("chatcmpl"),
         [token_ids],
-        request.sampling,
+        sampling,
         request.n,
         "messages",
         salt,
         share,
         adapter=adapter,
+        shown_token_ids=dialect.shown_token_ids(tools=uses_tools),
     )
-    return Prepared(made[0].request_id, made, request.n)
+    made = await guided(serving, made)
+    reader = reader_of(dialect, use, begun=begun)
+    return Prepared(made[0].request_id, made, request.n, make_reader=reader)
+
+
+async def guided(
+    serving: Serving, requests: tuple[GenerateRequest, ...]
+) -> tuple[GenerateRequest, ...]:
+    """The requests with guides, if they are constrained. Raises what ``Engine.guide`` does."""
+    constraint = requests[0].sampling.constraint
+    if constraint is None:
+        return requests
+    return tuple(
+        [
+            replace(one, guide=await serving.engine.guide(constraint, one.output_token_ids))
+            for one in requests
+        ]
+    )
 
 
 async def prepare_completion(
@@ -142,7 +198,8 @@ async def prepare_completion(
             param="n",
         )
     size = sum(len(prompt) for prompt in request.prompts)
-    return await offload.sized(size, _completion, serving, request, salt, share, adapter)
+    prepared = await offload.sized(size, _completion, serving, request, salt, share, adapter)
+    return replace(prepared, requests=await guided(serving, prepared.requests))
 
 
 def _completion(

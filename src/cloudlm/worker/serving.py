@@ -9,12 +9,13 @@ import hashlib
 import re
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from cloudlm import __version__
 from cloudlm.core.errors import ModelNotFound
 from cloudlm.engine.api import Engine, EngineInfo
+from cloudlm.worker.dialect import Dialect
 from cloudlm.worker.template import Renderer
 
 
@@ -35,7 +36,8 @@ class Tokenizer(Protocol):
 @dataclass(frozen=True)
 class Serving:
     """A model that is ready to answer. ``control`` finds what the tokenizer would read as control
-    tokens (None if there are none); ``created`` is the Unix time of loading, seconds."""
+    tokens (None if there are none); ``created`` is the Unix time of loading, seconds; ``dialect``
+    is how the model writes reasoning and tool calls."""
 
     name: str
     root: str
@@ -44,6 +46,7 @@ class Serving:
     renderer: Renderer
     control: re.Pattern[str] | None = None
     created: int = 0
+    dialect: Dialect = field(default_factory=Dialect)
 
     @property
     def info(self) -> EngineInfo:

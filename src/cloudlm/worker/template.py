@@ -32,9 +32,15 @@ _SMALL_BYTES = 64 << 10  # JSON that is read or written in well under a millisec
 class Renderer(Protocol):
     """Turns messages into a prompt."""
 
-    async def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The prompt's text. Raises InvalidRequest if the template refuses the messages,
-        or if the model has none; BrokenModel if the template fails."""
+    async def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """The prompt's text; ``tools`` are shown as they are. Raises InvalidRequest if the template
+        refuses the messages, or if the model has none; BrokenModel if the template fails."""
         ...
 
     async def close(self) -> None: ...
@@ -43,7 +49,13 @@ class Renderer(Protocol):
 class NoTemplate:
     """The renderer of a model without a chat template."""
 
-    async def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    async def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         raise InvalidRequest(
             "this model has no chat template, so it cannot be used with messages; "
             "send its prompt as text to /v1/completions",
@@ -83,17 +95,26 @@ class TemplateProcess:
         self._turn = asyncio.Lock()
         self._closed = False
 
-    async def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    async def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """See Renderer."""
         body = {
             **self._variables,
             "messages": [_as_dict(message) for message in messages],
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         async with self._turn:
-            outcome = await self._ask(body, sum(len(message.content) for message in messages))
+            # A conversation with tools may be large in places that are not worth counting.
+            deep = bool(tools) or any(message.tool_calls for message in messages)
+            size = sum(len(message.content) + len(message.reasoning or "") for message in messages)
+            outcome = await self._ask(body, size + (_SMALL_BYTES if deep else 0))
         return _text_of(outcome)
 
     async def start(self) -> str | None:
@@ -196,10 +217,24 @@ async def _exchange(
     return decoded
 
 
-def _as_dict(message: Message) -> dict[str, str]:
-    fields = {"role": str(message.role), "content": message.content}
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message as Hugging Face's templates expect it: arguments are objects, not texts."""
+    fields: dict[str, Any] = {"role": str(message.role), "content": message.content}
     if message.name is not None:
         fields["name"] = message.name
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    if message.reasoning is not None:
+        fields["reasoning_content"] = message.reasoning
     return fields
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cloudlm.core.chat import Message
 from cloudlm.core.errors import ContextLengthExceeded
@@ -50,10 +51,12 @@ def _too_long(at_least: int, max_model_len: int, param: str) -> ContextLengthExc
 
 @dataclass(frozen=True, slots=True)
 class Defused:
-    """Messages without control tokens; ``marks`` says which text each mark stands for."""
+    """Messages and tools without control tokens; ``marks`` says which text each mark stands
+    for."""
 
     messages: tuple[Message, ...]
     marks: dict[str, str]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def control_pattern(special_tokens: Sequence[str]) -> re.Pattern[str] | None:
@@ -62,23 +65,79 @@ def control_pattern(special_tokens: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def defuse(messages: Sequence[Message], control: re.Pattern[str] | None) -> Defused:
-    """Replace control tokens in what the caller wrote, contents and names, by marks that nobody
-    can foresee."""
+def defuse(
+    messages: Sequence[Message],
+    control: re.Pattern[str] | None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> Defused:
+    """Replace control tokens in what the caller wrote, wherever it stands in messages and tools,
+    by marks that nobody can foresee."""
     nonce = f"{secrets.randbelow(10**18):018d}"
     names: dict[str, str] = {}
 
     def mark(match: re.Match[str]) -> str:
         return names.setdefault(match[0], f"\ue000{nonce}{len(names)}\ue001")
 
-    written = (text for m in messages for text in (m.content, m.name or ""))
-    if control is None or not any(map(control.search, written)):
-        return Defused(tuple(messages), {})
-    safe = tuple(
-        replace(m, content=control.sub(mark, m.content), name=m.name and control.sub(mark, m.name))
-        for m in messages
+    written = (text for m in messages for text in _texts_of(m))
+    in_tools = (text for tool in tools for text in _texts_in(tool))
+    if control is None or not (
+        any(map(control.search, written)) or any(map(control.search, in_tools))
+    ):
+        return Defused(tuple(messages), {}, tuple(tools))
+    found = control
+
+    def clean(text: str) -> str:
+        return found.sub(mark, text)
+
+    safe = tuple(_cleaned(message, clean) for message in messages)
+    safe_tools = tuple(_mapped(tool, clean) for tool in tools)
+    return Defused(safe, {name: text for text, name in names.items()}, safe_tools)
+
+
+def _texts_of(message: Message) -> Iterator[str]:
+    yield from (message.content, message.name or "", message.tool_call_id or "")
+    yield message.reasoning or ""
+    for call in message.tool_calls:
+        yield call.id
+        yield from _texts_in(call.arguments)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts in a JSON value, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _texts_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts_in(inner)
+
+
+def _cleaned(message: Message, clean: Callable[[str], str]) -> Message:
+    return replace(
+        message,
+        content=clean(message.content),
+        name=message.name and clean(message.name),
+        tool_call_id=message.tool_call_id and clean(message.tool_call_id),
+        reasoning=message.reasoning and clean(message.reasoning),
+        tool_calls=tuple(
+            replace(call, id=clean(call.id), arguments=_mapped(call.arguments, clean))
+            for call in message.tool_calls
+        ),
     )
-    return Defused(safe, {name: text for text, name in names.items()})
+
+
+def _mapped(value: Any, clean: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it cleaned."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, Mapping):
+        return {clean(key): _mapped(inner, clean) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_mapped(inner, clean) for inner in value]
+    return value
 
 
 def restore(text: str, marks: dict[str, str]) -> str:

@@ -106,6 +106,9 @@ def test_request_ids_and_headers() -> None:
         ({"choices": [{"delta": {}, "finish_reason": "stop"}]}, True),
         ({"choices": [{"text": ""}]}, False),
         ({"choices": [{"text": "a"}]}, True),
+        ({"choices": [{"delta": {"reasoning_content": "hm"}}]}, True),
+        ({"choices": [{"delta": {"tool_calls": [{"index": 0}]}}]}, True),
+        ({"choices": [{"delta": {"role": "assistant", "content": "", "tool_calls": []}}]}, False),
     ],
 )
 def test_what_is_content(chunk: dict[str, Any], content: bool) -> None:

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from starlette.applications import Starlette
 
-from cloudlm.core.chat import FinishReason, Message
+from cloudlm.core.chat import Constraint, FinishReason, Message
 from cloudlm.core.clock import Clock, ManualClock, SystemClock
 from cloudlm.core.errors import CloudlmError, InternalError, ModelNotFound
 from cloudlm.engine.api import (
@@ -28,6 +28,7 @@ from cloudlm.engine.api import (
 )
 from cloudlm.worker.app import build_app
 from cloudlm.worker.config import WorkerConfig
+from cloudlm.worker.dialect import Dialect
 from cloudlm.worker.replica import Replica
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.template import Renderer
@@ -71,7 +72,9 @@ class ByteTokenizer:
 class PlainRenderer:
     """A template in miniature: each turn between control tokens."""
 
-    async def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    async def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = ()
+    ) -> str:
         turns = "".join(f"<|start|>{m.role}:{m.content}<|end|>" for m in messages)
         return turns + ("<|start|>assistant:" if add_generation_prompt else "")
 
@@ -103,6 +106,7 @@ class EchoEngine:
         self.embedded: list[EmbedRequest] = []
         self.loaded: dict[str, str] = {}
         self.level = 0
+        self.constraints: list[Constraint] = []
         self.closed = False
         self.now = EngineStats(steps=7, blocks_total=64, prefix_queries=10, prefix_hits=4)
 
@@ -149,6 +153,12 @@ class EchoEngine:
     async def unload_adapter(self, name: str) -> None:
         if self.loaded.pop(name, None) is None:
             raise ModelNotFound("no such adapter", param="lora_name")
+
+    async def guide(self, constraint: Constraint, output_token_ids: tuple[int, ...] = ()) -> object:
+        if self.refusal is not None:
+            raise self.refusal
+        self.constraints.append(constraint)
+        return object()
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
@@ -259,7 +269,9 @@ class Bench:
 MakeBench = Callable[..., Bench]
 
 
-def make_serving(engine: EchoEngine, renderer: Renderer | None = None) -> Serving:
+def make_serving(
+    engine: EchoEngine, renderer: Renderer | None = None, dialect: Dialect | None = None
+) -> Serving:
     return Serving(
         name="echo",
         root="models:/echo/1",
@@ -268,6 +280,7 @@ def make_serving(engine: EchoEngine, renderer: Renderer | None = None) -> Servin
         renderer=renderer or PlainRenderer(),
         control=control_pattern(CONTROL),
         created=1_700_000_000,
+        dialect=dialect or Dialect(),
     )
 
 
@@ -285,11 +298,12 @@ async def make_bench(config: WorkerConfig) -> AsyncIterator[MakeBench]:
         ready: bool = True,
         clock: Clock | None = None,
         renderer: Renderer | None = None,
+        dialect: Dialect | None = None,
         **more: Any,
     ) -> Bench:
         engine = EchoEngine()
         replica = Replica(replace(config, **more), clock or ManualClock())
-        serving = make_serving(engine, renderer)
+        serving = make_serving(engine, renderer, dialect)
         if ready:
             replica.become_ready(serving)
         made.append(Bench(replica, engine, serving))

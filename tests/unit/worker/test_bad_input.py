@@ -192,8 +192,9 @@ async def ask(app: Any, receive: Any, headers: list[tuple[bytes, bytes]]) -> tup
 
 async def test_unsupported_features_say_so(bench: Any) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    check_error(await bench.chat(tools=tools), 501)
-    check_error(await bench.chat(response_format={"type": "json_object"}), 501)
+    error = check_error(await bench.chat(tools=tools), 400)
+    assert "tool_parser" in error["message"]
+    check_error(await bench.chat(functions=[{"name": "f"}]), 501)
     image = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]
     check_error(await bench.chat(messages=[{"role": "user", "content": image}]), 501)
 
