@@ -479,9 +479,7 @@ class LocalEngine:
             return
         try:
             if job.sequence.pooling is None:
-                job.answer = Answer(
-                    job.sequence, self.tokenizer, job.shown_token_ids
-                )
+                job.answer = Answer(job.sequence, self.tokenizer, job.shown_token_ids)
             else:
                 job.answer = PooledPrompt(job.sequence)
         except Exception:
