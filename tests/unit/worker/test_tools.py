@@ -94,10 +94,6 @@ async def test_tools_that_must_not_be_called(make_bench: Any) -> None:
         ({"tool_choice": "required"}, ["add", "now", "call (", "{0,15}"], ["think"]),
         ({"tool_choice": "required", "parallel_tool_calls": False}, ["calls: call\n"], ["{0,15}"]),
         ({"tool_choice": NOW}, ["now"], ['\\"add\\"']),
-            {"tool_choice": {"type": "function", "function": {"name": "now"}}},
-            ["now"],
-            ['\\"add\\"'],
-        ),
         ({"response_format": {"type": "json_object"}}, ["answer | calls", "add"], []),
     ],
 )
