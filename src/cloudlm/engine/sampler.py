@@ -54,7 +54,9 @@ def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()
     those of the logits as they came. NaN counts as impossible.
     """
     logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
-    processed = _constrained(_penalised(logits, chunks), allowed)
+    processed = _penalised(logits, chunks)
+    scored = any(chunk.sampling.logprobs is not None for chunk in chunks)
+    processed = _constrained(processed, allowed, keep=processed is logits and scored)
     chosen = processed.argmax(-1)
     random = [row for row, chunk in enumerate(chunks) if chunk.sampling.temperature > 0]
     if random:
@@ -127,16 +129,22 @@ def _penalised(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     return logits.clamp_(_LEAST, -_LEAST)
 
 
-def _constrained(logits: Tensor, allowed: Sequence[Mask]) -> Tensor:
-    """A copy in which forbidden tokens are minus infinity, below anything an allowed one may be;
-    ``logits`` itself if no row is constrained."""
+def _constrained(logits: Tensor, allowed: Sequence[Mask], keep: bool) -> Tensor:
+    """``logits`` with forbidden tokens at minus infinity, below anything an allowed one may be.
+    With ``keep`` the tensor given stays as it is."""
     known = [(row, mask) for row, mask in enumerate(allowed) if mask is not None]
     if not known:
         return logits
+    if keep:
+        logits = logits.clone()
+    if logits.device.type == "cpu":
+        array = logits.numpy()  # one plain pass per row; PyTorch would wake its threads for each
+        for row, mask in known:
+            np.copyto(array[row], -np.inf, where=~mask)
+        return logits
     rows = torch.tensor([row for row, _ in known], device=logits.device)
-    masks = torch.from_numpy(np.stack([mask for _, mask in known])).to(logits.device)
-    logits = logits.clone()
-    logits[rows] = logits[rows].masked_fill(~masks, -torch.inf)
+    forbidden = torch.from_numpy(~np.stack([mask for _, mask in known])).to(logits.device)
+    logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
     return logits
 
 
