@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from cloudlm.engine.architectures import find_architecture
 from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.architectures.config import ModelConfig, read_json
 from cloudlm.engine.ops.cache import block_size_bytes
+from cloudlm.engine.paths.choice import choose_path
+from cloudlm.engine.paths.native_path import NativePath, native_block_size
 from cloudlm.engine.runner import Runner, RunnerFacts
 from cloudlm.engine.tokens import Tokenizer
 from cloudlm.engine.weights import load_weights
@@ -70,20 +73,44 @@ def load_runner(
     name, config, model = _build(folder)
     device = pick_device(settings.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    dtype = pick_dtype(settings.dtype, config, parameters, device)
-    torch.set_num_threads(pick_threads(settings.threads, parameters))
-    num_blocks, max_model_len = plan_cache(model.shape, settings, dtype)
+    threads = pick_threads(settings.threads, parameters)
+    torch.set_num_threads(threads)
+    tell(0.02, "building kernels")
+    choice = choose_path(
+        model,
+        settings,
+        parameters=parameters,
+        device=device,
+        pick_dtype=lambda asked: pick_dtype(asked, config, parameters, device),
+        threads=threads,
+    )
+    if choice.kernels is not None:
+        settings = replace(settings, block_size=native_block_size(settings.block_size))
+    num_blocks, max_model_len = plan_cache(model.shape, settings, choice.dtype)
     model.limit(max_model_len)
     load_weights(
         model,
         folder,
-        dtype=dtype,
+        dtype=choice.dtype,
         device=device,
-        progress=lambda share: tell(0.05 + 0.85 * share, "loading the weights"),
+        progress=lambda share: tell(0.05 + 0.55 * share, "loading the weights"),
     )
+    path = None
+    if choice.kernels is not None:
+        path = NativePath(
+            model,
+            choice.kernels,
+            choice.precision,
+            num_blocks,
+            settings.block_size,
+            progress=lambda share: tell(0.6 + 0.3 * share, "packing the weights"),
+        )
+        torch.set_num_threads(
+            1
+        )  # the kernels have threads of their own, which must not be disturbed
     tell(0.9, "trying the model out")
     facts = RunnerFacts(name, max_model_len, num_blocks, settings.block_size, eos_token_ids)
-    runner = Runner(model, facts)
+    runner = Runner(model, facts, path)
     runner.check()
     return runner
 

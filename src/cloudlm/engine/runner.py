@@ -11,8 +11,8 @@ from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import BrokenModel
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
-from cloudlm.engine.ops.attention import PagedAttention
-from cloudlm.engine.ops.cache import BlockPool
+from cloudlm.engine.paths.base import Path
+from cloudlm.engine.paths.torch_path import TorchPath
 from cloudlm.engine.sampler import Choice, sample, token_logprobs
 from cloudlm.engine.step import Chunk, Sampled, Step
 
@@ -36,33 +36,22 @@ class RunnerFacts:
 class Runner:
     """A network with its block pool. ``run`` is called by one thread at a time.
 
-    The network must be loaded, all parameters of one type on one device. Raises BadSetting if the
-    pool does not fit into memory.
+    ``path`` computes; without one it is the network's own modules, which must be loaded, all
+    parameters of one type on one device. Raises BadSetting if the pool does not fit into memory.
     """
 
-    def __init__(self, model: Decoder, facts: RunnerFacts) -> None:
-        first = next(model.parameters())
-        shape = model.shape
-        self.model = model.eval()
+    def __init__(self, model: Decoder, facts: RunnerFacts, path: Path | None = None) -> None:
+        self.model = model
         self.num_blocks = facts.num_blocks
         self.block_size = facts.block_size
-        self._device = first.device
-        self._windows = frozenset(shape.windows)
-        self._pool = BlockPool(
-            shape.layers,
-            facts.num_blocks,
-            facts.block_size,
-            shape.kv_heads,
-            shape.head_dim,
-            first.dtype,
-            first.device,
-        )
+        self._path = path or TorchPath(model, facts.num_blocks, facts.block_size)
+        self._device = self._path.device
         self.info = EngineInfo(
             architecture=facts.architecture,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            dtype=str(first.dtype).removeprefix("torch."),
-            device=str(first.device),
-            vocab_size=shape.vocab_size,
+            parameters=self._path.parameters,
+            dtype=self._path.precision,
+            device=str(self._device),
+            vocab_size=model.shape.vocab_size,
             max_model_len=facts.max_model_len,
             block_size=facts.block_size,
             blocks_total=facts.num_blocks,
@@ -73,7 +62,7 @@ class Runner:
     def run(self, step: Step) -> list[Sampled]:
         """Compute all chunks of ``step`` in one pass. One Sampled per chunk that samples or asked
         for prompt log probabilities, in the order of the chunks."""
-        self._pool.copy(step.copies)
+        self._path.pool.copy(step.copies)
         if not step.chunks:
             return []
         hidden = self.hidden(step.chunks)
@@ -99,18 +88,18 @@ class Runner:
     def hidden(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Last hidden states [tokens, hidden] of all chunks, one behind the other; stores their
         keys and values in the pool."""
-        token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
-        attend = PagedAttention(chunks, self._pool, self._windows)
-        tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        hidden: Tensor = self.model(tokens, attend.positions, attend)
-        return hidden
+        return self._path.hidden(chunks)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab_size] in float32 of some rows of the hidden states."""
+        return self._path.logits(hidden)
 
     def check(self) -> None:
         """Compute one token for trial, which also warms the machine up. Raises BrokenModel if the
         logits are not finite numbers."""
         trial = Chunk(0, (0,), 0, (0,), samples=True, sampling=Sampling())
         with torch.inference_mode():
-            logits = self.model.logits(self.hidden((trial,)))
+            logits = self.logits(self.hidden((trial,)))
         if not bool(logits.isfinite().all()):
             raise BrokenModel(
                 "the model's weights give logits that are not finite numbers: the files are "
@@ -119,7 +108,7 @@ class Runner:
 
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
-        del self.model, self._pool
+        del self.model, self._path
 
     def _choices(self, chunks: tuple[Chunk, ...], hidden: Tensor) -> dict[int, Choice]:
         """The next token of each chunk that samples, by the chunk's place."""
@@ -136,7 +125,7 @@ class Runner:
         last = (
             hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=self._device)]
         )
-        chosen = sample(self.model.logits(last), list(sampling.values()))
+        chosen = sample(self.logits(last), list(sampling.values()))
         return dict(zip(sampling, chosen, strict=True))
 
     def _prompt_scores(self, chunk: Chunk, hidden: Tensor, choice: Choice | None) -> _Scores:
@@ -150,6 +139,6 @@ class Runner:
         scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         for begin in range(0, len(followers), _SCORED_ROWS):
             part = slice(begin, min(begin + _SCORED_ROWS, len(followers)))
-            logits = self.model.logits(hidden[part])
+            logits = self.logits(hidden[part])
             scores += token_logprobs(logits, token_ids[part], chunk.sampling.logprobs or 0)
         return tuple(scores)
