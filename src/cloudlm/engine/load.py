@@ -94,6 +94,7 @@ def load_runner(
         dtype=choice.dtype,
         device=device,
         progress=lambda share: tell(0.05 + 0.55 * share, "loading the weights"),
+        copy=choice.kernels is None,  # packing copies
     )
     path = None
     if choice.kernels is not None:

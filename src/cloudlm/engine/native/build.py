@@ -55,7 +55,8 @@ def library(
     instructions: str, cache: Path | None = None, compiler: str | None = None
 ) -> Path | None:
     """The library for one instruction set, built if it is not in ``cache`` yet (by default
-    ``$CLOUDLM_NATIVE_CACHE``, ``$CLOUDLM_HOME/cache/native`` or ``~/.cache/cloudlm/native``). None if it cannot be built."""
+    ``$CLOUDLM_NATIVE_CACHE``, ``$CLOUDLM_HOME/cache/native`` or ``~/.cache/cloudlm/native``). None
+    if it cannot be built."""
     found = compiler or find_compiler()
     if found is None:
         _logger.info("native_no_compiler", extra={"fields": {"searched": list(COMPILERS)}})

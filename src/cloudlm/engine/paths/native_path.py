@@ -74,7 +74,7 @@ def native_block_size(block_size: int) -> int:
 
 class NativePath:
     """See ``base.Path``. ``model`` must be one that ``why_not`` has nothing against, loaded in
-    bfloat16 on the CPU; it loses its layers. ``progress`` is told the share that is packed.
+    bfloat16 on the CPU; it loses all its parts. ``progress`` is told the share that is packed.
 
     Raises BadSetting if the pool does not fit into memory.
     """
@@ -111,12 +111,15 @@ class NativePath:
         )
         # One attention plan per distinct window; layers name theirs by number.
         self._windows = tuple(dict.fromkeys(config.windows))
-        self._embeddings = model.model.embed_tokens.weight.detach()
+        self._embeddings = model.model.embed_tokens.weight.detach().clone()
         self._norm = _wide(model.model.norm)
         packer = _Packer(kernels, precision)
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         self._head = packer.head(head.weight)
         model.lm_head = None
+        # What stays in the network would hold the whole file in memory.
+        model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
+        model.model.norm = nn.Identity()
         layers = []
         for number in range(config.layers):
             layer = cast(Layer, model.model.layers[number])
