@@ -108,6 +108,16 @@ class EngineSettings:
         "Precision of the weights in memory.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    precision: str = setting(
+        "auto",
+        "Numbers that the weights are held in on a CPU; auto is dtype's. a8: inputs in 8 bits too.",
+        choices=("auto", "bfloat16", "int8", "int8-a8", "int4", "int4-a8"),
+    )
+    kernels: str = setting(
+        "auto",
+        "What computes on a CPU; auto is the native library where it is quicker and can be built.",
+        choices=("auto", "native", "torch"),
+    )
     device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     max_model_len: int = setting(
         0, "Longest prompt plus answer, tokens; 0 takes the model's own context.", low=0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from cloudlm.engine.architectures import find_architecture
 from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.architectures.config import ModelConfig, read_json
 from cloudlm.engine.ops.cache import block_size_bytes
+from cloudlm.engine.paths.choice import choose_path
+from cloudlm.engine.paths.native_path import NativePath, native_block_size
 from cloudlm.engine.runner import Runner, RunnerFacts, Source
 from cloudlm.engine.step import Pooling
 from cloudlm.engine.tokens import Tokenizer
@@ -69,21 +72,47 @@ def load_runner(
     tell: Progress,
 ) -> Runner:
     """The model of ``folder`` with its cache, tried out once. Raises as ``load_engine``."""
+    if settings.deterministic:
+        settings = replace(settings, kernels=_kernels_when_deterministic(settings))
     name, config, model = _build(folder)
     device = pick_device(settings.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    dtype = pick_dtype(settings.dtype, config, parameters, device)
-    torch.set_num_threads(pick_threads(settings.threads, parameters))
-    num_blocks, max_model_len = plan_cache(model.shape, settings, dtype)
+    threads = pick_threads(settings.threads, parameters)
+    torch.set_num_threads(threads)
+    tell(0.02, "building kernels")
+    choice = choose_path(
+        model,
+        settings,
+        parameters=parameters,
+        device=device,
+        pick_dtype=lambda asked: pick_dtype(asked, config, parameters, device),
+        threads=threads,
+    )
+    if choice.kernels is not None:
+        settings = replace(settings, block_size=native_block_size(settings.block_size))
+    num_blocks, max_model_len = plan_cache(model.shape, settings, choice.dtype)
     model.limit(max_model_len)
     load_weights(
         model,
         folder,
-        dtype=dtype,
+        dtype=choice.dtype,
         device=device,
-        progress=lambda share: tell(0.05 + 0.85 * share, "loading the weights"),
+        progress=lambda share: tell(0.05 + 0.55 * share, "loading the weights"),
+        copy=choice.kernels is None,  # packing copies
     )
-    tell(0.9, "trying the model out")
+
+    def on_kernels(loaded: Decoder) -> NativePath:
+        assert choice.kernels is not None
+        torch.set_num_threads(1)  # the kernels' own threads must not be disturbed
+        return NativePath(
+            loaded,
+            choice.kernels,
+            choice.precision,
+            num_blocks,
+            settings.block_size,
+            progress=lambda share: tell(0.6 + 0.3 * share, "packing the weights"),
+        )
+
     facts = RunnerFacts(
         name,
         max_model_len,
@@ -96,10 +125,12 @@ def load_runner(
     def again() -> Decoder:
         fresh = _build(folder)[2]
         fresh.limit(max_model_len)
-        load_weights(fresh, folder, dtype=dtype, device=device)
+        load_weights(fresh, folder, dtype=choice.dtype, device=device, copy=choice.kernels is None)
         return fresh
 
-    runner = Runner(model, facts, Source(again, tuple(weight_files(folder))))
+    source = Source(again, tuple(weight_files(folder)))
+    runner = Runner(model, facts, source, None if choice.kernels is None else on_kernels)
+    tell(0.9, "trying the model out")
     runner.check()
     return runner
 
@@ -119,6 +150,17 @@ def _build(folder: Path) -> tuple[str, ModelConfig, Decoder]:
     config = ModelConfig(values)
     with torch.device("meta"):
         return name, config, architecture.from_config(config)
+
+
+def _kernels_when_deterministic(settings: EngineSettings) -> str:
+    """Batches of one shape exist on PyTorch's path alone. Raises BadSetting."""
+    if settings.kernels == "native" or settings.precision.startswith("int"):
+        raise BadSetting(
+            "deterministic = true is not possible with kernels = native or a quantised precision; "
+            "leave both at auto",
+            param="deterministic",
+        )
+    return "torch"
 
 
 def pick_threads(asked: int, parameters: int) -> int:

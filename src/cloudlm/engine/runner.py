@@ -21,6 +21,7 @@ from cloudlm.engine.memory import drop_from_page_cache, give_back
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.ops.invariant import InvariantAttention, Rows
+from cloudlm.engine.paths.base import ComputePath
 from cloudlm.engine.sampler import Choice, Mask, sample, token_logprobs
 from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
 
@@ -56,7 +57,8 @@ class Source:
 
 class Runner:
     """A network with its block pool. ``run`` is called by one thread at a time. ``source`` is what
-    it wakes up from; without one it cannot sleep.
+    it wakes up from; without one it cannot sleep. ``make_path`` turns the loaded network into
+    what computes in its place (native kernels); without it the network's own modules do.
 
     The network must be loaded, all parameters of one type on one device. In ``deterministic`` mode
     a sequence's tokens depend on nothing else in the batch, nor on how it was cut into chunks: all
@@ -64,7 +66,13 @@ class Runner:
     BadSetting if the pool does not fit into memory, or the network cannot be run that way.
     """
 
-    def __init__(self, model: Decoder, facts: RunnerFacts, source: Source | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        facts: RunnerFacts,
+        source: Source | None = None,
+        make_path: Callable[[Decoder], ComputePath] | None = None,
+    ) -> None:
         first = next(model.parameters())
         shape = model.shape
         self.model = model.eval()
@@ -82,11 +90,14 @@ class Runner:
                 param="deterministic",
             )
         self._source = source
+        self._make_path = make_path
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._path = None if make_path is None else make_path(model)
         self._pool = self._make_pool()
         self.info = EngineInfo(
             architecture=facts.architecture,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            dtype=str(first.dtype).removeprefix("torch."),
+            parameters=parameters,
+            dtype=self._path.precision if self._path else str(first.dtype).removeprefix("torch."),
             device=str(first.device),
             vocab_size=shape.vocab_size,
             max_model_len=facts.max_model_len,
@@ -97,6 +108,8 @@ class Runner:
         )
 
     def _make_pool(self) -> BlockPool:
+        if self._path is not None:
+            return self._path.pool
         shape = self.model.shape
         return BlockPool(
             shape.layers,
@@ -142,6 +155,8 @@ class Runner:
     def hidden(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Last hidden states [tokens, hidden] of all chunks, one behind the other; stores their
         keys and values in the pool."""
+        if self._path is not None:
+            return self._path.hidden(chunks)
         if self._deterministic:
             return self._hidden_in_tiles(chunks)
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
@@ -153,6 +168,8 @@ class Runner:
 
     def read_adapter(self, folder: Path) -> Adapter:
         """The LoRA adapter of ``folder``; from any thread. See ``adapters.read_adapter``."""
+        if self._make_path is not None:
+            raise NotSupported("adapters are not possible on native kernels; set kernels=torch")
         model: Decoder | None = getattr(self, "model", None)
         if model is None:
             raise Unavailable("the model is asleep; wake it first")
@@ -189,6 +206,8 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of some rows; in deterministic mode in batches of one shape too."""
+        if self._path is not None:
+            return self._path.logits(hidden)
         if not self._deterministic:
             return self.model.logits(hidden)
         rows = []
@@ -210,7 +229,7 @@ class Runner:
         logits are not finite numbers, BadSetting if they cannot be made deterministic here."""
         trial = Chunk(0, (0,), 0, (0,), samples=True, sampling=Sampling())
         with torch.inference_mode():
-            logits = self.model.logits(self.hidden((trial,)))
+            logits = self.logits(self.hidden((trial,)))
         if not bool(logits.isfinite().all()):
             raise BrokenModel(
                 "the model's weights give logits that are not finite numbers: the files are "
@@ -240,6 +259,7 @@ class Runner:
             raise NotSupported("this model was not loaded from files and cannot sleep")
         self._adapters.detach()
         del self.model, self._pool
+        self._path = None
         give_back()
         if level >= 2:
             drop_from_page_cache(self._source.files)
@@ -249,17 +269,19 @@ class Runner:
         assert self._source is not None, "only what sleeps wakes up"
         self.model = self._source.load().eval()
         try:
+            self._path = None if self._make_path is None else self._make_path(self.model)
             self._pool = self._make_pool()
             self.check()
         except BaseException:
             self.__dict__.pop("_pool", None)
+            self._path = None
             del self.model
             raise
         self._adapters.attach(self.model)
 
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
-        for name in ("model", "_pool", "_adapters"):
+        for name in ("model", "_pool", "_adapters", "_path"):
             self.__dict__.pop(name, None)  # asleep it has two of them no more
 
     def _choices(

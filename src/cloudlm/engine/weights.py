@@ -160,12 +160,14 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[float], None] | None = None,
+    copy: bool = True,
 ) -> None:
     """Fill ``model``, which was built on the meta device, from the files of ``folder``.
 
     One tensor at a time is read, converted and put in its place, so the memory needed is that of
-    the loaded model. ``progress`` is told the share that is done, 0 to 1. Raises as
-    ``weight_files`` and ``match_tensors``.
+    the loaded model. ``progress`` is told the share that is done, 0 to 1. Without ``copy`` a tensor
+    that has the right type already stays in the file's memory: for who copies it anyway, at once.
+    Raises as ``weight_files`` and ``match_tensors``.
     """
     files = weight_files(folder)
     found = match_tensors(model, files)
@@ -178,7 +180,7 @@ def load_weights(
             with safe_open(file, framework="pt") as opened:
                 for name, tensor in here:
                     # The copy is ours: a file that changes on disk cannot change a served model.
-                    loaded[name] = opened.get_tensor(tensor.name).to(device, dtype, copy=True)
+                    loaded[name] = opened.get_tensor(tensor.name).to(device, dtype, copy=copy)
                     done += loaded[name].numel()
                     if progress is not None:
                         progress(done / total)

@@ -87,6 +87,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    # Heads that the native kernels can run.
+    "llama-heads-32": (
+        "LlamaConfig",
+        {"head_dim": 32, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
+    ),
+    "mistral-heads-32": ("MistralConfig", {"head_dim": 32, "sliding_window": 40}),
+    "qwen2-heads-32": (
+        "Qwen2Config",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "use_sliding_window": True,
+            "sliding_window": 33,
+            "max_window_layers": 1,
+        },
+    ),
+    "phi3-heads-32": ("Phi3Config", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "gpt2": ("GPT2Config", {}),
     "gpt2-by-layer": (
         "GPT2Config",

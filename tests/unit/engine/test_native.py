@@ -529,3 +529,14 @@ def test_importing_builds_and_loads_nothing() -> None:
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_where_libraries_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("CLOUDLM_NATIVE_CACHE", "CLOUDLM_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / ".cache/cloudlm/native"
+    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path / "installation"))
+    assert build.cache_folder() == tmp_path / "installation/cache/native"
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path / "own"))
+    assert build.cache_folder() == tmp_path / "own"

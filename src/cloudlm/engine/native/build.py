@@ -55,20 +55,21 @@ def library(
     instructions: str, cache: Path | None = None, compiler: str | None = None
 ) -> Path | None:
     """The library for one instruction set, built if it is not in ``cache`` yet (by default
-    ``$CLOUDLM_NATIVE_CACHE`` or ``~/.cache/cloudlm/native``). None if it cannot be built."""
+    ``$CLOUDLM_NATIVE_CACHE``, ``$CLOUDLM_HOME/cache/native`` or ``~/.cache/cloudlm/native``). None
+    if it cannot be built."""
     found = compiler or find_compiler()
     if found is None:
         _logger.info("native_no_compiler", extra={"fields": {"searched": list(COMPILERS)}})
         return None
-    folder = cache or cache_folder()
     try:
+        folder = cache or cache_folder()
         target = folder / f"cloudlm-{instructions}-{_fingerprint(found, instructions)}.so"
         if not target.is_file():
             _build(found, instructions, target)
         return target
     except subprocess.CalledProcessError as error:
         reason = str(error.stderr)[-2000:]
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: no home
         reason = str(error)
     fields = {"instructions": instructions, "compiler": found, "reason": reason}
     _logger.warning("native_build_failed", extra={"fields": fields})
@@ -80,6 +81,9 @@ def cache_folder() -> Path:
     own = os.environ.get("CLOUDLM_NATIVE_CACHE")
     if own:
         return Path(own)
+    installation = os.environ.get("CLOUDLM_HOME")
+    if installation:
+        return Path(installation) / "cache" / "native"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cloudlm" / "native"
 
 

@@ -81,7 +81,7 @@ class PagedAttention:
     ) -> None:
         self._pool = pool
         self._device = pool.blocks.device
-        positions, slots = _places(chunks, pool.block_size)
+        positions, slots = token_places(chunks, pool.block_size)
         self.positions = self._tensor(positions)
         self._slots = self._tensor(slots)
         self._plans = {window: self._plan(chunks, window) for window in windows}
@@ -224,7 +224,7 @@ def _attend_run(
     return answer.squeeze(0).transpose(0, 1)
 
 
-def _places(chunks: Sequence[Chunk], block_size: int) -> tuple[Indices, Indices]:
+def token_places(chunks: Sequence[Chunk], block_size: int) -> tuple[Indices, Indices]:
     """Position in its sequence and slot in the pool of every token of the batch."""
     positions, slots = [], []
     for chunk in chunks:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cloudlm.core.errors import BadSetting
+
+_LINE = 64  # bytes of a CPU's cache line
 
 
 def block_size_bytes(
@@ -62,5 +66,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     # NumPy asks the system for zeroed pages, which cost nothing until they are touched;
     # torch.zeros would write all of them now.
-    plain = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
-    return torch.from_numpy(plain).view(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    plain = torch.from_numpy(np.zeros(size + _LINE, dtype=np.uint8))
+    # From a cache line's begin: no row then lies in more lines than it must.
+    return plain[-plain.data_ptr() % _LINE :][:size].view(dtype).view(shape)

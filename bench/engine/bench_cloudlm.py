@@ -1,0 +1,74 @@
+"""cloudlm's own engine, through LocalEngine: scheduler, cache, sampling and streams included.
+
+    python bench_cloudlm.py --precision bf16
+--precision int8-a8 and int4-a8 take the inputs of products in 8 bits too; --mode torch leaves the
+native kernels out. The prefix cache is always on.
+Needs: cloudlm.
+"""
+
+import asyncio
+import time
+
+import common
+
+PRECISIONS = {
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "int8-a8": "int8-a8",
+    "int4": "int4",
+    "int4-a8": "int4-a8",
+}
+
+
+def main():
+    a = common.args("bf16", list(PRECISIONS))
+    rss = common.PeakRSS()
+    began = time.perf_counter()
+    from pathlib import Path
+
+    import torch
+
+    from cloudlm import __version__
+    from cloudlm.core.chat import Sampling
+    from cloudlm.core.settings import EngineSettings
+    from cloudlm.engine.api import GenerateRequest
+    from cloudlm.engine.load import load_engine
+
+    settings = {
+        "precision": PRECISIONS[a.precision],
+        "kernels": "torch" if a.mode == "torch" else "native",
+        "device": "cpu",
+        "threads": a.threads,
+        "kv_cache_mb": 2048,
+        "max_batch_tokens": 2304,
+        "max_batch_sequences": 16,
+    }
+    engine = load_engine(Path(a.model), EngineSettings(**settings), max_waiting=64)
+    load_s = time.perf_counter() - began  # from the start of the imports
+
+    async def one(number, prompt, n_new, began):
+        sampling = Sampling(temperature=0.0, max_tokens=n_new, ignore_eos=True)
+        tokens, first = [], None
+        async for event in engine.submit(GenerateRequest(f"r{number}", tuple(prompt), sampling)):
+            tokens += event.token_ids
+            if first is None and tokens:
+                first = time.perf_counter() - began
+        return tokens, first
+
+    async def everyone(prompts, n_new):
+        began = time.perf_counter()
+        return await asyncio.gather(
+            *(one(n, prompt, n_new, began) for n, prompt in enumerate(prompts))
+        )
+
+    def generate(prompts, n_new):
+        answers = asyncio.run(everyone(prompts, n_new))
+        return [tokens for tokens, _ in answers], answers[0][1] if len(prompts) == 1 else None
+
+    settings |= {"torch": torch.__version__, "block_size": engine.info.block_size}
+    common.run_all(a, "cloudlm", __version__, load_s, generate, rss, settings)
+    asyncio.run(engine.close())
+
+
+if __name__ == "__main__":
+    main()

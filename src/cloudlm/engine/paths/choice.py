@@ -1,0 +1,99 @@
+"""Which path computes a model: decided from settings and facts before its weights are read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cloudlm.core.errors import BadSetting
+from cloudlm.core.settings import EngineSettings
+from cloudlm.engine.architectures.base import Decoder
+from cloudlm.engine.native import load_kernels
+from cloudlm.engine.native.contract import Kernels
+from cloudlm.engine.paths.native_path import why_not
+
+_logger = logging.getLogger(__name__)
+
+# Below this size a step is so short that PyTorch in float32 is as quick.
+SMALL_PARAMETERS = 20_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``kernels`` is None for PyTorch's modules; then ``dtype`` is the type that they are loaded
+    in, and it is bfloat16 otherwise. ``precision`` names what the kernels hold weights in."""
+
+    dtype: torch.dtype
+    precision: str
+    kernels: Kernels | None = None
+
+
+def choose_path(
+    model: Decoder,
+    settings: EngineSettings,
+    *,
+    parameters: int,
+    device: torch.device,
+    pick_dtype: Callable[[str], torch.dtype],
+    threads: int,
+) -> Choice:
+    """``kernels = auto`` takes the native ones where they can run the model and are quicker.
+
+    ``pick_dtype`` turns a setting ``dtype`` into a type. Building the library, if it is not there
+    yet, takes some seconds. Raises BadSetting for what was asked for and cannot be.
+    """
+    quantised = settings.precision.startswith("int")
+    asked = _asked_dtype(settings)
+    wanted = settings.kernels == "native" or quantised
+    obstacle = _obstacle(model, device, asked)
+    if wanted and obstacle is not None:
+        raise BadSetting(
+            f"{_reason(settings, quantised)} cannot be had: {obstacle}",
+            param="precision" if quantised else "kernels",
+        )
+    dtype = torch.bfloat16 if wanted else pick_dtype(asked)
+    small = parameters <= SMALL_PARAMETERS
+    if not wanted and (settings.kernels == "torch" or obstacle or dtype != torch.bfloat16 or small):
+        _logger.info("native_not_used", extra={"fields": {"obstacle": obstacle, "small": small}})
+        return Choice(dtype, str(dtype).removeprefix("torch."))
+    precision = settings.precision if quantised else "bfloat16"
+    kernels = load_kernels(threads, instructions="torch" if settings.kernels == "torch" else None)
+    if kernels.name == "torch":
+        if settings.kernels == "native":
+            raise BadSetting(
+                "kernels is native, but the library can be neither found nor built here (the log "
+                "says why); install a C++ compiler or set kernels to auto",
+                param="kernels",
+            )
+        if not quantised:
+            return Choice(dtype, precision)
+        _logger.warning("quantised_without_library", extra={"fields": {"precision": precision}})
+    _logger.info("kernels", extra={"fields": {"name": kernels.name, "precision": precision}})
+    return Choice(dtype, precision, kernels)
+
+
+def _asked_dtype(settings: EngineSettings) -> str:
+    if settings.precision == "auto":
+        return settings.dtype
+    if settings.dtype not in ("auto", "bfloat16"):
+        raise BadSetting(
+            f"precision is {settings.precision} and dtype is {settings.dtype}: set one of them",
+            param="precision",
+        )
+    return "bfloat16"
+
+
+def _obstacle(model: Decoder, device: torch.device, dtype: str) -> str | None:
+    """Why the kernels cannot run this model here; None if they can."""
+    if device.type != "cpu":
+        return f"the kernels run on CPUs, and device is {device.type}"
+    if dtype not in ("auto", "bfloat16"):
+        return f"the kernels compute in bfloat16, and dtype is {dtype}"
+    return why_not(model)
+
+
+def _reason(settings: EngineSettings, quantised: bool) -> str:
+    return f"precision = {settings.precision}" if quantised else "kernels = native"

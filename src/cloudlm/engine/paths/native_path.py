@@ -1,0 +1,221 @@
+"""Llama-like decoders on the kernels of ``engine.native``: all layers in one call.
+
+The network's own matrices are packed layer by layer and given up; embeddings and norms stay.
+Activations between layers are float32, keys and values bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cloudlm.engine.architectures.base import Decoder
+from cloudlm.engine.architectures.modules import (
+    Attention,
+    FusedAttention,
+    FusedGatedMLP,
+    Layer,
+)
+from cloudlm.engine.architectures.transformer import Transformer
+from cloudlm.engine.architectures.transformer_config import (
+    MLPKind,
+    Norm,
+    Projections,
+    QueryKeyNorm,
+    Residual,
+)
+from cloudlm.engine.native.cache import SLOT_UNIT
+from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
+from cloudlm.engine.native.packing import quantize_int4, quantize_int8
+from cloudlm.engine.native.plan import Query, plan_attention
+from cloudlm.engine.ops.attention import token_places
+from cloudlm.engine.ops.cache import BlockPool
+from cloudlm.engine.step import Chunk
+
+# Precision -> bits of a weight, and in how many planes of 8 bits inputs are taken.
+PRECISIONS = {
+    "bfloat16": (16, 0),
+    "int8": (8, 2),
+    "int8-a8": (8, 1),
+    "int4": (4, 2),
+    "int4-a8": (4, 1),
+}
+INT4_GROUP = 128
+
+
+def why_not(model: Decoder) -> str | None:
+    """What the kernels lack for this network; None if they can run it."""
+    if not isinstance(model, Transformer):
+        return f"{type(model).__name__} is not a Llama-like decoder"
+    config = model.model.config
+    can = {
+        "its norm": config.norm is Norm.RMS,
+        "the place of its norms": config.residual is Residual.PRE,
+        "its norm of queries and keys": config.qk_norm is not QueryKeyNorm.WHOLE,
+        "its layout of queries, keys and values": config.projections is not Projections.GROUPED,
+        "its MLP": config.mlp is not MLPKind.PLAIN and config.activation == "silu",
+        "its experts": config.experts is None,
+        "its softcap": config.attention_softcap is None and config.logit_softcap is None,
+        "its scaled embeddings": config.embedding_scale is None,
+        "its rotation": len(set(config.ropes)) == 1 and config.ropes[0].dim == config.head_dim,
+        "its head size (not a multiple of 32)": config.head_dim % 32 == 0,
+    }
+    return next((f"the kernels lack {name}" for name, yes in can.items() if not yes), None)
+
+
+def native_block_size(block_size: int) -> int:
+    """The smallest size from ``block_size`` tokens on that the kernels' cache can have."""
+    return -(-block_size // SLOT_UNIT) * SLOT_UNIT
+
+
+class NativePath:
+    """See ``base.ComputePath``. ``model`` must be one that ``why_not`` has nothing against, loaded
+    in bfloat16 on the CPU; it loses all its parts. ``progress`` is told the share that is packed.
+
+    Raises BadSetting if the pool does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        kernels: Kernels,
+        precision: str,
+        num_blocks: int,
+        block_size: int,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        assert isinstance(model, Transformer)
+        config = model.model.config
+        self.shape = model.shape
+        self.device = torch.device("cpu")
+        self.precision = precision
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.pool = BlockPool(
+            self.shape.layers,
+            num_blocks,
+            block_size,
+            config.kv_heads,
+            config.head_dim,
+            torch.bfloat16,
+            self.device,
+        )
+        self._kernels = kernels
+        self._config = config
+        self._rope = config.ropes[0]
+        self._frequencies = self._rope.scaling.frequencies(
+            self._rope.dim, self._rope.theta, model.model.longest
+        )
+        # One attention plan per distinct window; layers name theirs by number.
+        self._windows = tuple(dict.fromkeys(config.windows))
+        self._embeddings = model.model.embed_tokens.weight.detach().clone()
+        self._norm = _wide(model.model.norm)
+        packer = _Packer(kernels, precision)
+        head = model.model.embed_tokens if model.lm_head is None else model.lm_head
+        self._head = packer.head(head.weight)
+        model.lm_head = None
+        # What stays in the network would hold the whole file in memory.
+        model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
+        model.model.norm = nn.Identity()
+        layers = []
+        for number in range(config.layers):
+            layer = cast(Layer, model.model.layers[number])
+            layers.append(self._layer(packer, layer, number))
+            model.model.layers[number] = nn.Identity()  # gives the originals' memory back
+            progress((number + 1) / config.layers)
+        self._stack = kernels.stack(layers)
+
+    def _layer(self, packer: _Packer, layer: Layer, number: int) -> StackLayer:
+        attention, mlp = layer.self_attn, cast(Any, layer.mlp)
+        fused = isinstance(mlp, FusedGatedMLP)
+        keys, values = (part.view(self._cache_shape) for part in self.pool.layer(number))
+        return StackLayer(
+            qkv=packer.pack(*_query_key_value(attention)),
+            out=packer.pack(attention.o_proj),
+            gate_up=packer.pack(
+                *([mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]), gated=True
+            ),
+            down=packer.pack(mlp.down_proj),
+            input_norm=_wide(layer.input_layernorm),
+            post_norm=_wide(layer.post_attention_layernorm),
+            cache=LayerCache(keys, values, self.pool.block_size),
+            q_norm=None if attention.q_norm is None else _wide(attention.q_norm),
+            k_norm=None if attention.k_norm is None else _wide(attention.k_norm),
+            plan=self._windows.index(self.shape.windows[number]),
+        )
+
+    @property
+    def _cache_shape(self) -> tuple[int, int, int]:
+        """The kernels' order inside a block is their own; blocks are as long as anybody's."""
+        return (-1, self._config.kv_heads, self.pool.block_size * self._config.head_dim)
+
+    def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """See ``ComputePath``; float32."""
+        config = self._config
+        token_ids = torch.tensor([token_id for chunk in chunks for token_id in chunk.token_ids])
+        positions, slots = map(torch.from_numpy, token_places(chunks, self.pool.block_size))
+        queries = [Query(chunk.start, len(chunk.token_ids), chunk.block_table) for chunk in chunks]
+        plans = [
+            plan_attention(queries, self.pool.block_size, window=window) for window in self._windows
+        ]
+        hidden = functional.embedding(token_ids, self._embeddings).float()
+        rotary = self._rotary(positions)
+        self._kernels.run_stack(self._stack, hidden, rotary, slots, plans, config.scale)
+        return self._kernels.rms_norm(hidden, self._norm, config.norm_eps, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See ``ComputePath``."""
+        out = torch.empty(len(hidden), self.shape.vocab_size)
+        return self._kernels.linear(self._head, hidden, out)
+
+    def _rotary(self, positions: Tensor) -> Rotary:
+        angles = positions.float().unsqueeze(1) * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self._rope.scaling.magnitude != 1.0:
+            cos, sin = cos * self._rope.scaling.magnitude, sin * self._rope.scaling.magnitude
+        config = self._config
+        return Rotary(config.heads, config.kv_heads, config.head_dim, cos, sin, eps=config.norm_eps)
+
+
+class _Packer:
+    """Fuses, quantises and packs matrices at one precision."""
+
+    def __init__(self, kernels: Kernels, precision: str) -> None:
+        self._kernels = kernels
+        self._bits, self._planes = PRECISIONS[precision]
+
+    @torch.inference_mode()
+    def pack(self, *parts: nn.Linear, gated: bool = False) -> Packed:
+        """The matrices below each other as one."""
+        weights: tuple[Tensor, ...] = tuple(part.weight for part in parts)
+        weight = torch.cat(weights) if weights[1:] else weights[0]
+        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+        bias = torch.cat(biases).float() if biases else None
+        return self._packed(weight, self._bits, gated, bias)
+
+    @torch.inference_mode()
+    def head(self, weight: Tensor) -> Packed:
+        """The output projection: what it loses nothing behind it makes good, so 8 bits at least."""
+        return self._packed(weight, max(self._bits, 8), False, None)
+
+    def _packed(self, weight: Tensor, bits: int, gated: bool, bias: Tensor | None) -> Packed:
+        ready: Weight = weight.detach()
+        if bits == 8:
+            ready = quantize_int8(weight)
+        elif bits == 4:
+            ready = quantize_int4(weight, INT4_GROUP)
+        return self._kernels.pack(ready, gated=gated, bias=bias, planes=self._planes or 2)
+
+
+def _query_key_value(attention: Attention) -> list[nn.Linear]:
+    if isinstance(attention, FusedAttention):
+        return [attention.qkv_proj]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _wide(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight
+    return weight.detach().float().contiguous()
