@@ -91,15 +91,20 @@ def load_runner(
     if choice.kernels is not None:
         settings = replace(settings, block_size=native_block_size(settings.block_size))
     num_blocks, max_model_len = plan_cache(model.shape, settings, choice.dtype)
-    model.limit(max_model_len)
-    load_weights(
-        model,
-        folder,
-        dtype=choice.dtype,
-        device=device,
-        progress=lambda share: tell(0.05 + 0.55 * share, "loading the weights"),
-        copy=choice.kernels is None,  # packing copies
-    )
+
+    def read(network: Decoder, told: Progress) -> Decoder:
+        network.limit(max_model_len)
+        load_weights(
+            network,
+            folder,
+            dtype=choice.dtype,
+            device=device,
+            progress=lambda share: told(0.05 + 0.55 * share, "loading the weights"),
+            copy=choice.kernels is None,  # packing copies
+        )
+        return network
+
+    read(model, tell)
 
     def on_kernels(loaded: Decoder) -> NativePath:
         assert choice.kernels is not None
@@ -123,10 +128,7 @@ def load_runner(
     )
 
     def again() -> Decoder:
-        fresh = _build(folder)[2]
-        fresh.limit(max_model_len)
-        load_weights(fresh, folder, dtype=choice.dtype, device=device, copy=choice.kernels is None)
-        return fresh
+        return read(_build(folder)[2], lambda share, what: None)
 
     source = Source(again, tuple(weight_files(folder)))
     runner = Runner(model, facts, source, None if choice.kernels is None else on_kernels)

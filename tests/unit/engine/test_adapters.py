@@ -14,6 +14,7 @@ import pytest
 import torch
 from paged_fake_runner import PagedFakeRunner
 from safetensors.torch import save_file
+from silent_engine import started
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import (
@@ -25,7 +26,6 @@ from cloudlm.core.errors import (
     UnsupportedModel,
 )
 from cloudlm.engine.api import EmbedRequest, GenerateRequest
-from cloudlm.engine.engine import LocalEngine
 
 # model -> the last parts of the names that are adapted
 TARGETS = {
@@ -207,27 +207,6 @@ def test_files_that_are_not_what_they_should_be(
     (folder / "adapter_config.json").write_text("[")
     with pytest.raises(BrokenModel, match="JSON"):
         runner.read_adapter(folder)
-
-
-class NoText:
-    def detokenizer(self, prompt_ids: Any) -> Any:
-        return self
-
-    def push(self, token_ids: Any) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
-def started(runner: Any) -> LocalEngine:
-    return LocalEngine.start(
-        runner,
-        NoText(),  # type: ignore[arg-type]
-        max_batch_tokens=16,
-        max_batch_sequences=8,
-        max_waiting=1000,
-    )
 
 
 def ask(adapter: str, prompt: tuple[int, ...] = (1, 2, 3, 4, 5, 6), count: int = 8) -> Any:

@@ -12,35 +12,14 @@ from typing import Any
 
 import pytest
 from paged_fake_runner import PagedFakeRunner
+from silent_engine import started
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import BrokenModel, NotSupported, Unavailable
 from cloudlm.engine.api import EmbedRequest, GenerateRequest
-from cloudlm.engine.engine import LocalEngine
 from cloudlm.engine.step import Chunk, Step
 
 WEIGHTS_MB = 50
-
-
-class NoText:
-    def detokenizer(self, prompt_ids: Any) -> Any:
-        return self
-
-    def push(self, token_ids: Any) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
-def started(runner: Any) -> LocalEngine:
-    return LocalEngine.start(
-        runner,
-        NoText(),  # type: ignore[arg-type]
-        max_batch_tokens=16,
-        max_batch_sequences=8,
-        max_waiting=1000,
-    )
 
 
 def ask(count: int = 8, prompt: tuple[int, ...] = tuple(range(1, 13))) -> GenerateRequest:

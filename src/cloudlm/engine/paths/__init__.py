@@ -1,1 +1,1 @@
-"""The ways to compute hidden states and logits: PyTorch's modules or the native kernels."""
+"""Native kernels in the place of a network's own modules: what the runner asks, and when."""

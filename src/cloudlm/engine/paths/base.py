@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from cloudlm.engine.architectures.base import Shape
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.step import Chunk
 
@@ -16,14 +14,11 @@ from cloudlm.engine.step import Chunk
 class ComputePath(Protocol):
     """A loaded network with its block pool; used by one thread at a time.
 
-    ``precision`` names the numbers that the weights are held in, ``parameters`` counts them.
+    ``precision`` names the numbers that the weights are held in.
     """
 
-    shape: Shape
     pool: BlockPool
-    device: torch.device
     precision: str
-    parameters: int
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Normed last hidden states [tokens, hidden] of all chunks, one behind the other; stores

@@ -91,9 +91,7 @@ class NativePath:
         assert isinstance(model, Transformer)
         config = model.model.config
         self.shape = model.shape
-        self.device = torch.device("cpu")
         self.precision = precision
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.pool = BlockPool(
             self.shape.layers,
             num_blocks,
@@ -101,7 +99,7 @@ class NativePath:
             config.kv_heads,
             config.head_dim,
             torch.bfloat16,
-            self.device,
+            torch.device("cpu"),
         )
         self._kernels = kernels
         self._config = config
