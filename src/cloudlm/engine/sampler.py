@@ -53,6 +53,9 @@ def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()
     top_p; min_p; one draw. Ties at the edge of top_k and top_p all stay in. Log probabilities are
     those of the logits as they came. NaN counts as impossible.
     """
+    greedy = _greedy(logits, chunks, allowed)
+    if greedy is not None:
+        return greedy
     logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
     processed = _penalised(logits, chunks)
     scored = any(chunk.sampling.logprobs is not None for chunk in chunks)
@@ -63,6 +66,23 @@ def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()
         rows = torch.tensor(random, device=logits.device)
         chosen[rows] = _drawn(processed[rows], [chunks[row] for row in random])
     return _with_logprobs(logits, chosen, [chunk.sampling.logprobs for chunk in chunks])
+
+
+def _greedy(
+    logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask]
+) -> list[Choice] | None:
+    """The likeliest tokens where nobody asks for more, in one pass over the logits; None where
+    somebody does, or where a row's largest logit is not a finite number."""
+    if logits.device.type != "cpu" or any(mask is not None for mask in allowed):
+        return None
+    for sampling in (chunk.sampling for chunk in chunks):
+        if sampling.temperature > 0 or sampling.logprobs is not None or not _plain(sampling):
+            return None
+    array = logits.numpy()  # its search is several times as quick as PyTorch's
+    chosen = array.argmax(1)  # a NaN counts as the largest, so the check below sees it
+    if not np.isfinite(array[np.arange(len(array)), chosen]).all():
+        return None
+    return [Choice(token_id) for token_id in chosen.tolist()]
 
 
 def token_logprobs(
