@@ -62,7 +62,7 @@ def start(saved_model: Any, make_runner: Any, tmp_path: Path) -> Callable[[int],
         )
         try:
             yield engine
-            engine._scheduler.check_integrity()
+            engine._loop.scheduler.check_integrity()
             assert (engine.stats().running, engine.stats().kv_usage) == (0, 0.0)
         finally:
             await engine.close()
