@@ -25,6 +25,7 @@ from cloudlm.engine.limits import Limits
 from cloudlm.engine.loop import EngineLoop, Runner
 from cloudlm.engine.pooling import broken_off, embed_all
 from cloudlm.engine.sequence import Sequence
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Pooling
 from cloudlm.engine.stream import Mailbox, TokenStream
 from cloudlm.engine.tokens import Tokenizer
@@ -50,6 +51,7 @@ class LocalEngine:
         max_waiting: int,
         clock: Clock,
         pooling: Pooling = Pooling.LAST,
+        lookup: Lookup | None = None,
     ) -> None:
         self.info = runner.info
         self._constrainer = Constrainer(
@@ -62,7 +64,7 @@ class LocalEngine:
         self._ids = itertools.count(1)
         self._embedding: set[str] = set()  # request ids of the calls of embed
         self._inbox = Inbox(limits, max_waiting)
-        self._loop = EngineLoop(runner, tokenizer, limits, self._inbox, clock)
+        self._loop = EngineLoop(runner, tokenizer, limits, self._inbox, clock, lookup)
         self._errands = self._loop.errands
         self._thread = threading.Thread(target=self._loop.run, name="cloudlm-engine", daemon=True)
 
@@ -77,8 +79,10 @@ class LocalEngine:
         max_waiting: int,
         pooling: Pooling = Pooling.LAST,
         clock: Clock | None = None,
+        lookup: Lookup | None = None,
     ) -> LocalEngine:
-        """Start the thread. Raises BadSetting for limits below 1."""
+        """Start the thread; with ``lookup`` tokens are guessed. Raises BadSetting for limits below
+        1."""
         limits = Limits(
             max_model_len=runner.info.max_model_len,
             block_size=runner.block_size,
@@ -86,7 +90,8 @@ class LocalEngine:
             max_batch_tokens=max_batch_tokens,
             max_batch_sequences=max_batch_sequences,
         )
-        engine = cls(runner, tokenizer, limits, max_waiting, clock or SystemClock(), pooling)
+        timer = clock or SystemClock()
+        engine = cls(runner, tokenizer, limits, max_waiting, timer, pooling, lookup)
         engine._thread.start()
         return engine
 

@@ -24,6 +24,7 @@ from cloudlm.engine.limits import Limits
 from cloudlm.engine.masks import MaskThread, StepMasks
 from cloudlm.engine.pooling import PooledPrompt
 from cloudlm.engine.scheduler import Advance, Scheduler
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Sampled, Step
 from cloudlm.engine.stream import Outbox
 
@@ -38,7 +39,8 @@ class Runner(Resident, Protocol):
     info: EngineInfo
 
     def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
-        """One Sampled per chunk that samples or asked for prompt log probabilities or pooling.
+        """One Sampled per chunk that samples, and per draft of it, or asked for prompt log
+        probabilities or pooling.
         ``masks`` are there if a sequence is constrained."""
         ...
 
@@ -50,13 +52,19 @@ class EngineLoop:
     nothing is taken any more."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, limits: Limits, inbox: Inbox, clock: Clock
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        inbox: Inbox,
+        clock: Clock,
+        lookup: Lookup | None = None,
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
         self._inbox = inbox
         self._clock = clock
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, lookup)
         self._jobs: dict[int, Job] = {}
         self.errands = Errands(runner, inbox, self._jobs, self.scheduler.pool)
         self._outbox = Outbox()
@@ -126,7 +134,7 @@ class EngineLoop:
         elif isinstance(job.answer, Answer) and job.guide is not None and job.guide.finished:
             self._end(job, job.answer.conclude())
         else:
-            self.scheduler.add(job.sequence)
+            self.scheduler.add(job.sequence, drafts=job.guide is None)
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
@@ -142,7 +150,8 @@ class EngineLoop:
         sampled = self._runner.run(step) if masks is None else self._runner.run(step, masks)
         self._steps += 1
         for advance in self.scheduler.apply(sampled):
-            self._relay(advance)
+            if advance.sequence.sequence_id in self._jobs:  # else a stop string has ended it
+                self._relay(advance)
         self._publish()
 
     def _begin_masks(self, step: Step) -> StepMasks | None:
@@ -229,6 +238,9 @@ class EngineLoop:
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
+            drafts=scheduler.drafts.drafts,
+            drafted_tokens=scheduler.drafts.drafted_tokens,
+            accepted_tokens=scheduler.drafts.accepted_tokens,
             generated_tokens=self._generated_tokens,
             finished=dict(self._finished),
             busy_since=busy_since,
