@@ -44,8 +44,8 @@ def main():
         "max_batch_tokens": 2304,
         "max_batch_sequences": 16,
     }
-    if a.mode == "ngram":
-        settings["speculative"] = "ngram"
+    # Random weights soon run in circles, which are guessed at once: only where it is asked for.
+    settings["speculative"] = "ngram" if a.mode == "ngram" else "off"
     engine = load_engine(Path(a.model), EngineSettings(**settings), max_waiting=64)
     load_s = time.perf_counter() - began  # from the start of the imports
 
