@@ -48,7 +48,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class RecordingAccelerator:
-    """An ``engine.gpu.accelerator.Accelerator`` on the CPU. ``replays`` counts what was repeated."""
+    """An ``engine.gpu.accelerator.Accelerator`` on the CPU. ``replays`` counts repeats."""
 
     device = torch.device("cpu")
     multiprocessors = 4

@@ -49,11 +49,13 @@ def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()
     """The next token of each chunk from its row of ``logits`` [chunks, vocabulary], float32.
 
     ``allowed`` has, for each chunk whose next token is constrained, which tokens [vocabulary] it
-    may be, at least one; none other is ever chosen. On a GPU nothing is waited for but one copy of
-    the chosen tokens (and one of the log probabilities, if any are asked for). Order of processing: logit bias; repetition
+    may be, at least one; none other is ever chosen. Order of processing: logit bias; repetition
     (Hugging Face), presence and frequency (OpenAI) penalties; constraint; temperature; top_k;
     top_p; min_p; one draw. Ties at the edge of top_k and top_p all stay in. Log probabilities are
     those of the logits as they came. NaN counts as impossible.
+
+    On a GPU nothing is waited for but a copy of the chosen tokens, and of the log probabilities if
+    any are asked for.
     """
     logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
     chosen = _chosen(logits, chunks, allowed)

@@ -30,7 +30,7 @@ class CudaAccelerator:
         self.device = device
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, work: Callable[[], None]) -> Replay | None:
         """See ``Accelerator``. Runs ``work`` twice before it is recorded: kernels are compiled and

@@ -7,7 +7,6 @@ kept as powers of two: ``scale`` has the logarithm of e in it, and ``softcap`` t
 
 # Triton passes what these functions get, whose types Python does not know.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-any-return"
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton
@@ -112,9 +111,7 @@ def decode_kernel(
         most, total, sums = _weighed(most, total, sums, scores, value)
     if SPLITS == 1:
         final = sums / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(
-            answer + row * answer_stride + place, final.to(answer.dtype.element_ty), mask=real
-        )
+        tl.store(answer + row * answer_stride + place, final.to(answer.dtype.element_ty), mask=real)
     else:
         part = (sequence * KV_HEADS * GROUP + head) * SPLITS + split
         tl.store(partial + part[:, None] * WIDTH + dim[None, :], sums, mask=real)

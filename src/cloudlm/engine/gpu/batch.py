@@ -132,5 +132,5 @@ def _tables(chunks: list[Chunk]) -> Ints:
 def _send(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[Tensor]:
     """All ``arrays`` in one transfer, as tensors of their shapes."""
     flat = to_device(np.concatenate([one.ravel() for one in arrays], dtype=np.int32), device)
-    parts = flat.split([one.size for one in arrays])
+    parts = torch.split(flat, [one.size for one in arrays])
     return [part.view(one.shape) for part, one in zip(parts, arrays, strict=True)]

@@ -4,7 +4,6 @@ Launched by ``triton_ops`` alone. All arithmetic is float32, rounded once where 
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-any-return"
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton
@@ -86,7 +85,7 @@ def rotate_and_store_kernel(
     other = tl.where(dim < TURNED // 2, dim + TURNED // 2, dim - TURNED // 2)
     turned = dim < TURNED
     partner = tl.load(line + other, mask=turned, other=0.0).to(tl.float32)
-    if NORMED:
+    if NORMED:  # noqa: SIM102  (decided by the compiler, and the next line by the program)
         if not is_value:
             norm = key_norm
             if is_query:

@@ -3,7 +3,6 @@ the work. Launched by ``triton_ops`` alone. Layouts: ``contract.Int8Matrix`` and
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-any-return"
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton

@@ -31,6 +31,7 @@ _GATES = {
     ACTIVATIONS["silu"]: "silu",
     ACTIVATIONS["gelu_pytorch_tanh"]: "gelu",
 }
+_RMS_NORMS = (RMSNorm, OffsetRMSNorm)
 # What decides which experts see a token stays as exact as it is.
 _ROUTERS = ("gate", "shared_expert_gate")
 
@@ -73,7 +74,7 @@ class FusedNorm(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Self-attention: a product, one kernel that norms, rotates and stores, attention, a product."""
+    """Self-attention; between the first product and attention one kernel does the rest."""
 
     def __init__(self, attention: Attention, packer: Packer) -> None:
         super().__init__()
@@ -89,11 +90,11 @@ class PackedAttention(nn.Module):
             queries = attention.q_proj.out_features // dim
             self._inputs = packer.linear(attention.q_proj, attention.k_proj, attention.v_proj)
         self._heads = Heads(queries, keys, dim)
-        norms = attention.q_norm, attention.k_norm
-        if isinstance(norms[0], RMSNorm | OffsetRMSNorm):
-            weights = [packer.there(norm.weight) for norm in norms if norm is not None]
-            offset = isinstance(norms[0], OffsetRMSNorm)
-            self._heads = Heads(queries, keys, dim, *weights, norms[0].eps, offset)
+        first, second = attention.q_norm, attention.k_norm
+        if isinstance(first, _RMS_NORMS) and isinstance(second, _RMS_NORMS):
+            weights = packer.there(first.weight), packer.there(second.weight)
+            offset = isinstance(first, OffsetRMSNorm)
+            self._heads = Heads(queries, keys, dim, *weights, eps=first.eps, offset=offset)
         self._output = packer.linear(attention.o_proj)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: PagedBatch) -> Tensor:
@@ -118,9 +119,7 @@ class PackedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [tokens, hidden]."""
-        projected: Tensor = self._output(
-            self._operations.gated(self._inputs(x), self._activation)
-        )
+        projected: Tensor = self._output(self._operations.gated(self._inputs(x), self._activation))
         return projected
 
 
@@ -150,7 +149,9 @@ class Packer:
     @torch.inference_mode()
     def pack(self, model: Decoder, progress: Callable[[float], None]) -> None:
         """All of ``model`` but its output projection, in its place."""
-        parts = [(parent, name) for parent in model.modules() for name, _ in parent.named_children()]
+        parts = [
+            (parent, name) for parent in model.modules() for name, _ in parent.named_children()
+        ]
         for number, (parent, name) in enumerate(parts):
             child = getattr(parent, name, None)
             if child is not None:
@@ -163,7 +164,7 @@ class Packer:
             return PackedAttention(child, self)
         if isinstance(child, GatedMLP | FusedGatedMLP) and child.activation in _GATES:
             return PackedMLP(child, self)
-        if isinstance(child, RMSNorm | OffsetRMSNorm):
+        if isinstance(child, _RMS_NORMS):
             return FusedNorm(child, self.there(child.weight), self.operations)
         router = isinstance(parent, SparseMLP) and name in _ROUTERS
         if isinstance(child, nn.Linear) and name != "lm_head" and self._bits < 16 and not router:
@@ -174,5 +175,5 @@ class Packer:
 def _fits(attention: Any) -> bool:
     """Whether ``PackedAttention`` can take its place."""
     grouped = isinstance(attention, FusedAttention) and attention.grouped
-    normed = attention.q_norm is None or isinstance(attention.q_norm, RMSNorm | OffsetRMSNorm)
+    normed = attention.q_norm is None or isinstance(attention.q_norm, _RMS_NORMS)
     return normed and not attention.norm_whole and not grouped

@@ -45,7 +45,7 @@ class TorchOperations:
     ) -> Tensor:
         """See ``Operations``."""
         parts = fused.view(len(fused), -1, heads.dim)
-        query, key, value = parts.split((heads.queries, heads.keys, heads.keys), dim=1)
+        query, key, value = torch.split(parts, [heads.queries, heads.keys, heads.keys], dim=1)
         if heads.query_norm is not None and heads.key_norm is not None:
             query = self.rms_norm(query, heads.query_norm, heads.eps, offset=heads.offset)
             key = self.rms_norm(key, heads.key_norm, heads.eps, offset=heads.offset)

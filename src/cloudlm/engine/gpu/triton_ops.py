@@ -287,9 +287,7 @@ def _of_many_rows(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
 def unpack_int4(matrix: Int4Matrix, dtype: torch.dtype) -> Tensor:
     """The weights [outputs, inputs] that the matrix stands for."""
     groups, together = matrix.scale.shape[1], 16
-    weight = torch.empty(
-        (matrix.outputs, matrix.inputs), dtype=dtype, device=matrix.packed.device
-    )
+    weight = torch.empty((matrix.outputs, matrix.inputs), dtype=dtype, device=matrix.packed.device)
     unpack_int4_kernel[(matrix.outputs, triton.cdiv(groups, together))](
         *(matrix.packed, matrix.scale, matrix.zeros, weight, matrix.inputs, groups),
         HALF=matrix.group // 2,

@@ -21,17 +21,17 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 def cuda_obstacle() -> str | None:
     """Why there is no CUDA here; None if there is."""
+    if torch.cuda.is_available():
+        return None
     if torch.version.cuda is None:
         return (
             f"version {torch.__version__} was built without it; install a CUDA build of PyTorch "
             "(https://pytorch.org/get-started), or set device to cpu"
         )
-    if not torch.cuda.is_available():
-        return (
-            f"it was built for CUDA {torch.version.cuda} and finds no device; check the driver "
-            "with nvidia-smi and CUDA_VISIBLE_DEVICES, or set device to cpu"
-        )
-    return None
+    return (
+        f"it was built for CUDA {torch.version.cuda} and finds no device; check the driver with "
+        "nvidia-smi and CUDA_VISIBLE_DEVICES, or set device to cpu"
+    )
 
 
 def triton_obstacle() -> str | None:

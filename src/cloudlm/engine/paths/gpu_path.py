@@ -70,7 +70,7 @@ def memory_load(
 
 class GpuPath:
     """See ``base.ComputePath``. ``model`` may lie anywhere; it is packed onto the accelerator in
-    place, and ``why_not`` must have nothing against it. ``progress`` is told the share that is done.
+    place, and ``why_not`` must have nothing against it. ``progress`` is told what share is done.
 
     Raises BadSetting if the pool does not fit into memory.
     """
