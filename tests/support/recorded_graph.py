@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item")
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "lift_fresh")
 
 
 class _Recorder(TorchDispatchMode):

@@ -37,7 +37,7 @@ def _weighed(most, total, sums, scores, value):
     return above, total, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def decode_kernel(
     query,
     keys,
@@ -149,7 +149,7 @@ def combine_kernel(
     tl.store(answer + place, final.to(answer.dtype.element_ty), mask=dim < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def prefill_kernel(
     query,
     keys,

@@ -19,6 +19,8 @@ from cloudlm.engine.ops.transfer import to_device
 from cloudlm.engine.step import Chunk
 
 Ints = NDArray[np.int32]
+ALIGNED = 4
+"""Numbers of int32 in the 16 bytes that kernels expect pointers to be multiples of."""
 
 
 class PagedBatch:
@@ -74,9 +76,10 @@ class PagedBatch:
 
 
 def plan_batch(
-    chunks: Sequence[Chunk], pool: BlockPool, operations: Operations
+    chunks: Sequence[Chunk], pool: BlockPool, operations: Operations, longest: int
 ) -> tuple[Tensor, Tensor, PagedBatch]:
-    """Token ids [tokens], their positions [tokens] and the attention of any step, on the device."""
+    """Token ids [tokens], their positions [tokens] and the attention of any step, on the device.
+    ``longest`` is the most tokens that any sequence ever has."""
     positions, slots = token_places(chunks, pool.block_size)
     token_ids = np.fromiter(
         (token_id for chunk in chunks for token_id in chunk.token_ids), np.int32, len(positions)
@@ -89,7 +92,6 @@ def plan_batch(
         [token_ids, positions, slots, *_single_arrays(singles), *_run_arrays(runs)],
         pool.blocks.device,
     )
-    longest = max((chunk.start + 1 for _, chunk in singles), default=0)
     decoding = Decoding(sent[3], sent[4], sent[5], longest) if singles else None
     prefilling = Prefilling(*sent[6:]) if runs else None
     return sent[0], sent[1], PagedBatch(operations, pool, sent[2], decoding, prefilling)
@@ -130,7 +132,15 @@ def _tables(chunks: list[Chunk]) -> Ints:
 
 
 def _send(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[Tensor]:
-    """All ``arrays`` in one transfer, as tensors of their shapes."""
-    flat = to_device(np.concatenate([one.ravel() for one in arrays], dtype=np.int32), device)
-    parts = torch.split(flat, [one.size for one in arrays])
-    return [part.view(one.shape) for part, one in zip(parts, arrays, strict=True)]
+    """All ``arrays`` in one transfer, as tensors of their shapes. Each begins at a multiple of 16
+    bytes: Triton compiles a kernel anew for pointers that do not."""
+    sizes = [-(-one.size // ALIGNED) * ALIGNED for one in arrays]
+    flat = np.zeros(sum(sizes), dtype=np.int32)
+    begins = np.cumsum([0, *sizes]).tolist()
+    for begin, one in zip(begins, arrays, strict=False):
+        flat[begin : begin + one.size] = one.ravel()
+    sent = to_device(flat, device)
+    return [
+        sent[begin : begin + one.size].view(one.shape)
+        for begin, one in zip(begins, arrays, strict=False)
+    ]

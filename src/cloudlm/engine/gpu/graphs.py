@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cloudlm.engine.gpu.accelerator import Accelerator, Replay
-from cloudlm.engine.gpu.batch import PagedBatch
+from cloudlm.engine.gpu.batch import ALIGNED, PagedBatch
 from cloudlm.engine.gpu.contract import Decoding, Operations
 from cloudlm.engine.ops.attention import token_places
 from cloudlm.engine.ops.cache import BlockPool
@@ -62,7 +62,8 @@ class DecodeGraphs:
         most, device = self._sizes[-1], pool.blocks.device
         width = -(-longest // pool.block_size)
         # Token ids, positions, slots, lengths.
-        self._inputs = torch.zeros((4, most), dtype=torch.int32, device=device)
+        row = -(-most // ALIGNED) * ALIGNED
+        self._inputs = torch.zeros((4, row), dtype=torch.int32, device=device)
         self._inputs[2] = self._nobody
         self._tables = torch.zeros((most, width), dtype=torch.int32, device=device)
         self._rows = torch.arange(most, dtype=torch.int32, device=device)

@@ -11,7 +11,7 @@ import triton.language as tl
 from cloudlm.engine.gpu.dot_kernels import dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def int8_kernel(
     x,
     codes,
@@ -56,7 +56,7 @@ def int8_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def int4_kernel(
     x,
     packed,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cloudlm.core.chat import Sampling
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.modules import SparseMLP
 from cloudlm.engine.architectures.transformer import Transformer
@@ -21,6 +22,7 @@ from cloudlm.engine.gpu.modules import Packer
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.step import Chunk
 
+_WARM_UP_TOKENS = 80
 BITS = {"bfloat16": 16, "float16": 16, "float32": 16, "int8": 8, "int4": 4}
 """Precision -> bits of a quantised weight; 16 stands for none, whatever the type."""
 
@@ -37,7 +39,8 @@ def why_not(model: Decoder, precision: str) -> str | None:
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     """What is built: a cache of ``num_blocks`` blocks for sequences of at most ``longest`` tokens,
-    and graphs for batches of ``graph_sizes`` (empty for none)."""
+    and graphs for batches of ``graph_sizes`` (empty for none, and for kernels that are compiled
+    when they are first needed)."""
 
     precision: str
     num_blocks: int
@@ -100,6 +103,9 @@ class GpuPath:
             dtype,
             accelerator.device,
         )
+        self._longest = facts.longest
+        if facts.graph_sizes:
+            self._warm_up(facts.num_blocks)
         self._graphs: DecodeGraphs | None = None
         if facts.graph_sizes and _recordable(model):
             self._graphs = DecodeGraphs(
@@ -116,7 +122,7 @@ class GpuPath:
         """See ``ComputePath``."""
         if self._graphs is not None and self._graphs.fits(chunks):
             return self._graphs.hidden(chunks)
-        return self._forward(*plan_batch(chunks, self.pool, self._operations))
+        return self._eager(chunks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``ComputePath``."""
@@ -125,6 +131,16 @@ class GpuPath:
         logits = self._operations.linear(hidden, self._head, None).float()
         softcap = getattr(self._model, "logit_softcap", None)
         return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+    def _eager(self, chunks: Sequence[Chunk]) -> Tensor:
+        return self._forward(*plan_batch(chunks, self.pool, self._operations, self._longest))
+
+    def _warm_up(self, nobody: int) -> None:
+        """Have the kernels of prompts compiled now, not while a request waits: more rows than
+        kernels for few rows take, in the block ``nobody``."""
+        tokens = min(_WARM_UP_TOKENS, self._longest)
+        table = (nobody,) * -(-tokens // self.pool.block_size)
+        self._eager((Chunk(0, (0,) * tokens, 0, table, samples=False, sampling=Sampling()),))
 
     def _forward(self, token_ids: Tensor, positions: Tensor, batch: PagedBatch) -> Tensor:
         hidden: Tensor = self._model(token_ids, positions, batch)

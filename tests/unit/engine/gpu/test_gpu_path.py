@@ -117,7 +117,7 @@ def test_tokens_of_the_triton_kernels(
     load: Any, driver: Any, saved_model: Any, triton_operations: Any, name: str
 ) -> None:
     """Two prompts in chunks, then one step of two; few tokens, as the interpreter is slow."""
-    batch = driver(load(name, HostAccelerator(), triton_operations), budget=8)
+    batch = driver(load(name, HostAccelerator(), triton_operations, sizes=()), budget=8)
     for prompt in prompts(2)[1:3]:
         batch.add(prompt)
     batch.run(2)
@@ -187,6 +187,8 @@ def test_the_recorder_refuses_what_waits_for_the_device() -> None:
     numbers = torch.arange(3)
     with pytest.raises(AssertionError, match="waits for the device"):
         RecordingAccelerator().capture(lambda: bool(numbers.sum() > 2))
+    with pytest.raises(AssertionError, match="lift_fresh waits"):
+        RecordingAccelerator().capture(lambda: numbers.add_(torch.tensor(3)))
 
 
 def test_sizes_of_graphs() -> None:
