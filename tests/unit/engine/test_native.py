@@ -502,6 +502,15 @@ def test_no_compiler_means_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_kernels(1).name == "torch"
 
 
+def test_a_named_compiler_that_is_not_there_means_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path / "cache"))
+    assert build.find_compiler() is None
+    assert load_kernels(1).name == "torch"
+
+
 def test_a_file_that_is_no_library_means_pytorch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
