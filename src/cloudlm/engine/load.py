@@ -21,6 +21,7 @@ from cloudlm.engine.paths.choice import Choice, choose_path
 from cloudlm.engine.paths.gpu_choice import cuda_obstacle
 from cloudlm.engine.paths.native_path import NativePath, native_block_size
 from cloudlm.engine.runner import Runner, RunnerFacts, Source
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Pooling
 from cloudlm.engine.tokens import Tokenizer
 from cloudlm.engine.weights import load_weights, weight_files
@@ -53,6 +54,7 @@ def load_engine(
     from cloudlm.engine.engine import LocalEngine
 
     tell = progress or (lambda share, what: None)
+    lookup = lookup_of(settings)
     tell(0.0, "reading the configuration")
     tokenizer = Tokenizer(folder)
     runner = load_runner(folder, settings, tokenizer.eos_token_ids, tell)
@@ -63,6 +65,7 @@ def load_engine(
         max_batch_sequences=settings.max_batch_sequences,
         max_waiting=max_waiting,
         pooling=Pooling(settings.pooling),
+        lookup=lookup,
     )
     tell(1.0, "ready")
     return engine
@@ -218,6 +221,15 @@ def _cache_mb(
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     share = settings.gpu_memory_utilization
     return max(1, cache_bytes(free_bytes, total_bytes, share, load) // 2**20)
+
+
+def lookup_of(settings: EngineSettings) -> Lookup | None:
+    """How tokens are guessed; None if they are not. Raises BadSetting."""
+    if settings.speculative == "off":
+        return None
+    return Lookup(
+        settings.num_speculative_tokens, settings.prompt_lookup_min, settings.prompt_lookup_max
+    )
 
 
 def _kernels_when_deterministic(settings: EngineSettings) -> str:
