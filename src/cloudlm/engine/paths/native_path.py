@@ -28,6 +28,7 @@ from cloudlm.engine.architectures.transformer_config import (
     QueryKeyNorm,
     Residual,
 )
+from cloudlm.engine.memory import forget_mapped
 from cloudlm.engine.native.cache import SLOT_UNIT
 from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
 from cloudlm.engine.native.packing import quantize_int4, quantize_int8
@@ -122,6 +123,7 @@ class NativePath:
         for number in range(config.layers):
             layer = cast(Layer, model.model.layers[number])
             layers.append(self._layer(packer, layer, number))
+            forget_mapped(layer.parameters())  # packed: the file's copy need not stay in memory
             model.model.layers[number] = nn.Identity()  # gives the originals' memory back
             progress((number + 1) / config.layers)
         self._stack = kernels.stack(layers)
