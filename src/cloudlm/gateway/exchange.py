@@ -30,6 +30,7 @@ class GatewayRequest:
     headers: Mapping[str, str]
     body: bytes
     disconnected: asyncio.Future[None]
+    query: str = ""
 
 
 class BodyStream(Protocol):
