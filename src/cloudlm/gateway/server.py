@@ -17,6 +17,8 @@ from cloudlm.telemetry.logs import get_logger
 _LISTEN_BACKLOG = 2048
 _CUT_GRACE_S = 2.0
 _POLL_S = 0.02
+_ACCEPTS_AT_ONCE = 64
+_ACCEPT_PAUSE_S = 0.2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _log = get_logger(__name__)
@@ -32,6 +34,7 @@ class GatewayServer:
         self._drain_timeout_s = drain_timeout_s
         self._cut = cut
         self._asked_to_stop = asyncio.Event()
+        self._connecting: set[asyncio.Task[None]] = set()
         self.started = False
 
     @property
@@ -53,19 +56,51 @@ class GatewayServer:
     async def run(self, bound: socket.socket) -> None:
         """Serve until ``stop`` is called; returns when all requests have ended."""
         loop = asyncio.get_running_loop()
-        listener = await loop.create_server(
-            lambda: Connection(self._site), sock=bound, backlog=_LISTEN_BACKLOG
-        )
+        bound.setblocking(False)
+        loop.add_reader(bound, self._accept, bound)
         self.started = True
         try:
             await self._asked_to_stop.wait()
         finally:
-            listener.close()
+            loop.remove_reader(bound)
+            bound.close()
             await self._drain()
+
+    def _accept(self, bound: socket.socket) -> None:
+        """Take what waits. libuv's own listener takes one connection per turn of the loop, which
+        under load lets new clients wait for seconds behind those that are served."""
+        loop = asyncio.get_running_loop()
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                accepted, _ = bound.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptors left: those who wait are taken later
+                _log.warning("accept_failed", extra={"fields": {"reason": repr(error)}})
+                loop.remove_reader(bound)
+                loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, bound)
+                return
+            accepted.setblocking(False)
+            task = loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    def _accept_again(self, bound: socket.socket) -> None:
+        if bound.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(bound, self._accept, bound)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: Connection(self._site), accepted)
+        except OSError:  # gone already
+            accepted.close()
 
     async def _drain(self) -> None:
         site, loop = self._site, asyncio.get_running_loop()
         site.closing = True
+        if self._connecting:
+            await asyncio.wait(self._connecting)
         for connection in list(site.connections):
             connection.close_if_idle()
         timer = loop.call_later(self._drain_timeout_s, self._cut)

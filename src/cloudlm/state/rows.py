@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
@@ -114,8 +114,13 @@ def job_of(row: DatabaseRow) -> Job:
     return Job(**values)
 
 
+_LEDGER_FIELDS = tuple(field.name for field in fields(LedgerRow))
+
+
 def ledger_values(row: LedgerRow) -> Values:
-    return {**asdict(row), "outcome": row.outcome.value}
+    values: Values = {name: getattr(row, name) for name in _LEDGER_FIELDS}
+    values["outcome"] = row.outcome.value
+    return values
 
 
 def ledger_of(row: DatabaseRow) -> LedgerRow:
