@@ -45,12 +45,11 @@ async def serve(settings: Settings) -> None:
 
 
 def _calm() -> None:
-    """Keep rare work from holding up requests: what was loaded is never garbage, requests leave
-    little of it, and a thread that writes to the database gives way after half a millisecond."""
+    """Keep the search for garbage from holding up requests: what was loaded at start is none, and
+    requests leave little that needs a search."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-    sys.setswitchinterval(0.0005)
 
 
 def main() -> int:

@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
         if self._head_open:
             self._guarded(self._head.add, name, value)
         else:  # a trailer: counted, and never believed
-            self._guarded(self._head.grow, len(name) + len(value))
+            self._guarded(self._head.grow, len(name) + len(value) + 4)
 
     def _guarded(self, step: Callable[..., object], *arguments: object) -> None:
         try:

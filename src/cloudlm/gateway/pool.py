@@ -98,7 +98,7 @@ class Line(asyncio.Protocol):
         self.headers: dict[str, str] = {}
         self._pieces: list[bytes] = []
         self._held_bytes = 0
-        self._head_bytes = 0
+        self._head_bytes = self._unread_bytes = 0
         self._touched = self._has_head = self._interim = False
         self._complete = self._broken = self._silent = False
         self._surplus = self._paused = False
@@ -136,8 +136,8 @@ class Line(asyncio.Protocol):
             self._broken = not self._complete
             self._surplus = True
         if not self._has_head:
-            self._head_bytes += len(data)
-            self._broken = self._broken or self._head_bytes > MAX_ANSWER_HEAD_BYTES
+            self._unread_bytes += len(data)
+            self._broken = self._broken or self._unread_bytes > MAX_ANSWER_HEAD_BYTES
         if self._held_bytes > _READ_AHEAD_BYTES and not self._paused and self._transport:
             self._paused = True
             self._transport.pause_reading()
@@ -151,7 +151,10 @@ class Line(asyncio.Protocol):
             self._surplus = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._has_head and not self._surplus:  # else a trailer
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_ANSWER_HEAD_BYTES:
+            self._broken = True
+        elif not self._has_head and not self._surplus:  # else a trailer
             self.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
