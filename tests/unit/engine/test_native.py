@@ -117,6 +117,18 @@ def test_a_row_does_not_depend_on_the_other_rows(
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_deep_weights_and_long_prompts_are_cut_without_a_trace(
+    kernels: Kernels, precision: str
+) -> None:
+    weight = kernels.pack(weight_of(precision, torch.randn(72, 4224).bfloat16()))
+    x = torch.randn(530, 4224)
+    together = kernels.linear(weight, x, torch.empty(530, 72), path="tiles")
+    for begin, end in ((0, 5), (250, 270), (511, 514), (525, 530)):
+        few = kernels.linear(weight, x[begin:end], torch.empty(end - begin, 72), path="tiles")
+        assert torch.equal(few, together[begin:end])
+
+
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_quantised_products_do_not_depend_on_the_path(
