@@ -80,6 +80,8 @@ def show(model: Ref, json_output: Json = False) -> None:
         ("architecture", manifest.architecture),
         ("parameters", count_text(manifest.parameters)),
         ("precision", manifest.precision),
+        ("format", manifest.weights_format),
+        ("quantisation", manifest.quantisation or "none"),
         ("context", f"{manifest.context_length} tokens"),
         ("size", size_text(manifest.size_bytes)),
         ("licence", manifest.licence or "not stated"),
@@ -104,13 +106,16 @@ def pull(
 
 @app.command("import")
 def import_model(
-    source: Annotated[str, typer.Argument(help="A folder with config.json and *.safetensors.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder with config.json and *.safetensors, or a GGUF file."),
+    ],
     name: Name = None,
     alias: Alias = None,
     json_output: Json = False,
 ) -> None:
-    """Import a Hugging Face model folder into the registry."""
-    if Path(source).expanduser().is_dir():  # "my-model" alone would be a registered name
+    """Import a Hugging Face model folder or a GGUF file into the registry."""
+    if Path(source).expanduser().exists():  # "my-model" alone would be a registered name
         source = str(Path(source).expanduser().resolve())
     _import(source, name, alias, json_output)
 

@@ -65,12 +65,14 @@ def find_folder(config: WorkerConfig, tell: Tell) -> tuple[Path, str]:
     """The local folder of the model, inspected or verified, and the address to show for it."""
     kind = address_kind(config.model)
     if kind is AddressKind.FOLDER:
+        from cloudlm.registry.importer import find_gguf
         from cloudlm.registry.inspect import inspect_folder
 
         folder = Path(config.model.removeprefix("file://")).expanduser()
         tell(0.0, f"inspecting {folder}")
-        inspect_folder(folder)
-        return folder, folder.resolve().name
+        if find_gguf(folder) is None:  # such a file has to be made a version first
+            inspect_folder(folder)
+            return folder, folder.resolve().name
     registry = _registry(config)
     if kind is AddressKind.REGISTRY:
         tell(0.0, f"fetching {config.model}")
