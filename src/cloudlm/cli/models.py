@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloudlm.cli import perplexity
 from cloudlm.cli.connect import local_registry, open_local_state
 from cloudlm.cli.screen import (
     bytes_bar,
@@ -24,7 +25,10 @@ from cloudlm.core.model import Manifest, parse_ref
 if TYPE_CHECKING:
     from cloudlm.registry.registry import Registry
 
-app = typer.Typer(no_args_is_help=True, help="Model versions: list, show, pull, import, rm.")
+app = typer.Typer(
+    no_args_is_help=True, help="Model versions: list, show, pull, import, rm, perplexity."
+)
+perplexity.add_to(app)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str | None, typer.Option("--name", help="Name in the registry.")]
 Alias = Annotated[str | None, typer.Option("--alias", help="Alias to set on the version.")]

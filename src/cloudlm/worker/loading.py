@@ -28,7 +28,7 @@ Tell = Callable[[float, str], None]
 async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
     """Everything that serving needs. Raises errors of ``core.errors`` that name the fault."""
     folder, root = await in_daemon_thread(lambda: find_folder(config, tell))
-    engine = await in_daemon_thread(lambda: _load(folder, config, tell))
+    engine = await in_daemon_thread(lambda: load_folder(folder, config, tell))
     tokenizer = engine.tokenizer
     renderer: Renderer = NoTemplate()
     if tokenizer.chat_template is not None:
@@ -92,7 +92,8 @@ def _registry(config: WorkerConfig) -> Registry:
     return open_registry(config.registry_url, home=config.home, settings=settings)
 
 
-def _load(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
+def load_folder(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
+    """The engine of a folder with the settings of ``config``. Raises errors of ``core.errors``."""
     tell(0.0, "starting the engine")
     try:
         from cloudlm.engine.load import load_engine
