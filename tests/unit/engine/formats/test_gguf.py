@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +94,19 @@ def test_logits_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_quantised_files_give_what_transformers_makes_of_them(
+def test_quantised_files_give_the_numbers_of_llama_cpp(
     kind: str, saved_model: Any, make_runner: Any, driver: Any, tmp_path: Path
 ) -> None:
-    """transformers reads GGUF with llama.cpp's package: another reader of the same file."""
-    import transformers
-
-    path = written(saved_model("llama-heads-32-plain"), tmp_path / "x.gguf", kind)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="x.gguf", dtype=torch.float32
-    ).eval()
+    saved = saved_model("llama-heads-32-plain")
+    rounded = copy.deepcopy(saved.reference)
+    for parameter in rounded.parameters():
+        number = gguf.GGMLQuantizationType[kind]
+        if parameter.dim() == 2 and parameter.shape[1] % gguf.GGML_QUANT_SIZES[number][0] == 0:
+            raw = gguf.quants.quantize(parameter.detach().numpy(), number)
+            parameter.data = torch.from_numpy(gguf.quants.dequantize(raw, number).copy())
     with torch.inference_mode():
-        expected = model(torch.tensor([tokens()])).logits[0]
+        expected = rounded(torch.tensor([tokens()])).logits[0]
+    path = written(saved, tmp_path / "x.gguf", kind)
     found = logits(make_runner(folder_of(path, tmp_path / "f")), driver, tokens())
     assert float((found - expected).abs().max()) < TOLERANCE
 
@@ -133,8 +136,10 @@ def test_q4_0_stays_as_it_is_on_the_kernels(
     assert runner.info.dtype == "int4"
     plain = EngineSettings(device="cpu", kv_cache_mb=2, threads=1, kernels="torch")
     exact = load_runner(folder, plain, (), lambda share, what: None)
-    found, expected = (logits(one, driver, tokens()) for one in (runner, exact))
-    assert float((found - expected).abs().max() / expected.abs().max()) < 0.03
+    rounded = load_runner(folder, replace(plain, dtype="bfloat16"), (), lambda share, what: None)
+    found, expected, usual = (logits(one, driver, tokens()) for one in (runner, exact, rounded))
+    off, allowed = (one - expected for one in (found, usual))
+    assert float(off.square().mean()) < 1.5 * float(allowed.square().mean())
 
 
 def test_an_unknown_tensor_and_a_wrong_shape_are_named(
