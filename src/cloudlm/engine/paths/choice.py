@@ -13,6 +13,7 @@ from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.native import load_kernels
 from cloudlm.engine.native.contract import Kernels
+from cloudlm.engine.paths.gpu_choice import choose_operations, triton_obstacle
 from cloudlm.engine.paths.native_path import why_not
 
 _logger = logging.getLogger(__name__)
@@ -25,11 +26,13 @@ SMALL_PARAMETERS = 20_000_000
 class Choice:
     """``kernels`` is None for PyTorch's modules; then ``dtype`` is the type that they are loaded
     in, and it is bfloat16 otherwise. ``precision`` names what the kernels hold weights in, and
-    ``stored`` that of those which stay as they are stored, empty if none do."""
+    ``stored`` that of those which stay as they are stored, empty if none do. On a GPU
+    ``operations`` names what computes there: see ``gpu_choice.choose_operations``."""
 
     dtype: torch.dtype
     precision: str
     kernels: Kernels | None = None
+    operations: str = ""
     stored: str = ""
 
 
@@ -52,6 +55,8 @@ def choose_path(
     """
     quantised = settings.precision.startswith("int")
     asked = _asked_dtype(settings)
+    if device.type == "cuda":
+        return _choose_on_gpu(model, settings, pick_dtype(asked))
     wanted = settings.kernels == "native" or quantised
     obstacle = _obstacle(model, device, asked)
     if wanted and obstacle is not None:
@@ -66,7 +71,7 @@ def choose_path(
     small = parameters <= SMALL_PARAMETERS
     if not wanted and (settings.kernels == "torch" or obstacle or dtype != torch.bfloat16 or small):
         _logger.info("native_not_used", extra={"fields": {"obstacle": obstacle, "small": small}})
-        dtype = torch.bfloat16 if wanted else pick_dtype(asked)
+        dtype = pick_dtype(asked)
         return Choice(dtype, str(dtype).removeprefix("torch."))
     precision = settings.precision if quantised else "bfloat16"
     kernels = load_kernels(threads, instructions="torch" if settings.kernels == "torch" else None)
@@ -82,7 +87,7 @@ def choose_path(
         _logger.warning("quantised_without_library", extra={"fields": {"precision": precision}})
     fields = {"name": kernels.name, "precision": precision, "stored": kept}
     _logger.info("kernels", extra={"fields": fields})
-    return Choice(dtype, precision, kernels, kept)
+    return Choice(dtype, precision, kernels, stored=kept)
 
 
 def _kept(asked: str, stored: str) -> str:
@@ -91,6 +96,16 @@ def _kept(asked: str, stored: str) -> str:
     if asked == "auto":
         return stored
     return asked if stored.partition("-")[0] == asked.partition("-")[0] else ""
+
+
+def _choose_on_gpu(model: Decoder, settings: EngineSettings, dtype: torch.dtype) -> Choice:
+    obstacle = triton_obstacle()
+    operations = choose_operations(model, settings, obstacle)
+    quantised = settings.precision.startswith("int")
+    precision = settings.precision if quantised else str(dtype).removeprefix("torch.")
+    if operations != "triton":
+        _logger.warning("triton_not_used", extra={"fields": {"obstacle": obstacle}})
+    return Choice(dtype, precision, operations=operations)
 
 
 def _asked_dtype(settings: EngineSettings) -> str:
