@@ -36,7 +36,7 @@ class Relay:
         self._exchange = exchange
         self._attempt = attempt
         self._answer = answer
-        self._call = call
+        self._rendering = openai.rendering(call)
         self._idle_timeout_s = idle_timeout_s
         self._parser = SseParser()
         self._ready: list[bytes] = []
@@ -46,6 +46,10 @@ class Relay:
         self._finished = False
         self._failure: CloudlmError | None = None
         self._closed = False
+
+    @property
+    def content_type(self) -> str:
+        return self._rendering.stream_type
 
     async def begin(self, deadline: float) -> None:
         """Read until the first content; ``deadline`` is in the clock's monotonic seconds.
@@ -102,7 +106,7 @@ class Relay:
         """One event of the replica."""
         if data == openai.DONE_DATA:
             self._finished = True
-            self._ready.append(openai.DONE_EVENT)
+            self._ready.append(self._rendering.done())
             return
         chunk = openai.decode(data)
         if chunk is None:
@@ -116,7 +120,7 @@ class Relay:
             self._break_off(UpstreamFailed("a replica gave up on the answer"))
         else:
             self._count(chunk)
-            shaped = openai.shape_chunk(chunk, self._call)
+            shaped = self._rendering.chunk(chunk)
             if shaped:
                 self._ready.append(shaped)
 
@@ -134,7 +138,7 @@ class Relay:
         """Note the failure; once content was shown, tell the client."""
         self._failure = error
         if self._pieces_with_content and not isinstance(error, RequestCancelled):
-            self._ready.append(openai.error_event(error))
+            self._ready.append(self._rendering.error(error))
 
     def _hand_over(self) -> bytes:
         out = b"".join(self._ready)
