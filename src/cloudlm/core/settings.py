@@ -122,7 +122,9 @@ class EngineSettings:
     max_model_len: int = setting(
         0, "Longest prompt plus answer, tokens; 0 takes the model's own context.", low=0
     )
-    kv_cache_mb: int = setting(512, "Memory for keys and values, MiB.", low=1)
+    kv_cache_mb: int = setting(
+        512, "Memory for keys and values in each process of the engine, MiB.", low=1
+    )
     block_size: int = setting(16, "Tokens in one cache block.", low=1, high=256)
     max_batch_tokens: int = setting(
         1024, "Tokens computed in one step, prefill chunks included.", low=16
@@ -143,9 +145,19 @@ class EngineSettings:
         "template.",
         choices=("auto", "none", "think"),
     )
+    tensor_parallel: int = setting(
+        1,
+        "Processes that share every layer of the model, each with a part of its heads and columns.",
+        low=1,
+        high=64,
+    )
+    pipeline_parallel: int = setting(
+        1, "Stages of layers, in processes of their own, that follow each other.", low=1, high=64
+    )
     threads: int = setting(
         0,
-        "CPU threads of the engine; 0 takes all cores, one for a very small model.",
+        "CPU threads of the engine, all its processes together; 0 takes all cores, one for a very "
+        "small model.",
         low=0,
         high=1024,
     )

@@ -122,6 +122,11 @@ class _Close:
 
 
 @dataclass(frozen=True, slots=True)
+class _Fail:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Errand:
     """Something to do between two steps, as soon as ``ready``."""
 
@@ -139,7 +144,7 @@ class _Loaded:
     address: str
 
 
-_Command = _Submit | _CancelSequence | _CancelRequest | _Errand | _Close
+_Command = _Submit | _CancelSequence | _CancelRequest | _Errand | _Fail | _Close
 
 
 class LocalEngine:
@@ -349,6 +354,10 @@ class LocalEngine:
         self._embedding.discard(request_id)
         self._commands.put(_CancelRequest(request_id))
 
+    def fail(self, reason: str) -> None:
+        """End as if a step had failed: what the runner needs is gone. From any thread."""
+        self._commands.put(_Fail(reason))
+
     def stats(self) -> EngineStats:
         """The counters after the last step; ``waiting`` includes what was submitted since.
 
@@ -418,6 +427,8 @@ class LocalEngine:
                 return True
             if isinstance(command, _Close):
                 return False
+            if isinstance(command, _Fail):
+                raise InternalError(command.reason)
             self._obey(command)
             if not self._scheduler.has_work:
                 self._publish()

@@ -61,6 +61,7 @@ def load_engine(
         max_waiting=max_waiting,
         pooling=Pooling(settings.pooling),
     )
+    runner.when_lost(engine.fail)
     tell(1.0, "ready")
     return engine
 
@@ -72,9 +73,13 @@ def load_runner(
     tell: Progress,
 ) -> Runner:
     """The model of ``folder`` with its cache, tried out once. Raises as ``load_engine``."""
+    if settings.tensor_parallel * settings.pipeline_parallel > 1:
+        from cloudlm.engine.parallel.loading import load_leader
+
+        return load_leader(folder, settings, eos_token_ids, tell)
     if settings.deterministic:
         settings = replace(settings, kernels=_kernels_when_deterministic(settings))
-    name, config, model = _build(folder)
+    name, config, model = build_network(folder)
     device = pick_device(settings.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = pick_threads(settings.threads, parameters)
@@ -128,7 +133,7 @@ def load_runner(
     )
 
     def again() -> Decoder:
-        return read(_build(folder)[2], lambda share, what: None)
+        return read(build_network(folder)[2], lambda share, what: None)
 
     source = Source(again, tuple(weight_files(folder)))
     runner = Runner(model, facts, source, None if choice.kernels is None else on_kernels)
@@ -137,7 +142,7 @@ def load_runner(
     return runner
 
 
-def _build(folder: Path) -> tuple[str, ModelConfig, Decoder]:
+def build_network(folder: Path) -> tuple[str, ModelConfig, Decoder]:
     """The architecture's name, the configuration, and the network without memory."""
     values = read_json(folder / "config.json")
     if values.get("auto_map"):

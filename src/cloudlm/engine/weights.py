@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,9 @@ from cloudlm.core.errors import BrokenModel, UnsafeModel, UnsupportedModel
 from cloudlm.core.model import check_file_path
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.config import read_json
+
+if TYPE_CHECKING:
+    from cloudlm.engine.parallel.split import Split
 
 MAX_HEADER_BYTES = 100 * 2**20
 INDEX = "model.safetensors.index.json"
@@ -119,13 +122,16 @@ def weight_files(folder: Path) -> list[Path]:
     raise BrokenModel(f"{folder.name} holds no weights: expected {SINGLE} or {INDEX}")
 
 
-def match_tensors(model: Decoder, files: list[Path]) -> dict[str, StoredTensor]:
-    """For every parameter of ``model`` the tensor that fills it.
+def match_tensors(
+    model: Decoder, files: list[Path], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, StoredTensor]:
+    """For every parameter of ``model`` the tensor that fills it; of the network that ``model`` is a
+    part of, if that one's parameters have ``shapes``.
 
     Raises BrokenModel for a tensor that is missing, unknown, doubled or of the wrong shape, and
     UnsupportedModel for number types that are not run.
     """
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = shapes or {name: tuple(one.shape) for name, one in model.named_parameters()}
     found: dict[str, StoredTensor] = {}
     for tensor in (tensor for file in files for tensor in read_header(file).values()):
         name = model.parameter_name(tensor.name)
@@ -161,16 +167,20 @@ def load_weights(
     device: torch.device,
     progress: Callable[[float], None] | None = None,
     copy: bool = True,
+    split: Split | None = None,
 ) -> None:
     """Fill ``model``, which was built on the meta device, from the files of ``folder``.
 
     One tensor at a time is read, converted and put in its place, so the memory needed is that of
     the loaded model. ``progress`` is told the share that is done, 0 to 1. Without ``copy`` a tensor
     that has the right type already stays in the file's memory: for who copies it anyway, at once.
+    With ``split`` the ``model`` is a part of a network, and only that part is read.
     Raises as ``weight_files`` and ``match_tensors``.
     """
     files = weight_files(folder)
-    found = match_tensors(model, files)
+    found = match_tensors(model, files, None if split is None else split.shapes)
+    if split is not None:
+        found = {name: found[name] for name, _ in model.named_parameters()}
     total = sum(math.prod(tensor.shape) for tensor in found.values()) or 1
     loaded: dict[str, Tensor] = {}
     done = 0
@@ -180,11 +190,21 @@ def load_weights(
             with safe_open(file, framework="pt") as opened:
                 for name, tensor in here:
                     # The copy is ours: a file that changes on disk cannot change a served model.
-                    loaded[name] = opened.get_tensor(tensor.name).to(device, dtype, copy=copy)
-                    done += loaded[name].numel()
+                    read = _read(opened, tensor.name, name, split)
+                    loaded[name] = read.to(device, dtype, copy=copy)
+                    done += math.prod(tensor.shape)
                     if progress is not None:
                         progress(done / total)
         except (SafetensorError, OSError) as error:
             raise BrokenModel(f"{file.name} cannot be read: {error}") from error
     model.load_state_dict(loaded, strict=True, assign=True)
     model.requires_grad_(False)
+
+
+def _read(opened: Any, stored: str, name: str, split: Split | None) -> Tensor:
+    """The tensor ``stored`` of an open file, or what a part of the network needs of it."""
+    if split is not None and name in split.zeroed:
+        return torch.zeros(split.shapes[name])
+    cut = None if split is None else split.cuts.get(name)
+    tensor: Tensor = opened.get_tensor(stored) if cut is None else cut.of(opened.get_slice(stored))
+    return tensor
