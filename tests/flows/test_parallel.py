@@ -18,7 +18,7 @@ from installations import MODEL, QUESTION, Installation, processes_of, wait_for
 
 from cloudlm.drivers.ports import port_is_free
 
-pytestmark = pytest.mark.flow
+pytestmark = [pytest.mark.flow, pytest.mark.timeout(300)]
 
 NAME = "in-two"
 END_S = 15.0
@@ -57,7 +57,7 @@ def test_a_deployment_over_two_processes_answers_alike_and_is_restarted_when_one
             (replica,) = running.replicas(NAME)
             return replica["pid"] != before["pid"] and replica["state"] == "ready"
 
-        wait_for("a new replica", replaced, 60)
+        wait_for("a new replica", replaced, 150)
         assert text(NAME, temperature=0.0) == text(MODEL, temperature=0.0)
     (after,) = running.replicas(NAME)
     assert after["restarts"] == 1

@@ -103,6 +103,8 @@ class ThreadTeam:
         finally:
             connection.close()
 
+    def wait_lost(self, timeout_s: float) -> None: ...
+
     def when_lost(self, call: Any) -> None: ...
 
     def tell(self, order: Order, ranks: Iterable[int] | None = None) -> None:

@@ -19,7 +19,7 @@ from cloudlm.core.errors import BrokenModel, InternalError
 from cloudlm.engine.parallel import team as team_module
 from cloudlm.engine.parallel.team import LOST_TIMEOUT_S, Team
 
-pytestmark = pytest.mark.flow
+pytestmark = [pytest.mark.flow, pytest.mark.timeout(300)]
 
 SAMPLINGS = (Sampling(temperature=0.0), Sampling(temperature=1.0, seed=11))
 IDLE = "import socket,sys; socket.socket(fileno=int(sys.argv[1])).recv(1)"
@@ -88,7 +88,28 @@ def test_a_killed_rank_is_named_and_the_next_step_fails(
     os.kill(runner.team.pids[1], signal.SIGKILL)
     assert noticed.wait(10)
     assert told == ["rank 1 of the model has ended (killed by SIGKILL)"]
-    with pytest.raises((InternalError, RuntimeError)):
+    with pytest.raises(InternalError, match="rank 1 of the model has ended"):
+        answers(runner, driver)
+
+
+def test_a_rank_lost_in_an_exchange_is_named_by_the_step_that_fails(
+    saved_model: Any, over_processes: Any, driver: Any
+) -> None:
+    runner = over_processes(saved_model("llama").folder, tensor_parallel=2)
+    batch = driver(runner)
+    batch.add([1, 2, 3])
+    threading.Timer(0.3, os.kill, (runner.team.pids[1], signal.SIGKILL)).start()
+    with pytest.raises(InternalError, match=r"rank 1 of the model has ended \(killed by SIGKILL\)"):
+        batch.run(250)
+
+
+def test_a_rank_that_stands_still_does_not_hang_the_step(
+    saved_model: Any, over_processes: Any, driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloudlm.engine.parallel.ranks.EXCHANGE_TIMEOUT_S", 8.0)
+    runner = over_processes(saved_model("llama").folder, tensor_parallel=2)
+    os.kill(runner.team.pids[1], signal.SIGSTOP)
+    with pytest.raises(RuntimeError):
         answers(runner, driver)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cloudlm.core.errors import NotSupported
+from cloudlm.core.errors import InternalError, NotSupported
 from cloudlm.engine.adapters import Adapter, Site
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.masks import StepMasks
@@ -30,6 +30,9 @@ from cloudlm.engine.parallel.split import Split
 from cloudlm.engine.parallel.team import Team
 from cloudlm.engine.runner import RunnerFacts, Source
 from cloudlm.engine.step import Chunk, Sampled, Step
+
+NOTICE_S = 1.0
+"""Longest wait for the cause of a failed step, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,15 @@ class LeaderRunner(PartRunner):
 
     def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
         """See ``Runner``."""
-        if step.copies:
-            self.team.tell(Copy(step.copies))
-        return super().run(step, masks)
+        try:
+            if step.copies:
+                self.team.tell(Copy(step.copies))
+            return super().run(step, masks)
+        except Exception as error:
+            lost = self.team.wait_lost(NOTICE_S)
+            if lost is None:
+                raise
+            raise InternalError(f"{lost}; this replica must be restarted") from error
 
     @torch.inference_mode()
     def hidden(self, chunks: tuple[Chunk, ...]) -> Tensor:

@@ -53,6 +53,7 @@ class Team:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: dict[int, socket.socket] = {}
         self._closed = threading.Event()
+        self._lost_one = threading.Event()
         self._lock = threading.Lock()  # guards what is below
         self._lost: str | None = None
         self._on_lost: Callable[[str], None] | None = None
@@ -78,6 +79,11 @@ class Team:
         """Which rank was lost and how, None if none was."""
         with self._lock:
             return self._lost
+
+    def wait_lost(self, timeout_s: float) -> str | None:
+        """``lost``, but waits for it: an exchange can fail before its cause is noticed."""
+        self._lost_one.wait(timeout_s)
+        return self.lost
 
     def when_lost(self, call: Callable[[str], None]) -> None:
         """Have ``call`` told, once, from a thread of its own, that a rank was lost and which."""
@@ -165,6 +171,7 @@ class Team:
         _logger.error("rank_lost", extra={"fields": {"rank": rank, "how": how}})
         with self._lock:
             self._lost, call = message, self._on_lost
+        self._lost_one.set()
         if call is not None:
             call(message)
         if not self._closed.wait(LOST_TIMEOUT_S):
