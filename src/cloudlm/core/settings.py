@@ -134,6 +134,19 @@ class EngineSettings:
         False,
         "Make a request's tokens independent of what else is in the batch, at some cost in speed.",
     )
+    speculative: str = setting(
+        "off",
+        "Guess tokens that repeat what stands before and check several in one step; the answer "
+        "is the same.",
+        choices=("off", "ngram"),
+    )
+    num_speculative_tokens: int = setting(8, "Tokens guessed at a time, at most.", low=1, high=64)
+    prompt_lookup_max: int = setting(
+        5, "Last tokens, at most, by which the place to copy from is chosen.", low=1, high=64
+    )
+    prompt_lookup_min: int = setting(
+        2, "Last tokens that must stand before for a guess to be made.", low=1, high=64
+    )
     tool_parser: str = setting(
         "auto",
         "Form in which the model writes tool calls; auto reads it off the chat template.",

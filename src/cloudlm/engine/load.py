@@ -19,6 +19,7 @@ from cloudlm.engine.ops.cache import block_size_bytes
 from cloudlm.engine.paths.choice import choose_path
 from cloudlm.engine.paths.native_path import NativePath, native_block_size
 from cloudlm.engine.runner import Runner, RunnerFacts, Source
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Pooling
 from cloudlm.engine.tokens import Tokenizer
 from cloudlm.engine.weights import load_weights, weight_files
@@ -50,6 +51,7 @@ def load_engine(
     from cloudlm.engine.engine import LocalEngine
 
     tell = progress or (lambda share, what: None)
+    lookup = lookup_of(settings)
     tell(0.0, "reading the configuration")
     tokenizer = Tokenizer(folder)
     runner = load_runner(folder, settings, tokenizer.eos_token_ids, tell)
@@ -60,6 +62,7 @@ def load_engine(
         max_batch_sequences=settings.max_batch_sequences,
         max_waiting=max_waiting,
         pooling=Pooling(settings.pooling),
+        lookup=lookup,
     )
     runner.when_lost(engine.fail)
     tell(1.0, "ready")
@@ -157,6 +160,15 @@ def build_network(folder: Path) -> tuple[str, ModelConfig, Decoder]:
     config = ModelConfig(values)
     with torch.device("meta"):
         return name, config, architecture.from_config(config)
+
+
+def lookup_of(settings: EngineSettings) -> Lookup | None:
+    """How tokens are guessed; None if they are not. Raises BadSetting."""
+    if settings.speculative == "off":
+        return None
+    return Lookup(
+        settings.num_speculative_tokens, settings.prompt_lookup_min, settings.prompt_lookup_max
+    )
 
 
 def _kernels_when_deterministic(settings: EngineSettings) -> str:

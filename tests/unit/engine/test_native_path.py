@@ -192,7 +192,7 @@ async def test_a_crowd_in_a_small_cache_gets_right_answers(load: Any, saved_mode
             answers = await asyncio.gather(*(one(n, p) for n, p in enumerate(requests)))
         assert engine.stats().preemptions > 0
         assert engine.stats().prefix_hits > 0
-        engine._scheduler.check_integrity()
+        engine._loop.scheduler.check_integrity()
     finally:
         await engine.close()
     exact = 0

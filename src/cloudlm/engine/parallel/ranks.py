@@ -60,7 +60,7 @@ class DistributedRanks:
         self._group: dist.ProcessGroup | None = None
         self._sending: list[tuple[Any, Tensor]] = []
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-        layout = place.layout
+        layout, timeout = place.layout, timedelta(seconds=EXCHANGE_TIMEOUT_S)
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -69,12 +69,12 @@ class DistributedRanks:
                 ),
                 rank=place.rank,
                 world_size=layout.ranks,
-                timeout=timedelta(seconds=EXCHANGE_TIMEOUT_S),
+                timeout=timeout,
             )
             for stage in range(layout.pipeline):
                 # Every rank must take part in the making of every group.
                 there = layout.at(stage * layout.tensor)
-                group = dist.new_group(there.stage_ranks)
+                group = dist.new_group(there.stage_ranks, timeout=timeout)
                 if stage == place.stage:
                     self._group = group
         except (RuntimeError, ValueError) as error:

@@ -131,7 +131,12 @@ INLINE f32x16 silu(f32x16 v) {
 
 // acc[n] += w[n][0] * x[0] + w[n][1] * x[1], pairs of bf16; x is broadcast.
 INLINE f32x16 dot2(f32x16 acc, const void* w, uint32_t x) {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(__clang__)
+  // Clang 16 crashes over the intrinsic's type of vectors.
+  const u32x16 weights = load<u32x16>(w), inputs = u32x16{} + x;
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(inputs));
+  return acc;
+#elif defined(__AVX512BF16__)
   return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
                                   (__m512bh)_mm512_set1_epi32(int(x)));
 #else
