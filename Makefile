@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup check format docs starter native bench-engine bench-engine-peers bench-gateway clean
+.PHONY: demo test setup check format docs starter native fuzz-gateway bench-engine bench-engine-peers bench-gateway clean
 
 setup: $(DEV)
 
@@ -52,6 +52,10 @@ starter: setup
 # The engine's CPU kernels; built on first use otherwise, where a compiler is found.
 native: $(STAMP)
 	@$(BIN)/python -m cloudlm.engine.native.build
+
+# 100,000 malformed requests against the gateway's server; the tests send a few thousand.
+fuzz-gateway: setup
+	@CLOUDLM_FUZZ=100000 $(BIN)/python -m pytest -q --timeout 900 tests/unit/gateway/test_fuzz.py
 
 # Our engine and every peer that is installed, in one run (about an hour with all of them).
 bench-engine: setup

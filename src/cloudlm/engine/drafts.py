@@ -14,9 +14,10 @@ from cloudlm.engine.sequence import Sequence
 from cloudlm.engine.speculate import Drafter, Lookup, agreed
 from cloudlm.engine.step import Chunk, Sampled
 
-MOST_ROWS = 64
-"""Tokens of a step, decoding and drafted, up to which one more costs little: the weights must be
-read anyway. Where more sequences decode than that, nothing is guessed."""
+MOST_ROWS = 16
+"""Tokens of a step, decoding and drafted, up to which one more costs a CPU little: the weights must
+be read anyway, and a tile of a matrix unit has so many rows. Beyond, only guesses that are mostly
+right would pay, so where as many sequences decode nothing is guessed."""
 
 
 class Drafts:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from cloudlm.engine.memory import drop_from_page_cache, give_back
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.ops.invariant import InvariantAttention, Rows
+from cloudlm.engine.ops.transfer import to_device
 from cloudlm.engine.paths.base import ComputePath
 from cloudlm.engine.sampler import Choice, Mask, sample, token_logprobs
 from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
@@ -78,7 +80,7 @@ class Runner:
         self.model = model.eval()
         self.num_blocks = facts.num_blocks
         self.block_size = facts.block_size
-        self._device, self._dtype = first.device, first.dtype
+        self._dtype = first.dtype
         self._sites = sites(model)
         self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
@@ -93,12 +95,14 @@ class Runner:
         self._make_path = make_path
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self._path = None if make_path is None else make_path(model)
+        self._device = first.device
         self._pool = self._make_pool()
+        self._device = self._pool.blocks.device  # a path may have moved the network
         self.info = EngineInfo(
             architecture=facts.architecture,
             parameters=parameters,
             dtype=self._path.precision if self._path else str(first.dtype).removeprefix("torch."),
-            device=str(first.device),
+            device=str(self._device),
             vocab_size=shape.vocab_size,
             max_model_len=facts.max_model_len,
             block_size=facts.block_size,
@@ -162,7 +166,7 @@ class Runner:
             return self._hidden_in_tiles(chunks)
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         attend = PagedAttention(chunks, self._pool, self._windows)
-        tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        tokens = to_device(np.array(token_ids, dtype=np.int64), self._device)
         with self._adapters.applied(chunks, self._device):
             hidden: Tensor = self.model(tokens, attend.positions, attend)
         return hidden
@@ -307,7 +311,9 @@ class Runner:
         if not rows:
             return {}
         last = (
-            hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=self._device)]
+            hidden
+            if len(rows) == len(hidden)
+            else hidden[to_device(np.array(rows, dtype=np.int64), self._device)]
         )
         allowed = masks.by_sequence() if masks is not None else {}
         masks_of = [allowed.get(chunk.sequence_id) for chunk in sampled]

@@ -168,7 +168,7 @@ def test_the_device_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pick_device("cpu") == CPU
     assert pick_device("cuda") == CUDA
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadSetting, match="no CUDA device"):
+    with pytest.raises(BadSetting, match="has no CUDA"):
         pick_device("cuda")
 
 

@@ -43,7 +43,7 @@ class Trunk(nn.Module):
         """What enters the first layer, [tokens, hidden]."""
         x: Tensor = self.embed_tokens(token_ids)
         if self.config.embedding_scale is not None:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+            x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
         return x
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import torch
@@ -17,17 +18,19 @@ from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.load import (
     Progress,
     build_network,
+    cache_mb,
     pick_device,
     pick_dtype,
     pick_threads,
     plan_cache,
 )
-from cloudlm.engine.parallel.layout import Layout
+from cloudlm.engine.parallel.layout import Layout, Place
 from cloudlm.engine.parallel.leader import LeaderRunner
 from cloudlm.engine.parallel.messages import Start
 from cloudlm.engine.parallel.ranks import DistributedRanks, Ranks
 from cloudlm.engine.parallel.split import Split, check_split, split
 from cloudlm.engine.parallel.team import Team
+from cloudlm.engine.paths.choice import Choice
 from cloudlm.engine.runner import RunnerFacts, Source
 from cloudlm.engine.weights import load_weights, weight_files
 
@@ -81,6 +84,9 @@ def load_leader(
     threads = max(1, pick_threads(settings.threads, parameters) // layout.ranks)
     asked = settings.dtype if settings.precision == "auto" else settings.precision
     dtype = pick_dtype(asked, config, parameters, devices[0])
+    if not settings.kv_cache_mb:
+        cache = _cache_mb(folder, settings, layout, devices, dtype)
+        settings = replace(settings, kv_cache_mb=cache)
     num_blocks, max_model_len = plan_cache(largest_part(model.shape, layout), settings, dtype)
     fields = {"tensor": layout.tensor, "pipeline": layout.pipeline, "threads_of_each": threads}
     _logger.info("model_partitioned", extra={"fields": fields})
@@ -158,6 +164,31 @@ def largest_part(shape: Shape, layout: Layout) -> Shape:
     begin, end = max(stages, key=lambda span: span[1] - span[0])
     first, last = layout.at(0).key_heads(shape.kv_heads)
     return replace(shape, windows=shape.windows[begin:end], kv_heads=last - first)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Stands for ranks that are not there yet: enough to cut a network for one of them."""
+
+    place: Place
+
+
+def _cache_mb(
+    folder: Path,
+    settings: EngineSettings,
+    layout: Layout,
+    devices: list[torch.device],
+    dtype: torch.dtype,
+) -> int:
+    """The cache's memory in each process, MiB: what the fullest one has room for. Raises
+    BadSetting."""
+    choice = Choice(dtype, str(dtype).removeprefix("torch."))
+    found: list[int] = []
+    for rank, device in enumerate(devices):
+        model = build_network(folder)[2]
+        split(model, cast(Ranks, _Planned(layout.at(rank))))
+        found.append(cache_mb(model, settings, choice, device))
+    return min(found)
 
 
 def _start_ranks(

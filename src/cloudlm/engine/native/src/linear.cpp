@@ -451,8 +451,7 @@ void panel_by_dots(const Linear& w, const Prepared& p, const Output& out, int pa
 }
 
 #ifdef __AMX_TILE__
-constexpr int STRIPS = 4;  // that share a block of weights
-constexpr int BLOCK = 8;   // steps of a block
+constexpr int BLOCK = 8;  // steps at a time where the depth is cut
 
 // Whole groups only.
 INLINE int block_of(const Linear& w) {
@@ -490,43 +489,56 @@ void finish_strip(const Linear& w, const Prepared& p, const Output& out, int pan
   finish(w, p, out, panel, token, live, c);
 }
 
-// Panels [first, last) for the strips [begin, end). Some strips at a time go through a panel block
-// by block, so that a block of weights and the strips' sums stay in the first-level cache and only
-// the inputs come from the second.
+// Panels [first, last) for the strips [begin, end), each over the whole depth.
 void panels_by_tiles(const Linear& w, const Prepared& p, const Output& out, int first, int last,
                      int begin, int end, int tokens, char* unpacked) {
-  alignas(64) float c[STRIPS][32 * 32];
-  const int steps = steps_of(w), block = block_of(w);
+  alignas(64) float c[32 * 32];
+  const int steps = steps_of(w);
   const size_t bytes = size_t(steps) * STEP;
-  for (int strip = begin; strip < end; strip += STRIPS) {
-    const int count = end - strip < STRIPS ? end - strip : STRIPS;
-    const int following = end - strip - count < STRIPS ? end - strip - count : STRIPS;
-    const char* next = p.tiles + size_t(strip + count) * bytes;
-    const size_t share = following * bytes / 64 / (last - first) + 1;  // lines for each panel
+  const size_t share = bytes / 64 / (last - first) + 1;  // lines of the next strip for each panel
+  for (int strip = begin; strip < end; strip++) {
+    const char* next = p.tiles + size_t(strip + 1) * bytes;
     for (int panel = first; panel < last; panel++) {
-      if (following > 0)
+      if (strip + 1 < end)
         for (size_t i = 0; i < share; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-      char* to = unpacked + (panel - first) * bytes;
       const bool fresh = strip == begin;
-      if (fresh && count > 1 && w.kind == INT4)
-        unpack_int4(w.data + panel * panel_bytes(w), steps, to);
-      const char* packed = fresh && count == 1 ? w.data + panel * panel_bytes(w) : nullptr;
-      const int stride = count == 1 ? steps : block;
-      for (int from = 0; from < steps; from += stride)
-        for (int i = 0; i < count; i++)
-          strip_by_tiles(w, p, panel, strip + i, tokens, from,
-                         from + stride < steps ? from + stride : steps, fresh && i == 0, packed, to, c[i]);
-      for (int i = 0; i < count; i++) finish_strip(w, p, out, panel, strip + i, tokens, c[i]);
+      strip_by_tiles(w, p, panel, strip, tokens, 0, steps, fresh,
+                     fresh ? w.data + panel * panel_bytes(w) : nullptr,
+                     unpacked + (panel - first) * bytes, c);
+      finish_strip(w, p, out, panel, strip, tokens, c);
     }
   }
 }
+
+// Panels [first, last) for the strips [begin, end), block by block of the depth with all sums kept:
+// for weights so deep that few panels would fit into the second-level cache.
+void square_by_tiles(const Linear& w, const Prepared& p, const Output& out, int first, int last,
+                     int begin, int end, int tokens, char* unpacked, float* sums) {
+  const int steps = steps_of(w), block = block_of(w);
+  for (int from = 0; from < steps; from += block) {
+    const int to = from + block < steps ? from + block : steps;
+    for (int panel = first; panel < last; panel++) {
+      if (w.kind == INT4)
+        unpack_int4(w.data + panel * panel_bytes(w) + size_t(from) * STEP / 2, to - from,
+                    unpacked + size_t(from) * STEP);
+      float* c = sums + size_t(panel - first) * (end - begin) * 32 * 32;
+      for (int strip = begin; strip < end; strip++, c += 32 * 32)
+        strip_by_tiles(w, p, panel, strip, tokens, from, to, strip == begin, nullptr, unpacked, c);
+    }
+  }
+  for (int panel = first; panel < last; panel++)
+    for (int strip = begin; strip < end; strip++, sums += 32 * 32)
+      finish_strip(w, p, out, panel, strip, tokens, sums);
+}
 #else
 void panels_by_tiles(const Linear&, const Prepared&, const Output&, int, int, int, int, int, char*) {}
+void square_by_tiles(const Linear&, const Prepared&, const Output&, int, int, int, int, int, char*, float*) {}
 #endif
 
 }  // namespace
 
-constexpr int CACHED = 1 << 19;  // bytes of weights that a thread keeps close
+constexpr int SQUARE = 16;  // panels and strips whose sums a thread keeps while it goes through the depth
+constexpr int CACHED = 1 << 20;  // bytes of weights that a thread keeps close
 constexpr int PRIVATE_LIMIT = 16384;  // inputs that each member prepares for itself: no waiting
 
 size_t linear_shared_bytes(const Linear& w, int tokens) {
@@ -555,18 +567,21 @@ void linear(Team& team, int me, const Linear& w, const Input& in, const Output& 
       panel_by_dots(w, p, out, panel, 0, tokens);
     return team.meet();
   }
-  // A chunk of panels stays in the second-level cache while strips of inputs pass by.
-  const int panel_cost = steps_of(w) * STEP, fitting = CACHED / panel_cost;
-  const int even = ceil_div(w.panels, team.size());
-  const int chunk = strips <= 2 || fitting < 1 ? 1 : fitting < even ? fitting : even;
-  const int chunks = ceil_div(w.panels, chunk);
-  const int spans = ceil_div(strips, 32), span = ceil_div(strips, spans);
-  char* room = w.kind == INT4 ? (char*)team.own(me, 2, size_t(chunk) * panel_cost) : nullptr;
   configure_tiles(w.kind == INT4 && w.group == 32 ? 32 : 64);
+  const int panel_cost = steps_of(w) * STEP, fitting = CACHED / panel_cost;
+  const bool square = strips >= SQUARE && fitting < SQUARE / 2;
+  // A chunk of panels stays in the second-level cache while strips of inputs pass by.
+  const int even = ceil_div(w.panels, team.size());
+  const int most = square ? SQUARE : strips <= 2 || fitting < 1 ? 1 : fitting;
+  const int chunk = most < even ? most : even, chunks = ceil_div(w.panels, chunk);
+  const int spans = ceil_div(strips, square ? SQUARE : 32), span = ceil_div(strips, spans);
+  char* room = w.kind == INT4 ? (char*)team.own(me, 2, size_t(square ? 1 : chunk) * panel_cost) : nullptr;
+  float* sums = square ? (float*)team.own(me, 4, size_t(SQUARE) * SQUARE * 32 * 32 * sizeof(float)) : nullptr;
   for (int i; (i = team.claim()) < chunks * spans;) {
     const int first = i / spans * chunk, last = first + chunk < w.panels ? first + chunk : w.panels;
     const int begin = i % spans * span, end = begin + span < strips ? begin + span : strips;
-    panels_by_tiles(w, p, out, first, last, begin, end, tokens, room);
+    if (square) square_by_tiles(w, p, out, first, last, begin, end, tokens, room, sums);
+    else panels_by_tiles(w, p, out, first, last, begin, end, tokens, room);
   }
   release_tiles();
   team.meet();

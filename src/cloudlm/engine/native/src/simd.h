@@ -126,7 +126,14 @@ INLINE f32x16 exp2(f32x16 v) {
 constexpr float LOG2E = 1.44269504088896f;
 INLINE f32x16 silu(f32x16 v) {
   f32x16 power = v * -LOG2E;
-  return v / (exp2(power < 126.0f ? power : splat(126.0f)) + 1.0f);
+  const f32x16 below = exp2(power < 126.0f ? power : splat(126.0f)) + 1.0f;
+#ifdef __AVX512F__
+  // A division takes as long as everything else here; the guess of 14 bits is doubled once.
+  const f32x16 guess = (f32x16)_mm512_rcp14_ps((__m512)below);
+  return v * (guess * (2.0f - below * guess));
+#else
+  return v / below;
+#endif
 }
 
 // acc[n] += w[n][0] * x[0] + w[n][1] * x[1], pairs of bf16; x is broadcast.
