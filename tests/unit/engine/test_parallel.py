@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quantised_models import write_gptq
 from thread_ranks import thread_runner
 
 from cloudlm.core.chat import Sampling
@@ -111,6 +112,15 @@ def test_all_families_answer_as_one_process_does(
         assert len({token for one in expected for token in one}) > 5, (
             "too monotonous to prove anything"
         )
+
+
+def test_a_quantised_file_is_cut_as_its_numbers(
+    saved_model: Any, make_runner: Any, over_threads: Any, driver: Any, tmp_path: Path
+) -> None:
+    write_gptq(saved_model("qwen2-heads-32").folder, tmp_path)
+    alone, parted = make_runner(tmp_path), over_threads(tmp_path, 2, 2)
+    assert (all_logits(alone, driver) - all_logits(parted, driver)).abs().max() < TOLERANCE
+    assert answers(parted, driver, SEEDED) == answers(alone, driver, SEEDED)
 
 
 def test_prompt_scores_pooled_states_and_block_copies_are_those_of_one_process(

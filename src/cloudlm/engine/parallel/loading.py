@@ -15,6 +15,7 @@ from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.adapters import Site, sites
 from cloudlm.engine.architectures.base import Decoder, Shape
+from cloudlm.engine.formats.opening import open_checkpoint
 from cloudlm.engine.load import (
     Progress,
     build_network,
@@ -32,7 +33,7 @@ from cloudlm.engine.parallel.split import Split, check_split, split
 from cloudlm.engine.parallel.team import Team
 from cloudlm.engine.paths.choice import Choice
 from cloudlm.engine.runner import RunnerFacts, Source
-from cloudlm.engine.weights import load_weights, weight_files
+from cloudlm.engine.weights import load_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -63,11 +64,18 @@ def read_part(
         whole_sites = sites(model)
         parts = split(model, ranks)
         model.limit(max_model_len)
-        load_weights(model, folder, dtype=dtype, device=device, progress=told, split=parts)
+        load_weights(
+            model,
+            open_checkpoint(folder),
+            dtype=dtype,
+            device=device,
+            progress=told,
+            split=parts,
+        )
         return model, parts, whole_sites
 
     model, parts, whole_sites = load(progress)
-    source = Source(lambda: load(None)[0], tuple(weight_files(folder)))
+    source = Source(lambda: load(None)[0], open_checkpoint(folder).files)
     return Part(model, source, parts, whole_sites)
 
 
@@ -78,12 +86,16 @@ def load_leader(
     layout = Layout(settings.tensor_parallel, settings.pipeline_parallel)
     _check_settings(settings)
     name, config, model = build_network(folder)
+    quantisation = open_checkpoint(folder).quantisation
     check_split(model, layout)
     devices = pick_devices(settings.device, layout)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = max(1, pick_threads(settings.threads, parameters) // layout.ranks)
     asked = settings.dtype if settings.precision == "auto" else settings.precision
     dtype = pick_dtype(asked, config, parameters, devices[0])
+    if quantisation:
+        stored = {"stored": quantisation, "kept": 0, "dequantised_to": str(dtype)}
+        _logger.info("quantised_weights", extra={"fields": stored})
     if not settings.kv_cache_mb:
         cache = _cache_mb(folder, settings, layout, devices, dtype)
         settings = replace(settings, kv_cache_mb=cache)
