@@ -40,6 +40,7 @@ from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.relay import Relay
+from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget, full_jitter
 from cloudlm.gateway.router import Loads, choose
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
@@ -206,6 +207,7 @@ class Handler:
         exchange.replica = replica
         rooms.loads.begin(replica)
         attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
         try:
             deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
@@ -213,14 +215,15 @@ class Handler:
                 answer = await rooms.upstream.send(
                     endpoint.url + call.path,
                     call.body,
-                    self._said(exchange),
+                    said,
                     replica=replica,
                     timeout_s=rooms.settings.first_token_timeout_s,
                     now=rooms.clock.now(),
                 )
                 if call.stream:
-                    idle_timeout_s = rooms.settings.idle_timeout_s
-                    relay = Relay(exchange, attempt, answer, call, idle_timeout_s)
+                    revision = endpoint.revision
+                    resumer = Resumer(rooms, exchange, call, revision, said, self._judge)
+                    relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
                     rooms.loads.answered(replica)
                     return GatewayResponse(200, self._headers(exchange, _STREAM_HEADERS), relay)
@@ -290,11 +293,8 @@ class Handler:
         tried: set[str],
         budget: RetryBudget,
     ) -> bool:
-        elsewhere = (
-            error.elsewhere if isinstance(error, ReplicaRefused) else error.retry is Retry.ELSEWHERE
-        )
         return (
-            elsewhere
+            may_help(error)
             and exchange.attempts < self._rooms.settings.max_attempts
             and self._choose(call, tried) is not None
             and budget.take(self._rooms.clock.monotonic())
