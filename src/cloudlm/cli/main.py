@@ -14,6 +14,7 @@ import typer
 
 from cloudlm import __version__
 from cloudlm.cli import (
+    audit,
     config,
     demo,
     deployments,
@@ -81,6 +82,7 @@ app.add_typer(tenants.projects, name="projects")
 principals.add_to(app)
 app.add_typer(roles.app, name="roles")
 app.add_typer(keys.app, name="keys")
+app.add_typer(audit.app, name="audit")
 config.add_to(app)
 drivers.add_to(app)
 

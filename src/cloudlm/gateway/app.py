@@ -37,6 +37,7 @@ from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.exchange import BodyStream, GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import ABORT
 from cloudlm.gateway.upstream import Upstream
@@ -74,6 +75,7 @@ class Gateway:
         self.upstream = Upstream(token=worker_token, connect_timeout_s=settings.connect_timeout_s)
         name = f"{socket.gethostname()}:{settings.port}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
+        self.refusals = Refusals(state, clock)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -87,6 +89,7 @@ class Gateway:
                 ledger=self.ledger,
                 meter=self.meter,
                 weights=read_weights(settings.tenant_weights),
+                refused=self.refusals.note,
             )
         )
         self.stopping = False
@@ -114,7 +117,7 @@ class Gateway:
         await self.view.refresh()
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run)
+            for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
         try:
             yield
@@ -124,6 +127,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.demand.report()
+            await self.refusals.flush()
             await self.ledger.close()
             await self.upstream.close()
 
@@ -154,7 +158,9 @@ class Door:
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         watch = asyncio.create_task(_watch(receive, gone))
         try:
-            request = GatewayRequest(scope["method"], scope["path"], headers, body, gone)
+            request = GatewayRequest(
+                scope["method"], scope["path"], headers, body, gone, _peer(scope)
+            )
             response = await self._handle(request)
             await self._write(response, scope, send)
         finally:
@@ -209,6 +215,11 @@ class Door:
             async with asyncio.timeout(self._stuck_after_s):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _peer(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
 
 async def _watch(receive: Receive, gone: asyncio.Future[None]) -> None:

@@ -74,6 +74,7 @@ class Rooms:
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
     fraction: Callable[[], float] = random.random
+    refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
 
 class Handler:
@@ -100,6 +101,7 @@ class Handler:
         try:
             return await self._answer(exchange, request)
         except CloudlmError as error:
+            self._rooms.refused(request, exchange, error)
             exchange.fail(error)
             return self._refusal(exchange, error)
         except asyncio.CancelledError:

@@ -22,7 +22,7 @@ class GatewayRequest:
     """One HTTP request, read whole. Header names are lower-case.
 
     ``disconnected`` is done as soon as the client has gone away; the server sets it at any time
-    until the response's body is closed.
+    until the response's body is closed. ``peer`` is the address that the connection came from.
     """
 
     method: str
@@ -30,6 +30,7 @@ class GatewayRequest:
     headers: Mapping[str, str]
     body: bytes
     disconnected: asyncio.Future[None]
+    peer: str = ""
 
 
 class BodyStream(Protocol):

@@ -24,9 +24,10 @@ from cloudlm.state.documents import (
     plain_job,
 )
 from cloudlm.state.memory_access import MemoryAccess
+from cloudlm.state.memory_audit import MemoryAudit
 
 
-class MemoryState(MemoryAccess):
+class MemoryState(MemoryAccess, MemoryAudit):
     """See ``state.base.State``."""
 
     def __init__(self) -> None:

@@ -29,12 +29,13 @@ from cloudlm.state.documents import (
     load_spec,
     plain_job,
 )
-from cloudlm.state.sql_access import SqlAccess, bump, one_row
+from cloudlm.state.sql_access import bump, one_row
+from cloudlm.state.sql_audit import SqlAudit
 
 _LEDGER_BATCH = 500
 
 
-class SqlState(SqlAccess):
+class SqlState(SqlAudit):
     """See ``state.base.State``. Made by ``open.open_state``."""
 
     # Desired and observed deployments -----------------------------------------------------------
