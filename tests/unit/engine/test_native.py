@@ -366,6 +366,23 @@ def test_a_token_attends_alike_whatever_else_is_in_the_batch(kernels: Kernels) -
         assert torch.equal(answer[row], expected[0])
 
 
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("start", [20, MAX_KEYS - 3, 2 * MAX_KEYS - 1])
+def test_drafts_attend_as_single_tokens_would(
+    kernels: Kernels, start: int, window: int | None
+) -> None:
+    cache = layer_cache(80, 2, 64, 32)
+    table = list(range(70))
+    query = torch.randn(6, 4 * 64).bfloat16()
+    plan = plan_attention([Query(start, 6, table, alike=True)], 32, window=window)
+    answer = kernels.attention(query, cache, plan, torch.empty_like(query), 0.1)
+    for row in range(6):
+        alone = query[row : row + 1]
+        plan = plan_attention([Query(start + row, 1, table)], 32, window=window)
+        expected = kernels.attention(alone, cache, plan, torch.empty_like(alone), 0.1)
+        assert torch.equal(answer[row], expected[0])
+
+
 def test_slots_beyond_the_limit_are_never_seen(kernels: Kernels) -> None:
     cache = layer_cache(2, 1, 64, 32)
     query = torch.randn(1, 64).bfloat16()
@@ -499,6 +516,15 @@ def test_no_compiler_means_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path / "cache"))
+    assert load_kernels(1).name == "torch"
+
+
+def test_a_named_compiler_that_is_not_there_means_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path / "cache"))
+    assert build.find_compiler() is None
     assert load_kernels(1).name == "torch"
 
 

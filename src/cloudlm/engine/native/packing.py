@@ -49,14 +49,14 @@ def quantize_int4(weight: Tensor, group: int = 128, *, symmetric: bool = True) -
     """Groups of ``group`` inputs, to the nearest. ``weight`` [n, k], any floating type."""
     n, k = weight.shape
     groups = -(-k // group)
-    wide = torch.zeros(n, groups * group)
+    wide = torch.zeros(n, groups * group, device=weight.device)
     wide[:, :k] = weight.float()
     wide = wide.view(n, groups, group)
     if symmetric:
         # The value of largest magnitude becomes -8, the one code that has no opposite.
         most = wide.gather(2, wide.abs().argmax(2, keepdim=True)).squeeze(2)
         scale, zeros = most / -8, None
-        shift = torch.full((n, groups), 8.0)
+        shift = torch.full((n, groups), 8.0, device=weight.device)
     else:
         low, high = wide.amin(2).clamp(max=0), wide.amax(2).clamp(min=0)
         scale = (high - low) / 15

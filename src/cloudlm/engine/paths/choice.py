@@ -13,6 +13,7 @@ from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.native import load_kernels
 from cloudlm.engine.native.contract import Kernels
+from cloudlm.engine.paths.gpu_choice import choose_operations, triton_obstacle
 from cloudlm.engine.paths.native_path import why_not
 
 _logger = logging.getLogger(__name__)
@@ -24,11 +25,13 @@ SMALL_PARAMETERS = 20_000_000
 @dataclass(frozen=True, slots=True)
 class Choice:
     """``kernels`` is None for PyTorch's modules; then ``dtype`` is the type that they are loaded
-    in, and it is bfloat16 otherwise. ``precision`` names what the kernels hold weights in."""
+    in, and it is bfloat16 otherwise. ``precision`` names what the kernels hold weights in. On a GPU
+    ``operations`` names what computes there: see ``gpu_choice.choose_operations``."""
 
     dtype: torch.dtype
     precision: str
     kernels: Kernels | None = None
+    operations: str = ""
 
 
 def choose_path(
@@ -47,6 +50,8 @@ def choose_path(
     """
     quantised = settings.precision.startswith("int")
     asked = _asked_dtype(settings)
+    if device.type == "cuda":
+        return _choose_on_gpu(model, settings, pick_dtype(asked))
     wanted = settings.kernels == "native" or quantised
     obstacle = _obstacle(model, device, asked)
     if wanted and obstacle is not None:
@@ -73,6 +78,16 @@ def choose_path(
         _logger.warning("quantised_without_library", extra={"fields": {"precision": precision}})
     _logger.info("kernels", extra={"fields": {"name": kernels.name, "precision": precision}})
     return Choice(dtype, precision, kernels)
+
+
+def _choose_on_gpu(model: Decoder, settings: EngineSettings, dtype: torch.dtype) -> Choice:
+    obstacle = triton_obstacle()
+    operations = choose_operations(model, settings, obstacle)
+    quantised = settings.precision.startswith("int")
+    precision = settings.precision if quantised else str(dtype).removeprefix("torch.")
+    if operations != "triton":
+        _logger.warning("triton_not_used", extra={"fields": {"obstacle": obstacle}})
+    return Choice(dtype, precision, operations=operations)
 
 
 def _asked_dtype(settings: EngineSettings) -> str:

@@ -155,7 +155,10 @@ class NativePath:
         config = self._config
         token_ids = torch.tensor([token_id for chunk in chunks for token_id in chunk.token_ids])
         positions, slots = map(torch.from_numpy, token_places(chunks, self.pool.block_size))
-        queries = [Query(chunk.start, len(chunk.token_ids), chunk.block_table) for chunk in chunks]
+        queries = [
+            Query(chunk.start, len(chunk.token_ids), chunk.block_table, chunk.drafts > 0)
+            for chunk in chunks
+        ]
         plans = [
             plan_attention(queries, self.pool.block_size, window=window) for window in self._windows
         ]
