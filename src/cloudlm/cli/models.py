@@ -104,7 +104,7 @@ def pull(
     alias: Alias = None,
     json_output: Json = False,
 ) -> None:
-    """Download a model from the hub or an object store into the registry."""
+    """Download a model from the hub or an object store."""
     _import(source, name, alias, json_output)
 
 
@@ -118,7 +118,7 @@ def import_model(
     alias: Alias = None,
     json_output: Json = False,
 ) -> None:
-    """Import a Hugging Face model folder or a GGUF file into the registry."""
+    """Import a Hugging Face folder or a GGUF file."""
     if Path(source).expanduser().exists():  # "my-model" alone would be a registered name
         source = str(Path(source).expanduser().resolve())
     _import(source, name, alias, json_output)
@@ -145,7 +145,7 @@ def _import(source: str, name: str | None, alias: str | None, json_output: bool)
 
 @app.command("rm")
 def remove(model: Ref, json_output: Json = False) -> None:
-    """Remove one version, unless an alias or a deployment here uses it."""
+    """Remove one version that nothing here uses."""
     registry = local_registry()
     manifest = registry.resolve(parse_ref(model))
     users = asyncio.run(_deployments_of(registry, manifest))

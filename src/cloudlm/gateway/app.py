@@ -14,7 +14,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
@@ -30,6 +30,7 @@ from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
@@ -37,7 +38,9 @@ from cloudlm.gateway.view import View
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
-_PLAIN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_PLAIN_PATHS = frozenset(
+    {"/livez", "/readyz", "/health", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+)
 
 _log = get_logger(__name__)
 
@@ -66,6 +69,7 @@ class Gateway:
         self.upstream = Upstream(token=worker_token, connect_timeout_s=settings.connect_timeout_s)
         name = f"{socket.gethostname()}:{settings.port}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
+        self.refusals = Refusals(state, clock)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -79,6 +83,7 @@ class Gateway:
                 ledger=self.ledger,
                 meter=self.meter,
                 weights=read_weights(settings.tenant_weights),
+                refused=self.refusals.note,
             )
         )
         self.stopping = False
@@ -106,7 +111,7 @@ class Gateway:
         await self.view.refresh()
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run)
+            for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
         try:
             yield
@@ -116,6 +121,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.demand.report()
+            await self.refusals.flush()
             await self.ledger.close()
             await self.upstream.close()
 
@@ -163,6 +169,27 @@ def make_app(gateway: Gateway) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(gateway.meter.exposition(), media_type=gateway.meter.content_type)
 
-    routes = {"/livez": livez, "/readyz": readyz, "/health": readyz, "/metrics": metrics}
+    async def ping(request: Request) -> Response:
+        """As TorchServe and SageMaker ask for ``readyz``."""
+        status = (await readyz(request)).status_code
+        said = "Healthy" if status == 200 else "Unhealthy"
+        return JSONResponse({"status": said}, status)
+
+    async def v2_live(_: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def v2_ready(request: Request) -> Response:
+        status = (await readyz(request)).status_code
+        return JSONResponse({"ready": status == 200}, status)
+
+    routes = {
+        "/livez": livez,
+        "/readyz": readyz,
+        "/health": readyz,
+        "/metrics": metrics,
+        "/ping": ping,
+        "/v2/health/live": v2_live,
+        "/v2/health/ready": v2_ready,
+    }
     assert routes.keys() == _PLAIN_PATHS
     return Starlette(routes=[Route(path, route) for path, route in routes.items()])

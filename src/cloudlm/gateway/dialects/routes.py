@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cloudlm.core.errors import CloudlmError, NotSupported
-from cloudlm.gateway.dialects import anthropic, ollama, openai, responses
+from cloudlm.gateway.dialects import (
+    anthropic,
+    infer,
+    ollama,
+    openai,
+    predict,
+    responses,
+    sagemaker,
+    tgi,
+    torchserve,
+)
 from cloudlm.gateway.dialects.base import Dialect, Route, nothing_there
 from cloudlm.gateway.dialects.openai import Operation
 from cloudlm.gateway.exchange import GatewayRequest
@@ -40,6 +50,8 @@ def _is_under(path: str, known: str) -> bool:
 def _openai_fault(path: str) -> CloudlmError:
     if _is_under(path, "/v1/responses"):
         return NotSupported("responses are not stored here, so there is nothing to read or change")
+    if path.startswith("/v1/models/") and "/versions/" in path:
+        return predict.no_such_verb(path)
     if any(_is_under(path, known) for known in _KNOWN_ELSEWHERE):
         return NotSupported(f"{path[:80]} is part of OpenAI's API that this server does not offer")
     return nothing_there(_SPOKEN)(path)
@@ -64,8 +76,22 @@ _EXACT = {
     "/api/show": Route(ollama.DIALECT, read=ollama.read_show),
     "/api/tags": Route(ollama.DIALECT, "GET", read=ollama.read_tags),
     "/api/version": Route(ollama.DIALECT, "GET", read=ollama.read_version),
+    "/": Route(tgi.DIALECT, parse=tgi.parse_either),
+    "/generate": Route(tgi.DIALECT, parse=tgi.parse_generate),
+    "/generate_stream": Route(tgi.DIALECT, parse=tgi.parse_stream),
+    "/info": Route(tgi.DIALECT, "GET", read=tgi.read_info),
+    "/invocations": Route(sagemaker.DIALECT, parse=sagemaker.parse),
+    "/v2": Route(infer.DIALECT, "GET", read=infer.read_server),
 }
 _NAMED = (  # what stands before the model's name and after it
+    ("/v1/models/", ":predict", Route(predict.DIALECT, parse=predict.parse)),
+    ("/v1/models/", ":classify", Route(predict.DIALECT, fault=predict.no_such_verb)),
+    ("/v1/models/", ":regress", Route(predict.DIALECT, fault=predict.no_such_verb)),
+    ("/v1/models/", ":explain", Route(predict.DIALECT, fault=predict.no_such_verb)),
+    ("/v2/models/", "/infer", Route(infer.DIALECT, parse=infer.parse)),
+    ("/v2/models/", "/ready", Route(infer.DIALECT, "GET", read=infer.read_ready)),
+    ("/v2/models/", "", Route(infer.DIALECT, "GET", read=infer.read_model)),
+    ("/predictions/", "", Route(torchserve.DIALECT, parse=torchserve.parse)),
     ("/v1/models/", "", Route(openai.DIALECT, "GET", read=openai.read_model)),
 )
 _ANTHROPIC_MODELS = Route(anthropic.DIALECT, "GET", read=anthropic.read_models)
@@ -74,8 +100,20 @@ _FAULTS: tuple[tuple[str, Dialect, Callable[[str], CloudlmError]], ...] = (
     ("/api/v1", openai.DIALECT, _openai_fault),  # cloudlm's own API, which control serves
     ("/api", ollama.DIALECT, ollama.refused),
     ("/v1/messages", anthropic.DIALECT, _anthropic_fault),
+    ("/v2", infer.DIALECT, infer.nothing_there),
     ("", openai.DIALECT, _openai_fault),
 )
+
+
+def served() -> set[tuple[str, str]]:
+    """All methods and paths; ``{name}`` stands for a model's name."""
+    exact = {(route.method, path) for path, route in _EXACT.items()}
+    named = {
+        (route.method, f"{before}{{name}}{after}")
+        for before, after, route in _NAMED
+        if route.fault is None
+    }
+    return exact | named
 
 
 def find(request: GatewayRequest) -> tuple[Route, str]:
@@ -95,7 +133,7 @@ def _search(path: str, for_anthropic: bool) -> tuple[Route, str]:
         return _EXACT[path], ""
     for before, after, route in _NAMED:
         name = path[len(before) : len(path) - len(after)]
-        if path.startswith(before) and path.endswith(after) and name:
+        if path.startswith(before) and path.endswith(after) and name and "/" not in name:
             if for_anthropic and route.read is openai.read_model:
                 return _ANTHROPIC_MODEL, name
             return route, name
