@@ -146,6 +146,7 @@ _WORKER = (
     "POST /tokenize",
     "POST /detokenize",
     "POST /internal/v1/generate",
+    "POST /internal/v1/resume",
     "GET /version",
 )
 _OPEN = {
