@@ -36,7 +36,7 @@ from cloudlm.telemetry.logs import get_logger
 
 STOP_TIMEOUT_S = 5
 # What a worker reads itself; all other settings are no business of it.
-_WORKER_SETTINGS = ("engine.", "worker.", "log.", "registry.")
+_WORKER_SETTINGS = ("engine.", "vllm.", "worker.", "log.", "registry.")
 _log = get_logger("cloudlm.control")
 
 

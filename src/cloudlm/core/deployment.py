@@ -18,8 +18,8 @@ class DeploymentSpec:
 
     ``name`` is also the model name in the OpenAI API. ``model`` is a model address
     (``models:/name/3``, ``models:/name@alias``); other addresses are imported first.
-    ``engine`` is ``cloudlm`` here. ``options`` are engine settings (``max_model_len``,
-    ``kv_cache_mb``, ``dtype`` …) and ``env`` extra environment of the replica.
+    ``engine`` is what generates: ``cloudlm`` or ``vllm``. ``options`` are its settings
+    (``max_model_len``, ``dtype`` …) and ``env`` extra environment of the replica.
     """
 
     name: str

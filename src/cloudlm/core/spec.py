@@ -10,7 +10,11 @@ from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.fields import check_text, kind_of
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
+from cloudlm.core.vllm import read_vllm_options
 
+CLOUDLM = "cloudlm"
+VLLM = "vllm"
+ENGINES = (CLOUDLM, VLLM)
 MAX_REPLICAS = 1000
 MAX_ENTRIES = 64
 MAX_ADDRESS_LENGTH = 512
@@ -43,6 +47,8 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
             f"max_surge must be from 0 to {MAX_REPLICAS}, not {spec.max_surge}", param="max_surge"
         )
     _check_options(spec.options)
+    if spec.engine == VLLM:
+        read_vllm_options(spec.options)
     _check_env(spec.env)
     return spec
 

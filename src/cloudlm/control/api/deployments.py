@@ -15,9 +15,9 @@ from cloudlm.control.api.services import Services, body_of, read_object
 from cloudlm.core.deployment import Deployment, DeploymentSpec
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
+from cloudlm.core.spec import ENGINES
 from cloudlm.core.wire import deployment_body, scale_from_body, spec_from_body
 
-ENGINES = ("cloudlm",)
 MAX_LOG_LINES = 10_000
 
 

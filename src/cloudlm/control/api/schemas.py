@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.spec import CLOUDLM, ENGINES
+
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 1000}
 
@@ -15,7 +17,7 @@ SPEC: dict[str, Any] = {
         "name": {"type": "string", "description": "API name; may be left out if in the path."},
         "model": {"type": "string", "examples": ["models:/bank/3", "models:/bank@champion"]},
         "driver": {"type": "string", "default": "process"},
-        "engine": {"type": "string", "default": "cloudlm"},
+        "engine": {"enum": list(ENGINES), "default": CLOUDLM},
         "min_replicas": {**_COUNT, "default": 1},
         "max_replicas": {**_COUNT, "default": 1},
         "target_ongoing_requests": {"type": "number", "exclusiveMinimum": 0, "default": 8},
