@@ -26,6 +26,7 @@ from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
+from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
 from cloudlm.state.home import yaml_fault
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A deployment.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")]
+ENGINE_HELP = f"What generates: {' or '.join(ENGINES)}."
 WAIT_S = 600.0
 
 
@@ -56,6 +58,7 @@ def deploy(
         str, typer.Option("--replicas", metavar="MIN:MAX", help="How many replicas.")
     ] = "1:1",
     driver: Annotated[str, typer.Option("--driver", help="Where replicas run.")] = "process",
+    engine: Annotated[str, typer.Option("--engine", help=ENGINE_HELP)] = CLOUDLM,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
@@ -70,6 +73,7 @@ def deploy(
             name=name,
             model=ref,
             driver=driver,
+            engine=engine,
             min_replicas=low,
             max_replicas=high,
             options=read_options(option or []),

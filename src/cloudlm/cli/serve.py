@@ -10,9 +10,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from cloudlm.cli.connect import local_url
-from cloudlm.cli.deployments import read_options
+from cloudlm.cli.deployments import ENGINE_HELP, read_options
 from cloudlm.cli.screen import print_json, print_text, share_bar
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
+from cloudlm.core.spec import CLOUDLM
 from cloudlm.state.home import Home, load_settings
 from cloudlm.telemetry.logs import setup_logging
 
@@ -36,6 +37,7 @@ def serve(
             help="Key that callers must send; required on addresses other than loopback.",
         ),
     ] = None,
+    engine: Annotated[str, typer.Option("--engine", help=ENGINE_HELP)] = CLOUDLM,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
@@ -69,6 +71,7 @@ def serve(
             home=home.path,
             token=api_key,
             registry_url=home.registry_url(settings),
+            engine_name=engine,
             options=read_options(option or []),
             settings=settings,
             on_ready=on_ready,

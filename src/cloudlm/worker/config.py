@@ -11,7 +11,7 @@ from typing import Any
 
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import EngineSettings, Settings
-from cloudlm.core.spec import CLOUDLM, VLLM
+from cloudlm.core.spec import CLOUDLM, ENGINES, VLLM
 from cloudlm.core.vllm import read_vllm_options
 from cloudlm.worker.options import engine_settings, named_adapters
 
@@ -72,6 +72,11 @@ def check(config: WorkerConfig) -> WorkerConfig:
             "the worker's token must be of printable ASCII characters without blanks: no other "
             "can be sent in a header",
             param="token",
+        )
+    if config.engine_name not in ENGINES:
+        raise BadSetting(
+            f"unknown engine {config.engine_name[:40]!r}; there is: {', '.join(ENGINES)}",
+            param="engine",
         )
     if config.engine_name == VLLM:
         read_vllm_options(config.options)

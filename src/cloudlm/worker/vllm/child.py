@@ -55,6 +55,7 @@ class Child:
         parent = os.getpid()
 
         def die_with_the_worker() -> None:
+            os.setpgid(0, 0)
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != parent:  # it died before the line above
                 os._exit(127)
@@ -65,7 +66,6 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=self._environment,
-            process_group=0,
             preexec_fn=die_with_the_worker,
             limit=_LINE_BYTES,
         )

@@ -13,6 +13,7 @@ import pytest
 from mock_vllm import mock_python
 
 from cloudlm.core.errors import BadSetting
+from cloudlm.worker.app import _new_loop
 from cloudlm.worker.vllm.child import Child
 from cloudlm.worker.vllm.command import child_environment, find_python, server_command
 from cloudlm.worker.vllm.reading import read_metrics, stats_of
@@ -80,6 +81,21 @@ async def test_its_last_words_are_kept_and_passed_on(capfd: pytest.CaptureFixtur
     await child.stop()
 
 
+def test_it_starts_on_the_loop_that_a_worker_runs() -> None:
+    async def run() -> int:
+        child = Child(
+            python("import os, sys", "sys.exit(7 if os.getpgid(0) == os.getpid() else 1)"), {}
+        )
+        await child.start()
+        try:
+            return await child.wait()
+        finally:
+            await child.stop()
+
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        assert runner.run(run()) == 7
+
+
 async def test_stopping_reaches_its_children_too() -> None:
     child = Child(
         python(
@@ -104,6 +120,7 @@ async def test_stopping_reaches_its_children_too() -> None:
 def test_it_dies_with_the_worker_however_that_dies() -> None:
     source = """
 import asyncio, sys
+from cloudlm.worker.app import _new_loop
 from cloudlm.worker.vllm.child import Child
 async def main():
     child = Child([sys.executable, "-S", "-c", "import time; time.sleep(60)"], {})
