@@ -1,4 +1,5 @@
-"""``deploy``, ``apply``, ``status``, ``logs``, ``scale``, ``delete``: what is asked, what runs."""
+"""``deploy``, ``apply``, ``status``, ``logs``, ``scale``, ``sleep``, ``wake``, ``delete``: what is
+asked, what runs."""
 
 from __future__ import annotations
 
@@ -46,6 +47,8 @@ def add_to(app: typer.Typer) -> None:
     app.command("status")(status)
     app.command("logs")(logs)
     app.command("scale")(scale)
+    app.command("sleep")(sleep)
+    app.command("wake")(wake)
     app.command("delete")(delete)
 
 
@@ -170,6 +173,20 @@ def scale(
         _finish(client, [name], wait, json_output)
 
 
+def sleep(name: Name, wait: Wait = True, json_output: Json = False) -> None:
+    """Give the memory of a deployment's replicas back. Their processes stay; requests get 503."""
+    with control_client() as client:
+        client.deployments.sleep(name)
+        _finish(client, [name], wait, json_output)
+
+
+def wake(name: Name, wait: Wait = True, json_output: Json = False) -> None:
+    """Load the model of a sleeping deployment again."""
+    with control_client() as client:
+        client.deployments.wake(name)
+        _finish(client, [name], wait, json_output)
+
+
 def delete(
     name: Name,
     wait: Wait = True,
@@ -259,7 +276,7 @@ def _finish(client: Client, names: list[str], wait: bool, json_output: bool) -> 
     """Wait until the deployments are ready, telling their state, then print them."""
     if wait:
         for name in names:
-            with spinner(f"starting {name}") as update:
+            with spinner(f"waiting for {name}") as update:
                 client.deployments.wait_ready(
                     name, timeout_s=WAIT_S, on_status=lambda now: update(_progress_text(now))
                 )

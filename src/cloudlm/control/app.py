@@ -18,6 +18,7 @@ from cloudlm.control.api.services import Services
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.naps import HttpTurner
 from cloudlm.control.probe import HttpProber
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import Progress
@@ -81,8 +82,13 @@ async def running(
         return import_address(registry, source, name, alias=alias, progress=progress)
 
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
-    async with HttpProber(settings.control.probe_timeout_s) as prober:
-        reconciler = Reconciler(state, drivers, registry, prober, clock, settings.control, metrics)
+    async with (
+        HttpProber(settings.control.probe_timeout_s) as prober,
+        HttpTurner(home.worker_token()) as turner,
+    ):
+        reconciler = Reconciler(
+            state, drivers, registry, prober, clock, settings.control, metrics, turner
+        )
         await jobs.resume()
         loop = asyncio.create_task(reconciler.run())
         try:
@@ -100,6 +106,7 @@ async def running(
             loop.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await loop
+            await reconciler.close()
             await jobs.close()
             await drivers.close()
 

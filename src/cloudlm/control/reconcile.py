@@ -16,13 +16,20 @@ from cloudlm.control.autoscale import ScaleMemory, autoscale
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.naps import Naps, Turner
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
 from cloudlm.control.plan import Action, Apply, Plan, group_name, plan, plan_deletion
 from cloudlm.control.probe import Prober
 from cloudlm.control.registry import ModelRegistry
 from cloudlm.control.status import summarise
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import Demand, Deployment, DeploymentStatus, Endpoint
+from cloudlm.core.deployment import (
+    Demand,
+    Deployment,
+    DeploymentStatus,
+    Endpoint,
+    GroupObservation,
+)
 from cloudlm.core.errors import CloudlmError, InvalidRequest
 from cloudlm.core.model import parse_ref
 from cloudlm.core.settings import ControlSettings
@@ -46,6 +53,7 @@ class Reconciler:
         clock: Clock,
         settings: ControlSettings,
         metrics: ControlMetrics,
+        turner: Turner,
     ) -> None:
         self._state = state
         self._drivers = drivers
@@ -55,6 +63,7 @@ class Reconciler:
         self._metrics = metrics
         self._observer = Observer(drivers, prober, clock, settings.stall_timeout_s)
         self._drains = Drains(settings.drain_timeout_s)
+        self._naps = Naps(turner)
         self._scale: dict[str, tuple[int, ScaleMemory]] = {}
         self._versions: dict[str, str] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
@@ -83,6 +92,10 @@ class Reconciler:
                 _log.exception("pass_failed")
             await self._pause()
 
+    async def close(self) -> None:
+        """Let go of what is under way; call it after ``run`` was cancelled."""
+        await self._naps.close()
+
     def nudge(self) -> None:
         """Something was asked: the next pass begins at once."""
         self._wake.set()
@@ -99,7 +112,9 @@ class Reconciler:
         await self._recall()
         seen = await self._observer.look({DEFAULT, *(d.spec.driver for d in deployments)})
         self._seen = seen
-        self._drains.keep_only({r.id for g in seen.groups for r in g.observation.replicas})
+        existing = {r.id for g in seen.groups for r in g.observation.replicas}
+        self._drains.keep_only(existing)
+        self._naps.keep_only(existing)
         await self._stop_stalled(seen)
         for deployment in deployments:
             name = deployment.spec.name
@@ -150,14 +165,23 @@ class Reconciler:
         else:
             try:
                 model = "" if deployment.deleting else await self._version(deployment, groups)
-                step = plan(deployment, wanted, observations, seen.ready, model)
+                answering = seen.ready | seen.sleeping  # what sleeps can answer again
+                step = plan(deployment, wanted, observations, answering, model)
             except CloudlmError as error:
                 problem = error.message
         if fault is None:
-            await self._withdraw(name, groups, step, seen)
+            await self._withdraw(name, groups, step, seen, asleep=bool(deployment.spec.asleep))
             problem = await self._act(step, deployment.spec.driver, groups, seen) or problem
+            problem = problem or self._turn(deployment, observations, step, seen)
         status = summarise(
-            deployment, wanted, observations, seen.ready, step.leaving, problem, self._clock.now()
+            deployment,
+            wanted,
+            observations,
+            seen.ready,
+            step.leaving,
+            problem,
+            self._clock.now(),
+            seen.sleeping,
         )
         await self._write_status(status)
         # A driver that is not installed runs nothing that we could stop.
@@ -165,8 +189,19 @@ class Reconciler:
         if deployment.deleting and not groups and known:
             await self._forget(deployment)
 
+    def _turn(
+        self, deployment: Deployment, groups: Sequence[GroupObservation], step: Plan, seen: Seen
+    ) -> str:
+        """Have the replicas that stay sleep or wake as asked; returns what hinders it."""
+        staying = [r for g in groups for r in g.replicas if r.id not in step.leaving and r.url]
+        asleep = None if deployment.deleting else deployment.spec.asleep
+        now = self._clock.monotonic()
+        return self._naps.mind(asleep, staying, seen.ready, seen.sleeping, now)
+
     def _wanted(self, deployment: Deployment, demand: Sequence[Demand]) -> int:
         name = deployment.spec.name
+        if deployment.spec.asleep:
+            demand = ()  # requests are refused, and say nothing
         current, memory = self._scale.get(name, (self._recalled_wanted(name), ScaleMemory()))
         wanted, memory = autoscale(
             deployment.spec, demand, current, memory, self._clock.monotonic()
@@ -193,18 +228,33 @@ class Reconciler:
         return self._versions[group]
 
     async def _withdraw(
-        self, name: str, groups: Sequence[SeenGroup], step: Plan, seen: Seen
+        self,
+        name: str,
+        groups: Sequence[SeenGroup],
+        step: Plan,
+        seen: Seen,
+        *,
+        asleep: bool = False,
     ) -> None:
-        """Write the endpoints: replicas that answer and are to stay."""
+        """Write the endpoints: replicas that are to stay and answer, and with weight 0 those that
+        sleep, or fall asleep now (``asleep``)."""
         assert self._endpoints is not None
         replicas = {r.id for g in groups for r in g.observation.replicas}
         serving = {endpoint.replica for endpoint in self._endpoints.get(name, ())}
         endpoints = tuple(
-            Endpoint(name, replica.id, replica.url, group.observation.spec.revision)
+            Endpoint(
+                name,
+                replica.id,
+                replica.url,
+                group.observation.spec.revision,
+                0.0 if asleep or replica.id in seen.sleeping else 1.0,
+            )
             for group in groups
             if group.observation.spec is not None
             for replica in group.observation.replicas
-            if replica.id in seen.ready and replica.id not in step.leaving and replica.url
+            if replica.id in seen.ready | seen.sleeping
+            and replica.id not in step.leaving
+            and replica.url
         )
         if self._endpoints.get(name, ()) != endpoints:
             await self._state.put_endpoints(name, endpoints)

@@ -20,6 +20,8 @@ class DeploymentSpec:
     (``models:/name/3``, ``models:/name@alias``); other addresses are imported first.
     ``engine`` is what generates: ``cloudlm`` or ``vllm``. ``options`` are its settings
     (``max_model_len``, ``dtype`` …) and ``env`` extra environment of the replica.
+    ``asleep`` puts the replicas to sleep (true) or keeps them awake (false); None leaves each as
+    it is.
     """
 
     name: str
@@ -32,6 +34,7 @@ class DeploymentSpec:
     max_surge: int = 1
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    asleep: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Deployment:
                 max_replicas=self.spec.max_replicas,
                 target_ongoing_requests=self.spec.target_ongoing_requests,
                 max_surge=self.spec.max_surge,
+                asleep=self.spec.asleep,
             )
             == self.spec
         )
@@ -79,6 +83,7 @@ class ReplicaState(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    SLEEPING = "sleeping"
     DRAINING = "draining"
     BACKOFF = "backoff"
     FAILED = "failed"
@@ -127,7 +132,8 @@ class GroupObservation:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The address of one replica that may be sent requests. ``model`` is the API name."""
+    """The address of one replica that may be sent requests, unless its ``weight`` is 0: then it
+    sleeps. ``model`` is the API name."""
 
     model: str
     replica: str

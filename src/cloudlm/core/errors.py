@@ -241,6 +241,12 @@ class NoReplica(Unavailable):
     code = "no_replica"
 
 
+class ModelAsleep(Unavailable):
+    """All replicas of the model sleep."""
+
+    code = "model_asleep"
+
+
 class Overloaded(Unavailable):
     """The queue is full."""
 

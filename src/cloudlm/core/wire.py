@@ -104,6 +104,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "max_surge": spec.max_surge,
         "options": dict(spec.options),
         "env": dict(spec.env),
+        "asleep": spec.asleep,
     }
 
 
@@ -380,4 +381,5 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         max_surge=fields.integer("max_surge", 1, low=-(2**31), high=2**31),
         options=options,
         env=env,
+        asleep=None if fields.raw("asleep", None) is None else fields.flag("asleep"),
     )

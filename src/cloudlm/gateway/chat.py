@@ -23,6 +23,7 @@ from cloudlm.core.errors import (
     AuthenticationFailed,
     CloudlmError,
     InternalError,
+    ModelAsleep,
     NoReplica,
     RequestCancelled,
     Retry,
@@ -47,6 +48,7 @@ from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
+ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
 _STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -127,7 +129,8 @@ class Handler:
             call = await asyncio.to_thread(
                 openai.parse, operation, request.body, salted, may_lead=leads
             )
-        if call.model not in view.models or not view.models[call.model].endpoints:
+        known = view.models.get(call.model)
+        if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
         self._admit(exchange, view.model(call.model))
         return await self._serve(exchange, call)
@@ -160,6 +163,12 @@ class Handler:
                 f"model {model.name!r} is deployed but none of its replicas is ready yet "
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
+            )
+        if model.asleep:
+            raise ModelAsleep(
+                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
+                f"it; 'cloudlm wake {model.name}' does",
+                retry_after_s=ASLEEP_RETRY_AFTER_S,
             )
         rooms.admission.enter(model.name)
         rooms.meter.entered(model.name)

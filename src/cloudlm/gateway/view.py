@@ -36,6 +36,11 @@ class ServedModel:
     created_at: float
     endpoints: tuple[Endpoint, ...] = ()
 
+    @property
+    def asleep(self) -> bool:
+        """Whether all its replicas sleep."""
+        return bool(self.endpoints) and all(one.weight <= 0 for one in self.endpoints)
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:

@@ -91,6 +91,20 @@ def routes(services: Services) -> APIRouter:
         spec = replace(deployment.spec, min_replicas=low, max_replicas=high)
         return await put(spec, deployment.generation)
 
+    async def turn(name: str, asleep: bool) -> Response:
+        deployment = await found(name)
+        if deployment.deleting:
+            raise Conflict(f"deployment {name!r} is being deleted")
+        return await put(replace(deployment.spec, asleep=asleep), deployment.generation)
+
+    @router.post("/{name}/sleep", status_code=202, summary="Give the replicas' memory back")
+    async def sleep(name: str) -> Response:
+        return await turn(name, True)
+
+    @router.post("/{name}/wake", status_code=202, summary="Load the model again")
+    async def wake(name: str) -> Response:
+        return await turn(name, False)
+
     @router.get("/{name}/logs", summary="Output of the replicas")
     async def logs(
         name: str,

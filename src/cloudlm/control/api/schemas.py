@@ -24,6 +24,10 @@ SPEC: dict[str, Any] = {
         "max_surge": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 1},
         "options": {"type": "object", "description": "Engine settings (max_model_len …)."},
         "env": {"type": "object", "additionalProperties": _TEXT},
+        "asleep": {
+            "type": ["boolean", "null"],
+            "description": "true puts the replicas to sleep, false keeps them awake.",
+        },
     },
 }
 SCALE: dict[str, Any] = {
