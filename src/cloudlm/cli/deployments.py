@@ -65,6 +65,10 @@ def deploy(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=ADDRESS", help="LoRA adapter to serve as NAME."),
+    ] = None,
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
@@ -80,6 +84,7 @@ def deploy(
             min_replicas=low,
             max_replicas=high,
             options=read_options(option or []),
+            adapters=read_adapters(adapter or []),
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output)
@@ -232,6 +237,20 @@ def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:
             raise InvalidRequest(f"option {pair!r} must be KEY=VALUE, such as max_model_len=512")
         options[key] = value
     return options
+
+
+def read_adapters(pairs: list[str]) -> dict[str, str]:
+    """``name=models:/name/3`` pairs. Raises InvalidRequest."""
+    adapters: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, address = pair.partition("=")
+        if not name or not equals or name in adapters:
+            raise InvalidRequest(
+                f"adapter {pair!r} must be NAME=ADDRESS, such as polite=models:/polite/1, each "
+                "name once"
+            )
+        adapters[name] = address
+    return adapters
 
 
 def read_specs(file: Path) -> list[DeploymentSpec]:

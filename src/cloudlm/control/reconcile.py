@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from cloudlm.control.autoscale import ScaleMemory, autoscale
@@ -65,7 +65,7 @@ class Reconciler:
         self._drains = Drains(settings.drain_timeout_s)
         self._naps = Naps(turner)
         self._scale: dict[str, tuple[int, ScaleMemory]] = {}
-        self._versions: dict[str, str] = {}
+        self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
         self._statuses: dict[str, DeploymentStatus] | None = None
         self._stopped_stalled: dict[str, object] = {}
@@ -103,7 +103,9 @@ class Reconciler:
     def models_in_use(self) -> frozenset[str]:
         """The versions (``models:/name/3``) that groups run, as of the last pass."""
         specs = (group.observation.spec for group in self._seen.groups)
-        return frozenset(spec.model for spec in specs if spec is not None)
+        return frozenset(
+            ref for one in specs if one is not None for ref in (one.model, *one.adapters.values())
+        )
 
     async def step(self) -> None:
         """One pass over everything."""
@@ -119,7 +121,8 @@ class Reconciler:
         for deployment in deployments:
             name = deployment.spec.name
             try:
-                await self._converge(deployment, seen, [d for d in demand if d.model == name])
+                served = {name, *deployment.spec.adapters}
+                await self._converge(deployment, seen, [d for d in demand if d.model in served])
             except CloudlmError as error:
                 _log.warning(
                     "deployment_failed",
@@ -127,7 +130,8 @@ class Reconciler:
                 )
             except Exception:
                 _log.exception("deployment_failed", extra={"fields": {"deployment": name}})
-        await self._remove_orphans({d.spec.name for d in deployments}, seen)
+        served = {name for d in deployments for name in (d.spec.name, *d.spec.adapters)}
+        await self._remove_orphans({d.spec.name for d in deployments}, served, seen)
 
     async def _pause(self) -> None:
         sleeping = asyncio.ensure_future(self._clock.sleep(self._interval_s))
@@ -164,13 +168,22 @@ class Reconciler:
             problem = fault.message  # its groups are unknown: leave everything as it is
         else:
             try:
-                model = "" if deployment.deleting else await self._version(deployment, groups)
+                model, adapters = "", dict[str, str]()
+                if not deployment.deleting:
+                    model, adapters = await self._version(deployment, groups)
                 answering = seen.ready | seen.sleeping  # what sleeps can answer again
-                step = plan(deployment, wanted, observations, answering, model)
+                step = plan(deployment, wanted, observations, answering, model, adapters)
             except CloudlmError as error:
                 problem = error.message
         if fault is None:
-            await self._withdraw(name, groups, step, seen, asleep=bool(deployment.spec.asleep))
+            await self._withdraw(
+                name,
+                groups,
+                step,
+                seen,
+                asleep=bool(deployment.spec.asleep),
+                adapters=deployment.spec.adapters,
+            )
             problem = await self._act(step, deployment.spec.driver, groups, seen) or problem
             problem = problem or self._turn(deployment, observations, step, seen)
         status = summarise(
@@ -213,19 +226,25 @@ class Reconciler:
         status = (self._statuses or {}).get(name)
         return 0 if status is None else status.wanted_replicas
 
-    async def _version(self, deployment: Deployment, groups: Sequence[SeenGroup]) -> str:
-        """The fixed version of the revision: what its group runs; for a new revision what the
-        address means now. Moving an alias later changes nothing."""
+    async def _version(
+        self, deployment: Deployment, groups: Sequence[SeenGroup]
+    ) -> tuple[str, dict[str, str]]:
+        """The fixed versions of the revision and its adapters: what its group runs; for a new
+        revision what the addresses mean now. Moving an alias later changes nothing."""
         group = group_name(deployment.spec.name, deployment.revision)
         for one in groups:
             spec = one.observation.spec
             if spec is not None and spec.name == group:
-                self._versions[group] = spec.model
+                self._versions[group] = spec.model, dict(spec.adapters)
         if group not in self._versions:
-            ref = parse_ref(deployment.spec.model)
-            manifest = await asyncio.to_thread(self._registry.resolve, ref)
-            self._versions[group] = manifest.ref
+            model = await self._fixed(deployment.spec.model)
+            wanted = deployment.spec.adapters.items()
+            adapters = {name: await self._fixed(address) for name, address in wanted}
+            self._versions[group] = model, adapters
         return self._versions[group]
+
+    async def _fixed(self, address: str) -> str:
+        return (await asyncio.to_thread(self._registry.resolve, parse_ref(address))).ref
 
     async def _withdraw(
         self,
@@ -235,9 +254,10 @@ class Reconciler:
         seen: Seen,
         *,
         asleep: bool = False,
+        adapters: Collection[str] = (),
     ) -> None:
         """Write the endpoints: replicas that are to stay and answer, and with weight 0 those that
-        sleep, or fall asleep now (``asleep``)."""
+        sleep, or fall asleep now (``asleep``). An adapter has those that carry it."""
         assert self._endpoints is not None
         replicas = {r.id for g in groups for r in g.observation.replicas}
         serving = {endpoint.replica for endpoint in self._endpoints.get(name, ())}
@@ -256,10 +276,23 @@ class Reconciler:
             and replica.id not in step.leaving
             and replica.url
         )
-        if self._endpoints.get(name, ()) != endpoints:
-            await self._state.put_endpoints(name, endpoints)
-            self._endpoints[name] = endpoints
+        await self._put_endpoints(name, endpoints)
+        for adapter in adapters:
+            carrying = {
+                replica.id
+                for group in groups
+                if group.observation.spec and adapter in group.observation.spec.adapters
+                for replica in group.observation.replicas
+            }
+            found = [replace(one, model=adapter) for one in endpoints if one.replica in carrying]
+            await self._put_endpoints(adapter, tuple(found))
         self._drains.note(replicas, step.leaving, serving, self._clock.monotonic())
+
+    async def _put_endpoints(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
+        assert self._endpoints is not None
+        if self._endpoints.get(model, ()) != endpoints:
+            await self._state.put_endpoints(model, endpoints)
+            self._endpoints[model] = endpoints
 
     async def _act(self, step: Plan, driver: str, groups: Sequence[SeenGroup], seen: Seen) -> str:
         """Carry out what may be done now; returns why the driver refused, if it did."""
@@ -310,12 +343,13 @@ class Reconciler:
 
     # What belongs to nobody, and what stands still ------------------------------------------------
 
-    async def _remove_orphans(self, names: set[str], seen: Seen) -> None:
+    async def _remove_orphans(self, names: set[str], served: set[str], seen: Seen) -> None:
+        """``names`` are the deployments, ``served`` those and their adapters."""
         orphans: dict[str, list[SeenGroup]] = {}
         for group in seen.groups:
             if group.deployment not in names:
                 orphans.setdefault(group.deployment, []).append(group)
-        for model in [one for one in self._endpoints or {} if one not in names]:
+        for model in [one for one in self._endpoints or {} if one not in served]:
             orphans.setdefault(model, [])
         for name, groups in orphans.items():
             try:

@@ -21,7 +21,8 @@ class DeploymentSpec:
     ``engine`` is what generates: ``cloudlm`` or ``vllm``. ``options`` are its settings
     (``max_model_len``, ``dtype`` …) and ``env`` extra environment of the replica.
     ``asleep`` puts the replicas to sleep (true) or keeps them awake (false); None leaves each as
-    it is.
+    it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
+    the address of each.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DeploymentSpec:
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     asleep: bool | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ class Deployment:
     """The desired fact: a spec with its generation.
 
     ``generation`` grows with every change; ``revision`` only when what a replica runs changes
-    (model, driver, engine, options, env), so that scaling restarts nothing. ``deleting`` asks
-    control to stop everything and then remove the fact.
+    (model, driver, engine, options, env, adapters), so that scaling restarts nothing. ``deleting``
+    asks control to stop everything and then remove the fact.
     """
 
     spec: DeploymentSpec
@@ -94,8 +96,8 @@ class ReplicaState(StrEnum):
 class GroupSpec:
     """What a driver is asked to run: ``replicas`` alike copies of one revision.
 
-    ``model`` is a fixed version (``models:/name/3``), never an alias: a group must not change
-    its bytes when an alias moves.
+    ``model`` and those of ``adapters`` (by name) are fixed versions (``models:/name/3``), never
+    an alias: a group must not change its bytes when an alias moves.
     """
 
     name: str
@@ -106,6 +108,7 @@ class GroupSpec:
     engine: str = "cloudlm"
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ class Handler:
         if model.asleep:
             raise ModelAsleep(
                 f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
-                f"it; 'cloudlm wake {model.name}' does",
+                f"it; 'cloudlm wake {model.parent or model.name}' does",
                 retry_after_s=ASLEEP_RETRY_AFTER_S,
             )
         rooms.admission.enter(model.name)

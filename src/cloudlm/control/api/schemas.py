@@ -24,6 +24,19 @@ SPEC: dict[str, Any] = {
         "max_surge": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 1},
         "options": {"type": "object", "description": "Engine settings (max_model_len …)."},
         "env": {"type": "object", "additionalProperties": _TEXT},
+        "adapters": {
+            "type": "array",
+            "description": "LoRA adapters; each name is a model's name in the API too.",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["name", "model"],
+                "properties": {
+                    "name": _TEXT,
+                    "model": {"type": "string", "examples": ["models:/polite/1"]},
+                },
+            },
+        },
         "asleep": {
             "type": ["boolean", "null"],
             "description": "true puts the replicas to sleep, false keeps them awake.",

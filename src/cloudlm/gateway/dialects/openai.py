@@ -271,6 +271,7 @@ def model_body(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": int(model.created_at),
         "owned_by": OWNER,
+        "parent": model.parent,
     }
 
 
