@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup check format docs starter native bench-engine bench-gateway clean
+.PHONY: demo test setup check format docs starter native fuzz-gateway bench-engine bench-engine-peers bench-gateway clean
 
 setup: $(DEV)
 
@@ -53,8 +53,17 @@ starter: setup
 native: $(STAMP)
 	@$(BIN)/python -m cloudlm.engine.native.build
 
+# 100,000 malformed requests against the gateway's server; the tests send a few thousand.
+fuzz-gateway: setup
+	@CLOUDLM_FUZZ=100000 $(BIN)/python -m pytest -q --timeout 900 tests/unit/gateway/test_fuzz.py
+
+# Our engine and every peer that is installed, in one run (about an hour with all of them).
 bench-engine: setup
-	@$(BIN)/python bench/engine/run.py
+	@$(BIN)/python bench/engine/run.py --record
+
+# The peers, each into an environment of its own under .venv-peers (about 10 GB, needs clang-16).
+bench-engine-peers: setup
+	@$(BIN)/python bench/engine/peers.py
 
 bench-gateway: setup
 	@$(BIN)/python bench/gateway/run.py

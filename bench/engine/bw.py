@@ -1,29 +1,40 @@
-"""Quick state of the machine: read bandwidth and bf16 GEMM rate, to be run before and after benchmarks."""
+"""Quick state of the machine: read bandwidth and bf16 GEMM rate, read before and after benchmarks.
 
-import torch, time, sys
+    python bw.py [--threads 2]
+One JSON line: GB/s and TFLOP/s, best, median and worst of a few passes. Needs: torch.
+"""
 
-torch.set_num_threads(2)
-x = torch.ones(2**28)
-
-
-def t(f, n=7):
-    f()
-    r = []
-    for _ in range(n):
-        t0 = time.perf_counter()
-        f()
-        r.append(time.perf_counter() - t0)
-    r.sort()
-    return r[0], r[n // 2], r[-1]
+import argparse
+import json
+import statistics
+import time
 
 
-a, b, c = t(lambda: x.sum())
-print(
-    f"read GB/s best {2**30 / a / 1e9:.1f} median {2**30 / b / 1e9:.1f} worst {2**30 / c / 1e9:.1f}"
-)
-A = torch.randn(4096, 4096, dtype=torch.bfloat16)
-B = torch.randn(4096, 4096, dtype=torch.bfloat16)
-a, b, c = t(lambda: A @ B.T, 5)
-print(
-    f"bf16 GEMM TFLOP/s best {2 * 4096**3 / a / 1e12:.2f} median {2 * 4096**3 / b / 1e12:.2f} worst {2 * 4096**3 / c / 1e12:.2f}"
-)
+def measure(threads=2):
+    import torch
+
+    torch.set_num_threads(threads)
+    ones = torch.ones(2**28)  # 1 GiB, far beyond any cache
+    left = torch.randn(4096, 4096, dtype=torch.bfloat16)
+    right = torch.randn(4096, 4096, dtype=torch.bfloat16)
+    return {
+        "read_gbs": _rates(lambda: ones.sum(), 2**30 / 1e9, 7),
+        "bf16_tflops": _rates(lambda: left @ right.T, 2 * 4096**3 / 1e12, 5),
+    }
+
+
+def _rates(work, amount, passes):
+    work()
+    seconds = []
+    for _ in range(passes):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    found = {"best": min(seconds), "median": statistics.median(seconds), "worst": max(seconds)}
+    return {name: round(amount / value, 2) for name, value in found.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    print(json.dumps(measure(parser.parse_args().threads)))

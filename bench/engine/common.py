@@ -22,12 +22,37 @@ WORKLOADS = {
         64,
         1024,
     ),  # the same after one untimed request has put the prefix in the cache
+    # For the model of `make_model.py --copy` only: it writes its prompt once more, without the
+    # tokens that were put in wrong, one of 16 (W5) or one of 3 (W5h: guessing should not pay).
+    "W5": (1, 128, 128, 0),
+    "W5h": (1, 128, 128, 0),
 }
+WRONG = {"W5": 16, "W5h": 3}
+
+
+def successors():
+    """The token that the copying model writes after each: one long cycle over LO to VOCAB."""
+    ring = list(range(LO, VOCAB))
+    random.Random("successors").shuffle(ring)
+    return dict(zip(ring, ring[1:] + ring[:1]))
+
+
+def copied(workload, rep):
+    """A prompt whose last token is its first: the copying model begins again there."""
+    r = random.Random(f"{workload}/{rep}")
+    follow, every = successors(), WRONG[workload]
+    walk = [r.randrange(LO, VOCAB)]
+    while len(walk) < WORKLOADS[workload][1] - 1:
+        walk.append(follow[walk[-1]])
+    wrong = [r.randrange(LO, VOCAB) if at % every == every - 1 else t for at, t in enumerate(walk)]
+    return wrong + walk[:1]
 
 
 def prompts(workload, rep):
     """The token ids of repetition `rep` (rep -1 is the warm-up's)."""
     n, p, _, shared = WORKLOADS[workload]
+    if workload in WRONG:
+        return [copied(workload, rep)]
     r = random.Random(f"{workload}/{rep}")
     draw = lambda k: [r.randrange(LO, VOCAB) for _ in range(k)]
     head = draw(shared)
@@ -218,7 +243,7 @@ def run_all(a, engine, version, load_s, generate, rss, settings, prepare_w4w=Non
             res = {"wall_s": summary(walls), "machine": load}
             if dropped:
                 res["dropped"] = dropped
-            if w == "W1":
+            if w in ("W1", "W5", "W5h"):
                 if any(t is None for t in ttfts):  # no streaming: time one-token runs instead
                     ttfts = []
                     for rep in range(a.runs):

@@ -2,12 +2,14 @@
 
     python make_model.py --out model                 # Qwen3-0.6B's shape, vocabulary 32000, tied embeddings
     python make_model.py --out model-llama --arch llama   # the same size, Llama architecture
+    python make_model.py --out model-copy --copy     # writes common.successors(): for W5
 
 The tokenizer is trained on the Python standard library's sources, which every machine has.
 Needs: torch, transformers, tokenizers, safetensors.
 """
 
 import argparse, glob, os, sysconfig
+import common
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +19,7 @@ ap.add_argument("--out", default="model")
 ap.add_argument("--arch", default="qwen3", choices=["qwen3", "llama"])
 ap.add_argument("--layers", type=int, default=28)
 ap.add_argument("--seed", type=int, default=0)
+ap.add_argument("--copy", action="store_true", help="each token is followed by its successor")
 a = ap.parse_args()
 
 shape = dict(
@@ -29,7 +32,7 @@ shape = dict(
     head_dim=128,
     max_position_embeddings=8192,
     rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
+    tie_word_embeddings=not a.copy,
     hidden_act="silu",
     attention_bias=False,
     initializer_range=0.02,
@@ -55,6 +58,13 @@ with torch.no_grad():
             p.normal_(0.0, 0.02)
         else:
             p.fill_(1.0)
+    if a.copy:  # layers that add next to nothing, and a head that knows the last token's successor
+        for name, p in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                p.mul_(1e-3)
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        for token, follower in common.successors().items():
+            head.weight[follower] = embeddings.weight[token]
 model = model.to(torch.bfloat16)
 model.generation_config.eos_token_id = 2
 model.save_pretrained(a.out, safe_serialization=True)

@@ -1,181 +1,162 @@
-"""First engine benchmark: tokens per second at 1 and at 16 concurrent requests.
+"""Our engine and every installed peer on the same work, in one run.
 
-    python bench/engine/run.py [--rounds 3] [--threads 2] [--output 128] [--no-peer]
+    make bench-engine                          the lot
+    python bench/engine/run.py --engines cloudlm,vllm --precisions bf16 --workloads W1,W3 --runs 5
 
-One JSON line per measurement on standard output: the starter model and a Qwen3-shaped model of
-0.1 billion random parameters, each with our engine and beside it `transformers` generate on the
-same prompts (greedy, exact token counts, the same dtype and threads), in turn in every round, so
-that a machine whose speed drifts does so for both. Bounded by the rounds.
+Engines run one after the other, each in a process (and a peer in an environment) of its own, on
+the model of make_model.py; between them the machine's read bandwidth and matrix rate are measured,
+from which the limits come. One JSON line per engine and precision goes to ``--out``; the tables are
+printed and, with ``--record``, written into RESULTS.md. Peers are installed by peers.py; those that
+are not there are named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import random
-import statistics
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-PROMPT_TOKENS = 128
+import check
+import peers
+import report
 
-Run = Callable[[list[list[int]]], float]  # prompts to the seconds that their answers took
+HERE = Path(__file__).parent
 
 
 def main() -> int:
     options = _options()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from cloudlm.registry.bundled import bundled_folder
-
-    with tempfile.TemporaryDirectory() as scratch:
-        models = {"bank-helper": bundled_folder(), "qwen3-0.1b": _make_qwen3(Path(scratch))}
-        for name, folder in models.items():
-            with ExitStack() as stack:
-                for line in _measure(name, folder, options, stack):
-                    print(json.dumps(line), flush=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    out = options.out or options.work / time.strftime("results-%Y%m%d-%H%M.jsonl")
+    model = _model(options.work)
+    absent = []
+    for precision in options.precisions:
+        for engine in options.engines:
+            command = _command(engine, precision, options, model)
+            if isinstance(command, str):
+                absent.append(command)
+                print(f"{engine} {precision}: {command}", file=sys.stderr, flush=True)
+            elif command:
+                _measure(engine, precision, command, options, out)
+    _check(out, model)
+    table = report.table(out, options, sorted(set(absent)))
+    print(table)
+    if options.record:
+        report.record(HERE.parent / "RESULTS.md", table)
     return 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Engine benchmark")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=int, default=128, help="tokens generated per request")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
-    return parser.parse_args()
+    names = ["cloudlm", *peers.PEERS]
+    parser = argparse.ArgumentParser(description="Engine benchmark with peers")
+    parser.add_argument("--engines", default=",".join(names))
+    parser.add_argument("--precisions", default="bf16,int8,int4")
+    parser.add_argument("--workloads", default="W1,W2,W3,W4,W4w")
+    parser.add_argument("--runs", type=int, default=3, help="timed repetitions of each workload")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", type=Path, default=peers.default_folder())
+    parser.add_argument("--work", type=Path, default=HERE.parents[1] / "out" / "bench-engine")
+    parser.add_argument("--out", type=Path, help="append JSON lines here, and report all in it")
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds for one engine")
+    parser.add_argument("--record", action="store_true", help="write the table into RESULTS.md")
+    options = parser.parse_args()
+    for field, known in (("engines", names), ("precisions", ["bf16", "int8", "int4"])):
+        chosen = getattr(options, field).split(",")
+        if unknown := set(chosen) - set(known):
+            parser.error(
+                f"unknown {field}: {', '.join(sorted(unknown))}; known: {', '.join(known)}"
+            )
+        setattr(options, field, chosen)
+    return options
 
 
-def _make_qwen3(folder: Path) -> Path:
-    """A model folder with random weights; its shape is Qwen3's, its size 0.1 billion."""
-    import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def _model(work: Path) -> Path:
+    model = work / "model"
+    if not (model / "config.json").exists():
+        subprocess.run([sys.executable, HERE / "make_model.py", "--out", model], check=True)
+    return model
 
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=768,
-        intermediate_size=2304,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        vocab_size=16_000,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-    )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer = Tokenizer(BPE(vocab={f"t{i}": i for i in range(16_000)}, merges=[]))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+
+def _command(
+    engine: str, precision: str, options: argparse.Namespace, model: Path
+) -> list[str] | str | None:
+    """What to run; a string says why it cannot run; None if the engine has no such precision."""
+    common = ["--model", str(model), "--threads", str(options.threads)]
+    common += ["--workloads", options.workloads, "--runs", str(options.runs)]
+    if engine == "cloudlm":
+        return [sys.executable, str(HERE / "bench_cloudlm.py"), "--precision", precision, *common]
+    peer = peers.PEERS[engine]
+    if precision not in peer.precisions:
+        return None
+    python = peers.python_of(options.peers, engine)
+    if python is None and engine == "transformers":
+        python = Path(sys.executable)  # a development dependency of ours
+    if python is None:
+        return f"{engine} is not installed in {options.peers.name}/ (peers.py installs it)"
+    if peer.convert and not (model.parent / peer.converted).exists():
+        converter = peers.python_of(options.peers, peer.convert_with)
+        if converter is None:
+            return f"{engine} wants the environment {peer.convert_with!r} to convert the model"
+        subprocess.run([converter, HERE / peer.convert, "--model", model], check=True)
+    return [
+        str(python),
+        str(HERE / peer.script),
+        "--precision",
+        peer.precisions[precision],
+        *common,
+    ]
 
 
 def _measure(
-    name: str, folder: Path, options: argparse.Namespace, stack: ExitStack
-) -> list[dict[str, Any]]:
-    runners = {"cloudlm": _ours(folder, options, stack)}
-    if not options.no_peer:
-        runners["transformers"] = _transformers(folder, options)
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    lines = []
-    for concurrent in (1, 16):
-        seconds: dict[str, list[float]] = {engine: [] for engine in runners}
-        for round_number in range(options.rounds + 1):
-            prompts = _prompts(concurrent, vocab_size, seed=round_number)
-            for engine, run in runners.items():
-                elapsed = run(prompts)
-                if round_number:  # the first round warms up
-                    seconds[engine].append(elapsed)
-        for engine, taken in seconds.items():
-            rates = [concurrent * options.output / one for one in taken]
-            lines.append(
-                {
-                    "bench": "engine",
-                    "model": name,
-                    "engine": engine,
-                    "dtype": options.dtype,
-                    "threads": options.threads,
-                    "concurrent": concurrent,
-                    "prompt_tokens": PROMPT_TOKENS,
-                    "output_tokens": options.output,
-                    "tokens_per_s": round(statistics.median(rates), 1),
-                    "tokens_per_s_min": round(min(rates), 1),
-                    "tokens_per_s_max": round(max(rates), 1),
-                    "rounds": options.rounds,
-                }
-            )
-    return lines
+    engine: str, precision: str, command: list[str], options: argparse.Namespace, out: Path
+) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {engine} {precision}", file=sys.stderr, flush=True)
+    before = _machine(options.threads)
+    line = _run(command, options)
+    after = _machine(options.threads)
+    line |= {"name": engine, "bits": precision, "state": [before, after]}
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-def _prompts(count: int, vocab_size: int, seed: int) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(10, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+def _check(results: Path, model: Path) -> None:
+    """Adds to every line how its greedy tokens compare with float32's."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    if any("check" in line for line in lines):
+        reference = check.Reference(model)
+        for line in lines:
+            if "check" in line and "checked" not in line:
+                line["checked"] = reference.compare(line["check"])
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _ours(folder: Path, options: argparse.Namespace, stack: ExitStack) -> Run:
-    from cloudlm.core.chat import Sampling
-    from cloudlm.core.settings import EngineSettings
-    from cloudlm.engine.api import GenerateRequest
-    from cloudlm.engine.load import load_engine
-
-    settings = EngineSettings(dtype=options.dtype, threads=options.threads, kv_cache_mb=512)
-    engine = load_engine(folder, settings, max_waiting=64)
-    stack.callback(lambda: asyncio.run(engine.close()))
-    sampling = Sampling(temperature=0.0, max_tokens=options.output, ignore_eos=True)
-
-    async def one(number: int, prompt: list[int]) -> int:
-        request = GenerateRequest(f"r{number}", tuple(prompt), sampling)
-        return sum([len(event.token_ids) async for event in engine.submit(request)])
-
-    async def everyone(prompts: list[list[int]]) -> list[int]:
-        return await asyncio.gather(*(one(n, prompt) for n, prompt in enumerate(prompts)))
-
-    def run(prompts: list[list[int]]) -> float:
-        began = time.perf_counter()
-        counts = asyncio.run(everyone(prompts))
-        elapsed = time.perf_counter() - began
-        if counts != [options.output] * len(prompts):
-            raise SystemExit(f"wrong token counts: {counts}")
-        return elapsed
-
-    return run
+def _run(command: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    threads = str(options.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=options.timeout,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result within {options.timeout:.0f} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"failed": f"exit {done.returncode}"}
 
 
-def _transformers(folder: Path, options: argparse.Namespace) -> Run:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(options.threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
-    model.eval()
-
-    def run(prompts: list[list[int]]) -> float:
-        ids = torch.tensor(prompts)
-        began = time.perf_counter()
-        with torch.inference_mode():
-            answer = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=options.output,
-                min_new_tokens=options.output,
-                pad_token_id=0,
-            )
-        elapsed = time.perf_counter() - began
-        if answer.shape[1] != PROMPT_TOKENS + options.output:
-            raise SystemExit(f"wrong token count: {tuple(answer.shape)}")
-        return elapsed
-
-    return run
+def _machine(threads: int) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "bw.py"), "--threads", str(threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    state: dict[str, Any] = json.loads(done.stdout)
+    return state
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A replica that answers at once: raw protocol, no framework, so that it costs next to nothing.
 
-    python bench/gateway/mock.py --port 19000 [--deltas 64] [--delta-ms 20]
+    python bench/gateway/mock.py --port 19000 [--slow-port 19001] [--deltas 64] [--delta-ms 20]
 
 Answers chat completions, whole or streamed, in the form that cloudlm's workers use (usage in every
-chunk), and counts what it answered under GET /_stats. Loopback only.
+chunk), and counts what it answered under GET /_stats. What comes in at the slow port is answered
+after 20 ms. Loopback only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ except ImportError:
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 _PROMPT_TOKENS = 42
 TOKENS = 64
+SLOW_S = 0.02
 
 
 def usage(tokens: int) -> dict[str, int]:
@@ -89,6 +91,9 @@ class Replica(asyncio.Protocol):
     delta_s = 0.02
     counts: ClassVar[Counter[str]] = Counter()
 
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         self.buffer = b""
@@ -119,7 +124,10 @@ class Replica(asyncio.Protocol):
         else:
             self.counts["requests"] += 1
             self.counts["tokens"] += TOKENS
-            self.transport.write(_ANSWER)
+            if self.delay_s:
+                asyncio.get_running_loop().call_later(self.delay_s, self.transport.write, _ANSWER)
+            else:
+                self.transport.write(_ANSWER)
 
     def tick(self, number: int) -> None:
         if self.closed:
@@ -133,17 +141,20 @@ class Replica(asyncio.Protocol):
             self.transport.write(end + framed(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, slow_port: int | None) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(Replica, "127.0.0.1", port, backlog=2048)
+    server = await loop.create_server(lambda: Replica(0.0), "127.0.0.1", port, backlog=2048)
+    if slow_port is not None:
+        await loop.create_server(lambda: Replica(SLOW_S), "127.0.0.1", slow_port, backlog=2048)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--slow-port", type=int)
     parser.add_argument("--deltas", type=int, default=64)
     parser.add_argument("--delta-ms", type=float, default=20.0)
     arguments = parser.parse_args()
     Replica.deltas, Replica.delta_s = arguments.deltas, arguments.delta_ms / 1000
-    run(serve(arguments.port))
+    run(serve(arguments.port, arguments.slow_port))

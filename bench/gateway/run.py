@@ -1,18 +1,20 @@
-"""What the gateway costs: added latency and requests per second, with all its duties on.
+"""What gateways cost: added latency and requests per second, ours with all its duties on.
 
-    python bench/gateway/run.py [--seconds 5] [--clients 64]
+    python bench/gateway/run.py [--seconds 3] [--only cloudlm,nginx] [--before PATH/src]
 
-Starts the real gateway process (keys, admission, routing, ledger in SQLite in a temporary home)
-before a mock replica that answers at once, and prints one JSON line per scenario:
+Starts each gateway in turn (ours: keys, admission, routing, ledger in SQLite in a temporary home)
+before a mock replica. The gateway is pinned to one CPU, mock and load to another. Prints one JSON
+line per scenario:
 
 - ``one_at_a_time``: pairs of a direct exchange and one through the gateway; the difference is what
   the gateway adds, in milliseconds.
-- ``whole``: closed loop of whole answers; ``gateway_cpu_us_per_request`` hardly depends on what
-  else the machine does, so compare by it.
-- ``streams``: closed loop of streams of 64 deltas, one every 20 ms.
-- ``accounts``: ledger rows and tokens against what the mock counted; exits 1 if they differ.
+- ``whole_64``, ``whole_256``: closed loops of whole answers from a mock that answers at once;
+  ``gateway_cpu_us_per_request`` hardly depends on what else the machine does.
+- ``whole_256_20ms``: the same, from a mock that takes 20 ms.
+- ``streams_64``: closed loop of streams of 64 deltas, one every 20 ms.
+- ``accounts`` (ours): ledger rows and tokens against what the mock counted; exits 1 if they differ.
 
-Loopback only; ends by itself.
+Loopback only; ends by itself. Where there is but one CPU nothing is pinned.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,11 +33,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gateways import FAST, SLOW, Contender, free_port, ours, peers
 from load import closed_loop, one_at_a_time, request
 
-from cloudlm.core.deployment import DeploymentSpec, Endpoint
-from cloudlm.core.tenant import Role
-from cloudlm.security.keys import mint
 from cloudlm.state.home import Home, load_settings
 from cloudlm.state.open import open_state
 
@@ -45,15 +44,9 @@ try:
 except ImportError:
     from asyncio import run as run_loop
 
-MODEL = "bench"
 _HERE = Path(__file__).parent
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+_CPUS = sorted(os.sched_getaffinity(0))
 
 
 def get(url: str) -> bytes:
@@ -61,7 +54,7 @@ def get(url: str) -> bytes:
         return bytes(answer.read())
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], within_s: float = 30.0) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], within_s: float = 90.0) -> None:
     deadline = time.monotonic() + within_s
     while True:
         with contextlib.suppress(OSError):
@@ -73,8 +66,14 @@ def wait_for(url: str, process: subprocess.Popen[bytes], within_s: float = 30.0)
 
 
 @contextlib.contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, env={**os.environ, **environment})
+def running(
+    command: list[str], environment: dict[str, str], cpu: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+    )
     try:
         yield process
     finally:
@@ -85,20 +84,6 @@ def running(command: list[str], environment: dict[str, str]) -> Iterator[subproc
             process.kill()
 
 
-async def prepare(home: Home, replica_port: int) -> str:
-    """Deploy the mock and make a key; the key."""
-    settings, _ = load_settings({"home": str(home.path)}, {})
-    state = await open_state(home.state_url(settings))
-    now = time.time()
-    await state.put_deployment(DeploymentSpec(MODEL, "models:/bench/1"), now=now)
-    url = f"http://127.0.0.1:{replica_port}"
-    await state.put_endpoints(MODEL, [Endpoint(MODEL, "bench-r1-0", url, 1)])
-    minted = mint("bench", Role.USER, home.pepper(), now)
-    await state.put_key(minted.record)
-    await state.close()
-    return minted.text
-
-
 async def ledger_totals(home: Home) -> tuple[int, int]:
     settings, _ = load_settings({"home": str(home.path)}, {})
     state = await open_state(home.state_url(settings))
@@ -107,67 +92,113 @@ async def ledger_totals(home: Home) -> tuple[int, int]:
     return len(rows), sum(row.completion_tokens for row in rows)
 
 
+def family(pid: int) -> list[int]:
+    """A process and its children."""
+    kids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid] + [one for kid in kids for one in family(int(kid))]
+
+
 def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+    total = 0
+    for one in family(pid):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / _TICKS_PER_S
 
 
 def resident_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
-def say(scenario: str, result: dict[str, Any]) -> None:
-    print(json.dumps({"bench": "gateway", "scenario": scenario, **result}), flush=True)
+class Bench:
+    """One gateway's turn."""
+
+    def __init__(self, contender: Contender, process: subprocess.Popen[bytes], seconds: float):
+        self.contender, self.process, self.seconds = contender, process, seconds
+
+    def say(self, scenario: str, result: dict[str, Any]) -> None:
+        fields = {"bench": "gateway", "gateway": self.contender.name, "scenario": scenario}
+        print(json.dumps({**fields, **result}), flush=True)
+
+    def latency(self, mock_port: int) -> None:
+        wire = request(FAST, self.contender.key)
+        result = one_at_a_time(mock_port, self.contender.port, wire, self.seconds)
+        self.say("one_at_a_time", result)
+
+    def loop(self, scenario: str, clients: int, *, model: str = FAST, stream: bool = False) -> None:
+        port = self.contender.slow_port if model == SLOW else self.contender.port
+        wire = request(model, self.contender.key, stream=stream)
+        before, began = cpu_s(self.process.pid), time.perf_counter()
+        result = run_loop(closed_loop(port, wire, clients, self.seconds))
+        used_s = cpu_s(self.process.pid) - before
+        result["gateway_cpu"] = round(used_s / (time.perf_counter() - began), 2)
+        result["gateway_cpu_us_per_request"] = round(used_s * 1e6 / max(result["requests"], 1))
+        if result["deltas"]:
+            result["gateway_cpu_us_per_delta"] = round(used_s * 1e6 / result["deltas"], 1)
+        result["gateway_resident_mb"] = resident_mb(self.process.pid)
+        self.say(scenario, result)
 
 
-def measure_loop(
-    scenario: str, process: subprocess.Popen[bytes], port: int, wire: bytes, clients: int, s: float
-) -> None:
-    before = cpu_s(process.pid)
-    result = run_loop(closed_loop(port, wire, clients, s))
-    used_us = (cpu_s(process.pid) - before) * 1e6
-    result["gateway_cpu_us_per_request"] = round(used_us / max(result["requests"], 1))
-    if result["deltas"]:
-        result["gateway_cpu_us_per_delta"] = round(used_us / result["deltas"], 1)
-    result["gateway_resident_mb"] = resident_mb(process.pid)
-    say(scenario, result)
+def measure(contender: Contender, mock_port: int, seconds: float) -> bool:
+    """One gateway through all scenarios; False if its accounts are wrong."""
+    before = counts(mock_port)
+    with running(contender.command, contender.environment, _CPUS[0]) as process:
+        wait_for(f"http://127.0.0.1:{contender.port}{contender.ready}", process)
+        bench = Bench(contender, process, seconds)
+        run_loop(closed_loop(contender.port, request(FAST, contender.key), 16, 1.0))  # warms up
+        warm = counts(mock_port)
+        bench.latency(mock_port)
+        paired = counts(mock_port)
+        bench.loop("whole_64", 64)
+        bench.loop("whole_256", 256)
+        bench.loop("whole_256_20ms", 256, model=SLOW)
+        bench.loop("streams_64", 64, stream=True)
+        after = counts(mock_port)
+    if contender.home is None:
+        return True
+    rows, tokens = asyncio.run(ledger_totals(contender.home))
+    # Half of the first scenario's exchanges went past the gateway.
+    past = (paired["requests"] - warm["requests"]) // 2
+    requests = after["requests"] - before["requests"] - past
+    wanted = (requests, after["tokens"] - before["tokens"] - past * 64)
+    bench.say("accounts", {"rows": rows, "tokens": tokens, "agree": (rows, tokens) == wanted})
+    return (rows, tokens) == wanted
+
+
+def counts(mock_port: int) -> dict[str, int]:
+    found = json.loads(get(f"http://127.0.0.1:{mock_port}/_stats"))
+    return {"requests": found.get("requests", 0), "tokens": found.get("tokens", 0)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each scenario")
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of each scenario")
+    parser.add_argument("--only", default="", help="gateways to measure, by name, with commas")
+    parser.add_argument("--before", default="", help="src of another checkout, measured as well")
     arguments = parser.parse_args()
     seconds = min(max(arguments.seconds, 0.5), 60.0)
-    mock_port, port = free_port(), free_port()
-    with tempfile.TemporaryDirectory(prefix="cloudlm-bench-") as folder:
-        home = Home(folder).ensure()
-        key = asyncio.run(prepare(home, mock_port))
-        environment = {
-            "CLOUDLM_HOME": folder,
-            "CLOUDLM_GATEWAY_PORT": str(port),
-            "CLOUDLM_LOG_LEVEL": "warning",
-        }
-        mock = [sys.executable, str(_HERE / "mock.py"), "--port", str(mock_port)]
-        gateway = [sys.executable, "-m", "cloudlm.gateway"]
-        with running(mock, {}) as replica:
-            wait_for(f"http://127.0.0.1:{mock_port}/_stats", replica)
-            with running(gateway, environment) as process:
-                wait_for(f"http://127.0.0.1:{port}/readyz", process)
-                wire = request(MODEL, key)
-                say("one_at_a_time", one_at_a_time(mock_port, port, wire, seconds))
-                direct = json.loads(get(f"http://127.0.0.1:{mock_port}/_stats"))
-                measure_loop("whole", process, port, wire, arguments.clients, seconds)
-                wire = request(MODEL, key, stream=True)
-                measure_loop("streams", process, port, wire, arguments.clients, seconds)
-            counted = json.loads(get(f"http://127.0.0.1:{mock_port}/_stats"))
-        rows, tokens = asyncio.run(ledger_totals(home))
-    # Half of the first scenario's exchanges went past the gateway.
-    past = direct["requests"] // 2
-    wanted = (counted["requests"] - past, counted["tokens"] - past * 64)
-    say("accounts", {"rows": rows, "tokens": tokens, "agree": (rows, tokens) == wanted})
-    return 0 if (rows, tokens) == wanted else 1
+    only = set(filter(None, arguments.only.split(",")))
+    fast, slow = free_port(), free_port()
+    os.sched_setaffinity(0, {_CPUS[-1]})
+    mock = [sys.executable, str(_HERE / "mock.py"), "--port", str(fast), "--slow-port", str(slow)]
+    good = True
+    with (
+        tempfile.TemporaryDirectory(prefix="cloudlm-bench-") as folder,
+        contextlib.ExitStack() as s,
+    ):
+        replica = s.enter_context(running(mock, {}, _CPUS[-1]))
+        wait_for(f"http://127.0.0.1:{fast}/_stats", replica)
+        contenders = [ours("cloudlm", Path(folder, "ours"), fast, slow)]
+        if arguments.before:
+            contenders.append(
+                ours("before", Path(folder, "before"), fast, slow, source=arguments.before)
+            )
+        contenders += peers(Path(folder, "peers"), fast, slow)
+        for contender in contenders:
+            if not only or contender.name in only:
+                good = measure(contender, fast, seconds) and good
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

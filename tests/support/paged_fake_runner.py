@@ -17,6 +17,11 @@ def _next_token(tokens: Iterable[int], index: int, vocab_size: int) -> int:
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "big") % vocab_size
 
 
+def _with_drafts(chunk: Chunk) -> list[int]:
+    draft = chunk.token_ids[len(chunk.token_ids) - chunk.drafts :]
+    return [*chunk.prompt_token_ids, *chunk.output_token_ids, *draft]
+
+
 class PagedFakeRunner:
     """A runner whose next token depends on every token before it.
 
@@ -24,6 +29,10 @@ class PagedFakeRunner:
     chunk must find exactly its own sequence's beginning in its blocks, written in earlier steps,
     and must still find it after the whole step was written. ``salts`` (sequence id -> salt)
     additionally demands that what is read was written under the reader's salt.
+
+    With ``recalls`` only so many tokens before it decide about a token, but for every seventh: such
+    a text soon repeats itself, with interruptions. Drafts are written and answered like tokens;
+    what was written for a wrong one must be written again before it is read.
     """
 
     def __init__(
@@ -34,7 +43,9 @@ class PagedFakeRunner:
         vocab_size: int = 26,
         max_model_len: int = 128,
         eos_token_ids: tuple[int, ...] = (0,),
+        recalls: int | None = None,
     ) -> None:
+        self._recalls = recalls
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.info = EngineInfo(
@@ -75,7 +86,12 @@ class PagedFakeRunner:
                 self._slots[slot] = (token, position, self._salt(chunk))
         for chunk in step.chunks:
             self._check(chunk, chunk.start + len(chunk.token_ids))
-        return [self._sample(c) for c in step.chunks if c.samples or c.prompt_logprobs or c.pooling]
+        return [
+            self._sample(chunk, behind)
+            for chunk in step.chunks
+            if chunk.samples or chunk.prompt_logprobs or chunk.pooling
+            for behind in range(chunk.drafts + 1)
+        ]
 
     def read_adapter(self, folder: Path) -> str:
         if not folder.is_dir():
@@ -114,12 +130,17 @@ class PagedFakeRunner:
         """What a sequence alone generates: at most ``count`` tokens, an end token included."""
         outputs: list[int] = []
         while len(outputs) < count and not (outputs and outputs[-1] in end_token_ids):
-            outputs.append(_next_token([*prompt, *outputs], index, self.info.vocab_size))
+            outputs.append(self._next([*prompt, *outputs], index))
         return outputs
 
     @property
     def computed_tokens(self) -> int:
         return sum(step.tokens for step in self.steps)
+
+    def _next(self, tokens: list[int], index: int) -> int:
+        if self._recalls is not None and len(tokens) % 7:
+            tokens = tokens[-self._recalls :]
+        return _next_token(tokens, index, self.info.vocab_size)
 
     def _salt(self, chunk: Chunk) -> str:
         if chunk.adapter:
@@ -132,20 +153,21 @@ class PagedFakeRunner:
         return block, position % self.block_size
 
     def _check(self, chunk: Chunk, end: int) -> None:
-        known = [*chunk.prompt_token_ids, *chunk.output_token_ids]
+        known = _with_drafts(chunk)
         expected = [(known[at], at, self._salt(chunk)) for at in range(end)]
         assert [self._slots.get(self._slot(chunk, at)) for at in range(end)] == expected
         assert tuple(known[chunk.start : chunk.start + len(chunk.token_ids)]) == chunk.token_ids
 
-    def _sample(self, chunk: Chunk) -> Sampled:
+    def _sample(self, chunk: Chunk, behind: int) -> Sampled:
+        """The token behind the last known one and ``behind`` drafts."""
         known = [*chunk.prompt_token_ids, *chunk.output_token_ids]
-        end = chunk.start + len(chunk.token_ids)
+        end = chunk.start + len(chunk.token_ids) - chunk.drafts + behind
         token = None
         if chunk.samples:
-            assert end == len(known)
+            assert end == len(known) + behind
             # From the cache, not from the chunk's copy: wrong blocks would give wrong tokens.
             seen = [self._slots[self._slot(chunk, at)][0] for at in range(end)]
-            token = _next_token(seen, chunk.index, self.info.vocab_size)
+            token = self._next(seen, chunk.index)
         wanted = chunk.sampling.logprobs is not None and token is not None
         scores = [
             (-float(known[at + 1]), ()) for at in range(chunk.start, min(end, len(known) - 1))

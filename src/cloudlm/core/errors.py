@@ -8,6 +8,7 @@ errors are translated into this tree once, at the seam where they enter.
     ├── InvalidRequest 400
     │   ├── ContextLengthExceeded 400
     │   ├── PayloadTooLarge 413
+    │   ├── HeadTooLarge 431
     │   ├── UnprocessableRequest 422
     │   ├── BadSetting 400            (a process refuses to start)
     │   └── BrokenModel 422           (a model folder or version that cannot be used)
@@ -27,6 +28,7 @@ errors are translated into this tree once, at the seam where they enter.
     ├── UpstreamFailed 502            (retry elsewhere)
     ├── Unavailable 503               (retry later)
     │   ├── NoReplica 503
+    │   ├── ModelAsleep 503
     │   └── Overloaded 503
     ├── UpstreamTimeout 504           (retry elsewhere)
     ├── StorageFailed 507             (full disk, unwritable folder)
@@ -100,6 +102,13 @@ class PayloadTooLarge(InvalidRequest):
 
     status = 413
     code = "payload_too_large"
+
+
+class HeadTooLarge(InvalidRequest):
+    """The request line and headers are larger than the server accepts."""
+
+    status = 431
+    code = "head_too_large"
 
 
 class UnprocessableRequest(InvalidRequest):
@@ -300,6 +309,7 @@ _STATUS_CLASSES: dict[int, type[CloudlmError]] = {
     413: PayloadTooLarge,
     422: UnprocessableRequest,
     429: LimitExceeded,
+    431: HeadTooLarge,
     500: InternalError,
     501: NotSupported,
     502: UpstreamFailed,

@@ -110,19 +110,31 @@ class EngineSettings:
     )
     precision: str = setting(
         "auto",
-        "Numbers that the weights are held in on a CPU; auto is dtype's. a8: inputs in 8 bits too.",
+        "Numbers that the weights are held in; auto is dtype's. a8, on CPUs: inputs in 8 bits too.",
         choices=("auto", "bfloat16", "int8", "int8-a8", "int4", "int4-a8"),
     )
     kernels: str = setting(
         "auto",
-        "What computes on a CPU; auto is the native library where it is quicker and can be built.",
+        "What computes; auto is our own kernels (C++ on a CPU, Triton on a GPU) where they are "
+        "quicker and can be had.",
         choices=("auto", "native", "torch"),
     )
     device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     max_model_len: int = setting(
         0, "Longest prompt plus answer, tokens; 0 takes the model's own context.", low=0
     )
-    kv_cache_mb: int = setting(512, "Memory for keys and values, MiB.", low=1)
+    kv_cache_mb: int = setting(
+        0,
+        "Memory for keys and values, MiB; 0 takes 512 on a CPU, and on a GPU what "
+        "gpu_memory_utilization leaves.",
+        low=0,
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, "Share of a GPU's memory for weights, cache and work.", low=0.05, high=1.0
+    )
+    cuda_graphs: bool = setting(
+        True, "Record decoding steps as CUDA graphs at the start; they begin quicker afterwards."
+    )
     block_size: int = setting(16, "Tokens in one cache block.", low=1, high=256)
     max_batch_tokens: int = setting(
         1024, "Tokens computed in one step, prefill chunks included.", low=16
@@ -131,6 +143,19 @@ class EngineSettings:
     deterministic: bool = setting(
         False,
         "Make a request's tokens independent of what else is in the batch, at some cost in speed.",
+    )
+    speculative: str = setting(
+        "off",
+        "Guess tokens that repeat what stands before and check several in one step; the answer "
+        "is the same.",
+        choices=("off", "ngram"),
+    )
+    num_speculative_tokens: int = setting(8, "Tokens guessed at a time, at most.", low=1, high=64)
+    prompt_lookup_max: int = setting(
+        5, "Last tokens, at most, by which the place to copy from is chosen.", low=1, high=64
+    )
+    prompt_lookup_min: int = setting(
+        2, "Last tokens that must stand before for a guess to be made.", low=1, high=64
     )
     tool_parser: str = setting(
         "auto",

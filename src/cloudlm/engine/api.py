@@ -112,7 +112,8 @@ class TokenEvent:
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of counters. ``steps`` is the progress that health is judged by: it grows while
-    there is work. ``busy_since`` is the monotonic time at which the present step began, or None."""
+    there is work. ``busy_since`` is the monotonic time at which the present step began, or None.
+    ``drafts`` are guesses of several tokens, of which so many were ``drafted`` and ``accepted``."""
 
     steps: int = 0
     running: int = 0
@@ -124,6 +125,9 @@ class EngineStats:
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     alive: bool = True
     busy_since: float | None = None

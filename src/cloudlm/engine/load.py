@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,18 +16,25 @@ from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.architectures import find_architecture
 from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.architectures.config import ModelConfig, read_json
+from cloudlm.engine.formats.base import Checkpoint
+from cloudlm.engine.formats.opening import open_checkpoint
 from cloudlm.engine.ops.cache import block_size_bytes
-from cloudlm.engine.paths.choice import choose_path
+from cloudlm.engine.paths.base import ComputePath
+from cloudlm.engine.paths.choice import Choice, choose_path
+from cloudlm.engine.paths.gpu_choice import cuda_obstacle
 from cloudlm.engine.paths.native_path import NativePath, native_block_size
 from cloudlm.engine.runner import Runner, RunnerFacts, Source
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Pooling
 from cloudlm.engine.tokens import Tokenizer
-from cloudlm.engine.weights import load_weights, weight_files
+from cloudlm.engine.weights import load_weights
 
 if TYPE_CHECKING:
     from cloudlm.engine.engine import LocalEngine
 
+_logger = logging.getLogger(__name__)
 Progress = Callable[[float, str], None]
+_CPU_CACHE_MB = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below this size a CPU computes float32 faster than half precision, and memory does not matter.
 _SMALL_PARAMETERS = 50_000_000
@@ -50,6 +58,7 @@ def load_engine(
     from cloudlm.engine.engine import LocalEngine
 
     tell = progress or (lambda share, what: None)
+    lookup = lookup_of(settings)
     tell(0.0, "reading the configuration")
     tokenizer = Tokenizer(folder)
     runner = load_runner(folder, settings, tokenizer.eos_token_ids, tell)
@@ -60,6 +69,7 @@ def load_engine(
         max_batch_sequences=settings.max_batch_sequences,
         max_waiting=max_waiting,
         pooling=Pooling(settings.pooling),
+        lookup=lookup,
     )
     tell(1.0, "ready")
     return engine
@@ -75,6 +85,7 @@ def load_runner(
     if settings.deterministic:
         settings = replace(settings, kernels=_kernels_when_deterministic(settings))
     name, config, model = _build(folder)
+    checkpoint = open_checkpoint(folder)
     device = pick_device(settings.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = pick_threads(settings.threads, parameters)
@@ -87,27 +98,43 @@ def load_runner(
         device=device,
         pick_dtype=lambda asked: pick_dtype(asked, config, parameters, device),
         threads=threads,
+        stored=checkpoint.precision,
     )
     if choice.kernels is not None:
         settings = replace(settings, block_size=native_block_size(settings.block_size))
+    if not settings.kv_cache_mb:
+        settings = replace(settings, kv_cache_mb=_cache_mb(model, settings, choice, device))
     num_blocks, max_model_len = plan_cache(model.shape, settings, choice.dtype)
 
-    def read(network: Decoder, told: Progress) -> Decoder:
+    packed = choice.kernels is not None or bool(choice.operations)
+
+    def read(network: Decoder, checkpoint: Checkpoint, told: Progress) -> Decoder:
         network.limit(max_model_len)
-        load_weights(
+        kept = load_weights(
             network,
-            folder,
+            checkpoint,
             dtype=choice.dtype,
-            device=device,
+            device=torch.device("cpu") if packed else device,
             progress=lambda share: told(0.05 + 0.55 * share, "loading the weights"),
-            copy=choice.kernels is None,  # packing copies
+            copy=not packed,  # packing copies
+            keep_codes=choice.stored != "",
         )
+        if checkpoint.quantisation:
+            _tell_of_quantisation(checkpoint, kept, choice.dtype)
         return network
 
-    read(model, tell)
+    read(model, checkpoint, tell)
 
-    def on_kernels(loaded: Decoder) -> NativePath:
-        assert choice.kernels is not None
+    def on_kernels(loaded: Decoder) -> ComputePath:
+        if choice.kernels is None:
+            return _on_gpu(
+                loaded,
+                choice,
+                device,
+                settings,
+                (num_blocks, max_model_len),
+                lambda share: tell(0.6 + 0.3 * share, "packing the weights, recording graphs"),
+            )
         torch.set_num_threads(1)  # the kernels' own threads must not be disturbed
         return NativePath(
             loaded,
@@ -116,6 +143,7 @@ def load_runner(
             num_blocks,
             settings.block_size,
             progress=lambda share: tell(0.6 + 0.3 * share, "packing the weights"),
+            stored=choice.stored,
         )
 
     facts = RunnerFacts(
@@ -128,10 +156,10 @@ def load_runner(
     )
 
     def again() -> Decoder:
-        return read(_build(folder)[2], lambda share, what: None)
+        return read(_build(folder)[2], open_checkpoint(folder), lambda share, what: None)
 
-    source = Source(again, tuple(weight_files(folder)))
-    runner = Runner(model, facts, source, None if choice.kernels is None else on_kernels)
+    source = Source(again, checkpoint.files)
+    runner = Runner(model, facts, source, on_kernels if packed else None)
     tell(0.9, "trying the model out")
     runner.check()
     return runner
@@ -140,18 +168,85 @@ def load_runner(
 def _build(folder: Path) -> tuple[str, ModelConfig, Decoder]:
     """The architecture's name, the configuration, and the network without memory."""
     values = read_json(folder / "config.json")
-    if values.get("auto_map"):
-        raise UnsafeModel(
-            "config.json: auto_map asks for code of the model's own, which is not run"
-        )
-    if values.get("quantization_config"):
-        raise UnsupportedModel(
-            "config.json: quantized models (quantization_config) are not supported"
-        )
-    name, architecture = find_architecture(values.get("architectures"))
+    try:
+        name, architecture = find_architecture(values.get("architectures"))
+    except UnsupportedModel:
+        if values.get("auto_map"):  # of no interest where the network is our own
+            raise UnsafeModel(
+                "config.json: auto_map asks for code of the model's own, which is not run"
+            ) from None
+        raise
     config = ModelConfig(values)
     with torch.device("meta"):
         return name, config, architecture.from_config(config)
+
+
+def _tell_of_quantisation(checkpoint: Checkpoint, kept: int, dtype: torch.dtype) -> None:
+    """Whoever deploys a quantised file wants to know whether its memory stays as small."""
+    fields = {"stored": checkpoint.quantisation, "kept": kept}
+    if not kept:
+        fields["dequantised_to"] = str(dtype).removeprefix("torch.")
+    _logger.info("quantised_weights", extra={"fields": fields})
+
+
+def _on_gpu(
+    model: Decoder,
+    choice: Choice,
+    device: torch.device,
+    settings: EngineSettings,
+    sizes: tuple[int, int],
+    progress: Callable[[float], None],
+) -> ComputePath:
+    """The path on the GPU; ``sizes`` are those of ``plan_cache``."""
+    from cloudlm.engine.gpu.accelerator import CudaAccelerator
+    from cloudlm.engine.gpu.graphs import graph_sizes
+    from cloudlm.engine.paths.gpu_choice import make_operations
+    from cloudlm.engine.paths.gpu_path import GpuFacts, GpuPath
+
+    accelerator = CudaAccelerator(device)
+    # PyTorch's operations gather a whole context per sequence when recorded: never worth it.
+    recorded = settings.cuda_graphs and choice.operations == "triton"
+    num_blocks, longest = sizes
+    facts = GpuFacts(
+        choice.precision,
+        num_blocks,
+        settings.block_size,
+        longest,
+        graph_sizes(settings.max_batch_sequences) if recorded else (),
+    )
+    return GpuPath(
+        model, make_operations(choice.operations, accelerator), accelerator, facts, progress
+    )
+
+
+def _cache_mb(
+    model: Decoder, settings: EngineSettings, choice: Choice, device: torch.device
+) -> int:
+    """The cache's memory, MiB, where the settings leave it to us. Raises BadSetting."""
+    if device.type != "cuda":
+        return _CPU_CACHE_MB
+    from cloudlm.engine.gpu.budget import cache_bytes
+    from cloudlm.engine.paths.gpu_path import memory_load
+
+    load = memory_load(
+        model,
+        choice.precision,
+        choice.dtype,
+        batch_tokens=settings.max_batch_tokens,
+        batch_sequences=settings.max_batch_sequences,
+    )
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    share = settings.gpu_memory_utilization
+    return max(1, cache_bytes(free_bytes, total_bytes, share, load) // 2**20)
+
+
+def lookup_of(settings: EngineSettings) -> Lookup | None:
+    """How tokens are guessed; None if they are not. Raises BadSetting."""
+    if settings.speculative == "off":
+        return None
+    return Lookup(
+        settings.num_speculative_tokens, settings.prompt_lookup_min, settings.prompt_lookup_max
+    )
 
 
 def _kernels_when_deterministic(settings: EngineSettings) -> str:
@@ -174,10 +269,13 @@ def pick_threads(asked: int, parameters: int) -> int:
 
 def pick_device(asked: str) -> torch.device:
     """``auto`` is cuda if there is one. Raises BadSetting if cuda is asked for and missing."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise BadSetting("device is cuda, but PyTorch finds no CUDA device here", param="device")
+    obstacle = cuda_obstacle() if asked != "cpu" else None
+    if asked == "cuda" and obstacle is not None:
+        raise BadSetting(
+            f"device cuda asked for, but this PyTorch has no CUDA: {obstacle}", param="device"
+        )
     if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu" if obstacle else "cuda")
     return torch.device(asked)
 
 

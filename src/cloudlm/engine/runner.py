@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from cloudlm.engine.memory import drop_from_page_cache, give_back
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.ops.invariant import InvariantAttention, Rows
+from cloudlm.engine.ops.transfer import to_device
 from cloudlm.engine.paths.base import ComputePath
 from cloudlm.engine.sampler import Choice, Mask, sample, token_logprobs
 from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
@@ -78,7 +80,7 @@ class Runner:
         self.model = model.eval()
         self.num_blocks = facts.num_blocks
         self.block_size = facts.block_size
-        self._device, self._dtype = first.device, first.dtype
+        self._dtype = first.dtype
         self._sites = sites(model)
         self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
@@ -93,12 +95,14 @@ class Runner:
         self._make_path = make_path
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self._path = None if make_path is None else make_path(model)
+        self._device = first.device
         self._pool = self._make_pool()
+        self._device = self._pool.blocks.device  # a path may have moved the network
         self.info = EngineInfo(
             architecture=facts.architecture,
             parameters=parameters,
             dtype=self._path.precision if self._path else str(first.dtype).removeprefix("torch."),
-            device=str(first.device),
+            device=str(self._device),
             vocab_size=shape.vocab_size,
             max_model_len=facts.max_model_len,
             block_size=facts.block_size,
@@ -123,9 +127,9 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
-        """Compute all chunks of ``step`` in one pass. One Sampled per chunk that samples or asked
-        for prompt log probabilities or pooling, in the order of the chunks. ``masks`` tell which
-        tokens constrained sequences may go on with."""
+        """Compute all chunks of ``step`` in one pass. One Sampled per chunk that samples (and per
+        draft of it) or asked for prompt log probabilities or pooling, in the order of the chunks.
+        ``masks`` tell which tokens constrained sequences, which have no drafts, may go on with."""
         self._pool.copy(step.copies)
         if not step.chunks:
             return []
@@ -135,14 +139,15 @@ class Runner:
         begin = 0
         for place, chunk in enumerate(step.chunks):
             end = begin + len(chunk.token_ids)
-            choice = choices.get(place)
+            chosen = choices.get(place, [])
             scores: _Scores = ()
             if chunk.prompt_logprobs:
-                scores = self._prompt_scores(chunk, hidden[begin:end], choice)
-            if choice is not None:
-                sampled.append(
-                    Sampled(chunk.sequence_id, choice.token_id, choice.logprob, choice.top, scores)
-                )
+                scores = self._prompt_scores(chunk, hidden[begin:end], chosen)
+            if chosen:
+                sampled += [
+                    Sampled(chunk.sequence_id, one.token_id, one.logprob, one.top, scores)
+                    for one in chosen
+                ]
             elif chunk.prompt_logprobs:
                 sampled.append(Sampled(chunk.sequence_id, None, prompt_logprobs=scores))
             elif chunk.pooling is not None:
@@ -161,7 +166,7 @@ class Runner:
             return self._hidden_in_tiles(chunks)
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         attend = PagedAttention(chunks, self._pool, self._windows)
-        tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        tokens = to_device(np.array(token_ids, dtype=np.int64), self._device)
         with self._adapters.applied(chunks, self._device):
             hidden: Tensor = self.model(tokens, attend.positions, attend)
         return hidden
@@ -286,34 +291,41 @@ class Runner:
 
     def _choices(
         self, chunks: tuple[Chunk, ...], hidden: Tensor, masks: StepMasks | None
-    ) -> dict[int, Choice]:
-        """The next token of each chunk that samples, by the chunk's place."""
+    ) -> dict[int, list[Choice]]:
+        """The tokens behind the last known one and the drafts of each chunk that samples, by the
+        chunk's place."""
         rows: list[int] = []
-        sampling: dict[int, Chunk] = {}
+        places: list[int] = []
+        sampled: list[Chunk] = []
         end = 0
         for place, chunk in enumerate(chunks):
             end += len(chunk.token_ids)
             if chunk.samples:
-                rows.append(end - 1)
-                sampling[place] = chunk
+                rows += range(end - chunk.drafts - 1, end)
+                places += [place] * (chunk.drafts + 1)
+                sampled += _by_draft(chunk)
         if not rows:
             return {}
         last = (
-            hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=self._device)]
+            hidden
+            if len(rows) == len(hidden)
+            else hidden[to_device(np.array(rows, dtype=np.int64), self._device)]
         )
         allowed = masks.by_sequence() if masks is not None else {}
-        sampled = list(sampling.values())
         masks_of = [allowed.get(chunk.sequence_id) for chunk in sampled]
         chosen = self._sample(self.logits(last), sampled, masks_of)
-        return dict(zip(sampling, chosen, strict=True))
+        by_place: dict[int, list[Choice]] = {}
+        for place, choice in zip(places, chosen, strict=True):
+            by_place.setdefault(place, []).append(choice)
+        return by_place
 
-    def _prompt_scores(self, chunk: Chunk, hidden: Tensor, choice: Choice | None) -> _Scores:
+    def _prompt_scores(self, chunk: Chunk, hidden: Tensor, chosen: list[Choice]) -> _Scores:
         """Log probabilities of the tokens that follow the chunk's positions. Behind the last known
         token that is the chosen one; if none was chosen, that position is left out."""
         known = (*chunk.prompt_token_ids, *chunk.output_token_ids)
         followers = list(known[chunk.start + 1 : chunk.start + 1 + len(chunk.token_ids)])
-        if len(followers) < len(chunk.token_ids) and choice is not None:
-            followers.append(choice.token_id)
+        if len(followers) < len(chunk.token_ids):
+            followers += [choice.token_id for choice in chosen]
         token_ids = torch.tensor(followers, dtype=torch.int64, device=self._device)
         scores: list[tuple[float, tuple[tuple[int, float], ...]]] = []
         for begin in range(0, len(followers), _SCORED_ROWS):
@@ -321,6 +333,17 @@ class Runner:
             logits = self.logits(hidden[part])
             scores += token_logprobs(logits, token_ids[part], chunk.sampling.logprobs or 0)
         return tuple(scores)
+
+
+def _by_draft(chunk: Chunk) -> list[Chunk]:
+    """The chunk as the sampler is to see it at each position that is sampled: drafts before the
+    position are part of the answer."""
+    if not chunk.drafts:
+        return [chunk]
+    known, draft = chunk.output_token_ids, chunk.token_ids[-chunk.drafts :]
+    return [
+        replace(chunk, output_token_ids=(*known, *draft[:count])) for count in range(len(draft) + 1)
+    ]
 
 
 def _pooled(chunk: Chunk, hidden: Tensor) -> array[float] | None:

@@ -2,8 +2,9 @@
 
 Continuous batching: every step first takes one token of each decoding sequence, then fills the
 token budget with prompts, by priority and then by what each tenant was served (``fairness``),
-whether they are begun already or wait for admission. A pure decider: it is told what arrived and
-what was sampled and returns data. Must not import torch, asyncio, time, logging or threading.
+whether they are begun already or wait for admission. What is left may go to guesses (``drafts``).
+A pure decider: it is told what arrived and what was sampled and returns data. Must not import
+torch, asyncio, time, logging or threading.
 
 Who gives way: if no block is free for a decoding token, the last by rank: least priority, then the
 tenant that was served most, then the latest. Before that, one sequence per step that cannot be
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 
 from cloudlm.core.chat import FinishReason
 from cloudlm.engine.blocks import BlockPool
+from cloudlm.engine.drafts import Drafts
 from cloudlm.engine.fairness import (
     ANSWER_TOKEN_COST,
     MAX_BYPASSES,
@@ -35,6 +37,7 @@ from cloudlm.engine.fairness import (
 )
 from cloudlm.engine.limits import Limits
 from cloudlm.engine.sequence import Sequence, Status
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Chunk, Sampled, Step
 
 FAIRNESS_LAG_STEPS = 1
@@ -49,8 +52,9 @@ _WHOLE_SCAN_WINDOW = 256
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What one chunk of the last step did. ``sampled`` is None for a prompt's inner chunk;
-    ``finish_reason`` is set when the sequence's tokens are complete (it holds no blocks then)."""
+    """What one chunk of the last step did; one for each token if drafts of it were right.
+    ``sampled`` is None for a prompt's inner chunk; ``finish_reason`` is set when the sequence's
+    tokens are complete (it holds no blocks then)."""
 
     sequence: Sequence
     chunk: Chunk
@@ -61,7 +65,7 @@ class Advance:
 class Scheduler:
     """``add`` and ``cancel`` between steps; ``schedule`` a step; ``apply`` what it sampled."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, lookup: Lookup | None = None) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.blocks_total, limits.block_size)
         self.waiting = Lines()
@@ -75,6 +79,7 @@ class Scheduler:
         self._step = Step(())
         # Room that an admission leaves to those who run, so that it is not preempted at once.
         self._headroom_blocks = max(1, limits.blocks_total // 100)
+        self.drafts = Drafts(lookup, self.pool, self._headroom_blocks)
         # No more than the budget, so that decoding always fits a step.
         self._max_running = min(limits.max_batch_sequences, limits.max_batch_tokens)
 
@@ -82,8 +87,9 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence, whose ``token_limit`` comes from ``Limits.total_tokens``."""
+    def add(self, sequence: Sequence, drafts: bool = True) -> None:
+        """Queue a new sequence, whose ``token_limit`` comes from ``Limits.total_tokens``. Without
+        ``drafts`` its tokens are never guessed (a mask for each would be needed)."""
         assert sequence.sequence_id not in self._sequences
         assert sequence.ended_by_tokens() is None
         assert sequence.token_limit <= self.limits.cache_tokens
@@ -92,6 +98,8 @@ class Scheduler:
         sequence.level = sequence.priority
         self._sequences[sequence.sequence_id] = sequence
         self.waiting.enter(sequence)
+        if drafts:
+            self.drafts.begin(sequence)
 
     def cancel(self, sequence_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a sequence now and free its blocks. False when it is unknown or ended already."""
@@ -106,33 +114,30 @@ class Scheduler:
         if self.waiting:
             self.waiting.tick(self.running)
             self._make_way()
-        chunks = [self._chunk(sequence, 1) for sequence in self._decoding()]
-        self._fill(self.limits.max_batch_tokens - len(chunks), chunks)
+        decoding = self._decoding()
+        chunks = [self._chunk(sequence, 1) for sequence in decoding]
+        left = self._fill(self.limits.max_batch_tokens - len(chunks), chunks)
+        self.drafts.lengthen(chunks, decoding, left)
         self._step = Step(tuple(chunks))
         return self._step
 
     def apply(self, sampled: Listing[Sampled]) -> list[Advance]:
-        """Account for the step that ``schedule`` returned; one Advance per chunk still alive."""
-        by_id = {one.sequence_id: one for one in sampled}
+        """Account for the step that ``schedule`` returned; at least one Advance per chunk still
+        alive."""
+        by_id: dict[int, list[Sampled]] = {}
+        for one in sampled:
+            by_id.setdefault(one.sequence_id, []).append(one)
         chunks, self._step = self._step.chunks, Step(())
         advances: list[Advance] = []
         for chunk in chunks:
             sequence = self._sequences.get(chunk.sequence_id)
             if sequence is None:
                 continue  # cancelled meanwhile
-            one = by_id.get(chunk.sequence_id)
-            self._publish(sequence, len(chunk.token_ids))
-            if sequence.computed >= len(sequence.prompt):
-                sequence.prompt_scored = True
-            if chunk.samples:
-                assert one is not None, "the runner sampled nothing"
-                assert one.token_id is not None, "the runner sampled nothing"
-                sequence.append(one.token_id)
-                self.waiting.charge(sequence, ANSWER_TOKEN_COST)
-            reason = None if sequence.remaining > 1 else sequence.ended_by_tokens()
+            own = self.drafts.settle(chunk, by_id.get(chunk.sequence_id, []))
+            advances += self._advance(sequence, chunk, own)
+            reason = advances[-1].finish_reason
             if reason is not None:
                 self._finish(sequence, reason)
-            advances.append(Advance(sequence, chunk, one, reason))
         return advances
 
     def check_integrity(self) -> None:
@@ -148,6 +153,30 @@ class Scheduler:
             assert sequence.status is Status.RUNNING
             assert len(sequence.block_table) >= self.pool.blocks_for(sequence.computed)
         self.pool.check_integrity(s.block_table for s in self.running)
+
+    def _advance(
+        self, sequence: Sequence, chunk: Chunk, sampled: Listing[Sampled]
+    ) -> list[Advance]:
+        """Take the tokens sampled and count as computed what was: the chunk's known tokens and
+        those drafted ones that were right. Nothing behind an end token is taken."""
+        count = len(chunk.token_ids) - chunk.drafts
+        if chunk.start + count >= len(sequence.prompt):
+            sequence.prompt_scored = True
+        if not chunk.samples:
+            self._publish(sequence, count)
+            reason = None if sequence.remaining > 1 else sequence.ended_by_tokens()
+            return [Advance(sequence, chunk, sampled[0] if sampled else None, reason)]
+        assert sampled, "the runner sampled nothing"
+        advances: list[Advance] = []
+        for one in sampled:
+            assert one.token_id is not None, "the runner sampled nothing"
+            sequence.append(one.token_id)
+            self.waiting.charge(sequence, ANSWER_TOKEN_COST)
+            advances.append(Advance(sequence, chunk, one, sequence.ended_by_tokens()))
+            if advances[-1].finish_reason is not None:
+                break
+        self._publish(sequence, count + len(advances) - 1)
+        return advances
 
     def _decoding(self) -> list[Sequence]:
         """The sequences that decode in this step, each with a block for its token; others may have
@@ -222,19 +251,21 @@ class Scheduler:
         """Whether its next token needs one more block."""
         return len(sequence.block_table) < self.pool.blocks_for(len(sequence.tokens))
 
-    def _fill(self, budget: int, chunks: list[Chunk]) -> None:
-        """Spend the budget on prompts by rank; see the module's text for who may pass whom."""
+    def _fill(self, budget: int, chunks: list[Chunk]) -> int:
+        """Spend the budget on prompts by rank; see the module's text for who may pass whom. What
+        is left of it."""
         prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
         admission = _Admission(self)
         if budget <= 0 or not (prefilling or admission.open):
-            return  # the usual case under load: ends before anything is looked at
+            return budget  # the usual case under load: ends before anything is looked at
         for sequence in self.waiting.ranked(prefilling, admission.open):
             if sequence.status is Status.WAITING and not admission.admit(sequence):
                 continue
             chunks.append(self._chunk(sequence, min(sequence.remaining, budget)))
             budget -= len(chunks[-1].token_ids)
             if budget <= 0:
-                return
+                break
+        return budget
 
     def _awaits(self, wanted: list[bytes], matched: list[int], underway: set[bytes]) -> bool:
         """Whether another sequence is computing the very block that this one needs next: it then
@@ -307,7 +338,7 @@ class Scheduler:
         )
 
     def _publish(self, sequence: Sequence, count: int) -> None:
-        """Count the chunk's tokens as computed and make the blocks it filled findable."""
+        """Count so many tokens more as computed and make the blocks they filled findable."""
         size = self.limits.block_size
         before = sequence.computed // size
         sequence.computed += count
@@ -322,6 +353,7 @@ class Scheduler:
             self.running.remove(sequence)
         self.waiting.leave(sequence, sequence.status is Status.WAITING)
         self.pool.free(sequence.block_table)
+        self.drafts.end(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         del self._sequences[sequence.sequence_id]

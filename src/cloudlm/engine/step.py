@@ -27,9 +27,11 @@ class Chunk:
     ``start + len(token_ids)``.
 
     ``block_table`` covers all positions up to the chunk's end. ``samples`` says whether the chunk
-    reaches the end of the known tokens, so that its last position's logits choose the next token.
+    reaches the end of the known tokens, so that the last one's logits choose the next token.
     ``prompt_token_ids`` and ``output_token_ids`` are the sequence's tokens so far (for penalties;
     ``len(output_token_ids)`` is the position that keys the seed), ``index`` the choice number.
+    The last ``drafts`` of ``token_ids`` are guesses behind the known tokens: a token is sampled
+    behind each of them, too, as if all before it were known.
     ``pooling`` asks for hidden states in place of a token. ``adapter`` is the key under which the
     runner knows the LoRA adapter to apply, empty for the base.
     """
@@ -46,6 +48,7 @@ class Chunk:
     prompt_logprobs: bool = False
     pooling: Pooling | None = None
     adapter: str = ""
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The next token of one sequence. ``top`` as in ``engine.api.TokenLogprob``; ``logprob`` is
-    None unless asked for. ``prompt_logprobs``: for a chunk that asked, one (logprob, top) per
-    position of the chunk, about the token that follows it. ``pooled``: for a chunk with ``pooling``
-    the hidden state of the prompt's last token, or the sum over the chunk's tokens."""
+    """The next token of one sequence; a chunk with drafts gives several, in their order. ``top`` as
+    in ``engine.api.TokenLogprob``; ``logprob`` is None unless asked for. ``prompt_logprobs``: for a
+    chunk that asked, one (logprob, top) per position of the chunk, about the token that follows it.
+    ``pooled``: for a chunk with ``pooling`` the hidden state of the prompt's last token, or the sum
+    over the chunk's tokens."""
 
     sequence_id: int
     token_id: int | None

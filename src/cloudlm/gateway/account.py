@@ -6,13 +6,13 @@ not send or choose.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, InternalError, RequestCancelled
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
+from cloudlm.gateway.exchange import unique
 from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.meter import NO_MODEL, Meter
@@ -73,7 +73,7 @@ class Attempt:
 
     def __init__(self, exchange: Exchange, ledger: Ledger, on_settled: Callable[[], None]) -> None:
         assert exchange.key is not None
-        self.id = secrets.token_hex(12)
+        self.id = unique()
         self._exchange = exchange
         self._ledger = ledger
         self._on_settled = on_settled

@@ -30,13 +30,14 @@ from cloudlm.core.errors import (
     UpstreamFailed,
 )
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.core.tenant import TENANT_HEADER, WEIGHT_HEADER, KeyRecord, Outcome, Role
+from cloudlm.core.tenant import KeyRecord, Outcome, Role
 from cloudlm.gateway.account import Attempt, Exchange, status_of
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.dialects import openai
 from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.relay import Relay
@@ -84,6 +85,8 @@ class Handler:
         self._rooms = rooms
         self._budgets: dict[str, RetryBudget] = {}
         self._open: set[Exchange] = set()
+        self._keys = KnownKeys()
+        self._tenants = Tenants(rooms.pepper, rooms.weights)
         rooms.view.on_change.append(self._follow)
 
     # The straight path ---------------------------------------------------------------------------
@@ -114,14 +117,17 @@ class Handler:
 
     async def _answer(self, exchange: Exchange, request: GatewayRequest) -> GatewayResponse:
         view = self._rooms.view.snapshot()
-        exchange.key = await self._authorise(request, view)
+        exchange.key = self._keys.find(request.headers, view)
+        if exchange.key is None:
+            exchange.key = await self._authorise(request, view)
+            self._keys.remember(request.headers, exchange.key)
         operation, name = openai.route(request.method, request.path)
         if operation is Operation.LIST_MODELS:
             return self._listed(exchange, openai.models_body(view.models.values()))
         if operation is Operation.GET_MODEL:
             return self._listed(exchange, openai.model_body(view.model(name)))
         tenant = exchange.key.tenant
-        salted = functools.partial(keys.cache_salt, tenant, self._rooms.pepper)
+        salted = functools.partial(self._tenants.salted, tenant)
         leads = exchange.key.role is Role.ADMIN
         if len(request.body) < LARGE_BODY_BYTES:
             call = openai.parse(operation, request.body, salted, may_lead=leads)
@@ -329,9 +335,7 @@ class Handler:
         """What a replica is told about the request besides its body."""
         headers = {"x-request-id": exchange.request_id}
         if exchange.key is not None:
-            tenant = exchange.key.tenant
-            headers[TENANT_HEADER] = keys.tenant_mark(tenant, self._rooms.pepper)
-            headers[WEIGHT_HEADER] = f"{self._rooms.weights.get(tenant, 1.0):g}"
+            headers |= self._tenants.facts(exchange.key.tenant).headers
         return headers
 
     # What happens around it -----------------------------------------------------------------------

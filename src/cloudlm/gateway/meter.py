@@ -1,128 +1,58 @@
 """The gateway's numbers for Prometheus. Labels are bounded: models that are deployed, outcomes,
-statuses; never anything that a client made up. Must not be asked for a decision."""
+statuses; never anything that a client made up. Must not be asked for a decision.
+
+Counting happens some ten times per request, reading once in many seconds; so counts are plain
+numbers, and take Prometheus' form only when they are read. Everything runs in one thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from cloudlm.core.tenant import Outcome
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_LIMITS = [*(str(limit) for limit in _SECONDS), "+Inf"]
 NO_MODEL = ""
 
 
-class Meter:
-    """Counters of one gateway, in a registry of its own."""
+class _Spread:
+    """How many durations fell into each bucket."""
 
-    content_type = CONTENT_TYPE_PLAIN_0_0_4
+    __slots__ = ("counts", "total_s")
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "cloudlm_gateway_requests",
-            "Requests that ended; model is empty if it is not deployed here.",
-            ["model", "outcome", "status"],
-            registry=self.registry,
-        )
-        self._duration = Histogram(
-            "cloudlm_gateway_request_duration_seconds",
-            "From the whole request to the end of its answer.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._ttft = Histogram(
-            "cloudlm_gateway_time_to_first_token_seconds",
-            "From the whole request to the first content of its answer.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._ongoing = Gauge(
-            "cloudlm_gateway_requests_ongoing",
-            "Requests admitted and not ended.",
-            ["model"],
-            registry=self.registry,
-        )
-        self._attempts = Counter(
-            "cloudlm_gateway_attempts",
-            "Requests sent to replicas.",
-            ["model", "outcome"],
-            registry=self.registry,
-        )
-        self._retries = Counter(
-            "cloudlm_gateway_retries",
-            "Attempts after the first.",
-            ["model"],
-            registry=self.registry,
-        )
-        self._tokens = Counter(
-            "cloudlm_gateway_tokens",
-            "Tokens accounted for.",
-            ["model", "kind"],
-            registry=self.registry,
-        )
-        # Finding a child costs more than counting in it, and the sets are small.
-        self._request_child = lru_cache(4096)(self._requests.labels)
-        self._model_children = lru_cache(1024)(self._children_of)
+        self.counts = [0] * len(_LIMITS)
+        self.total_s = 0.0
 
-    def _children_of(self, model: str) -> _ModelChildren:
-        return _ModelChildren(
-            self._duration.labels(model),
-            self._ttft.labels(model),
-            self._ongoing.labels(model),
-            self._retries.labels(model),
-            self._tokens.labels(model, "prompt"),
-            self._tokens.labels(model, "completion"),
-            {outcome: self._attempts.labels(model, outcome.value) for outcome in Outcome},
-        )
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.total_s += seconds
 
-    def watch(self, name: str, doc: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when it is scraped."""
-        Gauge(name, doc, registry=self.registry).set_function(value)
-
-    def entered(self, model: str) -> None:
-        """A request was admitted."""
-        self._model_children(model).ongoing.inc()
-
-    def left(self, model: str) -> None:
-        """A request that was admitted ended."""
-        self._model_children(model).ongoing.dec()
-
-    def retried(self, model: str) -> None:
-        """A request goes to another replica."""
-        self._model_children(model).retries.inc()
-
-    def first_token(self, model: str, seconds: float) -> None:
-        """The first content of an answer is about to be sent."""
-        self._model_children(model).ttft.observe(seconds)
-
-    def attempt_ended(
-        self, model: str, outcome: Outcome, prompt_tokens: int, completion_tokens: int
-    ) -> None:
-        """One attempt was accounted for."""
-        children = self._model_children(model)
-        children.attempts[outcome].inc()
-        if prompt_tokens:
-            children.prompt_tokens.inc(prompt_tokens)
-        if completion_tokens:
-            children.completion_tokens.inc(completion_tokens)
-
-    def request_ended(self, model: str, outcome: Outcome, status: int, seconds: float) -> None:
-        """One request has its answer; ``model`` is NO_MODEL unless it is deployed."""
-        self._request_child(model, outcome.value, str(status)).inc()
-        self._model_children(model).duration.observe(seconds)
-
-    def exposition(self) -> bytes:
-        """All numbers in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts, as Prometheus wants them."""
+        so_far = 0
+        found: list[tuple[str, float]] = []
+        for limit, count in zip(_LIMITS, self.counts, strict=True):
+            so_far += count
+            found.append((limit, so_far))
+        return found
 
 
-class _ModelChildren:
+class _ModelNumbers:
+    """What is counted for one model."""
+
     __slots__ = (
         "attempts",
         "completion_tokens",
@@ -133,20 +63,129 @@ class _ModelChildren:
         "ttft",
     )
 
-    def __init__(
-        self,
-        duration: Histogram,
-        ttft: Histogram,
-        ongoing: Gauge,
-        retries: Counter,
-        prompt_tokens: Counter,
-        completion_tokens: Counter,
-        attempts: dict[Outcome, Counter],
+    def __init__(self) -> None:
+        self.duration = _Spread()
+        self.ttft = _Spread()
+        self.ongoing = 0
+        self.retries = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.attempts: Counter[Outcome] = Counter()
+
+
+class Meter:
+    """Counters of one gateway, in a registry of its own."""
+
+    content_type = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests: Counter[tuple[str, Outcome, int]] = Counter()
+        self._models: dict[str, _ModelNumbers] = {}
+        self.registry.register(self)
+
+    def _of(self, model: str) -> _ModelNumbers:
+        numbers = self._models.get(model)
+        if numbers is None:
+            numbers = self._models[model] = _ModelNumbers()
+        return numbers
+
+    def watch(self, name: str, doc: str, value: Callable[[], float]) -> None:
+        """A gauge that is read when it is scraped."""
+        Gauge(name, doc, registry=self.registry).set_function(value)
+
+    def entered(self, model: str) -> None:
+        """A request was admitted."""
+        self._of(model).ongoing += 1
+
+    def left(self, model: str) -> None:
+        """A request that was admitted ended."""
+        self._of(model).ongoing -= 1
+
+    def retried(self, model: str) -> None:
+        """A request goes to another replica."""
+        self._of(model).retries += 1
+
+    def first_token(self, model: str, seconds: float) -> None:
+        """The first content of an answer is about to be sent."""
+        self._of(model).ttft.observe(seconds)
+
+    def attempt_ended(
+        self, model: str, outcome: Outcome, prompt_tokens: int, completion_tokens: int
     ) -> None:
-        self.duration = duration
-        self.ttft = ttft
-        self.ongoing = ongoing
-        self.retries = retries
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = completion_tokens
-        self.attempts = attempts
+        """One attempt was accounted for."""
+        numbers = self._of(model)
+        numbers.attempts[outcome] += 1
+        numbers.prompt_tokens += prompt_tokens
+        numbers.completion_tokens += completion_tokens
+
+    def request_ended(self, model: str, outcome: Outcome, status: int, seconds: float) -> None:
+        """One request has its answer; ``model`` is NO_MODEL unless it is deployed."""
+        self._requests[model, outcome, status] += 1
+        self._of(model).duration.observe(seconds)
+
+    def exposition(self) -> bytes:
+        """All numbers in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """All numbers in Prometheus' terms; called by the registry."""
+        yield self._request_counts()
+        yield self._spread(
+            "cloudlm_gateway_request_duration_seconds",
+            "From the whole request to the end of its answer.",
+            lambda numbers: numbers.duration,
+        )
+        yield self._spread(
+            "cloudlm_gateway_time_to_first_token_seconds",
+            "From the whole request to the first content of its answer.",
+            lambda numbers: numbers.ttft,
+        )
+        ongoing = GaugeMetricFamily(
+            "cloudlm_gateway_requests_ongoing", "Requests admitted and not ended.", labels=["model"]
+        )
+        retries = CounterMetricFamily(
+            "cloudlm_gateway_retries", "Attempts after the first.", labels=["model"]
+        )
+        for model, numbers in self._models.items():
+            ongoing.add_metric([model], numbers.ongoing)
+            retries.add_metric([model], numbers.retries)
+        yield ongoing
+        yield self._attempt_counts()
+        yield retries
+        yield self._token_counts()
+
+    def _request_counts(self) -> Metric:
+        family = CounterMetricFamily(
+            "cloudlm_gateway_requests",
+            "Requests that ended; model is empty if it is not deployed here.",
+            labels=["model", "outcome", "status"],
+        )
+        for (model, outcome, status), count in self._requests.items():
+            family.add_metric([model, outcome.value, str(status)], count)
+        return family
+
+    def _attempt_counts(self) -> Metric:
+        family = CounterMetricFamily(
+            "cloudlm_gateway_attempts", "Requests sent to replicas.", labels=["model", "outcome"]
+        )
+        for model, numbers in self._models.items():
+            for outcome in Outcome:
+                family.add_metric([model, outcome.value], numbers.attempts[outcome])
+        return family
+
+    def _token_counts(self) -> Metric:
+        family = CounterMetricFamily(
+            "cloudlm_gateway_tokens", "Tokens accounted for.", labels=["model", "kind"]
+        )
+        for model, numbers in self._models.items():
+            family.add_metric([model, "prompt"], numbers.prompt_tokens)
+            family.add_metric([model, "completion"], numbers.completion_tokens)
+        return family
+
+    def _spread(self, name: str, doc: str, of: Callable[[_ModelNumbers], _Spread]) -> Metric:
+        family = HistogramMetricFamily(name, doc, labels=["model"])
+        for model, numbers in self._models.items():
+            spread = of(numbers)
+            family.add_metric([model], spread.buckets(), spread.total_s)
+        return family

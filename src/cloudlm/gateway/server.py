@@ -1,115 +1,133 @@
-"""uvicorn with what a gateway needs besides: heads that must arrive in time and in bounds, a way to
-drop a connection whose client reads nothing, and an end that tells running streams why they end.
-
-The only file of the gateway that knows uvicorn. Must not know models or keys.
-"""
+"""Listening, and ending well: no more connections are taken, running requests may finish for a
+while, then streams are told why they end. Must not know models or keys."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import logging
-import math
 import signal
 import socket
-from asyncio.events import TimerHandle
-from collections.abc import Callable, Generator
-from types import FrameType
-from typing import Any
-
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from collections.abc import Callable, Iterator
 
 from cloudlm.core.errors import BadSetting
+from cloudlm.gateway.connection import Connection, Site
 from cloudlm.telemetry.logs import get_logger
 
-ABORT = "cloudlm.abort"
-HEAD_TIMEOUT_S = 15.0
-MAX_HEAD_BYTES = 64 * 1024
 _LISTEN_BACKLOG = 2048
 _CUT_GRACE_S = 2.0
+_POLL_S = 0.02
+_ACCEPTS_AT_ONCE = 64
+_ACCEPT_PAUSE_S = 0.2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _log = get_logger(__name__)
 
 
-class GatewayProtocol(HttpToolsProtocol):
-    """One connection of a client. The scope's ``extensions`` hold ABORT, a function that drops the
-    connection at once, unsent bytes included."""
-
-    _head_timer: TimerHandle | None = None
-    _head_bytes = 0
-    _head_open = False
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._await_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._head_complete()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
-        self._await_head()
-
-    def on_headers_complete(self) -> None:
-        self._head_complete()
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        was_open = self._head_open
-        super().data_received(data)
-        if was_open and self._head_open:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.transport.abort()
-
-    def _await_head(self) -> None:
-        self._head_complete()
-        self._head_open = True
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
-
-    def _head_complete(self) -> None:
-        self._head_open = False
-        self._head_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-
-class GatewayServer(uvicorn.Server):
+class GatewayServer:
     """Ends on SIGTERM or SIGINT: takes no more connections, lets running requests finish for
-    ``drain_timeout_s``, then calls ``cut`` so that streams end with a reason; returns normally."""
+    ``drain_timeout_s``, then calls ``cut`` so that streams end with a reason; returns normally. A
+    second signal cuts at once."""
 
-    def __init__(
-        self, config: uvicorn.Config, *, drain_timeout_s: float, cut: Callable[[], object]
-    ):
-        super().__init__(config)
+    def __init__(self, site: Site, *, drain_timeout_s: float, cut: Callable[[], object]) -> None:
+        self._site = site
         self._drain_timeout_s = drain_timeout_s
         self._cut = cut
+        self._asked_to_stop = asyncio.Event()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self.started = False
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open or whose request still ends."""
+        return len(self._site.connections)
+
+    def stop(self) -> None:
+        """Ask the server to end; asked again, it does not wait for running requests."""
+        if self._asked_to_stop.is_set():
+            self._cut()
+        self._asked_to_stop.set()
+
+    async def serve(self, bound: socket.socket) -> None:
+        """Serve a socket from ``listen`` until a signal comes."""
+        with self._signals():
+            await self.run(bound)
+
+    async def run(self, bound: socket.socket) -> None:
+        """Serve until ``stop`` is called; returns when all requests have ended."""
+        loop = asyncio.get_running_loop()
+        bound.setblocking(False)
+        loop.add_reader(bound, self._accept, bound)
+        self.started = True
+        try:
+            await self._asked_to_stop.wait()
+        finally:
+            loop.remove_reader(bound)
+            bound.close()
+            await self._drain()
+
+    def _accept(self, bound: socket.socket) -> None:
+        """Take what waits. libuv's own listener takes one connection per turn of the loop, which
+        under load lets new clients wait for seconds behind those that are served."""
+        loop = asyncio.get_running_loop()
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                accepted, _ = bound.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptors left: those who wait are taken later
+                _log.warning("accept_failed", extra={"fields": {"reason": repr(error)}})
+                loop.remove_reader(bound)
+                loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, bound)
+                return
+            accepted.setblocking(False)
+            task = loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    def _accept_again(self, bound: socket.socket) -> None:
+        if bound.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(bound, self._accept, bound)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: Connection(self._site), accepted)
+        except OSError:  # gone already
+            accepted.close()
+
+    async def _drain(self) -> None:
+        site, loop = self._site, asyncio.get_running_loop()
+        site.closing = True
+        if self._connecting:
+            await asyncio.wait(self._connecting)
+        for connection in list(site.connections):
+            connection.close_if_idle()
+        timer = loop.call_later(self._drain_timeout_s, self._cut)
+        deadline = loop.time() + self._drain_timeout_s + _CUT_GRACE_S
+        aborted = False
+        while site.connections and loop.time() < deadline + _CUT_GRACE_S:
+            if loop.time() >= deadline and not aborted:
+                aborted = True
+                for connection in list(site.connections):
+                    connection.abort()
+            await asyncio.sleep(_POLL_S)
+        timer.cancel()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        kept = {sig: signal.signal(sig, self.handle_exit) for sig in uvicorn.server.HANDLED_SIGNALS}
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
-            for sig, handler in kept.items():
-                signal.signal(sig, handler)
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.should_exit:
-            _log.info("gateway_draining", extra={"fields": {"signal": signal.Signals(sig).name}})
-        super().handle_exit(sig, frame)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self._drain_timeout_s, self._cut)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
+    def _on_signal(self, number: signal.Signals) -> None:
+        _log.info("gateway_draining", extra={"fields": {"signal": number.name}})
+        self.stop()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -118,6 +136,14 @@ def listen(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit both: no answer waits for another's acknowledgement, and a
+        # client whose machine vanished is noticed while its answer is still being computed.
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         bound.bind((host, port))
         bound.listen(_LISTEN_BACKLOG)
     except OSError as error:
@@ -134,22 +160,3 @@ def listen(host: str, port: int) -> socket.socket:
             param="gateway.host",
         ) from None
     return bound
-
-
-def make_server(app: Any, *, drain_timeout_s: float, cut: Callable[[], object]) -> GatewayServer:
-    """The server of an ASGI app; hand it a socket from ``listen``."""
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    config = uvicorn.Config(
-        app,
-        http=GatewayProtocol,
-        loop="auto",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=_LISTEN_BACKLOG,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=math.ceil(drain_timeout_s + _CUT_GRACE_S),
-    )
-    return GatewayServer(config, drain_timeout_s=drain_timeout_s, cut=cut)

@@ -1,31 +1,32 @@
-"""Speaking HTTP to replicas: one pooled client, time limits, and every fault in cloudlm's words.
+"""Speaking HTTP to replicas: time limits, and every fault in cloudlm's words.
 
-The only file of the gateway that knows aiohttp. Must not retry, choose or account; it makes one
-attempt and says truly how it went.
+Must not retry, choose or account; it makes one attempt and says truly how it went. Only a line that
+had been kept open and turns out dead, before a byte came back, is replaced by a new one unseen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import aiohttp
 import msgspec
 
-from cloudlm.core.errors import CloudlmError, UpstreamFailed, UpstreamTimeout, error_from_body
+from cloudlm.core.errors import (
+    CloudlmError,
+    InternalError,
+    UpstreamFailed,
+    UpstreamTimeout,
+    error_from_body,
+)
+from cloudlm.gateway.pool import Broken, Line, Place, Pool, Silent, header_lines, read_url
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 LONGEST_RETRY_AFTER_S = 3600.0
-# Shorter than the 5 s for which common servers keep an idle connection, so that none of ours is
-# closed by the other side at the moment we use it.
-_KEEP_IDLE_S = 4.0
 _ERROR_BODY_TIMEOUT_S = 5.0
 _RETRY_ELSEWHERE = frozenset({408, 429, 500, 502, 503, 504})
-_READ_PIECE_BYTES = 256 * 1024
 
 
 class ReplicaRefused(CloudlmError):
@@ -52,34 +53,39 @@ class ReplicaRefused(CloudlmError):
 class Answer:
     """The answer of one replica whose head has arrived. Must be closed."""
 
-    def __init__(self, response: aiohttp.ClientResponse, replica: str) -> None:
-        self._response = response
+    def __init__(self, line: Line, replica: str) -> None:
+        self._line: Line | None = line
+        self._loop = asyncio.get_running_loop()
         self._replica = replica
+        self.status = line.status
+        self.headers = line.headers
 
     @property
     def is_event_stream(self) -> bool:
-        return self._response.content_type == "text/event-stream"
+        kind = self.headers.get("content-type", "").partition(";")[0]
+        return kind.strip().lower() == "text/event-stream"
 
     async def piece(self, timeout_s: float) -> bytes:
         """The next bytes, empty at the end. Raises UpstreamTimeout after ``timeout_s`` of silence
         and UpstreamFailed if the connection breaks."""
+        if self._line is None:
+            return b""
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._response.content.readany()
-        except TimeoutError:
+            return await self._line.piece(self._loop.time() + timeout_s)
+        except Silent:
             raise UpstreamTimeout(
                 f"replica {self._replica} was silent for {timeout_s:g} s"
             ) from None
-        except (aiohttp.ClientError, OSError):
+        except Broken:
             raise UpstreamFailed(f"replica {self._replica} broke off its answer") from None
 
     async def whole(self, timeout_s: float, limit_bytes: int = MAX_ANSWER_BYTES) -> bytes:
         """The whole body. Raises UpstreamFailed also if it is larger than ``limit_bytes``."""
         pieces: list[bytes] = []
         size = 0
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        deadline = self._loop.time() + timeout_s
         while True:
-            left_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
+            left_s = max(deadline - self._loop.time(), 0.0)
             piece = await self.piece(left_s)
             if not piece:
                 return b"".join(pieces)
@@ -91,42 +97,37 @@ class Answer:
     def close(self) -> None:
         """End the exchange: keep the connection if the answer was read to its end, else close it
         at once, which tells the replica to stop working."""
-        if self._response.content.at_eof():
-            self._response.release()
-        else:
-            self._response.close()
+        if self._line is not None:
+            line, self._line = self._line, None
+            line.release()
 
 
 class Upstream:
     """The client of all replicas. ``token`` opens workers; never shown to clients."""
 
     def __init__(self, *, token: str | None, connect_timeout_s: float) -> None:
-        self._token = token
         self._connect_timeout_s = connect_timeout_s
-        self._session: aiohttp.ClientSession | None = None
+        self._pool: Pool | None = None
+        fixed = {"content-type": "application/json", "accept-encoding": "identity"}
+        if token:
+            fixed["authorization"] = f"Bearer {token}"
+        self._fixed = header_lines(fixed)
 
     async def open(self) -> None:
         """Make the connection pool; call inside the event loop."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            read_bufsize=_READ_PIECE_BYTES,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-        )
+        self._pool = Pool(connect_timeout_s=self._connect_timeout_s)
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._pool is not None:
+            await self._pool.close()
+            self._pool = None
 
     async def send(
         self,
         url: str,
         body: bytes,
-        headers: Mapping[str, str],
+        headers: dict[str, str],
         *,
         replica: str,
         timeout_s: float,
@@ -138,36 +139,68 @@ class Upstream:
         reachable, nonsense), UpstreamTimeout (no head within ``timeout_s``), ReplicaRefused (an
         error status).
         """
-        assert self._session is not None, "Upstream.open was not called"
-        sent = {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}
-        if self._token:
-            sent["Authorization"] = f"Bearer {self._token}"
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._session.post(
-                    url, data=body, headers=sent, allow_redirects=False
-                )
-        except aiohttp.ConnectionTimeoutError:
-            raise UpstreamFailed(f"replica {replica} did not accept a connection") from None
-        except aiohttp.ClientConnectorError:
-            raise UpstreamFailed(f"replica {replica} cannot be reached") from None
-        except TimeoutError:
-            raise UpstreamTimeout(f"replica {replica} gave no answer in {timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError):
-            raise UpstreamFailed(f"replica {replica} broke off before its answer") from None
-        answer = Answer(response, replica)
-        if response.status == 200:
+            place, host, target = read_url(url)
+        except ValueError as error:
+            raise UpstreamFailed(f"replica {replica} has a bad address: {error}") from None
+        head = self._head(host, target, headers, len(body))
+        due = asyncio.get_running_loop().time() + timeout_s
+        line = await self._exchange(place, head, body, replica, due, timeout_s)
+        answer = Answer(line, replica)
+        if answer.status == 200:
             return answer
         try:
-            raise await _refusal(response, answer, replica, now)
+            raise await _refusal(answer, replica, now)
         finally:
             answer.close()
 
+    def _head(self, host: str, target: str, headers: dict[str, str], length: int) -> bytes:
+        try:
+            more = header_lines(headers)
+        except ValueError as error:
+            raise InternalError(f"a request for a replica could not be written: {error}") from None
+        first = f"POST {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n"
+        return first.encode() + self._fixed + more + b"\r\n"
 
-async def _refusal(
-    response: aiohttp.ClientResponse, answer: Answer, replica: str, now: float
-) -> CloudlmError:
-    status = response.status
+    async def _exchange(
+        self, place: Place, head: bytes, body: bytes, replica: str, due: float, timeout_s: float
+    ) -> Line:
+        """A line on which the answer's head has arrived."""
+        assert self._pool is not None, "Upstream.open was not called"
+        line = self._pool.take(place)
+        while True:
+            kept = line is not None
+            line = line or await self._connected(place, replica)
+            line.begin(head, body)
+            try:
+                await line.head(due)
+                return line
+            except Broken as error:
+                line.drop()
+                if not (kept and error.untouched):
+                    raise UpstreamFailed(f"replica {replica} broke off before its answer") from None
+            except Silent:
+                line.drop()
+                raise UpstreamTimeout(
+                    f"replica {replica} gave no answer in {timeout_s:g} s"
+                ) from None
+            except BaseException:
+                line.drop()
+                raise
+            line = None
+
+    async def _connected(self, place: Place, replica: str) -> Line:
+        assert self._pool is not None
+        try:
+            return await self._pool.connect(place)
+        except TimeoutError:
+            raise UpstreamFailed(f"replica {replica} did not accept a connection") from None
+        except OSError:
+            raise UpstreamFailed(f"replica {replica} cannot be reached") from None
+
+
+async def _refusal(answer: Answer, replica: str, now: float) -> CloudlmError:
+    status = answer.status
     if status in (401, 403):  # about our token, not about the client's key
         return UpstreamFailed(f"replica {replica} does not accept this gateway's token")
     if not 400 <= status <= 599:
@@ -178,7 +211,7 @@ async def _refusal(
     except (CloudlmError, msgspec.DecodeError, ValueError, RecursionError):
         fields = {}  # the status alone says enough
     known = fields if isinstance(fields, dict) else {}
-    wait_s = retry_after(response.headers.get("Retry-After"), now)
+    wait_s = retry_after(answer.headers.get("retry-after"), now)
     return ReplicaRefused(status, known, wait_s)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,6 +18,7 @@ from cloudlm.state.documents import (
     load_replicas,
     load_spec,
 )
+from cloudlm.state.tables import storable
 
 Values = dict[str, Any]
 DatabaseRow = sa.Row[Any]
@@ -114,8 +115,15 @@ def job_of(row: DatabaseRow) -> Job:
     return Job(**values)
 
 
-def ledger_values(row: LedgerRow) -> Values:
-    return {**asdict(row), "outcome": row.outcome.value}
+LEDGER_COLUMNS = tuple(field.name for field in fields(LedgerRow))
+_OUTCOME = LEDGER_COLUMNS.index("outcome")
+
+
+def ledger_values(row: LedgerRow) -> tuple[Any, ...]:
+    """In the order of LEDGER_COLUMNS."""
+    values = [getattr(row, name) for name in LEDGER_COLUMNS]
+    values[_OUTCOME] = row.outcome.value
+    return tuple(storable(value) if type(value) is str else value for value in values)
 
 
 def ledger_of(row: DatabaseRow) -> LedgerRow:

@@ -31,14 +31,17 @@ class ExactText(sa.types.TypeDecorator[str]):
         return sa.TEXT(collation=collation)
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        if value is None:
-            return None
-        return _UNSTORABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
+        return None if value is None else storable(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
         if value is None or "\\" not in value:
             return value
         return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), value)
+
+
+def storable(value: str) -> str:
+    """``value`` with what no database stores written as an escape."""
+    return _UNSTORABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
 
 
 metadata = sa.MetaData(

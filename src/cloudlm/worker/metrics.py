@@ -207,6 +207,17 @@ def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
         ("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries),
         ("vllm:prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits),
         ("vllm:num_preemptions", "Sequences put back to make room.", stats.preemptions),
+        ("vllm:spec_decode_num_drafts", "Guesses of several tokens.", stats.drafts),
+        (
+            "vllm:spec_decode_num_draft_tokens",
+            "Tokens guessed ahead.",
+            stats.drafted_tokens,
+        ),
+        (
+            "vllm:spec_decode_num_accepted_tokens",
+            "Guessed tokens that were right.",
+            stats.accepted_tokens,
+        ),
         ("cloudlm_engine_steps", "Steps that the engine has done.", stats.steps),
     ]
 

@@ -124,6 +124,7 @@ async def test_resumed_anywhere_it_goes_on_exactly(engine: Any, sampling: Sampli
 async def test_preempted_answers_are_the_same(folder: Path, engine: Any) -> None:
     from cloudlm.engine.engine import LocalEngine
     from cloudlm.engine.load import load_runner
+    from cloudlm.engine.speculate import Lookup
 
     alone = [tokens_of(await ask(engine, drawn(seed))) for seed in range(6)]
     settings = EngineSettings(
@@ -134,12 +135,18 @@ async def test_preempted_answers_are_the_same(folder: Path, engine: Any) -> None
     )
     runner.num_blocks = 40
     narrow = LocalEngine.start(
-        runner, engine.tokenizer, max_batch_tokens=64, max_batch_sequences=8, max_waiting=50
+        runner,
+        engine.tokenizer,
+        max_batch_tokens=64,
+        max_batch_sequences=8,
+        max_waiting=50,
+        lookup=Lookup(8, 1, 3),  # not for constrained answers: each token needs its mask
     )
     try:
         short = [replace(drawn(seed), max_tokens=None) for seed in range(6)]
         crowd = await asyncio.gather(*(ask(narrow, one) for one in short))
         assert narrow.stats().preemptions > 0
+        assert narrow.stats().drafts == 0
     finally:
         await narrow.close()
     for found, expected in zip(crowd, alone, strict=True):

@@ -25,6 +25,7 @@ from cloudlm.core.errors import (
 )
 from cloudlm.engine.api import Engine, GenerateRequest, TokenEvent
 from cloudlm.engine.engine import LocalEngine
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Step
 
 HALF = 24  # the fake's incomplete character: it has text only together with its successor
@@ -92,6 +93,7 @@ def start() -> Callable[..., Any]:
         max_batch_tokens: int = 16,
         max_batch_sequences: int = 4,
         max_waiting: int = 100,
+        lookup: Lookup | None = None,
         **runner_fields: Any,
     ) -> AsyncIterator[tuple[LocalEngine, Any]]:
         runner = PagedFakeRunner(**runner_fields)
@@ -103,6 +105,7 @@ def start() -> Callable[..., Any]:
             max_batch_tokens=max_batch_tokens,
             max_batch_sequences=max_batch_sequences,
             max_waiting=max_waiting,
+            lookup=lookup,
         )
         try:
             yield engine, runner
@@ -215,6 +218,23 @@ async def test_a_stop_string_over_several_tokens_never_shows(start: Any) -> None
         assert (events[-1].finish_reason, events[-1].stop_match) == (FinishReason.STOP, stop)
         assert engine.stats().finished == {"stop": 1}
         assert engine.stats().running == 0
+
+
+async def test_a_stop_string_inside_a_guess_ends_the_answer_there(start: Any) -> None:
+    fields = {"recalls": 1, "vocab_size": 4, "eos_token_ids": (), "max_model_len": 120}
+    async with start(lookup=Lookup(8, 1, 3), **fields) as (engine, runner):
+        whole = text_of(runner.answer((1, 2, 3), 60))
+        for at in range(3, len(whole) - 4, 4):
+            stop, before = whole[at : at + 4], engine.stats()
+            stopped = request(stop=(stop,), ignore_eos=True, max_tokens=60)
+            events = await read(engine.submit(stopped))
+            assert text(events) == whole[: whole.index(stop)]
+            assert [e.finish_reason for e in events[:-1]] == [None] * (len(events) - 1)
+            assert events[-1].stop_match == stop
+            counted = engine.stats().generated_tokens - before.generated_tokens
+            assert counted == len(tokens(events))
+        assert engine.stats().accepted_tokens > 0
+        assert engine.stats().kv_usage == 0.0
 
 
 async def test_what_was_held_back_comes_with_the_end(start: Any) -> None:

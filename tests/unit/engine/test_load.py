@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,27 @@ async def test_a_folder_becomes_an_engine_that_answers_as_transformers(
     assert engine.info.max_model_len == 256
 
 
+@pytest.mark.parametrize("speculative", ["ngram", "off"])
+async def test_guessing_is_a_setting(folder: Path, saved_model: Any, speculative: str) -> None:
+    settings = replace(SMALL, speculative=speculative, prompt_lookup_min=1)
+    engine = load_engine(folder, settings, max_waiting=4)
+    prompt = list(range(40, 70)) * 3
+    sampling = Sampling(temperature=0, max_tokens=40, ignore_eos=True)
+    try:
+        stream = engine.submit(GenerateRequest("r", tuple(prompt), sampling))
+        tokens = [token async for event in stream for token in event.token_ids]
+        assert tokens == saved_model("qwen2").greedy(prompt, 40)
+        assert (engine.stats().drafted_tokens > 0) == (speculative == "ngram")
+    finally:
+        await engine.close()
+
+
+def test_a_lookup_that_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    settings = replace(SMALL, speculative="ngram", prompt_lookup_min=9)
+    with pytest.raises(BadSetting, match="prompt_lookup_min = 9"):
+        load_engine(tmp_path / "nothing", settings, max_waiting=1)
+
+
 def test_threads_are_set_once_for_the_process(folder: Path) -> None:
     before = torch.get_num_threads()
     try:
@@ -89,8 +111,10 @@ def test_threads_are_set_once_for_the_process(folder: Path) -> None:
     ("fields", "kind", "words"),
     [
         ({"architectures": ["BertModel"]}, UnsupportedModel, "BertModel"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, UnsafeModel, "auto_map"),
+        ({"architectures": ["X"], "auto_map": {"AutoModel": "x.Y"}}, UnsafeModel, "auto_map"),
         ({"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
+        ({"quantization_config": 4}, BrokenModel, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedModel, "fp8"),
         ({"hidden_size": 128}, BrokenModel, "config.json asks for"),
         ({"num_hidden_layers": 2}, BrokenModel, "model.layers.2"),
         ({"num_hidden_layers": 4}, BrokenModel, "model.layers.3"),
@@ -146,7 +170,7 @@ def test_the_device_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pick_device("cpu") == CPU
     assert pick_device("cuda") == CUDA
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadSetting, match="no CUDA device"):
+    with pytest.raises(BadSetting, match="has no CUDA"):
         pick_device("cuda")
 
 

@@ -20,6 +20,7 @@ from cloudlm.engine.fairness import MAX_BYPASSES
 from cloudlm.engine.limits import Limits
 from cloudlm.engine.scheduler import Advance, Scheduler
 from cloudlm.engine.sequence import Sequence, Status
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Step
 
 VOCAB = 32
@@ -86,11 +87,15 @@ def bench() -> Callable[..., Bench]:
     return make
 
 
-def make_bench(bounds: Limits) -> Bench:
+def make_bench(bounds: Limits, lookup: Lookup | None = None) -> Bench:
+    """With ``lookup`` the text is such that guesses are often right."""
     runner = PagedFakeRunner(
-        num_blocks=bounds.blocks_total, block_size=bounds.block_size, vocab_size=VOCAB
+        num_blocks=bounds.blocks_total,
+        block_size=bounds.block_size,
+        vocab_size=VOCAB if lookup is None else 6,
+        recalls=None if lookup is None else 2,
     )
-    return Bench(Scheduler(bounds), runner)
+    return Bench(Scheduler(bounds, lookup), runner)
 
 
 # What fits
@@ -398,16 +403,25 @@ bounds = st.builds(
 )
 
 
-@given(bounds, st.lists(arrivals, min_size=3, max_size=10))
+lookups = st.builds(Lookup, st.integers(1, 9), st.integers(1, 2), st.integers(2, 4))
+
+
+@given(bounds, st.lists(arrivals, min_size=3, max_size=10), st.one_of(st.none(), lookups))
 @example(
     Limits(48, 1, 24, 1, 6),
     [Arrival((1 + i % 7,) * 3, 20, 0) for i in range(10)],
+    None,
 )
-@settings(max_examples=200, deadline=None)
+@example(
+    Limits(48, 2, 20, 24, 6),
+    [Arrival((1 + i % 5,) * 3, 40, i // 3) for i in range(10)],
+    Lookup(5, 1, 3),
+)
+@settings(max_examples=300, deadline=None)
 def test_everything_accepted_ends_with_the_tokens_it_has_alone(
-    limit: Limits, coming: list[Arrival]
+    limit: Limits, coming: list[Arrival], lookup: Lookup | None
 ) -> None:
-    b = make_bench(limit)
+    b = make_bench(limit, lookup)
     live: dict[int, tuple[Arrival, Sequence]] = {}
     cancels: dict[int, list[int]] = {}
     bound = 13  # steps until then, whether or not there is work
@@ -433,7 +447,10 @@ def test_everything_accepted_ends_with_the_tokens_it_has_alone(
         now += 1
         assert now <= bound, "no end in sight"
     assume(live)
+    drafts = b.scheduler.drafts
     event(f"preempted: {b.scheduler.preemptions > 0}, reused: {b.scheduler.prefix_hits > 0}")
+    event(f"accepted: {drafts.accepted_tokens > 0}, of all: {drafts.drafted_tokens > 0}")
+    assert not drafts._drafters
     assert b.scheduler.pool.free_blocks == limit.blocks_total
     for one, sequence in live.values():
         _check_end(b, one, sequence)

@@ -19,6 +19,7 @@ from cloudlm.core.chat import FinishReason, Sampling
 from cloudlm.engine.api import GenerateRequest, TokenEvent
 from cloudlm.engine.engine import LocalEngine
 from cloudlm.engine.runner import Runner, RunnerFacts
+from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.tokens import Tokenizer
 
 REQUESTS = 32
@@ -51,7 +52,7 @@ def start(saved_model: Any, make_runner: Any, tmp_path: Path) -> Callable[[int],
     network = make_runner(saved_model("llama").folder).model
 
     @asynccontextmanager
-    async def starter(num_blocks: int) -> AsyncIterator[LocalEngine]:
+    async def starter(num_blocks: int, lookup: Lookup | None = None) -> AsyncIterator[LocalEngine]:
         facts = RunnerFacts("llama", LONGEST, num_blocks, BLOCK_SIZE, (end_token_id,))
         engine = LocalEngine.start(
             Runner(network, facts),
@@ -59,10 +60,11 @@ def start(saved_model: Any, make_runner: Any, tmp_path: Path) -> Callable[[int],
             max_batch_tokens=40,
             max_batch_sequences=12,
             max_waiting=200,
+            lookup=lookup,
         )
         try:
             yield engine
-            engine._scheduler.check_integrity()
+            engine._loop.scheduler.check_integrity()
             assert (engine.stats().running, engine.stats().kv_usage) == (0, 0.0)
         finally:
             await engine.close()
@@ -137,7 +139,8 @@ def draw_requests(chance: random.Random) -> list[GenerateRequest]:
     return requests
 
 
-async def test_a_crowd_gets_what_each_gets_alone(start: Any) -> None:
+@pytest.mark.parametrize("lookup", [None, Lookup(6, 1, 3)], ids=["plain", "guessing"])
+async def test_a_crowd_gets_what_each_gets_alone(start: Any, lookup: Lookup | None) -> None:
     chance = random.Random(3)
     requests = draw_requests(chance)
     alone: list[Answer] = []
@@ -150,7 +153,7 @@ async def test_a_crowd_gets_what_each_gets_alone(start: Any) -> None:
     assert any(isinstance(answer.end[1], str) for answer in alone)
 
     leaving = {f"r{n}" for n in chance.sample(range(REQUESTS), 8)}
-    async with start(SMALL_CACHE) as engine:
+    async with start(SMALL_CACHE, lookup) as engine:
 
         async def follow(request: GenerateRequest, patience: int) -> Answer:
             """Read all, or leave after some events, by one of the two ways there are."""
@@ -173,6 +176,7 @@ async def test_a_crowd_gets_what_each_gets_alone(start: Any) -> None:
                 await asyncio.sleep(0.001)
         assert engine.stats().preemptions > 0
         assert engine.stats().prefix_hits > 0
+        assert (engine.stats().accepted_tokens > 0) == (lookup is not None)
     for request, got, expected in zip(requests, crowd, alone, strict=True):
         if request.request_id in leaving:
             assert got.tokens == expected.tokens[: len(got.tokens)]

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvloop
 
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.settings import GatewaySettings
@@ -25,8 +26,18 @@ from cloudlm.security.keys import mint
 from cloudlm.state.memory import MemoryState
 
 PEPPER = b"p" * 32
+_ON_SOCKETS = ("test_pool", "test_server", "test_wire")
 MODEL = "tiny"
 USAGE = "usage"
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], Any]]:
+    """What meets sockets is tested on the loop that serves and on the one where there is no other:
+    their transports differ."""
+    factories: dict[str, Callable[[], Any]] = {"asyncio": asyncio.new_event_loop}
+    if item.path.stem in _ON_SOCKETS:
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
 
 
 @dataclass

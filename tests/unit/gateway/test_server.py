@@ -14,9 +14,10 @@ import pytest
 
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.tenant import Outcome
-from cloudlm.gateway import server as server_module
-from cloudlm.gateway.app import host_name, is_loopback, make_app
-from cloudlm.gateway.server import listen, make_server
+from cloudlm.gateway import connection as connection_module
+from cloudlm.gateway.app import make_server
+from cloudlm.gateway.head import host_name, is_loopback
+from cloudlm.gateway.server import listen
 
 
 @contextlib.asynccontextmanager
@@ -24,16 +25,14 @@ async def served(kit: Any, **settings: Any) -> AsyncIterator[Any]:
     """A rig behind a server; ``rig.port`` is its port."""
     async with kit.open_rig(**settings) as rig:
         bound = listen("127.0.0.1", 0)
-        drain_s = rig.gateway.settings.drain_timeout_s
-        app = make_app(rig.gateway)
-        server = make_server(app, drain_timeout_s=drain_s, cut=rig.gateway.cut)
+        server = make_server(rig.gateway)
         rig.port, rig.server = bound.getsockname()[1], server
-        task = asyncio.create_task(server._serve([bound]))
+        task = asyncio.create_task(server.run(bound))
         try:
             await kit.until(lambda: server.started)
             yield rig
         finally:
-            server.should_exit = True
+            server.stop()
             await asyncio.wait_for(task, 10)
 
 
@@ -217,13 +216,13 @@ async def test_stuck_reader_is_dropped(kit: Any) -> None:
         (row,) = await rig.rows()
         assert row.outcome is Outcome.CANCELLED
         assert row.completion_tokens < replica.tokens_sent
-        await kit.until(lambda: not rig.server.server_state.connections)
+        await kit.until(lambda: not rig.server.connections)
         rig.assert_nothing_open()
         await close(writer)
 
 
 async def test_slow_heads_are_dropped(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.05)
     async with served(kit) as rig:
         for begun in (b"", b"POST /v1/chat", b"GET / HTTP/1.1\r\nhost: x\r\nx: "):
             reader, writer = await connect(rig)
@@ -234,7 +233,7 @@ async def test_slow_heads_are_dropped(kit: Any, monkeypatch: pytest.MonkeyPatch)
         assert (await talk(rig, wire(rig, kit.chat_body())))[0] == 200
 
 
-async def test_huge_heads_are_dropped(kit: Any) -> None:
+async def test_huge_heads_are_refused(kit: Any) -> None:
     async with served(kit) as rig:
         reader, writer = await connect(rig)
         writer.write(b"GET / HTTP/1.1\r\nhost: localhost\r\n")
@@ -243,7 +242,9 @@ async def test_huge_heads_are_dropped(kit: Any) -> None:
                 writer.write(b"x: " + b"y" * 10_000 + b"\r\n")
                 await writer.drain()
                 await asyncio.sleep(0)
-            assert await asyncio.wait_for(reader.read(), 2.0) == b""
+            said = await asyncio.wait_for(reader.read(), 2.0)
+            assert said.startswith(b"HTTP/1.1 431 ")
+            assert b'"code":"head_too_large"' in said
         await close(writer)
 
 
@@ -252,7 +253,7 @@ async def test_stop_lets_requests_finish(kit: Any) -> None:
         rig.replicas[0].default = kit.Plan(tokens=6, pause_s=0.03)
         asking = asyncio.create_task(talk(rig, wire(rig, kit.chat_body(stream=True))))
         await kit.until(lambda: rig.replicas[0].active)
-        rig.server.should_exit = True
+        rig.server.stop()
         status, _, body = await asking
         assert status == 200
         assert body.endswith(b"data: [DONE]\n\n")
@@ -264,7 +265,7 @@ async def test_stop_cuts_what_does_not_finish(kit: Any) -> None:
         asking = asyncio.create_task(talk(rig, wire(rig, kit.chat_body(stream=True))))
         await kit.until(lambda: rig.replicas[0].active)
         await asyncio.sleep(0.02)
-        rig.server.should_exit = True
+        rig.server.stop()
         status, headers, body = await asyncio.wait_for(asking, 3)
         result = kit.Result(status, headers, body)
         assert result.tokens == 2

@@ -43,7 +43,7 @@ class Trunk(nn.Module):
         """Normed last hidden states [tokens, hidden]."""
         x = self.embed_tokens(token_ids)
         if self.config.embedding_scale is not None:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+            x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
         turns = {
             rope: cos_sin(positions, frequency, rope.scaling.magnitude, x.dtype)
             for rope, frequency in self._all_frequencies(x.device).items()

@@ -88,9 +88,11 @@ def cache_folder() -> Path:
 
 
 def find_compiler() -> str | None:
-    """The path of the first C++ compiler on PATH; ``$CXX`` goes first."""
-    for name in (os.environ.get("CXX", ""), *COMPILERS):
-        path = shutil.which(name) if name else None
+    """The path of ``$CXX`` if that is set, else of the first C++ compiler on PATH. A ``$CXX`` that
+    is not there means none: ``CXX=none`` keeps the engine on PyTorch."""
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else COMPILERS:
+        path = shutil.which(name)
         if path is not None:
             return path
     return None

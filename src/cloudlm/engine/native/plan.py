@@ -28,11 +28,13 @@ MIN_SHARED_KEYS = 128
 @dataclass(frozen=True, slots=True)
 class Query:
     """The tokens of one sequence in the step: ``count`` of them from position ``start``, in
-    consecutive rows of the batch. ``table`` covers all positions up to the last."""
+    consecutive rows of the batch. ``table`` covers all positions up to the last. ``alike``: each
+    token is to get to the bit what it would get as the only one of its sequence."""
 
     start: int
     count: int
     table: Sequence[int]
+    alike: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +101,24 @@ class _Draft:
                 self._pieces.append((rows[at : at + MAX_TOKENS], offset, begin, end))
 
     def add_own(self, query: Query, row: int, shared: int, offset: int) -> None:
-        for at in range(0, query.count, MAX_TOKENS):
-            count = min(MAX_TOKENS, query.count - at)
+        # A window's keys begin where the token's own do, so tokens that must be alike are alone.
+        most = 1 if query.alike and self._window else MAX_TOKENS
+        for at in range(0, query.count, most):
+            count = min(most, query.count - at)
             end = query.start + at + count
             first = shared
             if self._window:
                 first = max(0, query.start + at + 1 - self._window) // 32 * 32
             rows = range(row + at, row + at + count)
-            if query.count > 1:  # a prompt has pieces enough for all threads
+            if query.count > 1 and not query.alike:  # a prompt has pieces enough for all threads
                 self._pieces.append((rows, offset, first, end))
                 continue
             cuts = [first, *range((first // MAX_KEYS + 1) * MAX_KEYS, end, MAX_KEYS), end]
             for begin, stop in itertools.pairwise(cuts):
-                if stop > begin:
-                    self._pieces.append((rows, offset, begin, stop))
+                # Who sees nothing of these keys has no part in them.
+                seeing = rows[max(0, begin - query.start - at) :]
+                if stop > begin and seeing:
+                    self._pieces.append((seeing, offset, begin, stop))
 
     def finish(self) -> AttentionPlan:
         tokens = len(self._limits)

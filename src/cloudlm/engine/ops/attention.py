@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.ops.softcap import capped_attention, capped_run
+from cloudlm.engine.ops.transfer import to_device
 from cloudlm.engine.step import Chunk
 
 Indices = NDArray[np.int64]
@@ -121,7 +122,7 @@ class PagedAttention:
         return answer.flatten(1)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
     def _plan(self, chunks: Sequence[Chunk], window: int | None) -> _Plan:
         singles: list[tuple[int, Chunk]] = []

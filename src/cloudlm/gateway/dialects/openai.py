@@ -31,6 +31,7 @@ from cloudlm.core.requests import (
     parse_embedding,
     read_priority,
 )
+from cloudlm.gateway.dialects import plain
 from cloudlm.gateway.sse import event
 from cloudlm.gateway.view import ServedModel
 
@@ -135,6 +136,10 @@ def parse(
     """Validate a body. ``salted`` makes the cache salt that is sent on out of the client's own
     (empty if it gave none). Unless the client ``may_lead``, its ``priority`` can only let others go
     first. Raises InvalidRequest and NotSupported naming the field."""
+    if operation is Operation.CHAT:
+        chat = plain.read(raw)
+        if chat is not None:
+            return _plain(chat, salted)
     body = decode_body(raw)
     if body.get("priority") is not None:
         priority = read_priority(body)
@@ -151,6 +156,22 @@ def parse(
     if not isinstance(model, str) or not model:
         raise InvalidRequest("model is required: the name of a deployed model", param="model")
     return Call(operation, model, encode(body))
+
+
+def _plain(chat: plain.PlainChat, salted: Callable[[str], str]) -> Call:
+    """The same as ``_generation``, for the form that needs no more checks."""
+    wanted = chat.stream_options or plain.PlainStreamOptions()
+    chat.cache_salt = salted(chat.cache_salt or "")
+    if chat.stream is True:
+        plain.ask_for_usage(chat)
+    return Call(
+        Operation.CHAT,
+        chat.model,
+        _encoder.encode(chat),
+        stream=chat.stream is True,
+        include_usage=wanted.include_usage,
+        continuous_usage=wanted.include_usage and wanted.continuous_usage_stats,
+    )
 
 
 def _generation(
@@ -265,14 +286,14 @@ def error_event(error: CloudlmError) -> bytes:
 
 
 def model_body(model: ServedModel) -> dict[str, Any]:
-    """One model in OpenAI's form."""
-    return {
+    """One model in OpenAI's form; an adapter also names the deployment that serves it."""
+    body = {
         "id": model.name,
         "object": "model",
         "created": int(model.created_at),
         "owned_by": OWNER,
-        "parent": model.parent,
     }
+    return body if model.parent is None else {**body, "parent": model.parent}
 
 
 def models_body(models: Iterable[ServedModel]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloudlm.core.clock import SystemClock
-from cloudlm.core.errors import BadSetting, BrokenModel
+from cloudlm.core.errors import BadSetting, BrokenModel, UnsupportedModel
 from cloudlm.core.vllm import read_vllm_options
 from cloudlm.engine.api import EngineInfo
 from cloudlm.registry.inspect import inspect_folder
@@ -94,13 +94,18 @@ async def _start(child: Child, engine: VllmEngine, timeout_s: float, tell: Tell)
 
 
 def facts_of(folder: Path) -> EngineInfo:
-    """What is known of a verified folder without loading it."""
+    """What is known of a verified folder without loading it. Raises UnsupportedModel (GGUF)."""
     facts = inspect_folder(folder).facts
+    if facts.storage.format != "safetensors":
+        raise UnsupportedModel(
+            f"the engine vllm reads safetensors only, and this version is {facts.storage.format}; "
+            "deploy it with engine: cloudlm, or import the model's safetensors"
+        )
     vocabulary = json.loads((folder / "config.json").read_bytes()).get("vocab_size")
     return EngineInfo(
         architecture=facts.architecture,
-        parameters=facts.parameters,
-        dtype=facts.precision,
+        parameters=facts.storage.parameters,
+        dtype=facts.storage.precision,
         device="vllm",
         vocab_size=vocabulary if type(vocabulary) is int else _UNKNOWN_VOCABULARY,
         max_model_len=facts.context_length,

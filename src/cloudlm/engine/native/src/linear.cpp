@@ -267,24 +267,36 @@ INLINE void store_sums(void* c) {  // [32][32] values of 4 bytes
 }
 
 template <int ROWS>
-void tiles_bf16(const char* x, const char* w, int steps, bool fresh, float* c) {
-  ZERO_SUMS();
-  if (fresh)
-    for (int i = 0; i < steps; i++, x += STEP, w += STEP) { MULTIPLY("tdpbf16ps", ROWS, x, w, 0, 0, true) }
-  else
-    for (int i = 0; i < steps; i++, x += STEP, w += STEP) { MULTIPLY("tdpbf16ps", ROWS, x, w, 0, 0, false) }
+INLINE void load_sums(const void* c) {
+  const char* from = (const char*)c;
+  TILE_LOAD(0, from, 128);
+  TILE_LOAD(1, from + 64, 128);
+  if (ROWS > 16) {
+    TILE_LOAD(2, from + 16 * 128, 128);
+    TILE_LOAD(3, from + 16 * 128 + 64, 128);
+  }
+}
+
+// Some steps of a strip and a panel, added to `c` unless they are the first. `fresh`: the weights
+// come from memory.
+template <int KIND, int ROWS>
+void tiles_plain(const char* x, const char* w, int steps, bool first, bool fresh, void* c) {
+  if (first) { ZERO_SUMS(); } else load_sums<ROWS>(c);
+#define STEPS(op, fetching)                              \
+  for (int i = 0; i < steps; i++, x += STEP, w += STEP) { \
+    MULTIPLY(op, ROWS, x, w, 0, 0, fetching)              \
+  }
+  if (KIND == BF16) {
+    if (fresh) { STEPS("tdpbf16ps", true) } else { STEPS("tdpbf16ps", false) }
+  } else {
+    if (fresh) { STEPS("tdpbssd", true) } else { STEPS("tdpbssd", false) }
+  }
+#undef STEPS
   store_sums<ROWS>(c);
 }
 
-template <int ROWS>
-void tiles_int8(const char* x, const char* w, int steps, bool fresh, int planes, float* c) {
-  ZERO_SUMS();
-  if (fresh)
-    for (int i = 0; i < steps; i++, x += STEP, w += STEP) { MULTIPLY("tdpbssd", ROWS, x, w, 0, 0, true) }
-  else
-    for (int i = 0; i < steps; i++, x += STEP, w += STEP) { MULTIPLY("tdpbssd", ROWS, x, w, 0, 0, false) }
-  store_sums<ROWS>(c);  // int32, and so they stay with one plane
-  if (planes == 1) return;
+// What the two planes of 16 tokens sum up to, in the place of the first.
+INLINE void join_planes(float* c) {
   for (int at = 0; at < 16 * 32; at += 16) {
     i32x16 both[2] = {load<i32x16>(c + at), load<i32x16>(c + 16 * 32 + at)};
     store(c + at, join<2>(both));
@@ -303,31 +315,19 @@ INLINE void unpack_int4(const char* w, int steps, char* to) {
     }
 }
 
-// w: where the panel lies unpacked to bytes; `packed`: null if it does already. Unpacking goes one
-// turn ahead of the products, so that memory is read while they are computed. Tiles must be
-// configured for 32 or 64 bytes of depth.
+// Groups [begin, end) of a panel, added to `c` unless they are the first. w: where the panel lies
+// unpacked to bytes; `packed`: null if it does already. Unpacking goes one turn ahead of the
+// products, so that memory is read while they are computed; a group's sums are scaled while the
+// next group is multiplied. Tiles must be configured for 32 or 64 bytes of depth.
 template <int ROWS, int PLANES>
-void tiles_int4(const char* x, char* w, const char* packed, const Linear& l, const uint16_t* scale,
-                const uint8_t* zero, const float* group_sum, int tokens, float* c) {
-  alignas(64) int32_t sums[32 * 32];
+void tiles_int4(const char* x, char* w, const char* packed, const Linear& l, int begin, int end,
+                const uint16_t* scale, const uint8_t* zero, const float* group_sum, int tokens,
+                float* c) {
+  alignas(64) int32_t room[2][32 * 32];
   const int groups = l.k / l.group, per_group = l.group / 64, steps = l.k / 64;
   const int turn = per_group ? per_group : 1;
-  if (packed) unpack_int4(packed, turn, w);
-  for (int g = 0; g < groups; g++) {
-    const int next = l.group == 32 ? g / 2 + 1 : (g + 1) * turn;
-    if (packed && next < steps && (l.group != 32 || g % 2 == 0))
-      unpack_int4(packed + size_t(next) * STEP / 2, turn, w + size_t(next) * STEP);
-    ZERO_SUMS();
-    if (l.group == 32) {
-      const size_t at = size_t(g / 2) * STEP;
-      MULTIPLY("tdpbsud", ROWS, x + at, w + at, g % 2 * 32, g % 2 * 512, false)
-    } else {
-      for (int i = 0; i < per_group; i++) {
-        const size_t at = (size_t(g) * per_group + i) * STEP;
-        MULTIPLY("tdpbsud", ROWS, x + at, w + at, 0, 0, false)
-      }
-    }
-    store_sums<ROWS>(sums);
+  auto scaled = [&](int g) {
+    const int32_t* sums = room[g % 2];
     for (int half = 0; half < 32; half += 16) {
       f32x16 s = half_to_float(scale + g * 32 + half), z = zeros_of(zero, g * 32 + half);
       for (int t = 0; t < tokens; t++) {
@@ -338,7 +338,26 @@ void tiles_int4(const char* x, char* w, const char* packed, const Linear& l, con
         store(c + at, add_group(old, join<PLANES>(planes), s, z, group_sum[t * groups + g]));
       }
     }
+  };
+  if (packed) unpack_int4(packed, turn, w);
+  for (int g = begin; g < end; g++) {
+    ZERO_SUMS();
+    if (l.group == 32) {
+      const size_t at = size_t(g / 2) * STEP;
+      MULTIPLY("tdpbsud", ROWS, x + at, w + at, g % 2 * 32, g % 2 * 512, false)
+    } else {
+      for (int i = 0; i < per_group; i++) {
+        const size_t at = (size_t(g) * per_group + i) * STEP;
+        MULTIPLY("tdpbsud", ROWS, x + at, w + at, 0, 0, false)
+      }
+    }
+    store_sums<ROWS>(room[g % 2]);
+    const int next = l.group == 32 ? g / 2 + 1 : (g + 1) * turn;
+    if (packed && next < steps && (l.group != 32 || g % 2 == 0))
+      unpack_int4(packed + size_t(next) * STEP / 2, turn, w + size_t(next) * STEP);
+    if (g > begin) scaled(g - 1);
   }
+  scaled(end - 1);
 }
 #else
 constexpr bool HAS_TILES = false;
@@ -432,48 +451,93 @@ void panel_by_dots(const Linear& w, const Prepared& p, const Output& out, int pa
 }
 
 #ifdef __AMX_TILE__
-// One strip. `fresh`: the panel is seen for the first time and comes from memory.
-void strip_by_tiles(const Linear& w, const Prepared& p, const Output& out, int panel, int strip,
-                    int tokens, bool fresh, char* unpacked) {
-  alignas(64) float c[32 * 32];
+constexpr int BLOCK = 8;  // steps at a time where the depth is cut
+
+// Whole groups only.
+INLINE int block_of(const Linear& w) {
+  return w.kind == INT4 && w.group > 64 ? ceil_div(BLOCK, w.group / 64) * (w.group / 64) : BLOCK;
+}
+
+// The sums of one strip and one panel over the steps [from, to), added to `c` unless from is 0.
+// `fresh`: the panel is seen for the first time and comes from memory. `packed`: int4 weights that
+// are still to be unpacked, all of them.
+void strip_by_tiles(const Linear& w, const Prepared& p, int panel, int strip, int tokens, int from,
+                    int to, bool fresh, const char* packed, char* unpacked, float* c) {
   const int token = strip * tokens_per_strip(w), steps = steps_of(w);
   const int live = tokens - token < tokens_per_strip(w) ? tokens - token : tokens_per_strip(w);
   const bool all = live > 16 || planes_of(w) == 2;  // or the strip's second tile is empty
-  const char* x = p.tiles + size_t(strip) * steps * STEP;
-  const char* data = w.data + panel * panel_bytes(w);
-  if (w.kind == BF16) {
-    (all ? tiles_bf16<32> : tiles_bf16<16>)(x, data, steps, fresh, c);
-  } else if (w.kind == INT8) {
-    (all ? tiles_int8<32> : tiles_int8<16>)(x, data, steps, fresh, w.planes, c);
-  } else {
+  const char* x = p.tiles + (size_t(strip) * steps + from) * STEP;
+  if (w.kind == INT4) {
     const size_t groups = w.k / w.group, at = panel * groups * 32;
     auto run = w.planes == 2 ? tiles_int4<32, 2> : all ? tiles_int4<32, 1> : tiles_int4<16, 1>;
-    run(x, unpacked, fresh ? data : nullptr, w, w.group_scale + at, w.zero ? w.zero + at : nullptr,
-        p.group_sum + token * groups, live, c);
+    return run(p.tiles + size_t(strip) * steps * STEP, unpacked, packed, w, from * 64 / w.group,
+               to * 64 / w.group, w.group_scale + at, w.zero ? w.zero + at : nullptr,
+               p.group_sum + token * groups, live, c);
   }
-  if (w.kind == INT8 && w.planes == 1) finish<true>(w, p, out, panel, token, live, c);
-  else finish(w, p, out, panel, token, live, c);
+  const char* data = w.data + panel * panel_bytes(w) + size_t(from) * STEP;
+  auto run = w.kind == BF16 ? (all ? tiles_plain<BF16, 32> : tiles_plain<BF16, 16>)
+                            : (all ? tiles_plain<INT8, 32> : tiles_plain<INT8, 16>);
+  run(x, data, to - from, from == 0, fresh, c);
 }
 
+void finish_strip(const Linear& w, const Prepared& p, const Output& out, int panel, int strip,
+                  int tokens, float* c) {
+  const int token = strip * tokens_per_strip(w);
+  const int live = tokens - token < tokens_per_strip(w) ? tokens - token : tokens_per_strip(w);
+  if (w.kind == INT8 && w.planes == 1) return finish<true>(w, p, out, panel, token, live, c);
+  if (w.kind == INT8) join_planes(c);
+  finish(w, p, out, panel, token, live, c);
+}
+
+// Panels [first, last) for the strips [begin, end), each over the whole depth.
 void panels_by_tiles(const Linear& w, const Prepared& p, const Output& out, int first, int last,
                      int begin, int end, int tokens, char* unpacked) {
-  const size_t bytes = size_t(steps_of(w)) * STEP;
+  alignas(64) float c[32 * 32];
+  const int steps = steps_of(w);
+  const size_t bytes = size_t(steps) * STEP;
   const size_t share = bytes / 64 / (last - first) + 1;  // lines of the next strip for each panel
   for (int strip = begin; strip < end; strip++) {
     const char* next = p.tiles + size_t(strip + 1) * bytes;
     for (int panel = first; panel < last; panel++) {
       if (strip + 1 < end)
         for (size_t i = 0; i < share; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-      strip_by_tiles(w, p, out, panel, strip, tokens, strip == begin, unpacked + (panel - first) * bytes);
+      const bool fresh = strip == begin;
+      strip_by_tiles(w, p, panel, strip, tokens, 0, steps, fresh,
+                     fresh ? w.data + panel * panel_bytes(w) : nullptr,
+                     unpacked + (panel - first) * bytes, c);
+      finish_strip(w, p, out, panel, strip, tokens, c);
     }
   }
 }
+
+// Panels [first, last) for the strips [begin, end), block by block of the depth with all sums kept:
+// for weights so deep that few panels would fit into the second-level cache.
+void square_by_tiles(const Linear& w, const Prepared& p, const Output& out, int first, int last,
+                     int begin, int end, int tokens, char* unpacked, float* sums) {
+  const int steps = steps_of(w), block = block_of(w);
+  for (int from = 0; from < steps; from += block) {
+    const int to = from + block < steps ? from + block : steps;
+    for (int panel = first; panel < last; panel++) {
+      if (w.kind == INT4)
+        unpack_int4(w.data + panel * panel_bytes(w) + size_t(from) * STEP / 2, to - from,
+                    unpacked + size_t(from) * STEP);
+      float* c = sums + size_t(panel - first) * (end - begin) * 32 * 32;
+      for (int strip = begin; strip < end; strip++, c += 32 * 32)
+        strip_by_tiles(w, p, panel, strip, tokens, from, to, strip == begin, nullptr, unpacked, c);
+    }
+  }
+  for (int panel = first; panel < last; panel++)
+    for (int strip = begin; strip < end; strip++, sums += 32 * 32)
+      finish_strip(w, p, out, panel, strip, tokens, sums);
+}
 #else
 void panels_by_tiles(const Linear&, const Prepared&, const Output&, int, int, int, int, int, char*) {}
+void square_by_tiles(const Linear&, const Prepared&, const Output&, int, int, int, int, int, char*, float*) {}
 #endif
 
 }  // namespace
 
+constexpr int SQUARE = 16;  // panels and strips whose sums a thread keeps while it goes through the depth
 constexpr int CACHED = 1 << 20;  // bytes of weights that a thread keeps close
 constexpr int PRIVATE_LIMIT = 16384;  // inputs that each member prepares for itself: no waiting
 
@@ -503,18 +567,21 @@ void linear(Team& team, int me, const Linear& w, const Input& in, const Output& 
       panel_by_dots(w, p, out, panel, 0, tokens);
     return team.meet();
   }
-  // A chunk of panels stays in the second-level cache while strips of inputs pass by.
-  const int panel_cost = steps_of(w) * STEP, fitting = CACHED / panel_cost;
-  const int even = ceil_div(w.panels, team.size());
-  const int chunk = strips <= 2 || fitting < 1 ? 1 : fitting < even ? fitting : even;
-  const int chunks = ceil_div(w.panels, chunk);
-  const int spans = ceil_div(strips, 32), span = ceil_div(strips, spans);
-  char* room = w.kind == INT4 ? (char*)team.own(me, 2, size_t(chunk) * panel_cost) : nullptr;
   configure_tiles(w.kind == INT4 && w.group == 32 ? 32 : 64);
+  const int panel_cost = steps_of(w) * STEP, fitting = CACHED / panel_cost;
+  const bool square = strips >= SQUARE && fitting < SQUARE / 2;
+  // A chunk of panels stays in the second-level cache while strips of inputs pass by.
+  const int even = ceil_div(w.panels, team.size());
+  const int most = square ? SQUARE : strips <= 2 || fitting < 1 ? 1 : fitting;
+  const int chunk = most < even ? most : even, chunks = ceil_div(w.panels, chunk);
+  const int spans = ceil_div(strips, square ? SQUARE : 32), span = ceil_div(strips, spans);
+  char* room = w.kind == INT4 ? (char*)team.own(me, 2, size_t(square ? 1 : chunk) * panel_cost) : nullptr;
+  float* sums = square ? (float*)team.own(me, 4, size_t(SQUARE) * SQUARE * 32 * 32 * sizeof(float)) : nullptr;
   for (int i; (i = team.claim()) < chunks * spans;) {
     const int first = i / spans * chunk, last = first + chunk < w.panels ? first + chunk : w.panels;
     const int begin = i % spans * span, end = begin + span < strips ? begin + span : strips;
-    panels_by_tiles(w, p, out, first, last, begin, end, tokens, room);
+    if (square) square_by_tiles(w, p, out, first, last, begin, end, tokens, room, sums);
+    else panels_by_tiles(w, p, out, first, last, begin, end, tokens, room);
   }
   release_tiles();
   team.meet();
@@ -528,25 +595,25 @@ void pack(Team& team, int me, int kind, const void* weights, int rows, int colum
   (void)me;
   const int half = gated ? rows / 2 : 0;
   const int panels = gated ? ceil_div(half, 16) : ceil_div(rows, 32);
-  const int steps = k / step_inputs(kind), size = kind == BF16 ? 2 : 1, per_row = kind == BF16 ? 2 : 4;
+  const int inputs = step_inputs(kind), steps = k / inputs, size = kind == BF16 ? 2 : 1;
   const size_t tile = kind == INT4 ? TILE / 2 : TILE;
   for (int panel; (panel = team.claim()) < panels;) {
     char* to = packed + size_t(panel) * steps * 2 * tile;
     memset(to, 0, size_t(steps) * 2 * tile);
-    for (int n = 0; n < 32; n++) {
-      const int row = gated ? n / 16 * half + panel * 16 + n % 16 : panel * 32 + n;
-      if (gated ? panel * 16 + n % 16 >= half : row >= rows) continue;
-      const char* from = (const char*)weights + size_t(row) * columns * size;
-      char* column = to + n / 16 * tile + n % 16 * 4;
-      for (int i = 0; i < columns; i += per_row, from += 4) {
-        const int step = i / step_inputs(kind), r = i % step_inputs(kind) / per_row;
-        char four[4] = {};
-        memcpy(four, from, size_t(columns - i < per_row ? columns - i : per_row) * size);
-        char* at = column + size_t(step) * 2 * tile + (kind == INT4 ? r % 8 : r) * 64;
+    for (int step = 0; step * inputs < columns; step++, to += 2 * tile) {
+      const int count = columns - step * inputs < inputs ? columns - step * inputs : inputs;
+      for (int n = 0; n < 32; n++) {  // a step's tiles stay in the first-level cache meanwhile
+        const int row = gated ? n / 16 * half + panel * 16 + n % 16 : panel * 32 + n;
+        if (gated ? panel * 16 + n % 16 >= half : row >= rows) continue;
+        uint32_t four[16] = {};
+        memcpy(four, (const char*)weights + (size_t(row) * columns + size_t(step) * inputs) * size,
+               size_t(count) * size);
+        char* column = to + n / 16 * tile + n % 16 * 4;
         if (kind == INT4)
-          for (int b = 0; b < 4; b++) at[b] |= char(r < 8 ? four[b] & 15 : four[b] << 4);
+          for (int r = 0; r < 8; r++)
+            store(column + r * 64, (four[r] & 0x0f0f0f0fu) | (four[r + 8] & 0x0f0f0f0fu) << 4);
         else
-          memcpy(at, four, 4);
+          for (int r = 0; r < 16; r++) store(column + r * 64, four[r]);
       }
     }
   }

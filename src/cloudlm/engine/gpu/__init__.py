@@ -1,0 +1,1 @@
+"""What a step needs on a GPU: operations as Triton kernels, with a PyTorch twin, and graphs."""

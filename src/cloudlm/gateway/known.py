@@ -1,0 +1,81 @@
+"""What is worked out once and asked for with every request: whose key this is, what a tenant's
+cache is salted with. Bounded, forgotten at will; a record is always the one in the present view, so
+a revoked key is refused at once. Must not decide whether a key is good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cloudlm.core.tenant import TENANT_HEADER, WEIGHT_HEADER, KeyRecord
+from cloudlm.gateway.view import Snapshot
+from cloudlm.security import keys
+
+MAX_KNOWN_KEYS = 10_000
+
+
+class KnownKeys:
+    """Keys that were verified, found again by a digest of their text with a salt of this process.
+
+    An entry holds the key's id and the digest its record had; a record that changed since, or is
+    gone or revoked, is not found, and the key is verified anew.
+    """
+
+    def __init__(self) -> None:
+        self._salt = secrets.token_bytes(32)
+        self._known: dict[bytes, tuple[str, str]] = {}
+
+    def find(self, headers: Mapping[str, str], view: Snapshot) -> KeyRecord | None:
+        """The record of a key that was verified before and is still good."""
+        found = self._known.get(self._mark(headers))
+        record = view.keys.get(found[0]) if found is not None else None
+        if found is None or record is None:
+            return None
+        good = record.digest == found[1] and record.revoked_at is None
+        return record if good else None
+
+    def remember(self, headers: Mapping[str, str], record: KeyRecord) -> None:
+        """``record`` was verified with what these headers hold."""
+        if len(self._known) >= MAX_KNOWN_KEYS:
+            self._known.clear()
+        self._known[self._mark(headers)] = (record.id, record.digest)
+
+    def _mark(self, headers: Mapping[str, str]) -> bytes:
+        authorization, api_key = headers.get("authorization", ""), headers.get("x-api-key", "")
+        text = f"{authorization}\0{api_key}".encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(text, digest_size=16, key=self._salt).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class TenantFacts:
+    """What replicas are told of a tenant: never its name. ``salt`` is for requests that bring no
+    salt of their own."""
+
+    salt: str
+    headers: dict[str, str]
+
+
+class Tenants:
+    """The facts of each tenant."""
+
+    def __init__(self, pepper: bytes, weights: Mapping[str, float]) -> None:
+        self._pepper = pepper
+        self._weights = weights
+        self.facts = lru_cache(4096)(self._facts)
+
+    def _facts(self, tenant: str) -> TenantFacts:
+        told = {
+            TENANT_HEADER: keys.tenant_mark(tenant, self._pepper),
+            WEIGHT_HEADER: f"{self._weights.get(tenant, 1.0):g}",
+        }
+        return TenantFacts(keys.cache_salt(tenant, self._pepper), told)
+
+    def salted(self, tenant: str, wanted: str) -> str:
+        """The cache salt of a tenant's request that brought the salt ``wanted``."""
+        if not wanted:
+            return self.facts(tenant).salt
+        return keys.cache_salt(tenant, self._pepper, wanted)

@@ -1,0 +1,63 @@
+"""The engine benchmark's report: ratios point the right way, only its own part is replaced."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+BENCH = Path(__file__).parents[3] / "bench" / "engine"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCH))
+    report = importlib.import_module("report")
+
+    yield report
+    for name in ("report", "roofline"):
+        sys.modules.pop(name, None)
+
+
+def _line(name: str, w1: float, w4: float) -> dict[str, Any]:
+    state = {"read_gbs": {"best": 24.0}, "bf16_tflops": {"best": 1.7}}
+    return {
+        "name": name,
+        "bits": "bf16",
+        "state": [state, state],
+        "load_s": 1.5,
+        "peak_rss_gib": 2.0,
+        "W1": {
+            "decode_tps": {"median": w1, "min": w1, "max": w1},
+            "ttft_ms": {"median": 70.0},
+        },
+        "W4": {"wall_s": {"median": w4, "min": w4, "max": w4}},
+    }
+
+
+def test_ratios_are_above_one_where_ours_is_ahead(report: Any, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    lines = [_line("cloudlm", 20.0, 4.0), _line("slower", 10.0, 6.0), _line("slowest", 5.0, 8.0)]
+    failed = {"name": "broken", "bits": "bf16", "state": lines[0]["state"], "failed": "exit 1"}
+    results.write_bytes(b"\n".join(msgspec.json.encode(line) for line in [*lines, failed]))
+    table = report.table(results, Namespace(threads=2, runs=1), ["vllm is not installed"])
+    assert "| against the best peer | **2.00** | - | - | **1.50** | - |" in table
+    assert "| share of the limit | **0.81** |" in table  # 24.78 tokens/s at 24 GB/s
+    assert "broken | exit 1" in table
+    assert "vllm is not installed" in table
+
+
+def test_only_the_part_between_the_markers_is_replaced(report: Any, tmp_path: Path) -> None:
+    results = tmp_path / "RESULTS.md"
+    results.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.record(results, "new")
+    assert results.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    results.write_text("no markers")
+    with pytest.raises(SystemExit, match="markers"):
+        report.record(results, "new")
+    assert results.read_text() == "no markers"
