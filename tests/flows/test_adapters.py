@@ -23,7 +23,9 @@ def test_an_adapter_from_import_to_ledger(
 ) -> None:
     running = own_installation()
     folder = write_adapter(tmp_path / "polite")
-    running.cli("models", "import", str(folder))
+    assert (
+        "--adapter polite=models:/polite/1" in running.cli("models", "import", str(folder)).stderr
+    )
     shown = json.loads(running.cli("models", "show", "polite", "--json").stdout)
     assert shown["task"] == "adapter"
     alone = running.cli("deploy", "models:/polite/1", "--name", "alone", check=False)
@@ -66,4 +68,6 @@ def test_an_adapter_from_import_to_ledger(
             rows = database.execute("select replica, outcome from ledger where model = 'polite'")
             return ("bank-r1-0", "finished") in rows.fetchall()
 
+    kept = running.cli("models", "rm", "models:/polite/1", check=False)
+    assert "is used by deployment bank" in kept.stderr
     wait_for("a ledger row that names the adapter", in_ledger)

@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from cloudlm.cli.connect import control_client
+from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.screen import (
     age_text,
     print_json,
@@ -69,6 +70,8 @@ def deploy(
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=ADDRESS", help="LoRA adapter to serve as NAME."),
     ] = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
@@ -83,7 +86,10 @@ def deploy(
             engine=engine,
             min_replicas=low,
             max_replicas=high,
-            options=read_options(option or []),
+            options={
+                **read_options(option or []),
+                **partition_options(tensor_parallel, pipeline_parallel),
+            },
             adapters=read_adapters(adapter or []),
         )
         client.deployments.apply(spec)

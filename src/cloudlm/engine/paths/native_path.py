@@ -29,6 +29,7 @@ from cloudlm.engine.architectures.transformer_config import (
     Residual,
 )
 from cloudlm.engine.formats.base import Codes, StoredLinear
+from cloudlm.engine.memory import forget_mapped
 from cloudlm.engine.native.cache import SLOT_UNIT
 from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
 from cloudlm.engine.native.packing import (
@@ -130,6 +131,7 @@ class NativePath:
         for number in range(config.layers):
             layer = cast(Layer, model.model.layers[number])
             layers.append(self._layer(packer, layer, number))
+            forget_mapped(layer.parameters())  # packed: the file's copy need not stay in memory
             model.model.layers[number] = nn.Identity()  # gives the originals' memory back
             progress((number + 1) / config.layers)
         self._stack = kernels.stack(layers)
