@@ -14,7 +14,9 @@ from pathlib import Path
 import uvicorn
 
 from cloudlm.control.api.app import build_api
+from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
@@ -91,6 +93,9 @@ async def running(
         )
         await jobs.resume()
         loop = asyncio.create_task(reconciler.run())
+        pepper = home.pepper()
+        auditor = Auditor(state, clock, home.audit_seed(), home.audit_checkpoints)
+        signing = asyncio.create_task(auditor.run())
         try:
             yield Services(
                 state=state,
@@ -99,14 +104,18 @@ async def running(
                 reconciler=reconciler,
                 jobs=jobs,
                 metrics=metrics,
-                pepper=home.pepper(),
+                pepper=pepper,
                 clock=clock,
+                callers=Callers(state, pepper, clock),
+                auditor=auditor,
             )
         finally:
-            loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loop
+            for task in (loop, signing):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             await reconciler.close()
+            await auditor.checkpoint()
             await jobs.close()
             await drivers.close()
 

@@ -52,6 +52,12 @@ class GatewaySettings:
     max_attempts: int = setting(
         3, "Replicas tried for one request while nothing was sent.", low=1, high=10
     )
+    max_resumes: int = setting(
+        3,
+        "Replicas that may go on with one stream after its replica was lost; 0 never resumes.",
+        low=0,
+        high=100,
+    )
     max_ongoing_requests: int = setting(
         1024, "Requests in flight at once; more are refused with 503.", low=1
     )

@@ -46,6 +46,7 @@ class Exchange:
         self.attempts = 0
         self.started_at = clock.now()
         self.started = clock.monotonic()
+        self.answered = False
         self._on_end: list[Callable[[], None]] = []
         self._ended = False
 
@@ -96,7 +97,9 @@ class Attempt:
             exchange = self._exchange
             now = exchange.clock.monotonic()
             self._first_token_s = now - self._started
-            exchange.meter.first_token(exchange.model, now - exchange.started)
+            if not exchange.answered:  # later ones go on with the same answer
+                exchange.meter.first_token(exchange.model, now - exchange.started)
+                exchange.answered = True
 
     def fail(self, error: CloudlmError) -> None:
         """The attempt is over because of ``error``."""

@@ -18,6 +18,7 @@ from typing import Protocol
 from cloudlm import __version__
 from cloudlm.core.errors import ModelNotFound
 from cloudlm.engine.api import Engine, EngineInfo, EngineStats
+from cloudlm.engine.tokens import Detokenizer
 from cloudlm.worker.dialect import Dialect
 from cloudlm.worker.template import Renderer
 
@@ -34,6 +35,10 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
     def visible_bytes(self, token_id: int) -> bytes: ...
+
+    def detokenizer(
+        self, prompt_ids: Iterable[int], shown: frozenset[int] = frozenset()
+    ) -> Detokenizer: ...
 
 
 class Minded(Protocol):

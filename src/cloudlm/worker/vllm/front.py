@@ -17,8 +17,9 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cloudlm.core.errors import Unavailable
+from cloudlm.core.errors import NotSupported, Unavailable
 from cloudlm.core.requests import decode_body
+from cloudlm.core.resuming import RESUME_PATH
 from cloudlm.worker.edge import log_failure, read_body
 from cloudlm.worker.internal import parse_internal
 from cloudlm.worker.metrics import CONTENT_TYPE, Metrics
@@ -85,6 +86,12 @@ async def internal_generate(request: Request) -> Response:
     return EventStream(running(), on_failure=log_failure)
 
 
+async def no_resume(request: Request) -> Response:
+    """POST /internal/v1/resume: never. A stream of vLLM has no notes to go on from, so no gateway
+    should ask."""
+    raise NotSupported("a stream cannot be taken up in the middle by the engine vllm")
+
+
 async def metrics(request: Request) -> Response:
     """GET /metrics: vLLM's own, and what this front measures."""
     replica = replica_of(request)
@@ -118,5 +125,6 @@ HANDLERS: dict[str, Callable[[Request], Awaitable[Response]]] = {
     "/tokenize": passed_on,
     "/detokenize": passed_on,
     "/internal/v1/generate": internal_generate,
+    RESUME_PATH: no_resume,
     "/metrics": metrics,
 }
