@@ -14,7 +14,9 @@ from pathlib import Path
 import uvicorn
 
 from cloudlm.control.api.app import build_api
+from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
@@ -85,6 +87,9 @@ async def running(
         reconciler = Reconciler(state, drivers, registry, prober, clock, settings.control, metrics)
         await jobs.resume()
         loop = asyncio.create_task(reconciler.run())
+        pepper = home.pepper()
+        auditor = Auditor(state, clock, home.audit_seed(), home.audit_checkpoints)
+        signing = asyncio.create_task(auditor.run())
         try:
             yield Services(
                 state=state,
@@ -93,13 +98,17 @@ async def running(
                 reconciler=reconciler,
                 jobs=jobs,
                 metrics=metrics,
-                pepper=home.pepper(),
+                pepper=pepper,
                 clock=clock,
+                callers=Callers(state, pepper, clock),
+                auditor=auditor,
             )
         finally:
-            loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loop
+            for task in (loop, signing):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await auditor.checkpoint()
             await jobs.close()
             await drivers.close()
 

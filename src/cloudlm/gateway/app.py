@@ -30,6 +30,7 @@ from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
@@ -66,6 +67,7 @@ class Gateway:
         self.upstream = Upstream(token=worker_token, connect_timeout_s=settings.connect_timeout_s)
         name = f"{socket.gethostname()}:{settings.port}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
+        self.refusals = Refusals(state, clock)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -79,6 +81,7 @@ class Gateway:
                 ledger=self.ledger,
                 meter=self.meter,
                 weights=read_weights(settings.tenant_weights),
+                refused=self.refusals.note,
             )
         )
         self.stopping = False
@@ -106,7 +109,7 @@ class Gateway:
         await self.view.refresh()
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run)
+            for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
         try:
             yield
@@ -116,6 +119,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.demand.report()
+            await self.refusals.flush()
             await self.ledger.close()
             await self.upstream.close()
 

@@ -61,7 +61,8 @@ class Serving:
     def fingerprint(self) -> str:
         """Changes when anything changes that could change an answer."""
         info = self.info
-        facts = (__version__, self.root, info.architecture, info.parameters, info.dtype)
+        ranks = (info.tensor_parallel, info.pipeline_parallel)
+        facts = (__version__, self.root, info.architecture, info.parameters, info.dtype, ranks)
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def check_model(self, asked: str) -> str:
