@@ -113,7 +113,7 @@ def test_kill_in_the_stream(two: Installation, case: str) -> None:
     assert events[-1] == "[DONE]"
     total = events[-2]["usage"]
     whole = plain(events)
-    for cut in (2, 45):
+    for cut in (2, 45) if case == "greedy" else (45,):
         events, request_id = stream(two, path, fields, cut)
         assert len({event["id"] for event in events[:-1]}) == 1
         assert plain(events) == whole, cut
