@@ -117,8 +117,8 @@ def test_all_families_answer_as_one_process_does(
 def test_a_quantised_file_is_cut_as_its_numbers(
     saved_model: Any, make_runner: Any, over_threads: Any, driver: Any, tmp_path: Path
 ) -> None:
-    write_gptq(saved_model("qwen2-heads-32").folder, tmp_path)
-    alone, parted = make_runner(tmp_path), over_threads(tmp_path, 2, 2)
+    folder = write_gptq(saved_model("qwen2-heads-32").folder, tmp_path).folder
+    alone, parted = make_runner(folder), over_threads(folder, 2, 2)
     assert (all_logits(alone, driver) - all_logits(parted, driver)).abs().max() < TOLERANCE
     assert answers(parted, driver, SEEDED) == answers(alone, driver, SEEDED)
 
