@@ -111,7 +111,28 @@ _GATEWAY = (
     "POST /tokenize",
     "POST /detokenize",
     "GET /v1/models",
-    "GET /v1/models/{id}",
+    "GET /v1/models/{name}",
+    "POST /v1/responses",
+    "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
+    "POST /api/chat",
+    "POST /api/generate",
+    "POST /api/embed",
+    "POST /api/embeddings",
+    "POST /api/show",
+    "GET /api/tags",
+    "GET /api/version",
+    "POST /",
+    "POST /generate",
+    "POST /generate_stream",
+    "GET /info",
+    "POST /invocations",
+    "POST /v1/models/{name}:predict",
+    "GET /v2",
+    "GET /v2/models/{name}",
+    "GET /v2/models/{name}/ready",
+    "POST /v2/models/{name}/infer",
+    "POST /predictions/{name}",
 )
 _WORKER = (
     "POST /v1/chat/completions",
@@ -132,7 +153,15 @@ _WORKER = (
 )
 _OPEN = {
     Server.CONTROL: ("/livez", "/readyz", "/metrics"),
-    Server.GATEWAY: ("/livez", "/readyz", "/health", "/metrics"),
+    Server.GATEWAY: (
+        "/livez",
+        "/readyz",
+        "/health",
+        "/metrics",
+        "/ping",
+        "/v2/health/live",
+        "/v2/health/ready",
+    ),
     Server.WORKER: ("/livez", "/readyz", "/health", "/metrics"),
 }
 PREFIX = "/api/v1"

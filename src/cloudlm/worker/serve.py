@@ -203,12 +203,16 @@ async def tokenize(request: Request) -> Response:
     body = await _read(request, dict)
     _check_named_model(serving, body)
     if body.get("messages") is not None:
-        asked = parse_chat({"model": "-", "messages": body["messages"]})
+        known: dict[str, Any] = {
+            name: body[name] for name in ("messages", "tools", "tool_choice") if name in body
+        }
+        asked = parse_chat({"model": "-", **known})
         found = await render_messages(
             serving,
             replica.offload,
             asked.messages,
             add_generation_prompt=_flag(body, "add_generation_prompt", True),
+            use=asked.tool_use,
         )
     else:
         prompt = body.get("prompt")

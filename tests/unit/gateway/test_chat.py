@@ -216,7 +216,8 @@ async def test_models(rig: Any, kit: Any) -> None:
     listed = await rig.ask(method="GET", path="/v1/models")
     model = {"id": kit.MODEL, "object": "model", "created": 1_700_000_000, "owned_by": "cloudlm"}
     assert listed.json == {"object": "list", "data": [model]}
-    assert (await rig.ask(method="GET", path=f"/v1/models/{kit.MODEL}")).json == model
+    one = (await rig.ask(method="GET", path=f"/v1/models/{kit.MODEL}")).json
+    assert one.items() >= model.items()
     assert (await rig.ask(method="GET", path="/v1/models/none")).status == 404
     assert (await rig.ask(method="GET", path="/v1/models", headers={})).status == 401
 
