@@ -17,6 +17,18 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from cloudlm.core.access import (
+    FIRST_IDENTITIES,
+    CustomRole,
+    Effect,
+    Grant,
+    Limits,
+    Principal,
+    PrincipalKind,
+    Project,
+    Rule,
+    Tenant,
+)
 from cloudlm.core.deployment import (
     Demand,
     Deployment,
@@ -27,9 +39,9 @@ from cloudlm.core.deployment import (
     Replica,
     ReplicaState,
 )
-from cloudlm.core.errors import Conflict, InvalidRequest, StorageFailed
+from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from cloudlm.core.job import Job, JobState
-from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome, Role
+from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.state.base import State
 from cloudlm.state.migrations import VERSION_TABLE
 from cloudlm.state.open import open_state
@@ -72,7 +84,7 @@ def row(number: int, request_id: str = "req", started_at: float = 100.0) -> Ledg
     )
 
 
-KEY = KeyRecord("k1", "laptop", Role.ADMIN, "ab" * 32, "wxyz", created_at=5.5)
+KEY = KeyRecord("k1", "laptop", "admin", "ab" * 32, "wxyz", created_at=5.5)
 
 
 class TestDeployments:
@@ -269,7 +281,7 @@ class TestKeys:
     async def test_a_key_is_stored_once(self, state: State) -> None:
         await state.put_key(KEY)
         with pytest.raises(Conflict):
-            await state.put_key(replace(KEY, role=Role.USER, digest="cd" * 32))
+            await state.put_key(replace(KEY, role="user", digest="cd" * 32))
         assert await state.get_key("k1") == KEY
         assert await state.get_key("k2") is None
         assert await state.get_key(ODD) is None
@@ -287,6 +299,131 @@ class TestKeys:
         assert revoked == replace(KEY, revoked_at=7.5)
         assert await state.revoke_key("k1", now=9.0) == revoked
         assert await state.get_key("k1") == revoked
+
+
+class TestKeyChanges:
+    async def test_a_change_is_of_what_was_read(self, state: State) -> None:
+        await state.put_key(KEY)
+        wider = replace(KEY, models=("a", ODD), limits=Limits(5, None, 2, 1.5), expires_at=9.0)
+        await state.change_key(wider, replaces=KEY)
+        assert await state.get_key("k1") == wider
+        with pytest.raises(Conflict, match="changed meanwhile"):
+            await state.change_key(KEY, replaces=KEY)
+        with pytest.raises(NotFound):
+            await state.change_key(KEY, replaces=replace(KEY, id="none"))
+
+    async def test_a_rotation_is_one_write(self, state: State) -> None:
+        await state.put_key(KEY)
+        retired, new = replace(KEY, expires_at=50.0), replace(KEY, id="k2", created_at=6.0)
+        await state.change_key(retired, replaces=KEY, successor=new)
+        assert await state.list_keys() == [retired, new]
+        with pytest.raises(Conflict):
+            await state.change_key(KEY, replaces=retired, successor=new)
+        assert await state.list_keys() == [retired, new]
+
+    async def test_the_last_use_is_the_latest_noted_or_in_the_ledger(self, state: State) -> None:
+        await state.put_key(KEY)
+        await state.put_key(replace(KEY, id="k2"))
+        version = await state.version()
+        assert await state.last_uses() == {}
+        await state.touch_keys({"k1": 20.0, "nobody": 1.0})
+        await state.touch_keys({"k1": 10.0})
+        assert await state.last_uses() == {"k1": 20.0}
+        await state.append_ledger([row(1, started_at=30.0), row(2, started_at=25.0)])
+        assert await state.last_uses() == {"k1": 30.0}
+        assert await state.version() == version
+        changed = replace(KEY, name="new")
+        await state.change_key(changed, replaces=KEY)  # a use meanwhile is no conflict
+        assert (await state.get_key("k1")) == replace(changed, last_used_at=20.0)
+
+
+class TestIdentities:
+    async def test_the_installation_is_there_from_the_first_moment(self, state: State) -> None:
+        assert await state.list_identities() == FIRST_IDENTITIES
+
+    async def test_everything_is_read_back(self, state: State) -> None:
+        tenant = Tenant("acme", ODD, Limits(1, 2, 3, 4.5), 1.0, 2.0)
+        project = Project("acme", "web", ODD, Limits(), 1.0)
+        grants = (Grant("developer", "acme/web", "root"),)
+        person = Principal(
+            "p-1", ODD, PrincipalKind.PERSON, "acme", "web", grants, ODD, created_at=1.0
+        )
+        role = CustomRole("acme", "r", (Rule(("read",), ("keys:@self",), Effect.DENY),), 1.0)
+        for fact in (tenant, project, person, role):
+            version = await state.version()
+            await state.put_identity(fact)
+            assert await state.version() > version
+        found = await state.list_identities()
+        assert found.tenants == (tenant, *FIRST_IDENTITIES.tenants)
+        assert found.projects == (project, *FIRST_IDENTITIES.projects)
+        assert found.principals == (person, *FIRST_IDENTITIES.principals)
+        assert found.roles == (role,)
+
+    async def test_what_belongs_to_nothing_is_refused(self, state: State) -> None:
+        for fact in (
+            Project("none", "web"),
+            Principal("p", "n", PrincipalKind.SERVICE, "default", "none"),
+            CustomRole("none", "r", ()),
+        ):
+            with pytest.raises(NotFound):
+                await state.put_identity(fact)
+        assert await state.list_identities() == FIRST_IDENTITIES
+
+    async def test_no_change_is_lost(self, state: State) -> None:
+        first = Tenant("acme")
+        await state.put_identity(first)
+        with pytest.raises(Conflict, match="exists already"):
+            await state.put_identity(replace(first, title="x"))
+        await state.put_identity(replace(first, title="one"), replaces=first)
+        with pytest.raises(Conflict, match="changed meanwhile"):
+            await state.put_identity(replace(first, title="two"), replaces=first)
+        with pytest.raises(Conflict):
+            await state.remove_identity(first)
+
+    async def test_only_what_is_empty_can_be_removed(self, state: State) -> None:
+        tenant, project = Tenant("acme"), Project("acme", "web")
+        role = CustomRole("acme", "r", ())
+        holder = Principal(
+            "p", "n", PrincipalKind.SERVICE, "acme", "web", (Grant("r", "acme/web"),)
+        )
+        for fact in (tenant, project, role, holder):
+            await state.put_identity(fact)
+        for needed in (tenant, project, role):
+            with pytest.raises(Conflict, match="still needed by"):
+                await state.remove_identity(needed)
+        assert await state.remove_principal("p", heir="root", heir_key="k0", now=1.0) == holder
+        for free in (role, project, tenant):
+            await state.remove_identity(free)
+        assert await state.list_identities() == FIRST_IDENTITIES
+
+    async def test_who_is_removed_leaves_nothing_unbounded(self, state: State) -> None:
+        gone = Principal("p-1", "gone", PrincipalKind.PERSON)
+        child = Principal(
+            "p-2", "c", PrincipalKind.SERVICE, grants=(Grant("user", "default", "p-1"),)
+        )
+        for fact in (gone, child):
+            await state.put_identity(fact)
+        own = replace(KEY, id="own", principal="p-1", created_at=1.0)
+        made = replace(KEY, id="made", principal="p-2", made_with="own", created_at=2.0)
+        for key in (own, made):
+            await state.put_key(key)
+        await state.remove_principal("p-1", heir="root", heir_key="mine", now=7.0)
+        found = await state.list_identities()
+        heir = replace(child, grants=(Grant("user", "default", "root"),))
+        assert found.principals == (heir, *FIRST_IDENTITIES.principals)
+        assert await state.list_keys() == [
+            replace(own, revoked_at=7.0),
+            replace(made, made_with="mine"),
+        ]
+        assert await state.remove_principal("p-1", heir="root", heir_key="k", now=8.0) is None
+        with pytest.raises(Conflict, match="installation itself"):
+            await state.remove_principal("root", heir="p-2", heir_key="k", now=8.0)
+
+    async def test_one_subject_is_one_person(self, state: State) -> None:
+        person = Principal("p-1", "a", PrincipalKind.PERSON, subject="https://issuer#1")
+        await state.put_identity(person)
+        with pytest.raises(Conflict, match="subject"):
+            await state.put_identity(replace(person, id="p-2"))
 
 
 class TestJobs:
@@ -554,6 +691,6 @@ def test_the_port_and_its_twins_have_the_same_methods() -> None:
     from cloudlm.state.memory import MemoryState
     from cloudlm.state.sql import SqlState
 
-    methods = {name for name in vars(State) if re.match(r"[a-z]", name)}
+    methods = {name for name in dir(State) if re.match(r"[a-z]", name)}
     for twin in (MemoryState, SqlState):
-        assert {name for name in vars(twin) if re.match(r"[a-z]", name)} == methods
+        assert {name for name in dir(twin) if re.match(r"[a-z]", name)} == methods

@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 
-from cloudlm.client import calls
-from cloudlm.client.calls import Call, NewKey, Pause, Program
+from cloudlm.client import access_calls, calls
+from cloudlm.client.access_calls import Whoami
+from cloudlm.client.asynchronous_access import (
+    AsyncKeys,
+    AsyncPrincipals,
+    AsyncProjects,
+    AsyncRoles,
+    AsyncTenants,
+)
+from cloudlm.client.calls import Call, Pause, Program
 from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest
-from cloudlm.core.tenant import KeyRecord, Role
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 if TYPE_CHECKING:
@@ -48,9 +55,17 @@ class AsyncClient:
         self._clock = clock or SystemClock()
         self.models = AsyncModels(self)
         self.deployments = AsyncDeployments(self)
+        self.tenants = AsyncTenants(self)
+        self.projects = AsyncProjects(self)
+        self.principals = AsyncPrincipals(self)
+        self.roles = AsyncRoles(self)
         self.keys = AsyncKeys(self)
         self.jobs = AsyncJobs(self)
         self.drivers = AsyncDrivers(self)
+
+    async def whoami(self) -> Whoami:
+        """The key in use and the principal that it speaks for."""
+        return await self.send(access_calls.whoami())
 
     def openai(self, **options: Any) -> AsyncOpenAI:
         """The official client, pointed at the gateway with the same key; ``options`` are its own.
@@ -195,23 +210,6 @@ class AsyncDeployments:
     async def wait_gone(self, name: str, timeout_s: float = 600.0) -> None:
         """Wait until it does not exist. Raises UpstreamTimeout."""
         await self._client.run(calls.wait_gone(name, timeout_s))
-
-
-class AsyncKeys:
-    """API keys."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-
-    async def list(self) -> builtins.list[KeyRecord]:
-        return await self._client.send(calls.list_keys())
-
-    async def create(self, name: str, role: Role = Role.USER) -> NewKey:
-        """Make a key; its text is in this answer and nowhere else."""
-        return await self._client.send(calls.create_key(name, role))
-
-    async def revoke(self, key_id: str) -> KeyRecord:
-        return await self._client.send(calls.revoke_key(key_id))
 
 
 class AsyncJobs:

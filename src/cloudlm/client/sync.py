@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 
-from cloudlm.client import calls
-from cloudlm.client.calls import Call, NewKey, Pause, Program
+from cloudlm.client import access_calls, calls
+from cloudlm.client.access_calls import Whoami
+from cloudlm.client.calls import Call, Pause, Program
 from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
+from cloudlm.client.sync_access import Keys, Principals, Projects, Roles, Tenants
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest
-from cloudlm.core.tenant import KeyRecord, Role
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 if TYPE_CHECKING:
@@ -50,9 +51,17 @@ class Client:
         self._monotonic = monotonic
         self.models = Models(self)
         self.deployments = Deployments(self)
+        self.tenants = Tenants(self)
+        self.projects = Projects(self)
+        self.principals = Principals(self)
+        self.roles = Roles(self)
         self.keys = Keys(self)
         self.jobs = Jobs(self)
         self.drivers = Drivers(self)
+
+    def whoami(self) -> Whoami:
+        """The key in use and the principal that it speaks for."""
+        return self.send(access_calls.whoami())
 
     def openai(self, **options: Any) -> OpenAI:
         """The official client, pointed at the gateway with the same key; ``options`` are its own.
@@ -196,23 +205,6 @@ class Deployments:
     def wait_gone(self, name: str, timeout_s: float = 600.0) -> None:
         """Wait until it does not exist. Raises UpstreamTimeout."""
         self._client.run(calls.wait_gone(name, timeout_s))
-
-
-class Keys:
-    """API keys."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def list(self) -> builtins.list[KeyRecord]:
-        return self._client.send(calls.list_keys())
-
-    def create(self, name: str, role: Role = Role.USER) -> NewKey:
-        """Make a key; its text is in this answer and nowhere else."""
-        return self._client.send(calls.create_key(name, role))
-
-    def revoke(self, key_id: str) -> KeyRecord:
-        return self._client.send(calls.revoke_key(key_id))
 
 
 class Jobs:

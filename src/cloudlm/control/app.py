@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from cloudlm.control.api.app import build_api
+from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
@@ -86,6 +87,7 @@ async def running(
         await jobs.resume()
         loop = asyncio.create_task(reconciler.run())
         try:
+            pepper = home.pepper()
             yield Services(
                 state=state,
                 registry=registry,
@@ -93,8 +95,9 @@ async def running(
                 reconciler=reconciler,
                 jobs=jobs,
                 metrics=metrics,
-                pepper=home.pepper(),
+                pepper=pepper,
                 clock=clock,
+                callers=Callers(state, pepper, clock),
             )
         finally:
             loop.cancel()

@@ -1,9 +1,9 @@
 """The control API's JSON: what each word of core looks like on the wire, both ways.
 
 Control and client share it, so the two cannot disagree. ``…_from_body`` of a *request* (spec,
-scale, key, import, job, alias) refuses unknown fields (UnprocessableRequest) and bad values
+scale, import, job, alias) refuses unknown fields (UnprocessableRequest) and bad values
 (InvalidRequest with ``param``). ``…_from_body`` of an *answer* checks every field that it knows
-and passes over those that a newer server added. No I/O; a key's digest never leaves.
+and passes over those that a newer server added. Keys and identities: ``core.wire_access``. No I/O.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from cloudlm.core.model import (
     manifest_from_body,
 )
 from cloudlm.core.spec import MAX_ADDRESS_LENGTH, MAX_ENTRIES, check_replicas, check_spec
-from cloudlm.core.tenant import KeyRecord, Role
 
 MAX_ARGUMENTS_BYTES = 65_536
 
@@ -133,15 +132,6 @@ def scale_from_body(body: Any) -> tuple[int, int]:
     fields.end()
     check_replicas(low, high)
     return low, high
-
-
-def key_request_from_body(body: Any) -> tuple[str, Role]:
-    """Read ``{"name", "role"}``; the role is ``user`` if it is left out."""
-    fields = Fields(body, "a key request")
-    name = fields.text("name", low=1, max_length=64)
-    role = fields.choice("role", Role, Role.USER)
-    fields.end()
-    return name, role
 
 
 def import_from_body(body: Any) -> dict[str, str]:
@@ -302,34 +292,6 @@ def job_from_body(body: Any) -> Job:
         error=None if fields.raw("error", None) is None else fields.mapping("error"),
         created_at=fields.number("created_at", 0.0),
         updated_at=fields.number("updated_at", 0.0),
-    )
-
-
-def key_body(record: KeyRecord) -> dict[str, Any]:
-    """A key's record for people: everything but the digest."""
-    return {
-        "id": record.id,
-        "name": record.name,
-        "role": record.role.value,
-        "last4": record.last4,
-        "tenant": record.tenant,
-        "created_at": record.created_at,
-        "revoked_at": record.revoked_at,
-    }
-
-
-def key_from_body(body: Any) -> KeyRecord:
-    """The record with an empty digest, for that never leaves the server."""
-    fields = Fields(body, "a key")
-    return KeyRecord(
-        id=fields.text("id", low=1),
-        name=fields.text("name"),
-        role=fields.choice("role", Role),
-        digest="",
-        last4=fields.text("last4"),
-        tenant=fields.text("tenant", "default"),
-        created_at=fields.number("created_at", 0.0),
-        revoked_at=fields.optional_number("revoked_at"),
     )
 
 

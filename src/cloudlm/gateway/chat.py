@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from cloudlm.core.access import Verb
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import (
@@ -29,7 +30,7 @@ from cloudlm.core.errors import (
     UpstreamFailed,
 )
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.core.tenant import KeyRecord, Outcome, Role
+from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
@@ -115,18 +116,19 @@ class Handler:
 
     async def _answer(self, exchange: Exchange, request: GatewayRequest) -> GatewayResponse:
         view = self._rooms.view.snapshot()
-        exchange.key = self._keys.find(request.headers, view)
+        exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
             self._keys.remember(request.headers, exchange.key)
+            view = self._rooms.view.snapshot()  # a look again may have brought a newer one
         operation, name = openai.route(request.method, request.path)
         if operation is Operation.LIST_MODELS:
-            return self._listed(exchange, openai.models_body(view.models.values()))
+            return self._listed(exchange, openai.models_body(view.models_of(exchange.key)))
         if operation is Operation.GET_MODEL:
-            return self._listed(exchange, openai.model_body(view.model(name)))
+            return self._listed(exchange, openai.model_body(view.model(name, exchange.key)))
         tenant = exchange.key.tenant
         salted = functools.partial(self._tenants.salted, tenant)
-        leads = exchange.key.role is Role.ADMIN
+        leads = view.directory.may_infer(exchange.key, "", Verb.LEAD)
         if len(request.body) < LARGE_BODY_BYTES:
             call = openai.parse(operation, request.body, salted, may_lead=leads)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
@@ -135,12 +137,12 @@ class Handler:
             )
         if call.model not in view.models or not view.models[call.model].endpoints:
             view = await self._rooms.view.look_again()
-        self._admit(exchange, view.model(call.model))
+        self._admit(exchange, view.model(call.model, exchange.key))
         return await self._serve(exchange, call)
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
         """The key's record. Missing, malformed, unknown and revoked keys cost the same work and
-        get the same answer; users and admins alike may infer. Every well-formed key that fails is
+        get the same answer. Every well-formed key that fails is
         looked up once more, known or not, so that the time says nothing either."""
         try:
             text = keys.bearer(
@@ -150,12 +152,18 @@ class Handler:
             text = ""
         key_id = keys.key_id(text)
         if key_id is None:
-            return keys.verify(text, None, self._rooms.pepper)
+            return keys.verify(text, None, self._rooms.pepper, 0.0)
         try:
-            return keys.verify(text, view.keys.get(key_id), self._rooms.pepper)
+            return self._verified(text, key_id, view)
         except AuthenticationFailed:
-            view = await self._rooms.view.look_again()
-            return keys.verify(text, view.keys.get(key_id), self._rooms.pepper)
+            return self._verified(text, key_id, await self._rooms.view.look_again())
+
+    def _verified(self, text: str, key_id: str, view: Snapshot) -> KeyRecord:
+        rooms = self._rooms
+        record = keys.verify(text, view.keys.get(key_id), rooms.pepper, rooms.clock.now())
+        if not view.directory.stands(record):
+            raise keys.invalid_key()
+        return record
 
     def _admit(self, exchange: Exchange, model: ServedModel) -> None:
         rooms = self._rooms
@@ -332,11 +340,15 @@ class Handler:
     # What happens around it -----------------------------------------------------------------------
 
     def _follow(self, view: Snapshot) -> None:
-        """Called when the state changed: cut what runs on revoked keys, forget what is gone."""
+        """Called when the state changed: cut what runs on revoked rights, forget what is gone."""
         for exchange in list(self._open):
             if exchange.key is not None:
                 record = view.keys.get(exchange.key.id)
-                if record is None or record.revoked_at is not None:
+                if (
+                    record is None
+                    or not view.directory.stands(record)
+                    or (exchange.model and not view.directory.may_infer(record, exchange.model))
+                ):
                     exchange.interrupt.cut(keys.invalid_key())
         self._rooms.loads.keep_only(
             {endpoint.replica for model in view.models.values() for endpoint in model.endpoints}

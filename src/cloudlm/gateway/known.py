@@ -29,13 +29,14 @@ class KnownKeys:
         self._salt = secrets.token_bytes(32)
         self._known: dict[bytes, tuple[str, str]] = {}
 
-    def find(self, headers: Mapping[str, str], view: Snapshot) -> KeyRecord | None:
-        """The record of a key that was verified before and is still good."""
+    def find(self, headers: Mapping[str, str], view: Snapshot, now: float) -> KeyRecord | None:
+        """The record of a key that was verified before and is still good at ``now``, Unix
+        seconds."""
         found = self._known.get(self._mark(headers))
         record = view.keys.get(found[0]) if found is not None else None
         if found is None or record is None:
             return None
-        good = record.digest == found[1] and record.revoked_at is None
+        good = record.digest == found[1] and view.directory.alive(record, now)
         return record if good else None
 
     def remember(self, headers: Mapping[str, str], record: KeyRecord) -> None:

@@ -1,4 +1,4 @@
-"""The gateway's picture of the shared state: models, endpoints and keys, in memory.
+"""The gateway's picture of the shared state: models, endpoints, keys and rights, in memory.
 
 Polls the state's version and reads everything again when it grew, so that a request does not wait
 for a database and a revoked key is refused well within a second. Only a request that would be
@@ -12,10 +12,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cloudlm.core.access import Identities
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
 from cloudlm.core.tenant import KeyRecord
+from cloudlm.security.access import Directory
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -44,17 +46,28 @@ class Snapshot:
     version: int
     models: dict[str, ServedModel] = field(default_factory=dict)
     keys: dict[str, KeyRecord] = field(default_factory=dict)
+    directory: Directory = field(default_factory=lambda: Directory(Identities()))
 
-    def model(self, name: str) -> ServedModel:
-        """The model of that name. Raises ModelNotFound naming those that exist."""
+    def models_of(self, key: KeyRecord) -> list[ServedModel]:
+        """The models that a key may use."""
+        may = self.directory.may_infer
+        return [model for name, model in self.models.items() if may(key, name)]
+
+    def model(self, name: str, key: KeyRecord) -> ServedModel:
+        """The model of that name. Raises ModelNotFound naming those that this key may use: one that
+        it may not is not there for it."""
         found = self.models.get(name)
-        if found is not None:
+        if found is not None and self.directory.may_infer(key, name):
             return found
-        known = sorted(self.models)
+        known = sorted(model.name for model in self.models_of(key))
         shown = ", ".join(known[:_NAMES_SHOWN]) + (" …" if len(known) > _NAMES_SHOWN else "")
         raise ModelNotFound(
             f"there is no model {name[:80]!r}; "
-            + (f"deployed here: {shown}" if known else "nothing is deployed here yet"),
+            + (
+                f"deployed here: {shown}"
+                if known
+                else "nothing is deployed here that this key may use"
+            ),
             param="model",
         )
 
@@ -168,4 +181,5 @@ class View:
             for d in deployments
             if not d.deleting
         }
-        return Snapshot(version, models, {record.id: record for record in keys})
+        directory = Directory(await self._state.list_identities(), keys)
+        return Snapshot(version, models, {record.id: record for record in keys}, directory)

@@ -12,12 +12,16 @@ from typing import Protocol
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
-from cloudlm.core.tenant import KeyRecord, LedgerRow
+from cloudlm.core.tenant import LedgerRow
+from cloudlm.state.access import AccessState
 
 
-class State(Protocol):
-    """All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when
-    it cannot write (full disk)."""
+class State(AccessState, Protocol):
+    """Identities and keys (``state.access``), and what follows.
+
+    All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when it
+    cannot write (full disk).
+    """
 
     # Desired and observed deployments -----------------------------------------------------------
 
@@ -72,22 +76,6 @@ class State(Protocol):
 
     async def list_demand(self, *, since: float) -> list[Demand]:
         """Reports not older than ``since`` (wall time)."""
-        ...
-
-    # Keys ---------------------------------------------------------------------------------------
-
-    async def put_key(self, record: KeyRecord) -> None:
-        """Store a new key's record; Conflict if the id exists."""
-        ...
-
-    async def get_key(self, key_id: str) -> KeyRecord | None: ...
-
-    async def list_keys(self) -> list[KeyRecord]:
-        """Sorted by creation."""
-        ...
-
-    async def revoke_key(self, key_id: str, *, now: float) -> KeyRecord | None:
-        """Set ``revoked_at`` if it is not set; None if there is no such key."""
         ...
 
     # Jobs ---------------------------------------------------------------------------------------

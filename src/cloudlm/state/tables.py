@@ -136,6 +136,44 @@ api_keys = sa.Table(
     _text("tenant"),
     _number("created_at"),
     _number("revoked_at", nullable=True),
+    _text("project"),
+    _text("principal"),
+    _text("scope"),
+    sa.Column("models", sa.Text, nullable=False),
+    sa.Column("limits", sa.Text, nullable=False),
+    _number("expires_at", nullable=True),
+    _text("made_with"),
+    _number("last_used_at", nullable=True),
+)
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    _text("name", key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    _text("tenant", key=True),
+    _text("name", key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+principals = sa.Table(
+    "principals",
+    metadata,
+    _text("id", key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+roles = sa.Table(
+    "roles",
+    metadata,
+    _text("scope", key=True),
+    _text("name", key=True),
+    sa.Column("document", sa.Text, nullable=False),
 )
 
 jobs = sa.Table(
@@ -174,4 +212,5 @@ ledger = sa.Table(
     _number("first_token_s", nullable=True),
     sa.Index(None, "started_at", "id"),
     sa.Index(None, "request_id"),
+    sa.Index(None, "key_id", "started_at"),
 )

@@ -19,6 +19,8 @@ from cloudlm.gateway.view import LOOK_INTERVAL_S, View
 from cloudlm.security.keys import mint
 from cloudlm.state.memory import MemoryState
 
+KEY = mint("k", Role.USER, b"p" * 32, 1.0).record
+
 
 class CountingState(MemoryState):
     """Counts full readings; away when told to be."""
@@ -93,14 +95,14 @@ async def test_follows_changes_and_reads_only_then() -> None:
     await state.put_key(minted.record)
     assert await view.refresh()
     assert state.readings == 2
-    model = view.snapshot().model("m")
+    model = view.snapshot().model("m", minted.record)
     assert (model.created_at, [e.replica for e in model.endpoints]) == (5.0, ["r1"])
     assert view.snapshot().keys[minted.record.id] == minted.record
     assert len(seen) == 2
     await state.mark_deleting("m", now=6.0)
     await view.refresh()
     with pytest.raises(ModelNotFound, match="nothing is deployed"):
-        view.snapshot().model("m")
+        view.snapshot().model("m", minted.record)
 
 
 async def test_last_good_view_serves_for_a_stated_time() -> None:
@@ -129,7 +131,7 @@ async def test_unknown_models_are_named_within_bounds() -> None:
     view = View(state, ManualClock())
     await view.refresh()
     with pytest.raises(ModelNotFound) as error:
-        view.snapshot().model("x" * 5000)
+        view.snapshot().model("x" * 5000, KEY)
     assert "m00, m01" in error.value.message
     assert len(error.value.message) < 400
 

@@ -46,12 +46,79 @@ ALIAS: dict[str, Any] = {
     "required": ["version"],
     "properties": {"version": {"type": "integer", "minimum": 1}},
 }
-KEY: dict[str, Any] = {
+_LIMITS: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["name"],
-    "properties": {"name": _TEXT, "role": {"enum": ["user", "admin"], "default": "user"}},
+    "properties": {
+        "requests_per_minute": {"type": ["integer", "null"], "minimum": 0},
+        "tokens_per_minute": {"type": ["integer", "null"], "minimum": 0},
+        "concurrent_streams": {"type": ["integer", "null"], "minimum": 0},
+        "spend_per_month": {"type": ["number", "null"], "minimum": 0},
+    },
 }
+_SECONDS: dict[str, Any] = {"type": ["number", "null"], "minimum": 1}
+_PATTERNS: dict[str, Any] = {"type": "array", "items": _TEXT, "examples": [["bank", "gpt-*"]]}
+_GRANTS: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["role", "scope"],
+        "properties": {"role": _TEXT, "scope": {"type": "string", "examples": ["acme/web"]}},
+    },
+}
+
+
+def _object(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": required,
+        "properties": properties,
+    }
+
+
+KEY = _object(
+    ["name"],
+    name=_TEXT,
+    role={"type": "string", "default": "user"},
+    scope=_TEXT,
+    principal=_TEXT,
+    project=_TEXT,
+    models=_PATTERNS,
+    limits=_LIMITS,
+    expires_in_s=_SECONDS,
+)
+KEY_CHANGE = _object([], name=_TEXT, models=_PATTERNS, limits=_LIMITS, expires_in_s=_SECONDS)
+ROTATION = _object([], overlap_s={"type": "number", "minimum": 0, "default": 0})
+TENANT = _object(["name"], name=_TEXT, title=_TEXT, limits=_LIMITS)
+TENANT_CHANGE = _object([], title=_TEXT, limits=_LIMITS, disabled={"type": "boolean"})
+PROJECT = _object(["name"], name=_TEXT, tenant=_TEXT, title=_TEXT, limits=_LIMITS)
+PROJECT_CHANGE = _object([], title=_TEXT, limits=_LIMITS)
+PRINCIPAL = _object(
+    ["name"],
+    name=_TEXT,
+    kind={"enum": ["service", "person"], "default": "service"},
+    tenant=_TEXT,
+    project=_TEXT,
+    grants=_GRANTS,
+    subject={"type": "string", "description": "issuer#sub of a person who signs in."},
+    limits=_LIMITS,
+)
+PRINCIPAL_CHANGE = _object(
+    [], name=_TEXT, grants=_GRANTS, limits=_LIMITS, disabled={"type": "boolean"}
+)
+_RULES: dict[str, Any] = {
+    "type": "array",
+    "items": _object(
+        ["verbs", "resources"],
+        effect={"enum": ["allow", "deny"], "default": "allow"},
+        verbs={"type": "array", "items": _TEXT},
+        resources={"type": "array", "items": _TEXT, "examples": [["inference:bank-*"]]},
+    ),
+}
+ROLE = _object(["name", "rules"], name=_TEXT, scope=_TEXT, rules=_RULES)
+ROLE_CHANGE = _object(["rules"], scope=_TEXT, rules=_RULES)
 JOB: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,

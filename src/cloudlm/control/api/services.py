@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from cloudlm.control.api.caller import Callers
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs
 from cloudlm.control.metrics import ControlMetrics
@@ -33,6 +34,7 @@ class Services:
     metrics: ControlMetrics
     pepper: bytes
     clock: Clock
+    callers: Callers
 
 
 async def read_object(request: Request) -> dict[str, Any]:
