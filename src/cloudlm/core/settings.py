@@ -62,6 +62,15 @@ class GatewaySettings:
         "",
         "Tenants' shares of a replica under load, 'name=weight, …'; 1 for those not named.",
     )
+    prices: str = setting(
+        "",
+        "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",
+    )
+    reserved_answer_tokens: int = setting(
+        1024,
+        "Tokens reserved from limits for an answer whose request sets no max_tokens.",
+        low=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,19 @@ from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, Unavailable
+from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.connection import Site
+from cloudlm.gateway.counters import LocalCounters
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
+from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
@@ -60,6 +63,12 @@ class Gateway:
         self.settings = settings
         self.view = View(state, clock)
         self.admission = Admission(settings.max_ongoing_requests)
+        self.limiter = Limiter(
+            LocalCounters(clock),
+            read_prices(settings.prices),
+            clock,
+            settings.reserved_answer_tokens,
+        )
         self.loads = Loads()
         self.meter = Meter()
         self.ledger = Ledger(open_journal(home), state, clock)
@@ -72,6 +81,7 @@ class Gateway:
                 pepper=pepper,
                 clock=clock,
                 view=self.view,
+                limiter=self.limiter,
                 admission=self.admission,
                 loads=self.loads,
                 demand=self.demand,
@@ -106,7 +116,7 @@ class Gateway:
         await self.view.refresh()
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run)
+            for part in (self.view.run, self.ledger.run, self.demand.run, self.limiter.run)
         ]
         try:
             yield

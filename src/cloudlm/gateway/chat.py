@@ -1,6 +1,6 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → admit → choose → send → relay → account.
+authorise → parse and validate → reserve → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.retry import RetryBudget, full_jitter
@@ -67,6 +69,7 @@ class Rooms:
     pepper: bytes
     clock: Clock
     view: View
+    limiter: Limiter
     admission: Admission
     loads: Loads
     demand: DemandReporter
@@ -137,7 +140,9 @@ class Handler:
             )
         if call.model not in view.models or not view.models[call.model].endpoints:
             view = await self._rooms.view.look_again()
-        self._admit(exchange, view.model(call.model, exchange.key))
+        model = view.model(call.model, exchange.key)
+        await self._rooms.limiter.reserve(exchange, call, view)
+        self._admit(exchange, model)
         return await self._serve(exchange, call)
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
@@ -322,7 +327,7 @@ class Handler:
 
     def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
         """Who served the request, for every answer."""
-        headers = {"x-request-id": exchange.request_id, **more}
+        headers = {"x-request-id": exchange.request_id, **exchange.headers, **more}
         if exchange.model:
             headers["x-cloudlm-model"] = header_safe(exchange.model)
         if exchange.attempts:
@@ -368,7 +373,7 @@ def refusal(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:
     """The response that says ``error``."""
     headers["content-type"] = "application/json"
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationFailed):
         headers["www-authenticate"] = "Bearer"
     return GatewayResponse(status_of(error), headers, msgspec.json.encode(error.body()))

@@ -1,0 +1,198 @@
+"""Limits in the path of a request: reserve before it is sent, settle when it has ended.
+
+Knows whose limits a key stands under, what a request may use at most and what it cost; ``counters``
+keep the counts, ``limits`` decides. Also tells clients what they have left, in OpenAI's headers.
+Must not send or choose.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloudlm.core.access import Limits, scope_of
+from cloudlm.core.clock import Clock
+from cloudlm.core.errors import BudgetExceeded, CloudlmError, LimitExceeded
+from cloudlm.core.price import Price, price_of
+from cloudlm.core.tenant import KeyRecord
+from cloudlm.gateway.account import Exchange
+from cloudlm.gateway.counters import Counters
+from cloudlm.gateway.dialects.openai import Call
+from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Quota, Refusal, Verdict
+from cloudlm.gateway.view import Snapshot
+from cloudlm.security.access import Directory
+from cloudlm.telemetry.logs import get_logger
+
+BYTES_PER_TOKEN = 4
+TEMPLATE_TOKENS = 256
+"""What a chat template may add to a prompt beyond the bytes of the request."""
+_TEND_EVERY_S = LEASE_S / 3
+_NO_LIMITS = Limits()
+_WORDS = {
+    Kind.REQUESTS: "requests per minute",
+    Kind.TOKENS: "tokens per minute",
+    Kind.CONCURRENT: "requests at once",
+}
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The tokens that a request is expected to use, and the most that it can cost (billionths)."""
+
+    tokens: int
+    spend: int
+
+
+class Limiter:
+    """Asked once per request. ``answer_tokens`` are reserved for an answer whose length the
+    request does not bound."""
+
+    def __init__(
+        self, counters: Counters, prices: Mapping[str, Price], clock: Clock, answer_tokens: int
+    ) -> None:
+        self._counters = counters
+        self._prices = prices
+        self._clock = clock
+        self._answer_tokens = answer_tokens
+        self._view: Snapshot | None = None
+        self._bounds: dict[str, tuple[Bound, ...]] = {}
+        self._running: set[str] = set()
+        self._month = (0.0, 0)  # until when, Unix seconds, and which
+
+    async def reserve(self, exchange: Exchange, call: Call, view: Snapshot) -> None:
+        """Take what the request may use, until the exchange ends. Raises LimitExceeded and
+        BudgetExceeded, and Unavailable if the counts cannot be reached."""
+        assert exchange.key is not None
+        exchange.price = price_of(self._prices, call.model)
+        bounds = self.bounds(exchange.key, view)
+        if not bounds:
+            return
+        wanted = estimate(call, exchange.price, self._answer_tokens)
+        month = self.month()
+        lease_id = f"{exchange.started:.6f}-{id(exchange):x}"
+        verdict = await self._counters.reserve(
+            lease_id, bounds, tokens=wanted.tokens, spend=wanted.spend, month=month
+        )
+        exchange.headers |= headers_of(verdict)
+        if verdict.refusal is not None:
+            raise refused(verdict.refusal, wanted)
+        lease = verdict.lease
+        assert lease is not None
+        self._running.add(lease.id)
+        exchange.at_end(lambda: self._settle(exchange, lease))
+
+    def _settle(self, exchange: Exchange, lease: Lease) -> None:
+        self._running.discard(lease.id)
+        self._counters.settle(
+            lease,
+            tokens=exchange.tokens,
+            spend=exchange.cost,
+            counts=exchange.attempts > 0,
+            month=self.month(),
+        )
+
+    def bounds(self, key: KeyRecord, view: Snapshot) -> tuple[Bound, ...]:
+        """The limits that a key stands under, widest last; holders without any are left out."""
+        if view is not self._view:
+            self._view = view
+            self._bounds.clear()
+        found = self._bounds.get(key.id)
+        if found is None:
+            found = self._bounds[key.id] = bounds_of(key, view.directory)
+        return found
+
+    def month(self) -> int:
+        """The calendar month (UTC) as a whole number."""
+        now = self._clock.now()
+        until, month = self._month
+        if now >= until:
+            date = time.gmtime(now)
+            month = date.tm_year * 12 + date.tm_mon - 1
+            self._month = now - now % 3600 + 3600, month  # months end with an hour
+        return month
+
+    async def run(self) -> None:
+        """Keep the leases of what runs, until cancelled."""
+        while True:
+            await self._clock.sleep(_TEND_EVERY_S)
+            try:
+                await self._counters.tend(tuple(self._running), {}, self.month())
+            except CloudlmError as error:
+                _log.warning("limits_not_tended", extra={"fields": {"reason": error.message}})
+
+
+def bounds_of(key: KeyRecord, directory: Directory) -> tuple[Bound, ...]:
+    """The limits of a key, its principal, its project and its tenant, where they have any."""
+    principal = directory.principal(key.principal)
+    project = directory.project(key.tenant, key.project)
+    tenant = directory.tenant(key.tenant)
+    holders = (
+        (f"key:{key.id}", key.limits),
+        (f"principal:{key.principal}", principal.limits if principal else _NO_LIMITS),
+        (f"project:{scope_of(key.tenant, key.project)}", project.limits if project else _NO_LIMITS),
+        (f"tenant:{key.tenant}", tenant.limits if tenant else _NO_LIMITS),
+    )
+    return tuple(Bound(scope, limits) for scope, limits in holders if limits != _NO_LIMITS)
+
+
+def estimate(call: Call, price: Price, answer_tokens: int) -> Estimate:
+    """What a request may use. Tokens are guessed at a fourth of its bytes and settled later; for
+    money a prompt counts as its bytes, for no token is shorter than one."""
+    if call.result_field is None:
+        return Estimate(0, 0)
+    size_bytes = len(call.body)
+    answer = (call.max_tokens or answer_tokens) * call.choices if call.generates else 0
+    most = price.most(size_bytes + TEMPLATE_TOKENS, answer)
+    return Estimate(size_bytes // BYTES_PER_TOKEN + answer, most)
+
+
+def refused(refusal: Refusal, wanted: Estimate) -> CloudlmError:
+    """The refusal as an error that says whose limit it is, and when to come back."""
+    whose = refusal.scope.partition(":")[0]
+    if refusal.kind is Kind.SPEND:
+        return BudgetExceeded(
+            f"the budget of this {whose} is used up: {refusal.used:.4f} of {refusal.limit:g} this "
+            "month (UTC), and what this request may cost does not fit; ask your administrator to "
+            "raise spend_per_month"
+        )
+    message = (
+        f"limit reached for this {whose}: {refusal.limit:g} {_WORDS[refusal.kind]}, "
+        f"{refusal.used:g} in use"
+    )
+    if refusal.kind is Kind.TOKENS:
+        message += f", and this request may use {wanted.tokens}"
+    if refusal.retry_after_s is None:
+        return LimitExceeded(
+            f"{message}; it can never pass: make it smaller (max_tokens) or ask for a higher limit"
+        )
+    return LimitExceeded(
+        f"{message}; try again in {span(refusal.retry_after_s)}",
+        retry_after_s=max(refusal.retry_after_s, 0.001),
+    )
+
+
+def headers_of(verdict: Verdict) -> dict[str, str]:
+    """What is left of the tightest limits, as OpenAI says it; nothing of limits not set."""
+    headers: dict[str, str] = {}
+    for kind, quota in (("requests", verdict.requests), ("tokens", verdict.tokens)):
+        if quota is not None:
+            _tell(headers, kind, quota)
+    return headers
+
+
+def _tell(headers: dict[str, str], kind: str, quota: Quota) -> None:
+    headers[f"x-ratelimit-limit-{kind}"] = str(quota.limit)
+    headers[f"x-ratelimit-remaining-{kind}"] = str(quota.remaining)
+    headers[f"x-ratelimit-reset-{kind}"] = span(quota.reset_s)
+
+
+def span(seconds: float) -> str:
+    """A duration as OpenAI's headers write it: ``17ms``, ``1.25s``, ``6m0s``."""
+    milliseconds = max(round(seconds * 1000), 0)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"
