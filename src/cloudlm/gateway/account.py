@@ -144,4 +144,6 @@ class Attempt:
             started_at=self._started_at,
             duration_s=exchange.clock.monotonic() - self._started,
             first_token_s=self._first_token_s,
+            project=exchange.key.project,
+            cost=exchange.price.cost(usage),
         )

@@ -66,9 +66,11 @@ class Gateway:
         self.limiter = Limiter(
             LocalCounters(clock),
             read_prices(settings.prices),
+            state,
             clock,
             settings.reserved_answer_tokens,
         )
+        self.view.on_change.append(self.limiter.follow)
         self.loads = Loads()
         self.meter = Meter()
         self.ledger = Ledger(open_journal(home), state, clock)
@@ -113,11 +115,13 @@ class Gateway:
         """The gateway's tasks, from start to a flushed ledger. Raises StorageFailed."""
         self.ledger.open()
         await self.upstream.open()
-        await self.view.refresh()
+        if await self.view.refresh():
+            await self.limiter.tend(self.view.snapshot())
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run, self.limiter.run)
+            for part in (self.view.run, self.ledger.run, self.demand.run)
         ]
+        tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
             yield
         finally:

@@ -7,8 +7,10 @@ Must not send or choose.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cloudlm.core.access import Limits, scope_of
@@ -16,18 +18,22 @@ from cloudlm.core.clock import Clock
 from cloudlm.core.errors import BudgetExceeded, CloudlmError, LimitExceeded
 from cloudlm.core.price import Price, price_of
 from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.usage import DAY_S, UsageQuery, UsageRow, month_of
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.counters import Counters
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Quota, Refusal, Verdict
 from cloudlm.gateway.view import Snapshot
 from cloudlm.security.access import Directory
+from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
 BYTES_PER_TOKEN = 4
 TEMPLATE_TOKENS = 256
 """What a chat template may add to a prompt beyond the bytes of the request."""
 _TEND_EVERY_S = LEASE_S / 3
+_LEDGER_EVERY_S = 60.0
+_LEDGER_TIMEOUT_S = 10.0
 _NO_LIMITS = Limits()
 _WORDS = {
     Kind.REQUESTS: "requests per minute",
@@ -51,8 +57,15 @@ class Limiter:
     request does not bound."""
 
     def __init__(
-        self, counters: Counters, prices: Mapping[str, Price], clock: Clock, answer_tokens: int
+        self,
+        counters: Counters,
+        prices: Mapping[str, Price],
+        state: State,
+        clock: Clock,
+        answer_tokens: int,
     ) -> None:
+        self._state = state
+        self._asks_ledger_at = clock.monotonic()
         self._counters = counters
         self._prices = prices
         self._clock = clock
@@ -114,14 +127,58 @@ class Limiter:
             self._month = now - now % 3600 + 3600, month  # months end with an hour
         return month
 
-    async def run(self) -> None:
-        """Keep the leases of what runs, until cancelled."""
+    def follow(self, view: Snapshot) -> None:
+        """Called when the state changed: forget holders that are no more."""
+        limits = self._counters.keep_only
+        limits({bound.scope for key in view.keys.values() for bound in self.bounds(key, view)})
+
+    async def tend(self, view: Snapshot) -> None:
+        """Keep the leases of what runs, and learn from the ledger what was spent elsewhere and
+        before: budgets outlive gateways."""
+        spent: dict[str, int] = {}
+        now = self._clock.now()
+        if self._clock.monotonic() >= self._asks_ledger_at and _any_budget(view):
+            self._asks_ledger_at = self._clock.monotonic() + _LEDGER_EVERY_S
+            query = UsageQuery(month_of(now), now + DAY_S, ("tenant", "project", "key"))
+            try:
+                async with asyncio.timeout(_LEDGER_TIMEOUT_S):
+                    spent = spent_by_scope(await self._state.usage(query), view)
+            except (CloudlmError, OSError) as error:  # OSError holds TimeoutError
+                _log.warning("spending_unknown", extra={"fields": {"reason": repr(error)}})
+        await self._counters.tend(tuple(self._running), spent, self.month())
+
+    async def run(self, view: Callable[[], Snapshot]) -> None:
+        """Tend until cancelled."""
         while True:
             await self._clock.sleep(_TEND_EVERY_S)
             try:
-                await self._counters.tend(tuple(self._running), {}, self.month())
+                await self.tend(view())
             except CloudlmError as error:
                 _log.warning("limits_not_tended", extra={"fields": {"reason": error.message}})
+            except Exception:
+                _log.exception("limits_not_tended")
+
+
+def _any_budget(view: Snapshot) -> bool:
+    known = view.directory.identities
+    limits = [one.limits for one in view.keys.values()]
+    limits += [one.limits for one in known.tenants]
+    limits += [one.limits for one in known.projects]
+    limits += [one.limits for one in known.principals]
+    return any(one.spend_per_month is not None for one in limits)
+
+
+def spent_by_scope(rows: Iterable[UsageRow], view: Snapshot) -> dict[str, int]:
+    """What every holder spent, out of sums by tenant, project and key."""
+    spent: Counter[str] = Counter()
+    for row in rows:
+        key = view.keys.get(row.key)
+        spent[f"key:{row.key}"] += row.cost
+        spent[f"project:{scope_of(row.tenant, row.project)}"] += row.cost
+        spent[f"tenant:{row.tenant}"] += row.cost
+        if key is not None:
+            spent[f"principal:{key.principal}"] += row.cost
+    return spent
 
 
 def bounds_of(key: KeyRecord, directory: Directory) -> tuple[Bound, ...]:

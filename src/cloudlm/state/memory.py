@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
 from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.decide import (
     changed_deployment,
     check_job_change,
@@ -24,6 +25,7 @@ from cloudlm.state.documents import (
     plain_job,
 )
 from cloudlm.state.memory_access import MemoryAccess
+from cloudlm.state.usage import summed
 
 
 class MemoryState(MemoryAccess):
@@ -143,6 +145,9 @@ class MemoryState(MemoryAccess):
         ]
         found.sort(key=lambda row: (row.started_at, row.id))
         return found[: max(limit, 0)]
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        return summed(query, self._ledger.values())
 
     async def close(self) -> None:
         """Nothing to close; the facts stay readable."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from cloudlm.core.access import Limits, Tenant
+from cloudlm.core.access import Limits
 from cloudlm.core.chat import Usage
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.price import NANO, Price, price_of, read_prices
 from cloudlm.core.tenant import Role
+from cloudlm.gateway.app import Gateway
 from cloudlm.gateway.limiter import span
 from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Tally, Verdict
 from cloudlm.security.keys import mint
@@ -312,10 +314,30 @@ async def test_a_budget_stops(kit: Any) -> None:
 
 async def test_a_tenants_limit_holds_for_all_its_keys(rig: Any, kit: Any) -> None:
     (tenant,) = (await rig.state.list_identities()).tenants
-    wanted = Tenant("default", limits=Limits(requests_per_minute=1), created_at=tenant.created_at)
+    wanted = replace(tenant, limits=Limits(requests_per_minute=1))
     await rig.state.put_identity(wanted, replaces=tenant)
     other = await limited(rig, kit)
     assert (await rig.ask(kit.chat_body())).status == 200
     result = await rig.ask(kit.chat_body(), headers=other)
     assert result.status == 429
     assert "this tenant" in result.json["error"]["message"]
+
+
+async def test_a_budget_outlives_the_gateway(kit: Any, tmp_path: Any) -> None:
+    """What the ledger holds of this month is spent, whoever spent it."""
+    async with kit.open_rig(home=tmp_path, prices="*=1000/100/10000") as rig:
+        assert (await rig.ask(kit.chat_body(max_tokens=5))).status == 200
+        (row,) = await rig.rows()
+        assert row.cost == round((5 * 0.001 + 2 * 0.0001 + 5 * 0.01) * NANO)
+        (tenant,) = (await rig.state.list_identities()).tenants
+        wanted = replace(tenant, limits=Limits(spend_per_month=0.5))
+        await rig.state.put_identity(wanted, replaces=tenant)
+        spent = replace(row, id="other", key_id="gone", cost=NANO // 2)
+        await rig.state.append_ledger([spent])
+        await rig.gateway.view.refresh()
+        settings = rig.gateway.settings
+        other = Gateway(settings, rig.state, home=tmp_path, pepper=kit.PEPPER, worker_token=None)
+        async with other.running():
+            response = await other.handler.handle(rig.request(kit.chat_body(max_tokens=5)))
+            assert b"insufficient_quota" in response.body
+            assert b"0.5552 of 0.5" in response.body

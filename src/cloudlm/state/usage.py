@@ -1,0 +1,86 @@
+"""Sums of ledger rows, as both twins make them. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import DAY_S, UsageQuery, UsageRow, day_of
+from cloudlm.state import tables
+
+_SUMS = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+
+
+def summed(query: UsageQuery, rows: Iterable[LedgerRow]) -> list[UsageRow]:
+    """The sums of rows that are at hand."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        if not query.since <= row.started_at < query.until:
+            continue
+        if query.tenant not in (None, row.tenant) or query.project not in (None, row.project):
+            continue
+        sums = found.setdefault(
+            tuple(_name(row, group) for group in query.group_by), [0] * (2 + len(_SUMS))
+        )
+        sums[0] += row.attempt == 1
+        sums[1] += 1
+        for place, name in enumerate(_SUMS, 2):
+            sums[place] += getattr(row, name)
+    return [
+        _row(dict(zip(query.group_by, names, strict=True)), sums)
+        for names, sums in sorted(found.items())
+    ]
+
+
+def _name(row: LedgerRow, group: str) -> str:
+    if group == "day":
+        return day_of(row.started_at)
+    return str(getattr(row, "key_id" if group == "key" else group))
+
+
+def _row(names: dict[str, str], sums: list[int]) -> UsageRow:
+    counts = dict(zip(("requests", "attempts", *_SUMS), sums, strict=True))
+    return UsageRow(**names, **counts)  # type: ignore[arg-type]
+
+
+def usage_statement(query: UsageQuery, dialect: str) -> sa.Select[Any]:
+    """The sums as a question to a database."""
+    table = tables.ledger.c
+    days: sa.ColumnElement[Any] = table.started_at / DAY_S
+    if dialect != "sqlite":  # there a cast rounds, and SQLite may be built without floor
+        days = sa.func.floor(days)
+    columns = {
+        "day": sa.cast(days, sa.BigInteger).label("day"),
+        "tenant": table.tenant,
+        "project": table.project,
+        "key": table.key_id.label("key"),
+        "model": table.model,
+    }
+    groups = [columns[name] for name in query.group_by]
+    first = sa.case((table.attempt == 1, 1), else_=0)
+    sums = [sa.func.sum(first).label("requests"), sa.func.count().label("attempts")]
+    sums += [sa.func.sum(table[name]).label(name) for name in _SUMS]
+    statement = sa.select(*groups, *sums).where(
+        table.started_at >= query.since, table.started_at < query.until
+    )
+    for name in ("tenant", "project"):
+        wanted = getattr(query, name)
+        if wanted is not None:
+            statement = statement.where(table[name] == wanted)
+    if groups:
+        return statement.group_by(*groups).order_by(*groups)
+    return statement.having(sa.func.count() > 0)
+
+
+def usage_of(row: sa.Row[Any]) -> UsageRow:
+    """A row of ``usage_statement``'s answer."""
+    values: dict[str, Any] = {
+        name: value if isinstance(value, str) else int(value)  # sums are Decimals in PostgreSQL
+        for name, value in row._asdict().items()
+    }
+    if "day" in values:
+        values["day"] = day_of(values["day"] * DAY_S)
+    return UsageRow(**values)
