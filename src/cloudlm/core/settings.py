@@ -53,7 +53,18 @@ class GatewaySettings:
         3, "Replicas tried for one request while nothing was sent.", low=1, high=10
     )
     max_ongoing_requests: int = setting(
-        1024, "Requests in flight at once; more are refused with 503.", low=1
+        4096, "Requests in the gateway at once, waiting ones too; more are refused with 503.", low=1
+    )
+    replica_capacity: int = setting(
+        1024, "Requests sent to one replica at once; more wait in the gateway's queue.", low=1
+    )
+    max_queued_requests: int = setting(
+        1024,
+        "Requests that wait for one model; beyond, those to be served last are refused with 503.",
+        low=0,
+    )
+    queue_timeout_s: float = setting(
+        30.0, "Longest wait in the gateway's queue, seconds.", low=0.01
     )
     drain_timeout_s: float = setting(
         30.0, "Longest wait for running requests when stopping, seconds.", low=0.0

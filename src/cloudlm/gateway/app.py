@@ -29,6 +29,7 @@ from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import LocalCounters
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
+from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
@@ -62,7 +63,9 @@ class Gateway:
         clock = clock or SystemClock()
         self.settings = settings
         self.view = View(state, clock)
-        self.admission = Admission(settings.max_ongoing_requests)
+        self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
+        self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
+        self.view.on_change.append(self.gate.follow)
         self.limiter = Limiter(
             LocalCounters(clock),
             read_prices(settings.prices),
@@ -84,7 +87,7 @@ class Gateway:
                 clock=clock,
                 view=self.view,
                 limiter=self.limiter,
-                admission=self.admission,
+                gate=self.gate,
                 loads=self.loads,
                 demand=self.demand,
                 upstream=self.upstream,
@@ -98,6 +101,11 @@ class Gateway:
             "cloudlm_gateway_state_age_seconds",
             "Seconds since the state was last read.",
             lambda: self.view.age_s,
+        )
+        self.meter.watch(
+            "cloudlm_gateway_requests_queued",
+            "Requests that wait in the gateway for a place at a replica.",
+            lambda: self.gate.waiting,
         )
         self.meter.watch(
             "cloudlm_gateway_ledger_rows_waiting",

@@ -4,7 +4,8 @@ authorise → parse and validate → reserve → admit → choose → send → r
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
-route, admit or retry; it asks ``router``, ``admission`` and ``retry``, which are pure.
+route, limit, admit or retry; it asks ``router``, ``limits``, ``admission`` and ``retry``, which are
+pure.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from cloudlm.core.errors import (
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
-from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.dialects import openai
 from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
@@ -70,7 +71,7 @@ class Rooms:
     clock: Clock
     view: View
     limiter: Limiter
-    admission: Admission
+    gate: Gate
     loads: Loads
     demand: DemandReporter
     upstream: Upstream
@@ -141,8 +142,11 @@ class Handler:
         if call.model not in view.models or not view.models[call.model].endpoints:
             view = await self._rooms.view.look_again()
         model = view.model(call.model, exchange.key)
-        await self._rooms.limiter.reserve(exchange, call, view)
-        self._admit(exchange, model)
+        self._expect(exchange, model)
+        ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=leads)
+        ticket.weight = self._rooms.weights.get(tenant, 1.0)
+        ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
+        await self._rooms.gate.enter(ticket, exchange)
         return await self._serve(exchange, call)
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
@@ -170,7 +174,8 @@ class Handler:
             raise keys.invalid_key()
         return record
 
-    def _admit(self, exchange: Exchange, model: ServedModel) -> None:
+    def _expect(self, exchange: Exchange, model: ServedModel) -> None:
+        """Count a request for a model, served or not. Raises NoReplica if there is none."""
         rooms = self._rooms
         exchange.model = model.name
         rooms.demand.count(model.name)
@@ -180,10 +185,8 @@ class Handler:
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
             )
-        rooms.admission.enter(model.name)
         rooms.meter.entered(model.name)
         exchange.at_end(lambda: rooms.meter.left(model.name))
-        exchange.at_end(lambda: rooms.admission.leave(model.name))
 
     async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
         """Try replicas until one answers, the attempts or the budget are used up, or none is

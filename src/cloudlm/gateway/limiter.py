@@ -75,15 +75,15 @@ class Limiter:
         self._running: set[str] = set()
         self._month = (0.0, 0)  # until when, Unix seconds, and which
 
-    async def reserve(self, exchange: Exchange, call: Call, view: Snapshot) -> None:
-        """Take what the request may use, until the exchange ends. Raises LimitExceeded and
-        BudgetExceeded, and Unavailable if the counts cannot be reached."""
+    async def reserve(self, exchange: Exchange, call: Call, view: Snapshot) -> int:
+        """Take what the request may use, until the exchange ends; returns the tokens of it. Raises
+        LimitExceeded and BudgetExceeded, and Unavailable if the counts cannot be reached."""
         assert exchange.key is not None
         exchange.price = price_of(self._prices, call.model)
         bounds = self.bounds(exchange.key, view)
-        if not bounds:
-            return
         wanted = estimate(call, exchange.price, self._answer_tokens)
+        if not bounds:
+            return wanted.tokens
         month = self.month()
         lease_id = f"{exchange.started:.6f}-{id(exchange):x}"
         verdict = await self._counters.reserve(
@@ -96,6 +96,7 @@ class Limiter:
         assert lease is not None
         self._running.add(lease.id)
         exchange.at_end(lambda: self._settle(exchange, lease))
+        return wanted.tokens
 
     def _settle(self, exchange: Exchange, lease: Lease) -> None:
         self._running.discard(lease.id)
