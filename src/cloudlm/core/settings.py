@@ -77,6 +77,25 @@ class GatewaySettings:
         "",
         "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",
     )
+    limits_url: str = setting(
+        "",
+        "Redis or Valkey that counts limits for several gateways, redis://…; empty counts in each.",
+        secret=True,
+    )
+    limits_share: float = setting(
+        1.0,
+        "Share of each limit that this gateway may give out while limits_url is away.",
+        low=0.0,
+        high=1.0,
+    )
+    limits_outage_s: float = setting(
+        300.0, "How long it may do so, seconds; then limits_after_outage holds.", low=0.0
+    )
+    limits_after_outage: str = setting(
+        "refuse",
+        "What then happens to requests under limits.",
+        choices=("refuse", "allow"),
+    )
     reserved_answer_tokens: int = setting(
         1024,
         "Tokens reserved from limits for an answer whose request sets no max_tokens.",

@@ -1,14 +1,28 @@
-"""What was used and what it cost: sums of ledger rows, by day, tenant, project, key and model."""
+"""What was used and what it cost: sums of ledger rows, by day, tenant, project, key and model; and
+their forms in JSON and CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from typing import Any, ClassVar
 
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.fields import Fields
+from cloudlm.core.price import NANO
 
 DAY_S = 86_400
+SUMS = (
+    "requests",
+    "attempts",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "cost",
+)
 GROUPS = ("day", "tenant", "project", "key", "model")
 
 
@@ -40,6 +54,64 @@ class UsageRow:
     cached_tokens: int = 0
     completion_tokens: int = 0
     cost: int = 0
+
+    NAMES: ClassVar[tuple[str, ...]] = GROUPS
+
+
+def merged(group_by: tuple[str, ...], rows: Iterable[UsageRow]) -> list[UsageRow]:
+    """Rows of the same group added up, in the order of their names."""
+    found: dict[tuple[str, ...], UsageRow] = {}
+    for row in rows:
+        names = tuple(str(getattr(row, name)) for name in group_by)
+        known = found.get(names)
+        found[names] = row if known is None else _added(known, row)
+    return [found[names] for names in sorted(found)]
+
+
+def _added(one: UsageRow, other: UsageRow) -> UsageRow:
+    sums = {name: getattr(one, name) + getattr(other, name) for name in SUMS}
+    return replace(one, **sums)
+
+
+def money(cost: int) -> str:
+    """Billionths of the currency as a decimal number, exactly."""
+    whole, rest = divmod(cost, NANO)
+    return f"{whole}.{rest:09d}"
+
+
+def usage_body(row: UsageRow) -> dict[str, str | int]:
+    """A row as JSON: ``cost`` is a decimal number as a text, so that no digit is lost."""
+    return {**asdict(row), "cost": money(row.cost)}
+
+
+def usage_from_body(body: Any) -> UsageRow:
+    """Read what ``usage_body`` wrote. Raises InvalidRequest."""
+    fields = Fields(body, "a usage row")
+    whole, _, rest = fields.text("cost").partition(".")
+    values: dict[str, Any] = {name: fields.text(name) for name in GROUPS}
+    values |= {name: fields.integer(name) for name in SUMS if name != "cost"}
+    if not (whole.isdigit() and rest.isdigit() and len(rest) == 9):
+        raise InvalidRequest("a usage row: cost is no amount of money", param="cost")
+    return UsageRow(**values, cost=int(whole) * NANO + int(rest))
+
+
+def csv_of(groups: Sequence[str], rows: Sequence[UsageRow]) -> str:
+    """Rows as RFC 4180 has them. A name that a spreadsheet would take for a formula gets a quote
+    before it."""
+    text = io.StringIO()
+    bodies = [usage_body(row) for row in rows]
+    columns = [*groups, *(name for name in usage_body(UsageRow()) if name not in UsageRow.NAMES)]
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    for body in bodies:
+        writer.writerow([_cell(body[name]) for name in columns])
+    return text.getvalue()
+
+
+def _cell(value: str | int) -> str | int:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return "'" + value
+    return value
 
 
 def check_groups(names: Iterable[str]) -> tuple[str, ...]:

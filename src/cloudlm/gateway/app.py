@@ -26,7 +26,7 @@ from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.connection import Site
-from cloudlm.gateway.counters import LocalCounters
+from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.gate import Gate
@@ -66,8 +66,9 @@ class Gateway:
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
         self.view.on_change.append(self.gate.follow)
+        self.counters = _counters(settings, clock)
         self.limiter = Limiter(
-            LocalCounters(clock),
+            self.counters,
             read_prices(settings.prices),
             state,
             clock,
@@ -124,11 +125,12 @@ class Gateway:
         self.ledger.open()
         await self.upstream.open()
         if await self.view.refresh():
-            await self.limiter.tend(self.view.snapshot())
+            await self.limiter.tend(self.view.snapshot())  # what was spent before
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
             for part in (self.view.run, self.ledger.run, self.demand.run)
         ]
+        tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
             yield
@@ -146,6 +148,17 @@ class Gateway:
         count = self.handler.cut_all(Unavailable("the gateway is stopping", retry_after_s=1.0))
         if count:
             _log.warning("requests_cut", extra={"fields": {"count": count}})
+
+
+def _counters(settings: GatewaySettings, clock: Clock) -> Counters:
+    """Where limits are counted. Raises BadSetting and MissingExtra."""
+    if not settings.limits_url:
+        return LocalCounters(clock)
+    from cloudlm.gateway.counters_redis import Outage, RedisCounters
+
+    refuse = settings.limits_after_outage == "refuse"
+    outage = Outage(settings.limits_share, settings.limits_outage_s, refuse)
+    return RedisCounters(settings.limits_url, clock, outage)
 
 
 def make_server(gateway: Gateway) -> GatewayServer:

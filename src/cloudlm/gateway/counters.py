@@ -6,6 +6,7 @@ Several gateways that must not together let through more than the limit count in
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -35,6 +36,10 @@ class Counters(Protocol):
         """Forget holders that are no more."""
         ...
 
+    async def run(self) -> None:
+        """What is to be done in the background, until cancelled."""
+        ...
+
 
 class LocalCounters:
     """The counts of this process alone."""
@@ -62,3 +67,7 @@ class LocalCounters:
 
     def keep_only(self, scopes: Collection[str]) -> None:
         self._tally.keep_only(scopes)
+
+    async def run(self) -> None:
+        """Nothing is."""
+        await asyncio.Event().wait()

@@ -22,6 +22,7 @@ from cloudlm.core.usage import DAY_S, UsageQuery, UsageRow, month_of
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.counters import Counters
 from cloudlm.gateway.dialects.openai import Call
+from cloudlm.gateway.exchange import unique
 from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Quota, Refusal, Verdict
 from cloudlm.gateway.view import Snapshot
 from cloudlm.security.access import Directory
@@ -85,7 +86,7 @@ class Limiter:
         if not bounds:
             return wanted.tokens
         month = self.month()
-        lease_id = f"{exchange.started:.6f}-{id(exchange):x}"
+        lease_id = unique()
         verdict = await self._counters.reserve(
             lease_id, bounds, tokens=wanted.tokens, spend=wanted.spend, month=month
         )

@@ -129,8 +129,8 @@ class Window:
 
 
 @dataclass(slots=True)
-class _Used:
-    """What one scope has used and holds."""
+class Facts:
+    """What one scope has used and holds; money in billionths."""
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
@@ -139,13 +139,23 @@ class _Used:
     spent: int = 0
     reserved: int = 0
 
+    @classmethod
+    def read(
+        cls, ongoing: int, spent: int, reserved: int, slices: Iterable[tuple[bytes, int, int]]
+    ) -> Facts:
+        """Facts kept elsewhere; slices are (``r`` or ``t``, index, amount) in any order."""
+        facts = cls(ongoing=ongoing, spent=spent, reserved=reserved)
+        for kind, index, amount in sorted(slices, key=lambda one: one[1]):
+            (facts.requests if kind == b"r" else facts.tokens).add(index, amount)
+        return facts
+
 
 class Tally:
     """The counts of all scopes, in this process."""
 
     def __init__(self, lease_s: float = LEASE_S) -> None:
         self._lease_s = lease_s
-        self._used: dict[str, _Used] = {}
+        self._used: dict[str, Facts] = {}
         self._leases: dict[str, tuple[Lease, float]] = {}  # the first to expire first
 
     def reserve(
@@ -162,10 +172,8 @@ class Tally:
         index = int(now // SLICE_S)
         self._expire(now)
         asked = [(bound, self._at(bound.scope, index, month)) for bound in bounds]
-        for bound, used in asked:
-            refusal = _refusal(bound, used, tokens, spend, now)
-            if refusal is not None:
-                return Verdict(None, refusal, *_quotas(asked, now))
+        if any(_refusal(bound, used, tokens, spend, now) for bound, used in asked):
+            return explain(None, asked, tokens, spend, now)
         lease = Lease(lease_id, tuple(b.scope for b, _ in asked), tokens, spend, index, month)
         for _, used in asked:
             used.requests.add(index, 1)
@@ -173,7 +181,7 @@ class Tally:
             used.ongoing += 1
             used.reserved += spend
         self._leases[lease_id] = lease, now + self._lease_s
-        return Verdict(lease, None, *_quotas(asked, now))
+        return explain(lease, asked, tokens, spend, now)
 
     def settle(
         self, lease: Lease, *, tokens: int, spend: int, counts: bool, now: float, month: int
@@ -208,15 +216,20 @@ class Tally:
         for scope in [scope for scope in self._used if scope not in scopes]:
             del self._used[scope]
 
+    def spent(self, scope: str, month: int) -> int:
+        """Money of the month, billionths."""
+        used = self._used.get(scope)
+        return used.spent if used is not None and used.month == month else 0
+
     def ongoing(self, scope: str) -> int:
         """Requests in flight."""
         used = self._used.get(scope)
         return used.ongoing if used is not None else 0
 
-    def _at(self, scope: str, index: int, month: int) -> _Used:
+    def _at(self, scope: str, index: int, month: int) -> Facts:
         used = self._used.get(scope)
         if used is None:
-            used = self._used[scope] = _Used(month=month)
+            used = self._used[scope] = Facts(month=month)
         if used.month < month:
             used.month, used.spent = month, 0
         used.requests.expire(index)
@@ -242,7 +255,23 @@ class Tally:
                 used.reserved = max(used.reserved - held[0].spend, 0)
 
 
-def _refusal(bound: Bound, used: _Used, tokens: int, spend: int, now: float) -> Refusal | None:
+def explain(
+    lease: Lease | None,
+    asked: list[tuple[Bound, Facts]],
+    tokens: int,
+    spend: int,
+    now: float,
+) -> Verdict:
+    """What a request is told: what is left of its limits, and without a lease, why."""
+    requests, tokens_left = _quotas(asked, now)
+    if lease is not None:
+        return Verdict(lease, None, requests, tokens_left)
+    found = (_refusal(bound, used, tokens, spend, now) for bound, used in asked)
+    refusal = next(one for one in found if one is not None)
+    return Verdict(None, refusal, requests, tokens_left)
+
+
+def _refusal(bound: Bound, used: Facts, tokens: int, spend: int, now: float) -> Refusal | None:
     limits, scope = bound.limits, bound.scope
     if limits.spend_per_month is not None:
         limit, taken = round(limits.spend_per_month * NANO), used.spent + used.reserved
@@ -266,7 +295,7 @@ def _refusal(bound: Bound, used: _Used, tokens: int, spend: int, now: float) -> 
     return None
 
 
-def _quotas(asked: list[tuple[Bound, _Used]], now: float) -> tuple[Quota | None, Quota | None]:
+def _quotas(asked: list[tuple[Bound, Facts]], now: float) -> tuple[Quota | None, Quota | None]:
     """The tightest limit of requests and of tokens."""
     requests = tokens = None
     for bound, used in asked:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from cloudlm import __version__
-from cloudlm.control.api import deployments, jobs, keys, models, principals, roles, tenants
+from cloudlm.control.api import deployments, jobs, keys, models, principals, roles, tenants, usage
 from cloudlm.control.api.caller import caller_of
 from cloudlm.control.api.edge import Edge, error_response, handle_error
 from cloudlm.control.api.services import Services
@@ -44,7 +44,7 @@ def build_app(services: Services) -> FastAPI:
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, handle_error)
-    for noun in (models, deployments, tenants, principals, roles, keys, jobs):
+    for noun in (models, deployments, tenants, principals, roles, keys, usage, jobs):
         app.include_router(noun.routes(services), prefix=PREFIX)
     app.include_router(_driver_routes(services), prefix=PREFIX)
     app.include_router(_own_routes(), prefix=PREFIX)
