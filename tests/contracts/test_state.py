@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,14 @@ from cloudlm.core.access import (
     Project,
     Rule,
     Tenant,
+)
+from cloudlm.core.audit import (
+    AuditEvent,
+    AuditHead,
+    AuditOutcome,
+    AuditRecord,
+    Checkpoint,
+    chained,
 )
 from cloudlm.core.deployment import (
     Demand,
@@ -425,6 +434,77 @@ class TestIdentities:
         await state.put_identity(person)
         with pytest.raises(Conflict, match="subject"):
             await state.put_identity(replace(person, id="p-2"))
+
+
+def deed(number: int) -> AuditEvent:
+    return AuditEvent(
+        float(number), "control", ODD, "k", "t", "a", "x", "::1", AuditOutcome.DONE, 200
+    )
+
+
+class TestAudit:
+    async def test_events_are_chained_in_order(self, state: State) -> None:
+        assert await state.audit_head() == AuditHead()
+        version = await state.version()
+        expected = chained(AuditHead(), [deed(n) for n in range(5)])
+        await state.append_audit([deed(0), deed(1)])
+        head = await state.append_audit([deed(n) for n in range(2, 5)])
+        assert await state.list_audit() == expected
+        assert head == await state.audit_head() == AuditHead(5, expected[-1].hash)
+        assert await state.list_audit(after=1, limit=2) == expected[1:3]
+        assert await state.list_audit(tenant="t", limit=1) == expected[:1]
+        assert await state.list_audit(tenant="none") == []
+        assert await state.append_audit([]) == head
+        assert await state.version() == version
+
+    async def test_checkpoints_are_kept(self, state: State) -> None:
+        marks = [Checkpoint(2, "b" * 64, 2.0, "ff"), Checkpoint(1, "a" * 64, 1.0, "00")]
+        for mark in marks:
+            await state.put_checkpoint(mark)
+        await state.put_checkpoint(replace(marks[0], at=3.0))
+        assert await state.list_checkpoints() == [marks[1], replace(marks[0], at=3.0)]
+
+    def test_processes_that_are_killed_leave_a_whole_chain(self, shared_state_url: str) -> None:
+        script = """
+            import asyncio, sys
+            from cloudlm.core.audit import AuditEvent, AuditOutcome
+            from cloudlm.state.open import open_state
+
+            async def main(url, who):
+                state = await open_state(url)
+                print("ready", flush=True)
+                while True:
+                    event = AuditEvent(1.0, "s", who, "", "", "", "", "", AuditOutcome.DONE)
+                    await state.append_audit([event])
+
+            asyncio.run(main(sys.argv[1], sys.argv[2]))
+        """
+        command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), shared_state_url]
+        processes = [
+            subprocess.Popen([*command, who], stdout=subprocess.PIPE) for who in ("a", "b")
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 60
+        while len(asyncio.run(_audit(shared_state_url))[0]) < 20:
+            assert time.monotonic() < deadline
+        for process in processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        records, head = asyncio.run(_audit(shared_state_url))
+        assert records == chained(AuditHead(), [one.event for one in records])
+        assert head == AuditHead(records[-1].seq, records[-1].hash)
+
+
+async def _audit(url: str) -> tuple[list[AuditRecord], AuditHead]:
+    state = await open_state(url)
+    try:
+        return await state.list_audit(limit=100_000), await state.audit_head()
+    finally:
+        await state.close()
 
 
 class TestJobs:

@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from cloudlm.cli.connect import control_client
+from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.screen import (
     age_text,
     print_json,
@@ -59,6 +60,8 @@ def deploy(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
@@ -72,7 +75,10 @@ def deploy(
             driver=driver,
             min_replicas=low,
             max_replicas=high,
-            options=read_options(option or []),
+            options={
+                **read_options(option or []),
+                **partition_options(tensor_parallel, pipeline_parallel),
+            },
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output)

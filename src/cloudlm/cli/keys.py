@@ -7,6 +7,7 @@ the owner key is lost, for whoever may read the installation's folder.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import replace
 from typing import Annotated
@@ -28,6 +29,7 @@ from cloudlm.cli.options import (
 )
 from cloudlm.cli.screen import out, print_json, print_table, say
 from cloudlm.core.access import EVERYWHERE
+from cloudlm.core.audit import AuditEvent, AuditOutcome
 from cloudlm.core.errors import NotFound
 from cloudlm.core.tenant import KeyRecord, Role
 from cloudlm.core.wire_access import (
@@ -233,6 +235,7 @@ async def _create_local(wanted: KeyRequest) -> tuple[str, KeyRecord]:
             limits=wanted.limits,
             expires_at=None if wanted.expires_in_s is None else now + wanted.expires_in_s,
         )
+        await state.append_audit([_local_deed("create keys", minted.record, now)])
         await state.put_key(minted.record)
         return minted.text, minted.record
     finally:
@@ -251,9 +254,27 @@ async def _list_local() -> list[KeyRecord]:
 async def _revoke_local(key_id: str) -> KeyRecord:
     state, _ = await open_local_state()
     try:
+        found = await state.get_key(key_id)
+        if found is not None:
+            await state.append_audit([_local_deed("delete keys", found, time.time())])
         record = await state.revoke_key(key_id, now=time.time())
     finally:
         await state.close()
     if record is None:
         raise NotFound(f"no key has the id {key_id[:80]!r}; 'cloudlm keys list --local' shows all")
     return record
+
+
+def _local_deed(action: str, record: KeyRecord, now: float) -> AuditEvent:
+    """What the audit log says of a change that no control saw: whose process it was."""
+    return AuditEvent(
+        at=now,
+        server="cli",
+        actor=f"uid:{os.getuid()}",
+        key_id="",
+        tenant=record.tenant,
+        action=action,
+        target=f"key {record.id} ({record.role}@{record.scope})",
+        source="this machine",
+        outcome=AuditOutcome.BEGUN,
+    )

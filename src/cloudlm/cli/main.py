@@ -14,6 +14,7 @@ import typer
 
 from cloudlm import __version__
 from cloudlm.cli import (
+    audit,
     config,
     demo,
     deployments,
@@ -83,6 +84,7 @@ principals.add_to(app)
 app.add_typer(roles.app, name="roles")
 app.add_typer(keys.app, name="keys")
 usage.add_to(app)
+app.add_typer(audit.app, name="audit")
 config.add_to(app)
 drivers.add_to(app)
 

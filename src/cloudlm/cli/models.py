@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloudlm.cli import perplexity
 from cloudlm.cli.connect import local_registry, open_local_state
 from cloudlm.cli.screen import (
     bytes_bar,
@@ -24,7 +25,10 @@ from cloudlm.core.model import Manifest, parse_ref
 if TYPE_CHECKING:
     from cloudlm.registry.registry import Registry
 
-app = typer.Typer(no_args_is_help=True, help="Model versions: list, show, pull, import, rm.")
+app = typer.Typer(
+    no_args_is_help=True, help="Model versions: list, show, pull, import, rm, perplexity."
+)
+perplexity.add_to(app)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str | None, typer.Option("--name", help="Name in the registry.")]
 Alias = Annotated[str | None, typer.Option("--alias", help="Alias to set on the version.")]
@@ -80,6 +84,8 @@ def show(model: Ref, json_output: Json = False) -> None:
         ("architecture", manifest.architecture),
         ("parameters", count_text(manifest.parameters)),
         ("precision", manifest.precision),
+        ("format", manifest.weights_format),
+        ("quantisation", manifest.quantisation or "none"),
         ("context", f"{manifest.context_length} tokens"),
         ("size", size_text(manifest.size_bytes)),
         ("licence", manifest.licence or "not stated"),
@@ -98,19 +104,22 @@ def pull(
     alias: Alias = None,
     json_output: Json = False,
 ) -> None:
-    """Download a model from the hub or an object store into the registry."""
+    """Download a model from the hub or an object store."""
     _import(source, name, alias, json_output)
 
 
 @app.command("import")
 def import_model(
-    source: Annotated[str, typer.Argument(help="A folder with config.json and *.safetensors.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder with config.json and *.safetensors, or a GGUF file."),
+    ],
     name: Name = None,
     alias: Alias = None,
     json_output: Json = False,
 ) -> None:
-    """Import a Hugging Face model folder into the registry."""
-    if Path(source).expanduser().is_dir():  # "my-model" alone would be a registered name
+    """Import a Hugging Face folder or a GGUF file."""
+    if Path(source).expanduser().exists():  # "my-model" alone would be a registered name
         source = str(Path(source).expanduser().resolve())
     _import(source, name, alias, json_output)
 
@@ -136,7 +145,7 @@ def _import(source: str, name: str | None, alias: str | None, json_output: bool)
 
 @app.command("rm")
 def remove(model: Ref, json_output: Json = False) -> None:
-    """Remove one version, unless an alias or a deployment here uses it."""
+    """Remove one version that nothing here uses."""
     registry = local_registry()
     manifest = registry.resolve(parse_ref(model))
     users = asyncio.run(_deployments_of(registry, manifest))

@@ -36,6 +36,17 @@ def whoami() -> Call[Whoami]:
     return Call("GET", path_of("whoami"), read)
 
 
+def list_audit(after: int, limit: int, tenant: str | None) -> Call[list[dict[str, Any]]]:
+    query = {"after": str(after), "limit": str(limit), **_query(tenant=tenant)}
+    return Call("GET", path_of("audit"), all_of(_record), query=query)
+
+
+def _record(body: Any) -> dict[str, Any]:
+    fields = Fields(body, "a record")
+    fields.integer("seq", low=1)
+    return dict(body)
+
+
 # Tenants and projects ---------------------------------------------------------------------------
 
 

@@ -78,6 +78,12 @@ class Client:
         """The key in use and the principal that it speaks for."""
         return self.send(access_calls.whoami())
 
+    def audit(
+        self, *, after: int = 0, limit: int = 100, tenant: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Records of the audit log after a number, in order."""
+        return self.send(access_calls.list_audit(after, limit, tenant))
+
     def openai(self, **options: Any) -> OpenAI:
         """The official client, pointed at the gateway with the same key; ``options`` are its own.
 

@@ -16,6 +16,7 @@ import uvicorn
 from cloudlm.control.api.app import build_api
 from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
@@ -86,8 +87,10 @@ async def running(
         reconciler = Reconciler(state, drivers, registry, prober, clock, settings.control, metrics)
         await jobs.resume()
         loop = asyncio.create_task(reconciler.run())
+        pepper = home.pepper()
+        auditor = Auditor(state, clock, home.audit_seed(), home.audit_checkpoints)
+        signing = asyncio.create_task(auditor.run())
         try:
-            pepper = home.pepper()
             yield Services(
                 state=state,
                 registry=registry,
@@ -98,11 +101,14 @@ async def running(
                 pepper=pepper,
                 clock=clock,
                 callers=Callers(state, pepper, clock),
+                auditor=auditor,
             )
         finally:
-            loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loop
+            for task in (loop, signing):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await auditor.checkpoint()
             await jobs.close()
             await drivers.close()
 

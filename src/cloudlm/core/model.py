@@ -135,6 +135,8 @@ class Manifest:
 
     ``task`` is ``generate`` for decoders. ``parameters`` counts weights. ``lineage`` says where the
     bytes came from (``source`` address, ``revision``, ``parent`` version, ``imported_by``).
+    ``weights_format`` is ``safetensors`` or ``gguf``; ``quantisation`` says how the weights are
+    quantised (``gptq int4``), empty if they are not.
     """
 
     name: str
@@ -149,6 +151,8 @@ class Manifest:
     lineage: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
     created_at: float = 0.0
+    weights_format: str = "safetensors"
+    quantisation: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -167,6 +171,8 @@ class Manifest:
             "task": self.task,
             "architecture": self.architecture,
             "precision": self.precision,
+            "weights_format": self.weights_format,
+            "quantisation": self.quantisation,
             "parameters": self.parameters,
             "context_length": self.context_length,
             "licence": self.licence,
@@ -217,6 +223,8 @@ def manifest_from_body(body: Any) -> Manifest:
             lineage={str(k): str(v) for k, v in body.get("lineage", {}).items()},
             description=str(body.get("description", "")),
             created_at=float(body.get("created_at", 0.0)),
+            weights_format=str(body.get("weights_format", "safetensors")),
+            quantisation=str(body.get("quantisation", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrokenModel(

@@ -52,6 +52,12 @@ class GatewaySettings:
     max_attempts: int = setting(
         3, "Replicas tried for one request while nothing was sent.", low=1, high=10
     )
+    max_resumes: int = setting(
+        3,
+        "Replicas that may go on with one stream after its replica was lost; 0 never resumes.",
+        low=0,
+        high=100,
+    )
     max_ongoing_requests: int = setting(
         4096, "Requests in the gateway at once, waiting ones too; more are refused with 503.", low=1
     )
@@ -164,7 +170,7 @@ class EngineSettings:
     )
     kv_cache_mb: int = setting(
         0,
-        "Memory for keys and values, MiB; 0 takes 512 on a CPU, and on a GPU what "
+        "Memory for keys and values in each process, MiB; 0 takes 512 on a CPU, and on a GPU what "
         "gpu_memory_utilization leaves.",
         low=0,
     )
@@ -207,9 +213,19 @@ class EngineSettings:
         "template.",
         choices=("auto", "none", "think"),
     )
+    tensor_parallel: int = setting(
+        1,
+        "Processes that share every layer of the model, each with a part of its heads and columns.",
+        low=1,
+        high=64,
+    )
+    pipeline_parallel: int = setting(
+        1, "Stages of layers, in processes of their own, that follow each other.", low=1, high=64
+    )
     threads: int = setting(
         0,
-        "CPU threads of the engine; 0 takes all cores, one for a very small model.",
+        "CPU threads of the engine, all its processes together; 0 takes all cores, one for a very "
+        "small model.",
         low=0,
         high=1024,
     )

@@ -25,8 +25,8 @@ from cloudlm.core.errors import BrokenModel, UnsafeModel, UnsupportedModel
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.config import ModelConfig, read_json
 from cloudlm.engine.architectures.gpt2 import Projection
+from cloudlm.engine.formats.safetensors_files import StoredTensor, read_header
 from cloudlm.engine.step import Chunk
-from cloudlm.engine.weights import StoredTensor, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -60,6 +60,11 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Fail:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Errand:
     """Something to do between two steps, as soon as ``ready``."""
 
@@ -68,7 +73,7 @@ class Errand:
     done: Future[None]
 
 
-Command = Submit | CancelSequence | CancelRequest | Errand | Close
+Command = Submit | CancelSequence | CancelRequest | Errand | Fail | Close
 
 
 class Inbox:
@@ -102,6 +107,9 @@ class Inbox:
 
     def cancel_request(self, request_id: str) -> None:
         self._commands.put(CancelRequest(request_id))
+
+    def fail(self, reason: str) -> None:
+        self._commands.put(Fail(reason))
 
     async def between_steps(
         self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,8 @@ from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.architectures import find_architecture
 from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.architectures.config import ModelConfig, read_json
+from cloudlm.engine.formats.base import Checkpoint
+from cloudlm.engine.formats.opening import open_checkpoint
 from cloudlm.engine.ops.cache import block_size_bytes
 from cloudlm.engine.paths.base import ComputePath
 from cloudlm.engine.paths.choice import Choice, choose_path
@@ -24,11 +27,12 @@ from cloudlm.engine.runner import Runner, RunnerFacts, Source
 from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Pooling
 from cloudlm.engine.tokens import Tokenizer
-from cloudlm.engine.weights import load_weights, weight_files
+from cloudlm.engine.weights import load_weights
 
 if TYPE_CHECKING:
     from cloudlm.engine.engine import LocalEngine
 
+_logger = logging.getLogger(__name__)
 Progress = Callable[[float, str], None]
 _CPU_CACHE_MB = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +71,7 @@ def load_engine(
         pooling=Pooling(settings.pooling),
         lookup=lookup,
     )
+    runner.when_lost(engine.fail)
     tell(1.0, "ready")
     return engine
 
@@ -78,9 +83,14 @@ def load_runner(
     tell: Progress,
 ) -> Runner:
     """The model of ``folder`` with its cache, tried out once. Raises as ``load_engine``."""
+    if settings.tensor_parallel * settings.pipeline_parallel > 1:
+        from cloudlm.engine.parallel.loading import load_leader
+
+        return load_leader(folder, settings, eos_token_ids, tell)
     if settings.deterministic:
         settings = replace(settings, kernels=_kernels_when_deterministic(settings))
-    name, config, model = _build(folder)
+    name, config, model = build_network(folder)
+    checkpoint = open_checkpoint(folder)
     device = pick_device(settings.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = pick_threads(settings.threads, parameters)
@@ -93,28 +103,32 @@ def load_runner(
         device=device,
         pick_dtype=lambda asked: pick_dtype(asked, config, parameters, device),
         threads=threads,
+        stored=checkpoint.precision,
     )
     if choice.kernels is not None:
         settings = replace(settings, block_size=native_block_size(settings.block_size))
     if not settings.kv_cache_mb:
-        settings = replace(settings, kv_cache_mb=_cache_mb(model, settings, choice, device))
+        settings = replace(settings, kv_cache_mb=cache_mb(model, settings, choice, device))
     num_blocks, max_model_len = plan_cache(model.shape, settings, choice.dtype)
 
     packed = choice.kernels is not None or bool(choice.operations)
 
-    def read(network: Decoder, told: Progress) -> Decoder:
+    def read(network: Decoder, checkpoint: Checkpoint, told: Progress) -> Decoder:
         network.limit(max_model_len)
-        load_weights(
+        kept = load_weights(
             network,
-            folder,
+            checkpoint,
             dtype=choice.dtype,
             device=torch.device("cpu") if packed else device,
             progress=lambda share: told(0.05 + 0.55 * share, "loading the weights"),
             copy=not packed,  # packing copies
+            keep_codes=choice.stored != "",
         )
+        if checkpoint.quantisation:
+            _tell_of_quantisation(checkpoint, kept, choice.dtype)
         return network
 
-    read(model, tell)
+    read(model, checkpoint, tell)
 
     def on_kernels(loaded: Decoder) -> ComputePath:
         if choice.kernels is None:
@@ -134,6 +148,7 @@ def load_runner(
             num_blocks,
             settings.block_size,
             progress=lambda share: tell(0.6 + 0.3 * share, "packing the weights"),
+            stored=choice.stored,
         )
 
     facts = RunnerFacts(
@@ -146,30 +161,37 @@ def load_runner(
     )
 
     def again() -> Decoder:
-        return read(_build(folder)[2], lambda share, what: None)
+        return read(build_network(folder)[2], open_checkpoint(folder), lambda share, what: None)
 
-    source = Source(again, tuple(weight_files(folder)))
+    source = Source(again, checkpoint.files)
     runner = Runner(model, facts, source, on_kernels if packed else None)
     tell(0.9, "trying the model out")
     runner.check()
     return runner
 
 
-def _build(folder: Path) -> tuple[str, ModelConfig, Decoder]:
+def build_network(folder: Path) -> tuple[str, ModelConfig, Decoder]:
     """The architecture's name, the configuration, and the network without memory."""
     values = read_json(folder / "config.json")
-    if values.get("auto_map"):
-        raise UnsafeModel(
-            "config.json: auto_map asks for code of the model's own, which is not run"
-        )
-    if values.get("quantization_config"):
-        raise UnsupportedModel(
-            "config.json: quantized models (quantization_config) are not supported"
-        )
-    name, architecture = find_architecture(values.get("architectures"))
+    try:
+        name, architecture = find_architecture(values.get("architectures"))
+    except UnsupportedModel:
+        if values.get("auto_map"):  # of no interest where the network is our own
+            raise UnsafeModel(
+                "config.json: auto_map asks for code of the model's own, which is not run"
+            ) from None
+        raise
     config = ModelConfig(values)
     with torch.device("meta"):
         return name, config, architecture.from_config(config)
+
+
+def _tell_of_quantisation(checkpoint: Checkpoint, kept: int, dtype: torch.dtype) -> None:
+    """Whoever deploys a quantised file wants to know whether its memory stays as small."""
+    fields = {"stored": checkpoint.quantisation, "kept": kept}
+    if not kept:
+        fields["dequantised_to"] = str(dtype).removeprefix("torch.")
+    _logger.info("quantised_weights", extra={"fields": fields})
 
 
 def _on_gpu(
@@ -202,9 +224,7 @@ def _on_gpu(
     )
 
 
-def _cache_mb(
-    model: Decoder, settings: EngineSettings, choice: Choice, device: torch.device
-) -> int:
+def cache_mb(model: Decoder, settings: EngineSettings, choice: Choice, device: torch.device) -> int:
     """The cache's memory, MiB, where the settings leave it to us. Raises BadSetting."""
     if device.type != "cuda":
         return _CPU_CACHE_MB

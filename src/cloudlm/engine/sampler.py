@@ -57,6 +57,9 @@ def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()
     On a GPU nothing is waited for but a copy of the chosen tokens, and of the log probabilities if
     any are asked for.
     """
+    greedy = _greedy(logits, chunks, allowed)
+    if greedy is not None:
+        return greedy
     logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
     chosen = _chosen(logits, chunks, allowed)
     return _with_logprobs(logits, chosen, [chunk.sampling.logprobs for chunk in chunks])
@@ -73,6 +76,23 @@ def _chosen(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask]) ->
         rows = _ids(random, logits)
         chosen[rows] = _drawn(processed[rows], [chunks[row] for row in random])
     return chosen
+
+
+def _greedy(
+    logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask]
+) -> list[Choice] | None:
+    """The likeliest tokens where nobody asks for more, in one pass over the logits; None where
+    somebody does, or where a row's largest logit is not a finite number."""
+    if logits.device.type != "cpu" or any(mask is not None for mask in allowed):
+        return None
+    for sampling in (chunk.sampling for chunk in chunks):
+        if sampling.temperature > 0 or sampling.logprobs is not None or not _plain(sampling):
+            return None
+    array = logits.numpy()  # its search is several times as quick as PyTorch's
+    chosen = array.argmax(1)  # a NaN counts as the largest, so the check below sees it
+    if not np.isfinite(array[np.arange(len(array)), chosen]).all():
+        return None
+    return [Choice(token_id) for token_id in chosen.tolist()]
 
 
 def token_logprobs(

@@ -1,190 +1,119 @@
-"""Fills a network with the tensors of safetensors files. Reads nothing that could run code.
-
-Every header is checked (bounds, types, shapes, names) before a byte of weights is used.
-Format: https://huggingface.co/docs/safetensors, a JSON header behind its 8-byte length.
-"""
+"""Fills a network with the tensors of a checkpoint, whatever format that is in."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from cloudlm.core.errors import BrokenModel, UnsafeModel, UnsupportedModel
-from cloudlm.core.model import check_file_path
+from cloudlm.core.errors import BrokenModel
 from cloudlm.engine.architectures.base import Decoder
-from cloudlm.engine.architectures.config import read_json
+from cloudlm.engine.formats.base import Checkpoint, Entry, StoredLinear
 
-MAX_HEADER_BYTES = 100 * 2**20
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+if TYPE_CHECKING:
+    from cloudlm.engine.parallel.split import Split
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a file, as its header describes it."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name; no weights are read.
-
-    Raises BrokenModel if the header is cut, is not JSON, or does not describe the file's bytes
-    exactly: offsets in bounds, neither gaps nor overlaps, each as long as its shape demands.
-    """
-    try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size_bytes < 8 or length > min(MAX_HEADER_BYTES, size_bytes - 8):
-                raise BrokenModel(f"{path.name}: the header does not fit into the file; it is cut")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise BrokenModel(f"{path.name} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError):
-        raise BrokenModel(f"{path.name}: the header is not valid JSON") from None
-    if not isinstance(header, dict):
-        raise BrokenModel(f"{path.name}: the header is not a JSON object")
-    header.pop("__metadata__", None)
-    tensors = {name: _described(path, name, entry) for name, entry in header.items()}
-    spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
-    position = 0
-    for begin, end in spans:
-        if begin != position:
-            raise BrokenModel(f"{path.name}: tensors overlap or leave gaps at byte {position}")
-        position = end
-    if position != size_bytes - 8 - length:
-        raise BrokenModel(
-            f"{path.name} holds {size_bytes - 8 - length} bytes of tensors, "
-            f"its header describes {position}; the file is cut or damaged"
-        )
-    return tensors
-
-
-def _described(path: Path, name: str, entry: Any) -> StoredTensor:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
-    except (KeyError, TypeError, ValueError):
-        numbers = [None]
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-    if not whole or not isinstance(dtype, str):
-        raise BrokenModel(f"{path.name}: the header's entry for {name[:120]!r} is malformed")
-    item_bytes = _ITEM_BYTES.get(dtype)
-    if end < begin or (item_bytes and end - begin != item_bytes * math.prod(shape)):
-        raise BrokenModel(
-            f"{path.name}: tensor {name[:120]!r} of type {dtype} and shape {shape} "
-            f"cannot be bytes {begin} to {end}"
-        )
-    return StoredTensor(path, name, dtype, tuple(shape))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those of the index, or the single one.
-
-    Raises UnsafeModel if there are pickled weights only, BrokenModel if there are none or a shard
-    is missing.
-    """
-    if (folder / INDEX).is_file():
-        entries = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(entries, dict) or not entries:
-            raise BrokenModel(f"{INDEX} has no weight_map")
-        names = sorted({str(name) for name in entries.values()})
-        files = [folder / check_file_path(name) for name in names]
-        for file in files:
-            if not file.is_file():
-                raise BrokenModel(f"{file.name} is missing, {INDEX} names it")
-        return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
-    if pickled:
-        raise UnsafeModel(
-            f"{pickled[0]} may hold pickled data, which could run code, and is not read; "
-            "convert the model to safetensors"
-        )
-    raise BrokenModel(f"{folder.name} holds no weights: expected {SINGLE} or {INDEX}")
-
-
-def match_tensors(model: Decoder, files: list[Path]) -> dict[str, StoredTensor]:
-    """For every parameter of ``model`` the tensor that fills it.
+def match_tensors(
+    model: Decoder, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Entry]:
+    """For every parameter of ``model`` the entry that fills it; of the network that ``model`` is a
+    part of, if that one's parameters have ``shapes``.
 
     Raises BrokenModel for a tensor that is missing, unknown, doubled or of the wrong shape, and
     UnsupportedModel for number types that are not run.
     """
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found: dict[str, StoredTensor] = {}
-    for tensor in (tensor for file in files for tensor in read_header(file).values()):
-        name = model.parameter_name(tensor.name)
-        if name is None:
+    wanted = shapes or {name: tuple(one.shape) for name, one in model.named_parameters()}
+    found: dict[str, Entry] = {}
+    for entry in checkpoint.entries:
+        name = model.parameter_name(entry.name)
+        if name is None or (name not in wanted and entry.idle and _is_zero(entry)):
             continue
-        where = f"{tensor.file.name}: tensor {tensor.name[:120]!r}"
         if name not in wanted:
-            raise BrokenModel(f"{where} is not a part of {type(model).__name__}")
+            raise BrokenModel(f"{entry.where} is not a part of {type(model).__name__}")
         if name in found:
-            raise BrokenModel(f"{where} is also in {found[name].file.name}")
-        if tensor.dtype not in _ITEM_BYTES:
-            raise UnsupportedModel(
-                f"{where} is of type {tensor.dtype[:20]}; supported: {', '.join(_ITEM_BYTES)}"
-            )
-        if tensor.shape != wanted[name]:
-            raise BrokenModel(
-                f"{where} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name])}"
-            )
-        found[name] = tensor
+            raise BrokenModel(f"{entry.where} is also in {found[name].file.name}")
+        entry.check(wanted[name])
+        found[name] = entry
     missing = [name for name in wanted if name not in found]
     if missing:
+        files = checkpoint.files
         names = ", ".join(file.name for file in files[:3]) + (" …" if len(files) > 3 else "")
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BrokenModel(f"{names}: tensor {missing[0]!r}{more} missing")
     return found
 
 
+def _is_zero(entry: Entry) -> bool:
+    return not entry.fault and not bool(entry.floats(torch.float32, False).any())
+
+
 def load_weights(
     model: Decoder,
-    folder: Path,
+    checkpoint: Checkpoint,
     *,
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[float], None] | None = None,
     copy: bool = True,
-) -> None:
-    """Fill ``model``, which was built on the meta device, from the files of ``folder``.
+    keep_codes: bool = False,
+    split: Split | None = None,
+) -> int:
+    """Fill ``model``, which was built on the meta device; the answer is how many matrices stay
+    quantised as they are stored.
 
     One tensor at a time is read, converted and put in its place, so the memory needed is that of
     the loaded model. ``progress`` is told the share that is done, 0 to 1. Without ``copy`` a tensor
     that has the right type already stays in the file's memory: for who copies it anyway, at once.
-    Raises as ``weight_files`` and ``match_tensors``.
+    With ``keep_codes`` quantised projections stay in their files until somebody asks for them
+    (``StoredLinear``). With ``split`` the ``model`` is a part of a network, and only that part is
+    kept. Raises as ``match_tensors``.
     """
-    files = weight_files(folder)
-    found = match_tensors(model, files)
-    total = sum(math.prod(tensor.shape) for tensor in found.values()) or 1
+    found = match_tensors(model, checkpoint, None if split is None else split.shapes)
+    if split is not None:
+        found = {name: found[name] for name, _ in model.named_parameters()}
+    total = sum(math.prod(entry.shape) for entry in found.values()) or 1
     loaded: dict[str, Tensor] = {}
-    done = 0
-    for file in files:
-        here = [(name, tensor) for name, tensor in found.items() if tensor.file == file]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name, tensor in here:
-                    # The copy is ours: a file that changes on disk cannot change a served model.
-                    loaded[name] = opened.get_tensor(tensor.name).to(device, dtype, copy=copy)
-                    done += loaded[name].numel()
-                    if progress is not None:
-                        progress(done / total)
-        except (SafetensorError, OSError) as error:
-            raise BrokenModel(f"{file.name} cannot be read: {error}") from error
+    done = kept = 0
+    # In the order of the files, which are read from front to back.
+    for name, entry in sorted(found.items(), key=lambda item: checkpoint.files.index(item[1].file)):
+        if keep_codes and entry.codes is not None and _leave(model, name, entry):
+            loaded[name] = torch.empty(entry.shape, dtype=dtype, device="meta")
+            kept += 1
+        else:
+            # The copy is ours: a file that changes on disk cannot change a served model.
+            loaded[name] = _numbers(name, entry, dtype, copy, split).to(device)
+        done += math.prod(entry.shape)
+        if progress is not None:
+            progress(done / total)
     model.load_state_dict(loaded, strict=True, assign=True)
     model.requires_grad_(False)
+    return kept
+
+
+def _numbers(
+    name: str, entry: Entry, dtype: torch.dtype, copy: bool, split: Split | None
+) -> Tensor:
+    """The entry as numbers, or what a part of the network needs of it."""
+    if split is not None and name in split.zeroed:
+        return torch.zeros(entry.shape, dtype=dtype)
+    cut = None if split is None else split.cuts.get(name)
+    if cut is None:
+        return entry.floats(dtype, copy)
+    # Plain numbers stay in the file's memory, of which only the part is touched.
+    whole = entry.floats(dtype, False) if entry.stored is None else entry.stored()
+    return cut.of(whole).to(dtype, copy=True).contiguous()
+
+
+def _leave(model: Decoder, name: str, entry: Entry) -> bool:
+    """Put a projection that is left in its file in the place of a usual one."""
+    path, _, last = name.rpartition(".")
+    linear = model.get_submodule(path)
+    if last != "weight" or type(linear) is not nn.Linear:
+        return False
+    above, _, own = path.rpartition(".")
+    setattr(model.get_submodule(above), own, StoredLinear(linear, entry))
+    return True

@@ -51,6 +51,7 @@ class Exchange:
         self.headers: dict[str, str] = {}  # for the answer, whatever it is
         self.started_at = clock.now()
         self.started = clock.monotonic()
+        self.answered = False
         self._on_end: list[Callable[[], None]] = []
         self._ended = False
 
@@ -101,7 +102,9 @@ class Attempt:
             exchange = self._exchange
             now = exchange.clock.monotonic()
             self._first_token_s = now - self._started
-            exchange.meter.first_token(exchange.model, now - exchange.started)
+            if not exchange.answered:  # later ones go on with the same answer
+                exchange.meter.first_token(exchange.model, now - exchange.started)
+                exchange.answered = True
 
     def fail(self, error: CloudlmError) -> None:
         """The attempt is over because of ``error``."""

@@ -34,6 +34,7 @@ from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
@@ -81,6 +82,7 @@ class Gateway:
         self.upstream = Upstream(token=worker_token, connect_timeout_s=settings.connect_timeout_s)
         name = f"{socket.gethostname()}:{settings.port}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
+        self.refusals = Refusals(state, clock)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -95,6 +97,7 @@ class Gateway:
                 ledger=self.ledger,
                 meter=self.meter,
                 weights=read_weights(settings.tenant_weights),
+                refused=self.refusals.note,
             )
         )
         self.stopping = False
@@ -128,7 +131,7 @@ class Gateway:
             await self.limiter.tend(self.view.snapshot())  # what was spent before
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run)
+            for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
@@ -140,6 +143,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.demand.report()
+            await self.refusals.flush()
             await self.ledger.close()
             await self.upstream.close()
 

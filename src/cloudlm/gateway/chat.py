@@ -44,6 +44,7 @@ from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.relay import Relay
+from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget, full_jitter
 from cloudlm.gateway.router import Loads, choose
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
@@ -79,6 +80,7 @@ class Rooms:
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
     fraction: Callable[[], float] = random.random
+    refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
 
 class Handler:
@@ -107,6 +109,7 @@ class Handler:
         try:
             return await self._answer(exchange, request)
         except CloudlmError as error:
+            self._rooms.refused(request, exchange, error)
             exchange.fail(error)
             return self._refusal(exchange, error)
         except asyncio.CancelledError:
@@ -222,6 +225,7 @@ class Handler:
         exchange.replica = replica
         rooms.loads.begin(replica)
         attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
         try:
             deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
@@ -229,14 +233,15 @@ class Handler:
                 answer = await rooms.upstream.send(
                     endpoint.url + call.path,
                     call.body,
-                    self._said(exchange),
+                    said,
                     replica=replica,
                     timeout_s=rooms.settings.first_token_timeout_s,
                     now=rooms.clock.now(),
                 )
                 if call.stream:
-                    idle_timeout_s = rooms.settings.idle_timeout_s
-                    relay = Relay(exchange, attempt, answer, call, idle_timeout_s)
+                    revision = endpoint.revision
+                    resumer = Resumer(rooms, exchange, call, revision, said, self._judge)
+                    relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
                     rooms.loads.answered(replica)
                     return GatewayResponse(200, self._headers(exchange, _STREAM_HEADERS), relay)
@@ -306,11 +311,8 @@ class Handler:
         tried: set[str],
         budget: RetryBudget,
     ) -> bool:
-        elsewhere = (
-            error.elsewhere if isinstance(error, ReplicaRefused) else error.retry is Retry.ELSEWHERE
-        )
         return (
-            elsewhere
+            may_help(error)
             and exchange.attempts < self._rooms.settings.max_attempts
             and self._choose(call, tried) is not None
             and budget.take(self._rooms.clock.monotonic())

@@ -1,7 +1,8 @@
 """The words between a web server and the handler: one request in, one response out.
 
 Plain data, so that the handler depends on no framework: whoever speaks HTTP fills a
-``GatewayRequest`` and writes a ``GatewayResponse``. Must not import a web framework.
+``GatewayRequest`` and writes a ``GatewayResponse``; neither is changed afterwards (they are not
+frozen because making frozen ones takes four times as long). Must not import a web framework.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _UNSAFE_IN_HEADER = re.compile(r"[^\x21-\x7e]")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GatewayRequest:
     """One HTTP request, read whole. Header names are lower-case.
 
     ``disconnected`` is done as soon as the client has gone away; the server sets it at any time
-    until the response's body is closed.
+    until the response's body is closed. ``peer`` is the address that the connection came from.
     """
 
     method: str
@@ -31,6 +32,7 @@ class GatewayRequest:
     body: bytes
     disconnected: asyncio.Future[None]
     query: str = ""
+    peer: str = ""
 
 
 class BodyStream(Protocol):
@@ -44,7 +46,7 @@ class BodyStream(Protocol):
     async def aclose(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GatewayResponse:
     """Status, headers and a body that is either whole or a stream."""
 

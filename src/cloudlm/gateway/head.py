@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from cloudlm.core.errors import (
@@ -81,8 +82,7 @@ class Head:
             raise head_too_large()
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Where a request goes. ``host`` is the authority of an absolute target, else empty."""
 
     path: str

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httptools
@@ -40,8 +40,7 @@ class Silent(Exception):
     """Nothing came within the time given."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a line leads to."""
 
     host: str

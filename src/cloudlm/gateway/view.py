@@ -39,6 +39,10 @@ class ServedModel:
     endpoints: tuple[Endpoint, ...] = ()
 
 
+class HiddenModel(ModelNotFound):
+    """The model exists, but not for this key; what is said of it is the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One consistent reading of the state."""
@@ -61,7 +65,7 @@ class Snapshot:
             return found
         known = sorted(model.name for model in self.models_of(key))
         shown = ", ".join(known[:_NAMES_SHOWN]) + (" …" if len(known) > _NAMES_SHOWN else "")
-        raise ModelNotFound(
+        raise (ModelNotFound if found is None else HiddenModel)(
             f"there is no model {name[:80]!r}; "
             + (
                 f"deployed here: {shown}"

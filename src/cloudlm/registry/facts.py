@@ -6,38 +6,17 @@ Derived from config.json, the safetensors headers and the model card. Must not r
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloudlm.core.architectures import USUAL_CONTEXTS
 from cloudlm.core.errors import BrokenModel
+from cloudlm.registry.quantisation import Storage, read_storage
 from cloudlm.registry.safetensors_header import TensorFacts
 from cloudlm.registry.stores.failures import storage_failures
 
-_PRECISIONS = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0",
-    "F6_E2M3": "float6_e2m3",
-    "F6_E3M2": "float6_e3m2",
-    "F4": "float4",
-    "C64": "complex64",
-    "BOOL": "bool",
-    "I8": "int8",
-    "U8": "uint8",
-    "I16": "int16",
-    "U16": "uint16",
-    "I32": "int32",
-    "U32": "uint32",
-    "I64": "int64",
-    "U64": "uint64",
-}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _TASKS = (
     ("ForCausalLM", "generate"),
@@ -65,28 +44,29 @@ class ModelFacts:
     """``context_length`` in tokens, 0 if the configuration gives none (never for ``generate``)."""
 
     architecture: str
-    precision: str
-    parameters: int
+    storage: Storage
     context_length: int
     task: str
     licence: str | None
 
 
 def read_facts(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], texts: Mapping[str, Path]
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorFacts],
+    texts: Mapping[str, Path],
+    weights_format: str = "safetensors",
 ) -> ModelFacts:
     """Facts from config.json, the tensors and the text files. Raises BrokenModel."""
     architecture = _architecture(config)
     task = next((task for end, task in _TASKS if architecture.endswith(end)), "unknown")
-    context = _context_length(config)
+    context = _context_length(config) or USUAL_CONTEXTS.get(architecture, 0)
     if task == "generate" and not context:
         raise BrokenModel(
             "config.json: gives no context length; expected max_position_embeddings or n_positions"
         )
     return ModelFacts(
         architecture=architecture,
-        precision=_precision(tensors),
-        parameters=sum(tensor.elements for tensor in tensors.values()),
+        storage=read_storage(config, tensors, weights_format),
         context_length=context,
         task=task,
         licence=_licence(texts),
@@ -119,15 +99,6 @@ def _context_length(config: Mapping[str, Any]) -> int:
                 raise BrokenModel(f"config.json: {key} = {str(value)[:40]} is not a length")
             return value
     return 0
-
-
-def _precision(tensors: Mapping[str, TensorFacts]) -> str:
-    """The dtype that most elements have."""
-    elements: Counter[str] = Counter()
-    for tensor in tensors.values():
-        elements[tensor.dtype] += tensor.elements
-    dtype = max(sorted(elements), key=elements.__getitem__)
-    return _PRECISIONS[dtype]
 
 
 def _licence(texts: Mapping[str, Path]) -> str | None:

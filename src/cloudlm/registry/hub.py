@@ -29,7 +29,8 @@ from cloudlm.registry.stores.failures import storage_failure
 from cloudlm.registry.verify import Progress
 
 _ADDRESS = re.compile(
-    r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@(?P<revision>[\w./-]{1,96}))?/?",
+    r"(?:hf://)?(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:/(?P<file>[\w.-]{1,120}\.gguf))?"
+    r"(?:@(?P<revision>[\w./-]{1,96}))?/?",
     re.ASCII,
 )
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -37,13 +38,16 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """A repository ``org/name`` and a branch, tag or commit (None is the default branch)."""
+    """A repository ``org/name`` and a branch, tag or commit (None is the default branch); ``file``
+    is the one GGUF file that is meant, None for the repository's safetensors."""
 
     repo: str
     revision: str | None
+    file: str | None = None
 
     def __str__(self) -> str:
-        return f"hf://{self.repo}" + (f"@{self.revision}" if self.revision else "")
+        path = f"hf://{self.repo}" + (f"/{self.file}" if self.file else "")
+        return path + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +65,15 @@ class Download(Protocol):
 
 
 def parse_hub_address(text: str) -> HubAddress:
-    """Read ``hf://org/name[@revision]`` or ``org/name[@revision]``. Raises InvalidRequest."""
+    """Read ``hf://org/name[/file.gguf][@revision]``; ``hf://`` may be left out. Raises
+    InvalidRequest."""
     match = _ADDRESS.fullmatch(text)
     if match is None or ".." in text or "--" in match["repo"]:
         raise InvalidRequest(
             f"{text[:120]!r} is not a hub address: expected hf://org/name or hf://org/name@revision",
             param="model",
         )
-    return HubAddress(match["repo"], match["revision"])
+    return HubAddress(match["repo"], match["revision"], match["file"])
 
 
 def fetch_from_hub(
@@ -83,7 +88,7 @@ def fetch_from_hub(
     fetch = download or _library_download()
     options: dict[str, Any] = {
         "revision": address.revision,
-        "allow_patterns": list(SAFE_PATTERNS),
+        "allow_patterns": list(SAFE_PATTERNS if address.file is None else _beside(address.file)),
         "endpoint": endpoint,
         "local_files_only": _is_offline(),
         "library_name": "cloudlm",
@@ -98,6 +103,11 @@ def fetch_from_hub(
         raise _translate(error, address, endpoint) from error
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""
     return Snapshot(folder, commit)
+
+
+def _beside(file: str) -> tuple[str, ...]:
+    """What is wanted of a repository of GGUF files: one, and what is said about it."""
+    return (file, "README.md", "LICENSE*", "NOTICE*")
 
 
 def _is_offline() -> bool:

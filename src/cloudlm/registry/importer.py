@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cloudlm.core.errors import (
@@ -24,7 +25,9 @@ from cloudlm.core.errors import (
     Unavailable,
 )
 from cloudlm.core.model import AddressKind, address_kind, check_file_path, check_name
+from cloudlm.registry.gguf.folder import companions, write_model_folder
 from cloudlm.registry.hub import Download, fetch_from_hub, parse_hub_address
+from cloudlm.registry.inspect import judged_files
 from cloudlm.registry.model_json import MAX_LARGE_JSON_BYTES, read_object
 from cloudlm.registry.opening import open_store
 from cloudlm.registry.policy import Verdict, judge
@@ -58,7 +61,8 @@ def import_address(
     """Register the model at ``address`` as the next version of ``name``.
 
     ``address``: a folder, ``hf://org/name[@revision]`` or ``org/name``, ``s3://``, ``gs://``,
-    ``az://``, ``oss://`` or ``https://`` with a prefix. ``name`` is derived from the address if
+    ``az://``, ``oss://`` or ``https://`` with a prefix; a GGUF file, a folder with one, or
+    ``hf://org/name/file.gguf``. ``name`` is derived from the address if
     None. ``download`` replaces the hub library's ``snapshot_download``. Raises InvalidRequest for
     an address that is no source, and what ``Registry.import_folder`` and the hub raise.
     """
@@ -73,36 +77,68 @@ def import_address(
     lineage = {"source": address}
     if imported_by:
         lineage["imported_by"] = imported_by
-    if kind is AddressKind.FOLDER:
-        folder = folder_of(address)
-        lineage["source"] = folder.as_uri()
+    with ExitStack() as while_importing:
+        if kind is AddressKind.FOLDER:
+            found = folder_of(address)
+            lineage["source"] = found.as_uri()
+        elif kind is AddressKind.HUB:
+            hub = parse_hub_address(address)
+            snapshot = fetch_from_hub(hub, progress, download)
+            found = snapshot.folder if hub.file is None else snapshot.folder / hub.file
+            lineage["source"] = str(hub)
+            if snapshot.commit:
+                lineage["revision"] = snapshot.commit
+        else:
+            downloaded = _downloaded(registry.cache_dir, address, progress)
+            found = while_importing.enter_context(downloaded)
+        gguf = find_gguf(found)
+        if gguf is not None:
+            incoming = _incoming_folder(registry.cache_dir / "incoming")
+            found = while_importing.enter_context(incoming)
+            stated = write_model_folder(gguf.source, found, gguf.beside, gguf.source.name)
+            licence = licence or stated
         return registry.import_folder(
-            folder, name, alias=alias, lineage=lineage, licence=licence, progress=progress
+            found, name, alias=alias, lineage=lineage, licence=licence, progress=progress
         )
-    if kind is AddressKind.HUB:
-        hub = parse_hub_address(address)
-        snapshot = fetch_from_hub(hub, progress, download)
-        lineage["source"] = str(hub)
-        if snapshot.commit:
-            lineage["revision"] = snapshot.commit
-        return registry.import_folder(
-            snapshot.folder, name, alias=alias, lineage=lineage, licence=licence, progress=progress
-        )
-    with _downloaded(registry.cache_dir, address, progress) as folder:
-        return registry.import_folder(
-            folder, name, alias=alias, lineage=lineage, licence=licence, progress=progress
-        )
+
+
+@dataclass(frozen=True, slots=True)
+class FoundGguf:
+    """A GGUF file that has to be made a model folder, and the texts that belong to it."""
+
+    source: Path
+    beside: Mapping[str, Path]
+
+
+def find_gguf(path: Path) -> FoundGguf | None:
+    """The GGUF file at ``path`` or in that folder, None for a folder of another kind (which may be
+    none at all). Raises BrokenModel if there are several."""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return FoundGguf(path, {})
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = judged_files(path)
+    weights = files[Verdict.WEIGHTS]
+    ggufs = [file for file in weights if file.path.lower().endswith(".gguf")]
+    if not ggufs or len(ggufs) < len(weights):
+        return None
+    if len(ggufs) > 1:
+        names = ", ".join(sorted(file.path for file in ggufs)[:8])
+        raise BrokenModel(f"{path} holds {len(ggufs)} GGUF files ({names}); import one by its path")
+    texts = {file.path: file.source for file in files[Verdict.TAKE]}
+    return FoundGguf(ggufs[0].source, {name: texts[name] for name in companions(list(texts))})
 
 
 def name_from_address(address: str) -> str:
     """A model name from the last part of an address. Raises InvalidRequest if there is none."""
     if address_kind(address) is AddressKind.HUB:
-        last = parse_hub_address(address).repo
+        hub = parse_hub_address(address)
+        last = hub.file or hub.repo
     elif address_kind(address) is AddressKind.FOLDER:
         last = str(folder_of(address))
     else:
         last = address.partition("://")[2].partition("?")[0]
-    last = last.rstrip("/").rpartition("/")[2].lower()
+    last = last.rstrip("/").rpartition("/")[2].lower().removesuffix(".gguf")
     candidate = re.sub(r"[^a-z0-9._-]+", "-", last)
     candidate = re.sub(r"\.{2,}", ".", candidate)[:64].strip("._-")
     if not candidate:

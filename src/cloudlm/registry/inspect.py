@@ -1,7 +1,7 @@
 """Looks at a model folder before anything is read from it, and says what it holds.
 
 First every name is judged (``policy``) and every link and special file refused; then the JSON
-files are read within limits and searched for code; then the headers of the safetensors files are
+files are read within limits and searched for code; then the headers of the weights' files are
 checked against their sizes. Tensor data is never read. Each fault is an error that names the file
 and what is wrong with it.
 
@@ -15,12 +15,19 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cloudlm.core.errors import BrokenModel, NotFound, UnsafeModel
 from cloudlm.core.model import check_file_path
 from cloudlm.registry.facts import ModelFacts, read_facts
-from cloudlm.registry.model_json import read_json, read_object, refuse_code, size_limit
+from cloudlm.registry.gguf.header import read_gguf
+from cloudlm.registry.model_json import (
+    brings_own_network,
+    read_json,
+    read_object,
+    refuse_code,
+    size_limit,
+)
 from cloudlm.registry.policy import Verdict, judge
 from cloudlm.registry.safetensors_header import TensorFacts, read_header
 from cloudlm.registry.stores.failures import storage_failure, storage_failures
@@ -55,14 +62,15 @@ def inspect_folder(folder: Path) -> Inspection:
     Raises NotFound (no such folder), UnsafeModel (pickled data or code), BrokenModel (anything
     else that is wrong) and StorageFailed (unreadable).
     """
-    files = _judged_files(folder)
+    files = judged_files(folder)
     taken = {file.path: file for file in files[Verdict.TAKE]}
     weights = {file.path: file for file in files[Verdict.WEIGHTS]}
     _refuse_unsafe(files, weights)
     if "config.json" not in taken:
         raise BrokenModel(
             f"config.json is missing in {folder}: expected a Hugging Face model folder "
-            "(config.json, tokenizer.json, model.safetensors)"
+            "(config.json, tokenizer.json, model.safetensors); of GGUF files import one: its path, "
+            "or hf://org/name/file.gguf"
         )
     bodies = _read_configurations(taken)
     if "tokenizer.json" not in taken:
@@ -76,15 +84,20 @@ def inspect_folder(folder: Path) -> Inspection:
         bodies.pop(_INDEX, None)
     tensors = _read_tensors(used, bodies.get(_INDEX))
     texts = {path: file.source for path, file in taken.items()}
-    facts = read_facts(bodies["config.json"], tensors, texts)
+    form = "gguf" if _is_gguf(used) else "safetensors"
+    facts = read_facts(bodies["config.json"], tensors, texts, form)
     kept = sorted([*taken.values(), *used.values()], key=lambda file: file.path)
+    if brings_own_network(bodies["config.json"]):
+        notes.append(f"code that config.json names was left out: {facts.architecture} is built in")
     return Inspection(tuple(kept), facts, (*_notes_on_unsafe(files), *notes))
 
 
 # -- names
 
 
-def _judged_files(folder: Path) -> dict[Verdict, list[FolderFile]]:
+def judged_files(folder: Path) -> dict[Verdict, list[FolderFile]]:
+    """Every file of ``folder`` by its verdict; links are followed inside it only. Raises as
+    ``inspect_folder``; nothing is opened."""
     if not folder.is_dir():
         found = "is not a folder" if folder.exists() else "does not exist"
         raise NotFound(f"{folder} {found}: expected a model folder (config.json, safetensors, …)")
@@ -186,8 +199,11 @@ def _read_configurations(taken: dict[str, FolderFile]) -> dict[str, dict[str, An
 def _used_weights(
     weights: dict[str, FolderFile], index: dict[str, Any] | None
 ) -> tuple[dict[str, FolderFile], list[str]]:
-    """The safetensors files that make up the model, as the usual loaders choose them."""
-    if _WEIGHTS in weights:
+    """The files that make up the model, as the usual loaders choose them."""
+    ggufs = sorted(path for path in weights if path.lower().endswith(".gguf"))
+    if len(ggufs) == len(weights) == 1:
+        wanted = set(ggufs)
+    elif _WEIGHTS in weights:
         wanted = {_WEIGHTS}
     elif index is not None:
         wanted = set(_shards(index).values())
@@ -200,13 +216,18 @@ def _used_weights(
     else:
         some = sorted(weights)[0]
         raise BrokenModel(
-            f"{_INDEX} is missing: found {some}, but neither {_WEIGHTS} nor an index of shards"
+            f"{_INDEX} is missing: found {some}, but neither {_WEIGHTS} nor an index of shards "
+            "nor a single GGUF file"
         )
     notes = [
         f"{path} was left behind: the model is made of other files"
         for path in sorted(set(weights) - wanted)
     ]
     return {path: file for path, file in weights.items() if path in wanted}, notes
+
+
+def _is_gguf(used: dict[str, FolderFile]) -> bool:
+    return all(path.lower().endswith(".gguf") for path in used)
 
 
 def _shards(index: dict[str, Any]) -> dict[str, str]:
@@ -225,6 +246,12 @@ def _shards(index: dict[str, Any]) -> dict[str, str]:
 def _read_tensors(
     used: dict[str, FolderFile], index: dict[str, Any] | None
 ) -> dict[str, TensorFacts]:
+    if _is_gguf(used):
+        path, file = next(iter(used.items()))
+        return {
+            tensor.name: TensorFacts(tensor.kind.name, tensor.elements)
+            for tensor in read_gguf(file.source, path).tensors.values()
+        } or _no_tensors(path)
     tensors: dict[str, TensorFacts] = {}
     homes: dict[str, str] = {}
     for path, file in sorted(used.items()):
@@ -236,9 +263,13 @@ def _read_tensors(
             homes[tensor] = path
         tensors |= found
     if not tensors:
-        raise BrokenModel(f"{sorted(used)[0]}: holds no tensors")
+        _no_tensors(sorted(used)[0])
     if index is not None:
         for tensor, shard in _shards(index).items():
             if homes.get(tensor) != shard:
                 raise BrokenModel(f"{shard}: tensor {tensor[:80]!r} is missing; {_INDEX} names it")
     return tensors
+
+
+def _no_tensors(path: str) -> NoReturn:
+    raise BrokenModel(f"{path}: holds no tensors")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cloudlm.core.architectures import own_architecture
 from cloudlm.core.errors import BrokenModel, UnsafeModel
 from cloudlm.registry.stores.failures import storage_failures
 
@@ -51,8 +52,19 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def brings_own_network(body: dict[str, Any]) -> bool:
+    """Whether config.json names code for a network that the engine has of its own: that code is
+    neither kept nor run, so it does not matter."""
+    return bool(body.get("auto_map")) and own_architecture(body.get("architectures")) is not None
+
+
 def refuse_code(body: dict[str, Any], name: str) -> None:
-    """Raise UnsafeModel if a configuration asks for code of the model's own."""
+    """Raise UnsafeModel if a configuration asks for code of the model's own that would be needed.
+
+    ``auto_map`` of config.json is no such thing if the engine has the architecture itself.
+    """
+    if name == "config.json" and brings_own_network(body):
+        body = {key: value for key, value in body.items() if key != "auto_map"}
     for key, value in _entries(body, name):
         if key in _CODE_KEYS and value:
             raise UnsafeModel(

@@ -1,7 +1,8 @@
 """Which files of a model folder are taken, which are left behind, and which make it be refused.
 
-A version holds safetensors, JSON and plain text. Pickled data can run code when it is read, and
-Python files are code: neither is ever copied. Decides by names alone; must not open a file.
+A version holds safetensors or a GGUF file, JSON and plain text. Pickled data can run code when it
+is read, and Python files are code: neither is ever copied. Decides by names alone; must not open a
+file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ class Verdict(StrEnum):
     """What is done with a file."""
 
     TAKE = "take"
-    WEIGHTS = "weights"  # safetensors: taken if the model is made of it
+    WEIGHTS = "weights"  # safetensors, GGUF: taken if the model is made of it
     SKIP = "skip"  # of no use to us, harmless
     UNSAFE = "unsafe"  # never copied; if there is nothing safe besides, the folder is refused
     CODE = "code"  # the folder is refused
@@ -25,6 +26,7 @@ _UNSAFE = {
     ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar", ".whl", ".egg",
 }  # fmt: skip
 _CODE = {".py", ".pyc", ".pyd", ".pyx", ".pyw", ".so", ".dll", ".dylib", ".exe"}
+_WEIGHTS = {".safetensors", ".gguf"}
 _TEXT = {".json", ".jinja", ".txt", ".md"}
 _TEXT_NAMES = {"license", "licence", "notice", "copying", "model_card", "use_policy"}
 
@@ -43,7 +45,7 @@ def judge(path: str) -> Verdict:
         return Verdict.CODE
     if suffix in _UNSAFE or ".so." in name:
         return Verdict.UNSAFE
-    if suffix == ".safetensors":
+    if suffix in _WEIGHTS:
         return Verdict.SKIP if folders else Verdict.WEIGHTS
     if suffix in _TEXT or name in _TEXT_NAMES or name.startswith(("license", "licence", "notice")):
         return Verdict.TAKE

@@ -100,13 +100,15 @@ class Publisher:
             files=files,
             task=facts.task,
             architecture=facts.architecture,
-            precision=facts.precision,
-            parameters=facts.parameters,
+            precision=facts.storage.precision,
+            parameters=facts.storage.parameters,
             context_length=facts.context_length,
             licence=licence or facts.licence,
             lineage=dict(lineage),
             description=description,
             created_at=self._clock.now(),
+            weights_format=facts.storage.format,
+            quantisation=facts.storage.quantisation,
         )
         try:
             self._upload_files(stamps)

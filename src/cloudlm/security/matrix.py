@@ -74,6 +74,7 @@ _CONTROL: tuple[tuple[str, Verb, Resource], ...] = (
     ("GET /jobs/{job_id}", Verb.READ, Resource.JOBS),
     ("DELETE /jobs/{job_id}", Verb.DELETE, Resource.JOBS),
     ("GET /drivers", Verb.READ, Resource.DRIVERS),
+    ("GET /audit", Verb.READ, Resource.AUDIT),
     ("GET /tenants", Verb.READ, Resource.TENANTS),
     ("POST /tenants", Verb.CREATE, Resource.TENANTS),
     ("GET /tenants/{tenant}", Verb.READ, Resource.TENANTS),

@@ -15,10 +15,11 @@ from cloudlm.core.job import Job
 from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.access import AccessState
+from cloudlm.state.audit import AuditState
 
 
-class State(AccessState, Protocol):
-    """Identities and keys (``state.access``), and what follows.
+class State(AccessState, AuditState, Protocol):
+    """Identities and keys (``state.access``), the audit log (``state.audit``), and what follows.
 
     All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when it
     cannot write (full disk).

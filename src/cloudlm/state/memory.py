@@ -25,10 +25,11 @@ from cloudlm.state.documents import (
     plain_job,
 )
 from cloudlm.state.memory_access import MemoryAccess
+from cloudlm.state.memory_audit import MemoryAudit
 from cloudlm.state.usage import summed
 
 
-class MemoryState(MemoryAccess):
+class MemoryState(MemoryAccess, MemoryAudit):
     """See ``state.base.State``."""
 
     def __init__(self) -> None:

@@ -32,6 +32,7 @@ class MemoryAccess:
     """The identities and keys of ``MemoryState``."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._identities: dict[tuple[type, tuple[str, ...]], Identity] = {}
         self._keys: dict[str, KeyRecord] = {}
         self._ledger: dict[str, LedgerRow] = {}

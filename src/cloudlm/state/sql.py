@@ -32,7 +32,8 @@ from cloudlm.state.documents import (
     load_spec,
     plain_job,
 )
-from cloudlm.state.sql_access import SqlAccess, bump, one_row
+from cloudlm.state.sql_access import bump, one_row
+from cloudlm.state.sql_audit import SqlAudit
 from cloudlm.state.usage import usage_of, usage_statement
 
 _LEDGER_BATCH = 256
@@ -49,7 +50,7 @@ def _ledger_insert(mark: str, count: int) -> str:
     return f"INSERT INTO {names} VALUES {rows} ON CONFLICT (id) DO NOTHING"  # noqa: S608
 
 
-class SqlState(SqlAccess):
+class SqlState(SqlAudit):
     """See ``state.base.State``. Made by ``open.open_state``."""
 
     # Desired and observed deployments -----------------------------------------------------------

@@ -176,6 +176,36 @@ roles = sa.Table(
     sa.Column("document", sa.Text, nullable=False),
 )
 
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    _number("at"),
+    *(_text(name) for name in ("server", "actor", "key_id", "tenant", "action", "target")),
+    *(_text(name) for name in ("source", "outcome")),
+    _whole("status"),
+    *(_text(name) for name in ("request_id", "detail", "previous", "hash")),
+    sa.Index(None, "tenant", "seq"),
+)
+
+audit_head = sa.Table(
+    "audit_head",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    _whole("seq"),
+    _text("hash"),
+    sa.CheckConstraint("id = 1", name="one_row"),
+)
+
+audit_checkpoints = sa.Table(
+    "audit_checkpoints",
+    metadata,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("hash"),
+    _number("at"),
+    _text("signature"),
+)
+
 jobs = sa.Table(
     "jobs",
     metadata,

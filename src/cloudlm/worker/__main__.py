@@ -32,7 +32,7 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Wor
         port=settings.worker.first_port if given.port is None else given.port,
         token=given.api_key or environment.get("CLOUDLM_WORKER_TOKEN") or None,
         registry_url=settings.registry.url,
-        options=split_options(given.option),
+        options={**split_options(given.option), **_partition(given)},
         settings=settings,
     )
 
@@ -46,10 +46,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", help="Bearer token that callers must send")
+    for short, kind, what in (
+        ("-tp", "tensor", "processes that share every layer"),
+        ("-pp", "pipeline", "stages of layers in processes of their own"),
+    ):
+        name = f"--{kind}-parallel"
+        parser.add_argument(
+            name, f"{name}-size", short, dest=f"{kind}_parallel", metavar="N", help=what
+        )
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="engine setting"
     )
     return parser
+
+
+def _partition(given: argparse.Namespace) -> dict[str, str]:
+    names = ("tensor_parallel", "pipeline_parallel")
+    return {name: value for name in names if (value := getattr(given, name)) is not None}
 
 
 def main() -> int:

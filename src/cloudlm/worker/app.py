@@ -24,6 +24,7 @@ from starlette.routing import Match, Route
 
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, MethodNotAllowed, NotFound
+from cloudlm.core.resuming import RESUME_PATH
 from cloudlm.telemetry.logs import get_logger
 from cloudlm.worker import serve
 from cloudlm.worker.config import WorkerConfig, check
@@ -66,6 +67,7 @@ ROUTES = (
     Entry("POST", "/tokenize", serve.tokenize),
     Entry("POST", "/detokenize", serve.detokenize),
     Entry("POST", "/internal/v1/generate", serve.internal_generate),
+    Entry("POST", RESUME_PATH, serve.internal_resume),
     Entry("GET", "/version", serve.version),
     Entry("GET", "/health", serve.health, is_open=True),
     Entry("GET", "/livez", serve.livez, is_open=True),

@@ -10,6 +10,7 @@ from cloudlm.engine.api import TokenEvent
 from cloudlm.worker.generate import Numbered, Tally
 from cloudlm.worker.logprobs import CompletionLogprobs, LogprobGate, joined
 from cloudlm.worker.prepare import Prepared
+from cloudlm.worker.resume import Thread
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.stream import DONE, event
 
@@ -76,11 +77,14 @@ async def stream_completion(
     prepared: Prepared,
     events: AsyncGenerator[Numbered, None],
     created: int,
+    thread: Thread | None = None,
 ) -> AsyncGenerator[bytes, None]:
-    """The streamed ``text_completion`` events up to ``[DONE]``."""
+    """The streamed ``text_completion`` events up to ``[DONE]``, without those that ``thread``
+    has."""
     head = _head(serving, prepared, created)
+    thread = thread or Thread()
     makers = [_Choice(serving, request, prepared, n) for n in range(len(prepared.requests))]
-    tally = Tally(prepared.prompt_tokens, request.n)
+    tally = thread.tally(prepared)
     options = request.stream_options
     async for number, one in events:
         tally.add(number, one)
@@ -99,15 +103,17 @@ async def stream_completion(
             body["usage"] = tally.usage().body()
         elif options.include_usage:
             body["usage"] = None
-        yield event(body)
-    if options.include_usage:
+        thread.note([body], one.token_ids, prepared.requests[number].sampling.seed)
+        if not thread.has(number):
+            yield event(body)
+    if options.include_usage and not thread.usage_shown:
         yield event({**head, "choices": [], "usage": tally.usage().body()})
     yield DONE
 
 
 def _head(serving: Serving, prepared: Prepared, created: int) -> dict[str, Any]:
     return {
-        "id": prepared.id,
+        "id": prepared.answer_id or prepared.id,
         "object": "text_completion",
         "created": created,
         "model": prepared.requests[0].adapter or serving.name,

@@ -28,7 +28,7 @@ Tell = Callable[[float, str], None]
 async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
     """Everything that serving needs. Raises errors of ``core.errors`` that name the fault."""
     folder, root = await in_daemon_thread(lambda: find_folder(config, tell))
-    engine = await in_daemon_thread(lambda: _load(folder, config, tell))
+    engine = await in_daemon_thread(lambda: load_folder(folder, config, tell))
     tokenizer = engine.tokenizer
     renderer: Renderer = NoTemplate()
     if tokenizer.chat_template is not None:
@@ -65,12 +65,14 @@ def find_folder(config: WorkerConfig, tell: Tell) -> tuple[Path, str]:
     """The local folder of the model, inspected or verified, and the address to show for it."""
     kind = address_kind(config.model)
     if kind is AddressKind.FOLDER:
+        from cloudlm.registry.importer import find_gguf
         from cloudlm.registry.inspect import inspect_folder
 
         folder = Path(config.model.removeprefix("file://")).expanduser()
         tell(0.0, f"inspecting {folder}")
-        inspect_folder(folder)
-        return folder, folder.resolve().name
+        if find_gguf(folder) is None:  # such a file has to be made a version first
+            inspect_folder(folder)
+            return folder, folder.resolve().name
     registry = _registry(config)
     if kind is AddressKind.REGISTRY:
         tell(0.0, f"fetching {config.model}")
@@ -90,7 +92,8 @@ def _registry(config: WorkerConfig) -> Registry:
     return open_registry(config.registry_url, home=config.home, settings=settings)
 
 
-def _load(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
+def load_folder(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
+    """The engine of a folder with the settings of ``config``. Raises errors of ``core.errors``."""
     tell(0.0, "starting the engine")
     try:
         from cloudlm.engine.load import load_engine

@@ -71,13 +71,15 @@ class Offload:
 class Prepared:
     """One API request, ready to run. ``requests`` holds ``choices_per_prompt`` sequences per
     prompt, prompt by prompt; their place is the choice's index. ``prompt_texts`` are for echo.
-    ``make_reader`` makes what takes a choice's text apart."""
+    ``make_reader`` makes what takes a choice's text apart. ``answer_id`` is the id that clients
+    see, where it is not the request's own."""
 
     id: str
     requests: tuple[GenerateRequest, ...]
     choices_per_prompt: int
     prompt_texts: tuple[str, ...] = ()
     make_reader: Callable[[], Reader] = PlainReader
+    answer_id: str = ""
 
     @property
     def prompt_tokens(self) -> tuple[int, ...]:

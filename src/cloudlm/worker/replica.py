@@ -129,8 +129,8 @@ class Replica:
 
     def report(self) -> dict[str, Any]:
         """``/health?verbose=1``."""
-        health = self.health()
-        stats = EngineStats() if self._serving is None else self._serving.engine.stats()
+        health, serving = self.health(), self._serving
+        stats = EngineStats() if serving is None else serving.engine.stats()
         return {
             "steps": stats.steps,
             "running": stats.running,
@@ -141,6 +141,8 @@ class Replica:
             "ready": self.phase is Phase.READY,
             "phase": self.phase.value,
             "model": self.config.served_model_name,
+            "tensor_parallel": 1 if serving is None else serving.info.tensor_parallel,
+            "pipeline_parallel": 1 if serving is None else serving.info.pipeline_parallel,
         }
 
     async def watch(self) -> str:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cloudlm import __version__
-from cloudlm.core.chat import FinishReason
+from cloudlm.core.chat import ChatRequest, CompletionRequest, FinishReason
 from cloudlm.core.errors import InvalidRequest, Unavailable
 from cloudlm.core.requests import (
     decode_body,
@@ -21,6 +21,7 @@ from cloudlm.core.requests import (
     parse_embedding,
     token_ids,
 )
+from cloudlm.core.resuming import RESUMABLE_HEADER
 from cloudlm.engine.api import Embedding, EmbedRequest, TokenEvent
 from cloudlm.engine.intake import check_token_ids
 from cloudlm.telemetry.logs import get_logger
@@ -40,11 +41,14 @@ from cloudlm.worker.prepare import (
     render_messages,
 )
 from cloudlm.worker.replica import Phase, Replica
+from cloudlm.worker.resume import Thread, parse_resume, take_up
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.sharing import share_of
 from cloudlm.worker.stream import EventStream, unless_gone
 
 T = TypeVar("T")
+MAX_RESUME_BYTES = 16 << 20
+"""What the tokens of an answer may add to a request that is resumed."""
 logger = get_logger(__name__)
 
 
@@ -59,7 +63,8 @@ async def chat_completions(request: Request) -> Response:
     prepared = await prepare_chat(serving, replica.offload, asked, salt, share)
     events, created = _run(request, serving, prepared), int(replica.clock.now())
     if asked.stream:
-        return _stream(events, stream_chat(serving, asked, prepared, events, created))
+        thread = _thread(request, asked)
+        return _stream(events, stream_chat(serving, asked, prepared, events, created, thread))
     return await _whole(request, events, whole_chat(serving, asked, prepared, events, created))
 
 
@@ -74,7 +79,8 @@ async def completions(request: Request) -> Response:
     prepared = await prepare_completion(serving, replica.offload, asked, salt, share)
     events, created = _run(request, serving, prepared), int(replica.clock.now())
     if asked.stream:
-        return _stream(events, stream_completion(serving, asked, prepared, events, created))
+        thread = _thread(request, asked)
+        return _stream(events, stream_completion(serving, asked, prepared, events, created, thread))
     answer = whole_completion(serving, asked, prepared, events, created)
     return await _whole(request, events, answer)
 
@@ -100,6 +106,28 @@ async def internal_generate(request: Request) -> Response:
     prepared = await prepare_internal(serving, replica.offload, asked)
     events = _run(request, serving, prepared)
     return _stream(events, stream_internal(prepared, events))
+
+
+async def internal_resume(request: Request) -> Response:
+    """POST /internal/v1/resume: go on with another replica's stream; see ``resume``."""
+    replica = replica_of(request)
+    serving = replica.serving
+    asked = await _read(request, lambda body: parse_resume(body, request.headers), MAX_RESUME_BYTES)
+    begun, wanted = asked.begun, asked.asked
+    if isinstance(wanted, ChatRequest):
+        prepared = await prepare_chat(serving, replica.offload, wanted, asked.salt, asked.share)
+    else:
+        prepared = await prepare_completion(
+            serving, replica.offload, wanted, asked.salt, asked.share
+        )
+    resumed = await take_up(serving, prepared, begun)
+    live = _run(request, serving, resumed.left) if resumed.numbers else None
+    events, whole, thread = resumed.events(live), resumed.prepared, resumed.thread
+    if isinstance(wanted, ChatRequest):
+        chunks = stream_chat(serving, wanted, whole, events, begun.created, thread)
+    else:
+        chunks = stream_completion(serving, wanted, whole, events, begun.created, thread)
+    return _stream(events, chunks)
 
 
 async def models(request: Request) -> Response:
@@ -261,10 +289,18 @@ def replica_of(request: Request) -> Replica:
     return cast(Replica, request.app.state.replica)
 
 
-async def _read(request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
-    """The parsed body; a large one is parsed off the event loop."""
+def _thread(request: Request, asked: ChatRequest | CompletionRequest) -> Thread:
+    """Notes go with the usage of every chunk: only then does every token have a chunk."""
+    tells = RESUMABLE_HEADER in request.headers and asked.stream_options.continuous_usage_stats
+    return Thread(tells=tells)
+
+
+async def _read(request: Request, parse: Callable[[dict[str, Any]], T], more_bytes: int = 0) -> T:
+    """The parsed body; a large one is parsed off the event loop. It may be ``more_bytes`` larger
+    than what clients may send."""
     replica = replica_of(request)
-    raw = await read_body(request, replica.config.settings.gateway.max_body_bytes)
+    limit_bytes = replica.config.settings.gateway.max_body_bytes + more_bytes
+    raw = await read_body(request, limit_bytes)
     return await replica.offload.sized(len(raw), lambda: parse(decode_body(raw)))
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from cloudlm import __version__
 from cloudlm.core.errors import ModelNotFound
 from cloudlm.engine.api import Engine, EngineInfo
+from cloudlm.engine.tokens import Detokenizer
 from cloudlm.worker.dialect import Dialect
 from cloudlm.worker.template import Renderer
 
@@ -31,6 +32,10 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
     def visible_bytes(self, token_id: int) -> bytes: ...
+
+    def detokenizer(
+        self, prompt_ids: Iterable[int], shown: frozenset[int] = frozenset()
+    ) -> Detokenizer: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Serving:
     def fingerprint(self) -> str:
         """Changes when anything changes that could change an answer."""
         info = self.info
-        facts = (__version__, self.root, info.architecture, info.parameters, info.dtype)
+        ranks = (info.tensor_parallel, info.pipeline_parallel)
+        facts = (__version__, self.root, info.architecture, info.parameters, info.dtype, ranks)
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def check_model(self, asked: str) -> str:

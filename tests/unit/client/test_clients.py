@@ -248,6 +248,12 @@ def at(phase: DeploymentPhase, generation: int = 2, message: str = "") -> dict[s
             CustomRole("acme", "r", ()),
         ),
         (
+            lambda c: c.audit(after=3, limit=2, tenant="acme"),
+            ("GET", "/api/v1/audit?after=3&limit=2&tenant=acme", None),
+            {"data": [{"seq": 4, "outcome": "done"}]},
+            [{"seq": 4, "outcome": "done"}],
+        ),
+        (
             lambda c: c.whoami(),
             ("GET", "/api/v1/whoami", None),
             {

@@ -10,6 +10,7 @@ import pytest
 from cloudlm.control.api.app import build_api
 from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.core.access import (
     CustomRole,
     Grant,
@@ -39,6 +40,7 @@ def services(plane, pepper):
         pepper=pepper,
         clock=plane.clock,
         callers=Callers(plane.state, pepper, plane.clock),
+        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
     )
 
 

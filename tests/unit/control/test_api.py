@@ -13,6 +13,7 @@ from cloudlm.control.api.app import build_api, build_app
 from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.edge import MAX_BODY_BYTES
 from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.control.first_key import ensure_admin_key
 from cloudlm.core.deployment import DeploymentPhase
 from cloudlm.core.tenant import Role
@@ -36,6 +37,7 @@ def services(plane, pepper):
         pepper=pepper,
         clock=plane.clock,
         callers=Callers(plane.state, pepper, plane.clock),
+        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
     )
 
 

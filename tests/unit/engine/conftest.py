@@ -92,6 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         {"head_dim": 32, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
     ),
+    "llama-heads-32-plain": ("LlamaConfig", {"head_dim": 32}),
     "mistral-heads-32": ("MistralConfig", {"head_dim": 32, "sliding_window": 40}),
     "qwen2-heads-32": (
         "Qwen2Config",
@@ -143,6 +144,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+    ),
+    # What llama.cpp takes for granted, GGUF does not say.
+    "gemma2-usual": (
+        "Gemma2Config",
+        {"head_dim": 32, "sliding_window": 9, "query_pre_attn_scalar": 32},
+    ),
+    "gemma3-usual": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 7,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         },
     ),

@@ -111,8 +111,10 @@ def test_threads_are_set_once_for_the_process(folder: Path) -> None:
     ("fields", "kind", "words"),
     [
         ({"architectures": ["BertModel"]}, UnsupportedModel, "BertModel"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, UnsafeModel, "auto_map"),
+        ({"architectures": ["X"], "auto_map": {"AutoModel": "x.Y"}}, UnsafeModel, "auto_map"),
         ({"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
+        ({"quantization_config": 4}, BrokenModel, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedModel, "fp8"),
         ({"hidden_size": 128}, BrokenModel, "config.json asks for"),
         ({"num_hidden_layers": 2}, BrokenModel, "model.layers.2"),
         ({"num_hidden_layers": 4}, BrokenModel, "model.layers.3"),

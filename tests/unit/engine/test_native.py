@@ -117,6 +117,18 @@ def test_a_row_does_not_depend_on_the_other_rows(
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_deep_weights_and_long_prompts_are_cut_without_a_trace(
+    kernels: Kernels, precision: str
+) -> None:
+    weight = kernels.pack(weight_of(precision, torch.randn(72, 4224).bfloat16()))
+    x = torch.randn(530, 4224)
+    together = kernels.linear(weight, x, torch.empty(530, 72), path="tiles")
+    for begin, end in ((0, 5), (250, 270), (511, 514), (525, 530)):
+        few = kernels.linear(weight, x[begin:end], torch.empty(end - begin, 72), path="tiles")
+        assert torch.equal(few, together[begin:end])
+
+
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_quantised_products_do_not_depend_on_the_path(
@@ -165,6 +177,36 @@ def test_extremes_of_quantisation_do_not_overflow(kernels: Kernels, reference: K
                 for path in ("vector", "tiles"):
                     answer = kernels.linear(own, x, torch.empty(5, 32), path=path)
                     assert off(answer, expected) < 1e-6
+
+
+def test_a_last_step_that_is_half_of_padding_counts_for_nothing(
+    kernels: Kernels, reference: Kernels
+) -> None:
+    """96 inputs in groups of 32 make three groups; the kernels compute in steps of 64."""
+    matrix, x = torch.randn(64, 96).bfloat16(), torch.randn(5, 96)
+    weight = weight_of("int4-32", matrix)
+    for _ in range(4):  # what lies behind the scales is seldom zero
+        own, right = kernels.pack(weight), reference.pack(weight)
+        answer = kernels.linear(own, x, torch.empty(5, 64))
+        assert off(answer, reference.linear(right, x, torch.empty(5, 64))) < 2e-5
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_least_number_of_8_bits_is_as_good_as_any(
+    kernels: Kernels, reference: Kernels, planes: int
+) -> None:
+    """Our own quantisation never has it, others' does."""
+    from cloudlm.engine.native.packing import Int8Weight
+
+    codes = torch.randint(-128, 128, (64, 192), dtype=torch.int8)
+    codes[::3] = -128
+    weight = Int8Weight(codes, torch.rand(64))
+    x = torch.randn(9, 192).sign()  # every quantised input is as large as it can be
+    own, right = (one.pack(weight, planes=planes) for one in (kernels, reference))
+    expected = reference.linear(right, x, torch.empty(9, 64))
+    for path in ("vector", "tiles"):
+        answer = kernels.linear(own, x, torch.empty(9, 64), path=path)
+        assert off(answer, expected) < 2e-5
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

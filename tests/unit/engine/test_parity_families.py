@@ -377,3 +377,36 @@ def test_a_missing_tensor_of_a_renamed_family_is_refused(
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(BrokenModel, match=r"layers\.3.* missing"):
         make_runner(folder)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_text_part_of_a_gemma3_that_sees_images(
+    prefix: str, saved_model: Any, make_runner: Any, driver: Any, tmp_path: Path
+) -> None:
+    """As published: the text's settings inside, its tensors below another name, a tower beside."""
+    from safetensors.torch import load_file, save_file
+
+    saved = saved_model("gemma3-usual")
+    folder = tmp_path / "both"
+    shutil.copytree(saved.folder, folder)
+    text = json.loads((folder / "config.json").read_text())
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    (folder / "config.json").write_text(json.dumps({**whole, "vision_config": {}}))
+    stored = load_file(folder / "model.safetensors")
+    named = {name.replace("model.", prefix, 1): tensor for name, tensor in stored.items()}
+    tower = {"vision_tower.patch.weight": torch.zeros(4, 4)}
+    save_file({**named, **tower}, folder / "model.safetensors")
+    runner = make_runner(folder)
+    assert runner.info.architecture == "Gemma3ForConditionalGeneration"
+    assert largest_error(runner, driver, saved, [tokens(40)]) < TOLERANCE
+
+
+def test_an_auto_map_does_not_matter_where_the_network_is_ours(
+    saved_model: Any, make_runner: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "phi3"
+    shutil.copytree(saved_model("phi3").folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": names}))
+    assert make_runner(folder).info.architecture == "Phi3ForCausalLM"

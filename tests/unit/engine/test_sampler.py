@@ -238,6 +238,25 @@ def test_impossible_logits_are_never_chosen(temperature: float, bad: float) -> N
     assert {choice.token_id for choice in sample(logits, batch)} == {3}
 
 
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf]), min_size=4, max_size=4
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_greedy_is_the_same_alone_and_beside_one_who_asks_for_more(rows: list[list[float]]) -> None:
+    """All rows greedy takes a short way, which must not show."""
+    logits = torch.tensor([*rows, rows[0]])
+    plain = [chunk(Sampling(temperature=0)) for _ in rows]
+    scored = chunk(Sampling(temperature=0, logprobs=1))
+    alone = sample(logits[:-1], plain)
+    beside = sample(logits, [*plain, scored])
+    assert [one.token_id for one in alone] == [one.token_id for one in beside[:-1]]
+
+
 def test_a_row_of_nothing_possible_still_gives_a_token() -> None:
     """One broken sequence must not end the whole batch."""
     logits = torch.tensor([[math.nan] * 6, [0.0, 9.0, 0.0, 0.0, 0.0, 0.0]])

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from cloudlm.core.errors import BrokenModel, CloudlmError, UnsafeModel, UnsupportedModel
 from cloudlm.engine.architectures import find_architecture
 from cloudlm.engine.architectures.config import ModelConfig, read_json
-from cloudlm.engine.weights import INDEX, SINGLE, load_weights, read_header
+from cloudlm.engine.formats.opening import open_checkpoint
+from cloudlm.engine.formats.safetensors_files import INDEX, SINGLE, read_header
+from cloudlm.engine.weights import load_weights
 
 NORM = "model.norm.weight"
 Tensors = dict[str, torch.Tensor]
@@ -35,7 +37,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> An
     _, architecture = find_architecture(values["architectures"])
     with torch.device("meta"):
         model = architecture.from_config(ModelConfig(values))
-    load_weights(model, folder, dtype=dtype, device=torch.device("cpu"), **options)
+    load_weights(model, open_checkpoint(folder), dtype=dtype, device=torch.device("cpu"), **options)
     return model
 
 

@@ -73,3 +73,18 @@ async def test_whatever_a_key_stands_on_stops_it_within_a_second(rig: Any, kit: 
         assert (await rig.ask(kit.chat_body(), headers=headers)).status == status
         await rig.state.put_identity(before, replaces=after)
         await rig.gateway.view.refresh()
+
+
+async def test_refusals_are_in_the_audit_log_within_bounds(rig: Any, kit: Any) -> None:
+    hidden = mint("b", Role.VIEWER, kit.PEPPER, 1.0)
+    await rig.state.put_key(hidden.record)
+    for key in [hidden.text] + ["clm_live_wrong"] * 120:
+        await rig.ask(kit.chat_body(), headers={"authorization": f"Bearer {key}"})
+    await rig.ask(kit.chat_body(model="absent"))  # a typing error is nobody's attack
+    await rig.gateway.refusals.flush()
+    records = [one.event for one in await rig.state.list_audit()]
+    assert 50 <= len(records) <= 60
+    assert [(one.status, one.key_id) for one in records[:2]] == [(404, hidden.record.id), (401, "")]
+    assert all(one.outcome == "denied" and one.server == "gateway" for one in records)
+    assert "hello" not in repr(records)
+    assert hidden.text not in repr(records)

@@ -153,7 +153,7 @@ def test_refusals(hub: type[FakeHub], address: str, error: type[CloudlmError], w
 def test_code_on_the_hub_is_refused(
     hub: type[FakeHub], registry: Registry, model: Path, model_at: Callable[..., Path]
 ) -> None:
-    model_at(model, auto_map={"AutoModel": "modeling.Evil"})
+    model_at(model, architectures=["EvilForCausalLM"], auto_map={"AutoModel": "modeling.Evil"})
     with pytest.raises(UnsafeModel, match=r"config\.json"):
         import_address(registry, "org/tiny")
     assert registry.list_models() == []

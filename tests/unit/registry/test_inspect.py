@@ -25,8 +25,8 @@ def test_facts_of_a_good_folder(model: Path) -> None:
     ]  # fmt: skip
     assert found.facts.architecture == "LlamaForCausalLM"
     assert found.facts.task == "generate"
-    assert found.facts.precision == "float32"
-    assert found.facts.parameters == 36
+    assert found.facts.storage.precision == "float32"
+    assert found.facts.storage.parameters == 36
     assert found.facts.context_length == 512
     assert found.facts.licence == "apache-2.0"
     assert found.notes == ()
@@ -55,6 +55,21 @@ def test_code_is_refused(model: Path, name: str) -> None:
         inspect_folder(model)
 
 
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "FalconForCausalLM"])
+def test_code_for_a_network_of_our_own_does_not_matter(
+    model: Path, model_at: Callable[..., Path], architecture: str
+) -> None:
+    """As Microsoft's and TII's published configurations have it."""
+    names = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    model_at(model, architectures=[architecture], auto_map=names)
+    found = inspect_folder(model)
+    assert found.facts.architecture == architecture
+    assert any("code" in note and architecture in note for note in found.notes)
+    model_at(model, architectures=[architecture], nested={"auto_map": names})
+    with pytest.raises(UnsafeModel, match="auto_map"):
+        inspect_folder(model)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize(
     "body",
@@ -70,7 +85,7 @@ def test_code_in_configuration_is_refused(
     model: Path, model_at: Callable[..., Path], file: str, body: dict[str, object]
 ) -> None:
     if file == "config.json":
-        model_at(model, **body)
+        model_at(model, **{"architectures": ["EvilForCausalLM"], **body})
     else:
         (model / file).write_text(json.dumps(body))
     with pytest.raises(UnsafeModel, match=file):
@@ -254,7 +269,7 @@ def test_shards(model: Path, safetensors: Bytes) -> None:
     _shard(model, safetensors)
     (model / "consolidated.safetensors").write_bytes(safetensors({"c": ("F32", [2])}))
     found = inspect_folder(model)
-    assert found.facts.parameters == 4
+    assert found.facts.storage.parameters == 4
     assert "consolidated.safetensors" not in [file.path for file in found.files]
     assert any("consolidated" in note for note in found.notes)
 

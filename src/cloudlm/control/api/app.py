@@ -13,7 +13,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from cloudlm import __version__
-from cloudlm.control.api import deployments, jobs, keys, models, principals, roles, tenants, usage
+from cloudlm.control.api import (
+    audit,
+    deployments,
+    jobs,
+    keys,
+    models,
+    principals,
+    roles,
+    tenants,
+    usage,
+)
 from cloudlm.control.api.caller import caller_of
 from cloudlm.control.api.edge import Edge, error_response, handle_error
 from cloudlm.control.api.services import Services
@@ -44,7 +54,7 @@ def build_app(services: Services) -> FastAPI:
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, handle_error)
-    for noun in (models, deployments, tenants, principals, roles, keys, usage, jobs):
+    for noun in (models, deployments, tenants, principals, roles, keys, usage, jobs, audit):
         app.include_router(noun.routes(services), prefix=PREFIX)
     app.include_router(_driver_routes(services), prefix=PREFIX)
     app.include_router(_own_routes(), prefix=PREFIX)
@@ -54,7 +64,7 @@ def build_app(services: Services) -> FastAPI:
 
 def build_api(services: Services) -> ASGIApp:
     """The whole API, ready to be served."""
-    return Edge(build_app(services), services.callers)
+    return Edge(build_app(services), services.callers, services.auditor)
 
 
 def _driver_routes(services: Services) -> APIRouter:

@@ -123,6 +123,11 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
+def note_made(request: Request, what: str) -> None:
+    """Let the audit log know the id of what a route made."""
+    request.state.made = what
+
+
 def key_scope(record: KeyRecord) -> str:
     """Where a key is kept."""
     return scope_of(record.tenant, record.project)

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cloudlm.control.api.caller import Callers
+from cloudlm.control.audit import Auditor
 from cloudlm.core.errors import (
     CloudlmError,
     InternalError,
@@ -35,9 +36,10 @@ _log = get_logger(__name__)
 class Edge:
     """Wraps all routes of the control API."""
 
-    def __init__(self, app: ASGIApp, callers: Callers) -> None:
+    def __init__(self, app: ASGIApp, callers: Callers, auditor: Auditor) -> None:
         self._app = app
         self._callers = callers
+        self._auditor = auditor
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,10 +50,14 @@ class Edge:
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         reset = request_id_var.set(request_id)
         answer = _Answer(send, request_id)
+        deed = self._auditor.deed(scope, request_id)
         try:
             await self._let_in(scope, headers)
+            await deed.begin()
             await self._app(scope, _capped(receive, headers), answer)
+            await deed.end(answer.status)
         except Exception as error:
+            await deed.end(error.status if isinstance(error, CloudlmError) else 500)
             if not answer.begun:
                 await error_response(error)(scope, receive, answer)
             elif not answer.complete:
@@ -91,10 +97,12 @@ class _Answer:
         self._request_id = request_id
         self.begun = False
         self.complete = False
+        self.status = 500
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
+            self.status = message["status"]
             MutableHeaders(scope=message)["x-request-id"] = self._request_id
         elif not message.get("more_body", False):
             self.complete = True

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cloudlm.control.api.caller import Caller, caller_of, key_scope
+from cloudlm.control.api.caller import Caller, caller_of, key_scope, note_made
 from cloudlm.control.api.schemas import KEY, KEY_CHANGE, ROTATION
 from cloudlm.control.api.services import Services, body_of, read_object
 from cloudlm.core.access import EVERYWHERE, ROOT, Principal, Resource, Verb
@@ -52,6 +52,7 @@ def routes(services: Services) -> APIRouter:
         wanted = key_request_from_body(await read_object(request))
         minted = _mint(services, caller, wanted)
         await state.put_key(minted.record)
+        note_made(request, minted.record.id)
         return _shown_once(minted)
 
     @router.get("/{key_id}", summary="Show a key")
@@ -90,6 +91,7 @@ def routes(services: Services) -> APIRouter:
         minted = successor(found, services.pepper, now)
         retired = replace(found, expires_at=until) if overlap_s else replace(found, revoked_at=now)
         await state.change_key(retired, replaces=found, successor=minted.record)
+        note_made(request, minted.record.id)
         return _shown_once(minted)
 
     @router.delete("/{key_id}", summary="Revoke a key")

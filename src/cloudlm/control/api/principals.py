@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cloudlm.control.api.caller import Caller, caller_of
+from cloudlm.control.api.caller import Caller, caller_of, note_made
 from cloudlm.control.api.schemas import PRINCIPAL, PRINCIPAL_CHANGE
 from cloudlm.control.api.services import Services, body_of, read_object
 from cloudlm.core.access import ROOT, Grant, Principal, Resource, Verb
@@ -49,6 +49,7 @@ def routes(services: Services) -> APIRouter:
         caller.demand(Verb.CREATE, Resource.PRINCIPALS, made.id, made.scope)
         made = replace(made, grants=_granted(caller, made, made.grants))
         await state.put_identity(made)
+        note_made(request, made.id)
         return JSONResponse(principal_body(made), status_code=201)
 
     @router.get("/{principal}", summary="Show a principal")

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from cloudlm.control.api.caller import Callers
+from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs
 from cloudlm.control.metrics import ControlMetrics
@@ -35,6 +36,7 @@ class Services:
     pepper: bytes
     clock: Clock
     callers: Callers
+    auditor: Auditor
 
 
 async def read_object(request: Request) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cloudlm.control.api.caller import Caller, caller_of
+from cloudlm.control.api.caller import Caller, caller_of, note_made
 from cloudlm.control.api.schemas import PROJECT, PROJECT_CHANGE, TENANT, TENANT_CHANGE
 from cloudlm.control.api.services import Services, body_of, read_object
 from cloudlm.core.access import DEFAULT_PROJECT, DEFAULT_TENANT, Project, Resource, Tenant, Verb
@@ -53,6 +53,7 @@ def _tenants(services: Services) -> APIRouter:
         made = tenant_from_body(await read_object(request), clock.now())
         caller.demand(Verb.CREATE, Resource.TENANTS, made.name, made.name)
         await state.put_identity(made)
+        note_made(request, made.name)
         # Principals and keys always belong to a project; a tenant is usable at once.
         await state.put_identity(Project(made.name, DEFAULT_PROJECT, created_at=clock.now()))
         return JSONResponse(tenant_body(made), status_code=201)

@@ -6,8 +6,10 @@ Source: Gemma team, "Gemma 3 Technical Report", 2025.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+from cloudlm.core.architectures import USUAL_CONTEXTS
 from cloudlm.engine.architectures.config import ModelConfig
 from cloudlm.engine.architectures.gemma2 import GEMMA2_FIELDS, read_gemma
 from cloudlm.engine.architectures.rope_config import RopeFields, read_rope, rope_of
@@ -34,6 +36,37 @@ class Gemma3ForCausalLM(Transformer):
             qk_norm=QueryKeyNorm.HEAD,
             ropes=tuple(local if slides else full for slides in sliding),
         )
+
+
+# What transformers assumes of ``text_config``; published files leave it out.
+_USUAL_TEXT = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": USUAL_CONTEXTS["Gemma3ForConditionalGeneration"],
+}
+_PARTS_FOR_IMAGES = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
+
+
+class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
+    """The text part of the model that also sees images; the rest is not loaded."""
+
+    renames = (
+        (r"^model\.language_model\.", "model."),
+        (r"^language_model\.", ""),
+    )
+
+    @classmethod
+    def read(cls, config: ModelConfig) -> TransformerConfig:
+        """See ``Transformer``."""
+        text = config.raw("text_config")
+        if not isinstance(text, dict):
+            raise config.fault("text_config", "a JSON object")
+        return super().read(ModelConfig({**_USUAL_TEXT, **text}, "config.json: text_config"))
+
+    def parameter_name(self, stored: str) -> str | None:
+        """See ``Decoder``."""
+        return None if _PARTS_FOR_IMAGES.match(stored) else super().parameter_name(stored)
 
 
 def _ropes(config: ModelConfig, head_dim: int, context: int) -> tuple[Rope, Rope]:

@@ -13,6 +13,7 @@ from pathlib import Path as FilePath
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cloudlm.engine.native import structures as c
 from cloudlm.engine.native.contract import LayerCache, Packed, Path, Rotary, StackLayer, Weight
@@ -80,7 +81,7 @@ class NativeKernels:
         kind, bits = _kind(weight)
         data = self._bytes(len(order) * k * bits // 8)
         self._library.cloudlm_pack(kind, _at(matrix), rows, inputs, k, int(gated), _at(data))
-        scale, group_scale, zeros = _scales(weight, order)
+        scale, group_scale, zeros = _scales(weight, order, k // group)
         packed_bias = None if bias is None else arrange(bias.float(), order, 0.0)
         tensors = (data, scale, group_scale, zeros, packed_bias)
         outputs = rows // 2 if gated else rows
@@ -279,12 +280,14 @@ def _kind(weight: Weight) -> tuple[int, int]:
     return (c.INT4, 4) if isinstance(weight, Int4Weight) else (c.BF16, 16)
 
 
-def _scales(weight: Weight, order: Tensor) -> Sequence[Tensor | None]:
-    """Scale by column, scale by group and zero points, as far as the kind has them."""
+def _scales(weight: Weight, order: Tensor, groups: int) -> Sequence[Tensor | None]:
+    """Scale by column, scale by group and zero points, as far as the kind has them. Inputs that
+    only fill a step up may make one more of ``groups`` than the weight has."""
     if isinstance(weight, Tensor):
         return None, None, None
     if isinstance(weight, Int8Weight):
         return arrange(weight.scale.float(), order, 0.0), None, None
-    groups, factor = split_scale(weight.scale)
-    zeros = None if weight.zeros is None else arrange(weight.zeros, order, 0)
-    return arrange(factor, order, 0.0), arrange(groups, order, 0.0), zeros
+    more = (0, groups - weight.scale.shape[1])
+    halves, factor = split_scale(functional.pad(weight.scale, more))
+    zeros = None if weight.zeros is None else arrange(functional.pad(weight.zeros, more), order, 0)
+    return arrange(factor, order, 0.0), arrange(halves, order, 0.0), zeros

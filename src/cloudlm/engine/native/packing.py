@@ -6,6 +6,7 @@ and the 16 ups that belong to them. ``src/linear.cpp`` tells the layout of a pan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ PANEL = 32
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """``weight[n, k] = scale[n] * codes[n, k]``; codes int8 in [-127, 127], scale float32."""
+    """``weight[n, k] = scale[n] * codes[n, k]``; codes int8, scale float32 [n]."""
 
     codes: Tensor
     scale: Tensor
@@ -66,6 +67,23 @@ def quantize_int4(weight: Tensor, group: int = 128, *, symmetric: bool = True) -
     safe = torch.where(scale != 0, scale, 1.0)
     codes = (wide / safe[..., None] + shift[..., None]).round().clamp(0, 15).to(torch.uint8)
     return Int4Weight(codes.view(n, -1)[:, :k].contiguous(), scale, zeros, group)
+
+
+def join(parts: Sequence[Int8Weight | Int4Weight]) -> Int8Weight | Int4Weight | None:
+    """The matrices below each other as one, None if they are of different kinds or groups."""
+    codes = torch.cat([part.codes for part in parts])
+    scale = torch.cat([part.scale for part in parts])
+    if all(isinstance(part, Int8Weight) for part in parts):
+        return Int8Weight(codes, scale)
+    fours = [part for part in parts if isinstance(part, Int4Weight)]
+    if len(fours) < len(parts) or len({part.group for part in fours}) > 1:
+        return None
+    zeros = None
+    if any(part.zeros is not None for part in fours):
+        middle = [torch.full(part.scale.shape, 8, dtype=torch.uint8) for part in fours]
+        own = [part.zeros for part in fours]
+        zeros = torch.cat([m if z is None else z for z, m in zip(own, middle, strict=True)])
+    return Int4Weight(codes, scale, zeros, fours[0].group)
 
 
 def column_order(rows: int, *, gated: bool) -> Tensor:

@@ -25,13 +25,15 @@ SMALL_PARAMETERS = 20_000_000
 @dataclass(frozen=True, slots=True)
 class Choice:
     """``kernels`` is None for PyTorch's modules; then ``dtype`` is the type that they are loaded
-    in, and it is bfloat16 otherwise. ``precision`` names what the kernels hold weights in. On a GPU
+    in, and it is bfloat16 otherwise. ``precision`` names what the kernels hold weights in, and
+    ``stored`` that of those which stay as they are stored, empty if none do. On a GPU
     ``operations`` names what computes there: see ``gpu_choice.choose_operations``."""
 
     dtype: torch.dtype
     precision: str
     kernels: Kernels | None = None
     operations: str = ""
+    stored: str = ""
 
 
 def choose_path(
@@ -42,11 +44,14 @@ def choose_path(
     device: torch.device,
     pick_dtype: Callable[[str], torch.dtype],
     threads: int,
+    stored: str = "",
 ) -> Choice:
     """``kernels = auto`` takes the native ones where they can run the model and are quicker.
 
-    ``pick_dtype`` turns a setting ``dtype`` into a type. Building the library, if it is not there
-    yet, takes some seconds. Raises BadSetting for what was asked for and cannot be.
+    ``pick_dtype`` turns a setting ``dtype`` into a type. ``stored`` is the precision in which the
+    checkpoint's matrices are quantised, empty for plain ones and those that the kernels cannot
+    take. Building the library, if it is not there yet, takes some seconds. Raises BadSetting for
+    what was asked for and cannot be.
     """
     quantised = settings.precision.startswith("int")
     asked = _asked_dtype(settings)
@@ -59,10 +64,14 @@ def choose_path(
             f"{_reason(settings, quantised)} cannot be had: {obstacle}",
             param="precision" if quantised else "kernels",
         )
-    dtype = torch.bfloat16 if wanted else pick_dtype(asked)
+    kept = _kept(settings.precision, stored)
+    # Quantised files name the type of what they were made from, which no longer matters.
+    free = wanted or (kept != "" and asked == "auto" and device.type == "cpu")
+    dtype = torch.bfloat16 if free else pick_dtype(asked)
     small = parameters <= SMALL_PARAMETERS
     if not wanted and (settings.kernels == "torch" or obstacle or dtype != torch.bfloat16 or small):
         _logger.info("native_not_used", extra={"fields": {"obstacle": obstacle, "small": small}})
+        dtype = pick_dtype(asked)
         return Choice(dtype, str(dtype).removeprefix("torch."))
     precision = settings.precision if quantised else "bfloat16"
     kernels = load_kernels(threads, instructions="torch" if settings.kernels == "torch" else None)
@@ -76,8 +85,17 @@ def choose_path(
         if not quantised:
             return Choice(dtype, precision)
         _logger.warning("quantised_without_library", extra={"fields": {"precision": precision}})
-    _logger.info("kernels", extra={"fields": {"name": kernels.name, "precision": precision}})
-    return Choice(dtype, precision, kernels)
+    fields = {"name": kernels.name, "precision": precision, "stored": kept}
+    _logger.info("kernels", extra={"fields": fields})
+    return Choice(dtype, precision, kernels, stored=kept)
+
+
+def _kept(asked: str, stored: str) -> str:
+    """The precision of matrices that stay as they are stored: those of as many bits as asked for,
+    with the asked precision of inputs."""
+    if asked == "auto":
+        return stored
+    return asked if stored.partition("-")[0] == asked.partition("-")[0] else ""
 
 
 def _choose_on_gpu(model: Decoder, settings: EngineSettings, dtype: torch.dtype) -> Choice:

@@ -28,9 +28,15 @@ from cloudlm.engine.architectures.transformer_config import (
     QueryKeyNorm,
     Residual,
 )
+from cloudlm.engine.formats.base import Codes, StoredLinear
+from cloudlm.engine.memory import forget_mapped
 from cloudlm.engine.native.cache import SLOT_UNIT
 from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
-from cloudlm.engine.native.packing import quantize_int4, quantize_int8
+from cloudlm.engine.native.packing import (
+    join,
+    quantize_int4,
+    quantize_int8,
+)
 from cloudlm.engine.native.plan import Query, plan_attention
 from cloudlm.engine.ops.attention import token_places
 from cloudlm.engine.ops.cache import BlockPool
@@ -74,7 +80,9 @@ def native_block_size(block_size: int) -> int:
 
 class NativePath:
     """See ``base.ComputePath``. ``model`` must be one that ``why_not`` has nothing against, loaded
-    in bfloat16 on the CPU; it loses all its parts. ``progress`` is told the share that is packed.
+    in bfloat16 on the CPU; it loses all its parts. ``stored`` is the precision of the projections
+    that were left quantised in their files, empty without any; ``precision`` is that of the others.
+    ``progress`` is told the share that is packed.
 
     Raises BadSetting if the pool does not fit into memory.
     """
@@ -87,11 +95,12 @@ class NativePath:
         num_blocks: int,
         block_size: int,
         progress: Callable[[float], None] = lambda share: None,
+        stored: str = "",
     ) -> None:
         assert isinstance(model, Transformer)
         config = model.model.config
         self.shape = model.shape
-        self.precision = precision
+        self.precision = stored or precision
         self.pool = BlockPool(
             self.shape.layers,
             num_blocks,
@@ -111,9 +120,9 @@ class NativePath:
         self._windows = tuple(dict.fromkeys(config.windows))
         self._embeddings = model.model.embed_tokens.weight.detach().clone()
         self._norm = _wide(model.model.norm)
-        packer = _Packer(kernels, precision)
+        packer = _Packer(kernels, precision, stored)
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
-        self._head = packer.head(head.weight)
+        self._head = packer.head(head)
         model.lm_head = None
         # What stays in the network would hold the whole file in memory.
         model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
@@ -122,6 +131,7 @@ class NativePath:
         for number in range(config.layers):
             layer = cast(Layer, model.model.layers[number])
             layers.append(self._layer(packer, layer, number))
+            forget_mapped(layer.parameters())  # packed: the file's copy need not stay in memory
             model.model.layers[number] = nn.Identity()  # gives the originals' memory back
             progress((number + 1) / config.layers)
         self._stack = kernels.stack(layers)
@@ -182,33 +192,48 @@ class NativePath:
 
 
 class _Packer:
-    """Fuses, quantises and packs matrices at one precision."""
+    """Fuses, quantises and packs matrices at one precision; what is quantised already stays."""
 
-    def __init__(self, kernels: Kernels, precision: str) -> None:
+    def __init__(self, kernels: Kernels, precision: str, stored: str) -> None:
         self._kernels = kernels
-        self._bits, self._planes = PRECISIONS[precision]
+        self._bits, planes = PRECISIONS[precision]
+        self._planes = (PRECISIONS[stored][1] if stored else planes) or 2
 
     @torch.inference_mode()
     def pack(self, *parts: nn.Linear, gated: bool = False) -> Packed:
         """The matrices below each other as one."""
-        weights: tuple[Tensor, ...] = tuple(part.weight for part in parts)
-        weight = torch.cat(weights) if weights[1:] else weights[0]
         biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
         bias = torch.cat(biases).float() if biases else None
-        return self._packed(weight, self._bits, gated, bias)
+        return self._packed(self._codes(parts) or _numbers(parts), self._bits, gated, bias)
 
     @torch.inference_mode()
-    def head(self, weight: Tensor) -> Packed:
+    def head(self, head: nn.Module) -> Packed:
         """The output projection: what it loses nothing behind it makes good, so 8 bits at least."""
+        linear = cast(nn.Linear, head)
+        weight = self._codes((linear,)) or linear.weight
         return self._packed(weight, max(self._bits, 8), False, None)
 
-    def _packed(self, weight: Tensor, bits: int, gated: bool, bias: Tensor | None) -> Packed:
-        ready: Weight = weight.detach()
-        if bits == 8:
-            ready = quantize_int8(weight)
-        elif bits == 4:
-            ready = quantize_int4(weight, INT4_GROUP)
-        return self._kernels.pack(ready, gated=gated, bias=bias, planes=self._planes or 2)
+    def _codes(self, parts: Sequence[nn.Linear]) -> Codes | None:
+        """The matrices as they are stored, None if they do not go together."""
+        stored = [part.codes() for part in parts if isinstance(part, StoredLinear)]
+        return join(stored) if len(stored) == len(parts) else None
+
+    def _packed(self, weight: Weight, bits: int, gated: bool, bias: Tensor | None) -> Packed:
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            if bits == 8:
+                weight = quantize_int8(weight)
+            elif bits == 4:
+                weight = quantize_int4(weight, INT4_GROUP)
+        return self._kernels.pack(weight, gated=gated, bias=bias, planes=self._planes)
+
+
+def _numbers(parts: Sequence[nn.Linear]) -> Tensor:
+    weights = [
+        part.floats(torch.bfloat16, False) if isinstance(part, StoredLinear) else part.weight
+        for part in parts
+    ]
+    return torch.cat(weights) if weights[1:] else weights[0]
 
 
 def _query_key_value(attention: Attention) -> list[nn.Linear]:

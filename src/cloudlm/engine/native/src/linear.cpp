@@ -595,25 +595,25 @@ void pack(Team& team, int me, int kind, const void* weights, int rows, int colum
   (void)me;
   const int half = gated ? rows / 2 : 0;
   const int panels = gated ? ceil_div(half, 16) : ceil_div(rows, 32);
-  const int steps = k / step_inputs(kind), size = kind == BF16 ? 2 : 1, per_row = kind == BF16 ? 2 : 4;
+  const int inputs = step_inputs(kind), steps = k / inputs, size = kind == BF16 ? 2 : 1;
   const size_t tile = kind == INT4 ? TILE / 2 : TILE;
   for (int panel; (panel = team.claim()) < panels;) {
     char* to = packed + size_t(panel) * steps * 2 * tile;
     memset(to, 0, size_t(steps) * 2 * tile);
-    for (int n = 0; n < 32; n++) {
-      const int row = gated ? n / 16 * half + panel * 16 + n % 16 : panel * 32 + n;
-      if (gated ? panel * 16 + n % 16 >= half : row >= rows) continue;
-      const char* from = (const char*)weights + size_t(row) * columns * size;
-      char* column = to + n / 16 * tile + n % 16 * 4;
-      for (int i = 0; i < columns; i += per_row, from += 4) {
-        const int step = i / step_inputs(kind), r = i % step_inputs(kind) / per_row;
-        char four[4] = {};
-        memcpy(four, from, size_t(columns - i < per_row ? columns - i : per_row) * size);
-        char* at = column + size_t(step) * 2 * tile + (kind == INT4 ? r % 8 : r) * 64;
+    for (int step = 0; step * inputs < columns; step++, to += 2 * tile) {
+      const int count = columns - step * inputs < inputs ? columns - step * inputs : inputs;
+      for (int n = 0; n < 32; n++) {  // a step's tiles stay in the first-level cache meanwhile
+        const int row = gated ? n / 16 * half + panel * 16 + n % 16 : panel * 32 + n;
+        if (gated ? panel * 16 + n % 16 >= half : row >= rows) continue;
+        uint32_t four[16] = {};
+        memcpy(four, (const char*)weights + (size_t(row) * columns + size_t(step) * inputs) * size,
+               size_t(count) * size);
+        char* column = to + n / 16 * tile + n % 16 * 4;
         if (kind == INT4)
-          for (int b = 0; b < 4; b++) at[b] |= char(r < 8 ? four[b] & 15 : four[b] << 4);
+          for (int r = 0; r < 8; r++)
+            store(column + r * 64, (four[r] & 0x0f0f0f0fu) | (four[r + 8] & 0x0f0f0f0fu) << 4);
         else
-          memcpy(at, four, 4);
+          for (int r = 0; r < 16; r++) store(column + r * 64, four[r]);
       }
     }
   }

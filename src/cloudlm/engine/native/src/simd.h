@@ -169,7 +169,7 @@ INLINE i32x16 dot4_unsigned(i32x16 acc, u8x64 w, int32_t x) {
   return acc;
 #endif
 }
-// The same for signed weights in [-127, 127]. With VNNI the weights are taken with 128 added, so
+// The same for signed weights. With VNNI the weights are taken with 128 added, so
 // that acc must begin at -128 times the sum of all x (SIGNED_OFFSET).
 #ifdef __AVX512VNNI__
 constexpr int SIGNED_OFFSET = 128;

@@ -1,0 +1,1 @@
+"""GGUF, llama.cpp's file of weights, settings and vocabulary: checked, put in our own terms."""
