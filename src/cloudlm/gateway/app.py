@@ -128,7 +128,8 @@ class Gateway:
         self.ledger.open()
         await self.upstream.open()
         if await self.view.refresh():
-            await self.limiter.tend(self.view.snapshot())  # what was spent before
+            await self.ledger.flush()  # what a dead process left in the journal was spent too
+            await self.limiter.tend(self.view.snapshot())
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
             for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cloudlm.core.access import Limits, scope_of
 from cloudlm.core.clock import Clock
@@ -45,8 +45,7 @@ _WORDS = {
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """The tokens that a request is expected to use, and the most that it can cost (billionths)."""
 
     tokens: int

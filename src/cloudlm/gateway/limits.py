@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from cloudlm.core.access import Limits
 
@@ -44,8 +45,7 @@ class Bound:
     limits: Limits
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """What one request holds of several scopes. ``slice`` and ``month`` say when it was counted;
     ``spend`` is in billionths of the currency."""
 
@@ -57,8 +57,7 @@ class Lease:
     month: int
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
+class Quota(NamedTuple):
     """One limit as clients are told of it; ``reset_s`` is when all of it is there again."""
 
     limit: int
@@ -77,8 +76,7 @@ class Refusal:
     retry_after_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A lease or a refusal, and the tightest limit of each kind after it."""
 
     lease: Lease | None
@@ -172,8 +170,9 @@ class Tally:
         index = int(now // SLICE_S)
         self._expire(now)
         asked = [(bound, self._at(bound.scope, index, month)) for bound in bounds]
-        if any(_refusal(bound, used, tokens, spend, now) for bound, used in asked):
-            return explain(None, asked, tokens, spend, now)
+        for bound, used in asked:
+            if _refusal(bound, used, tokens, spend, now) is not None:
+                return explain(None, asked, tokens, spend, now)
         lease = Lease(lease_id, tuple(b.scope for b, _ in asked), tokens, spend, index, month)
         for _, used in asked:
             used.requests.add(index, 1)
@@ -281,18 +280,19 @@ def _refusal(bound: Bound, used: Facts, tokens: int, spend: int, now: float) -> 
     if at_once is not None and used.ongoing >= at_once:
         retry_after_s = 1.0 if at_once else None
         return Refusal(scope, Kind.CONCURRENT, at_once, used.ongoing, retry_after_s)
-    for kind, per_minute, window, amount in (
-        (Kind.REQUESTS, limits.requests_per_minute, used.requests, 1),
-        (Kind.TOKENS, limits.tokens_per_minute, used.tokens, tokens),
-    ):
-        if per_minute is None:
-            continue
-        over = window.total + amount - per_minute
-        if over > 0:
-            never = amount > per_minute
-            wait_s = None if never else window.free_in(over, now)
-            return Refusal(scope, kind, per_minute, window.total, wait_s)
+    per_minute = limits.requests_per_minute
+    if per_minute is not None and used.requests.total >= per_minute:
+        return _full(scope, Kind.REQUESTS, per_minute, used.requests, 1, now)
+    per_minute = limits.tokens_per_minute
+    if per_minute is not None and used.tokens.total + tokens > per_minute:
+        return _full(scope, Kind.TOKENS, per_minute, used.tokens, tokens, now)
     return None
+
+
+def _full(scope: str, kind: Kind, limit: int, window: Window, amount: int, now: float) -> Refusal:
+    never = amount > limit
+    wait_s = None if never else window.free_in(window.total + amount - limit, now)
+    return Refusal(scope, kind, limit, window.total, wait_s)
 
 
 def _quotas(asked: list[tuple[Bound, Facts]], now: float) -> tuple[Quota | None, Quota | None]:

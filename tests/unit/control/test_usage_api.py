@@ -8,6 +8,7 @@ import pytest
 from cloudlm.control.api.app import build_api
 from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.core.access import Project, Tenant
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.security.keys import mint
@@ -39,6 +40,7 @@ async def ask(plane, pepper):
         pepper=pepper,
         clock=plane.clock,
         callers=Callers(state, pepper, plane.clock),
+        auditor=Auditor(state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
     )
 
     async def ask(role, scope, of, **query):
