@@ -34,7 +34,7 @@ from cloudlm.state.documents import (
 )
 from cloudlm.state.sql_access import bump, one_row
 from cloudlm.state.sql_audit import SqlAudit
-from cloudlm.state.usage import usage_of, usage_statement
+from cloudlm.state.sql_usage import usage_of, usage_statement
 
 _LEDGER_BATCH = 256
 

@@ -1,17 +1,13 @@
-"""Sums of ledger rows, as both twins make them. No I/O."""
+"""Sums of ledger rows that are at hand; ``sql_usage`` asks databases for the same. No I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
-
-import sqlalchemy as sa
 
 from cloudlm.core.tenant import LedgerRow
-from cloudlm.core.usage import DAY_S, UsageQuery, UsageRow, day_of
-from cloudlm.state import tables
+from cloudlm.core.usage import UsageQuery, UsageRow, day_of
 
-_SUMS = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+TOKEN_SUMS = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 
 
 def summed(query: UsageQuery, rows: Iterable[LedgerRow]) -> list[UsageRow]:
@@ -23,11 +19,11 @@ def summed(query: UsageQuery, rows: Iterable[LedgerRow]) -> list[UsageRow]:
         if query.tenant not in (None, row.tenant) or query.project not in (None, row.project):
             continue
         sums = found.setdefault(
-            tuple(_name(row, group) for group in query.group_by), [0] * (2 + len(_SUMS))
+            tuple(_name(row, group) for group in query.group_by), [0] * (2 + len(TOKEN_SUMS))
         )
         sums[0] += row.attempt == 1
         sums[1] += 1
-        for place, name in enumerate(_SUMS, 2):
+        for place, name in enumerate(TOKEN_SUMS, 2):
             sums[place] += getattr(row, name)
     return [
         _row(dict(zip(query.group_by, names, strict=True)), sums)
@@ -42,45 +38,5 @@ def _name(row: LedgerRow, group: str) -> str:
 
 
 def _row(names: dict[str, str], sums: list[int]) -> UsageRow:
-    counts = dict(zip(("requests", "attempts", *_SUMS), sums, strict=True))
+    counts = dict(zip(("requests", "attempts", *TOKEN_SUMS), sums, strict=True))
     return UsageRow(**names, **counts)  # type: ignore[arg-type]
-
-
-def usage_statement(query: UsageQuery, dialect: str) -> sa.Select[Any]:
-    """The sums as a question to a database."""
-    table = tables.ledger.c
-    days: sa.ColumnElement[Any] = table.started_at / DAY_S
-    if dialect != "sqlite":  # there a cast rounds, and SQLite may be built without floor
-        days = sa.func.floor(days)
-    columns = {
-        "day": sa.cast(days, sa.BigInteger).label("day"),
-        "tenant": table.tenant,
-        "project": table.project,
-        "key": table.key_id.label("key"),
-        "model": table.model,
-    }
-    groups = [columns[name] for name in query.group_by]
-    first = sa.case((table.attempt == 1, 1), else_=0)
-    sums = [sa.func.sum(first).label("requests"), sa.func.count().label("attempts")]
-    sums += [sa.func.sum(table[name]).label(name) for name in _SUMS]
-    statement = sa.select(*groups, *sums).where(
-        table.started_at >= query.since, table.started_at < query.until
-    )
-    for name in ("tenant", "project"):
-        wanted = getattr(query, name)
-        if wanted is not None:
-            statement = statement.where(table[name] == wanted)
-    if groups:
-        return statement.group_by(*groups).order_by(*groups)
-    return statement.having(sa.func.count() > 0)
-
-
-def usage_of(row: sa.Row[Any]) -> UsageRow:
-    """A row of ``usage_statement``'s answer."""
-    values: dict[str, Any] = {
-        name: value if isinstance(value, str) else int(value)  # sums are Decimals in PostgreSQL
-        for name, value in row._asdict().items()
-    }
-    if "day" in values:
-        values["day"] = day_of(values["day"] * DAY_S)
-    return UsageRow(**values)
