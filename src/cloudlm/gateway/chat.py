@@ -26,6 +26,7 @@ from cloudlm.core.errors import (
     AuthenticationFailed,
     CloudlmError,
     InternalError,
+    ModelAsleep,
     NoReplica,
     RequestCancelled,
     Retry,
@@ -43,6 +44,7 @@ from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget, full_jitter
@@ -53,6 +55,7 @@ from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
+ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
 _STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -142,7 +145,8 @@ class Handler:
             call = await asyncio.to_thread(
                 openai.parse, operation, request.body, salted, may_lead=leads
             )
-        if call.model not in view.models or not view.models[call.model].endpoints:
+        known = view.models.get(call.model)
+        if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
         model = view.model(call.model, exchange.key)
         self._expect(exchange, model)
@@ -188,6 +192,12 @@ class Handler:
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
             )
+        if model.asleep:
+            raise ModelAsleep(
+                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
+                f"it; 'cloudlm wake {model.parent or model.name}' does",
+                retry_after_s=ASLEEP_RETRY_AFTER_S,
+            )
         rooms.meter.entered(model.name)
         exchange.at_end(lambda: rooms.meter.left(model.name))
 
@@ -197,7 +207,9 @@ class Handler:
         budget = self._budgets.setdefault(call.model, RetryBudget())
         budget.count_request(self._rooms.clock.monotonic())
         tried: set[str] = set()
-        endpoint = self._choose(call, tried)
+        if exchange.key is not None:
+            exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
+        endpoint = self._choose(exchange, call, tried)
         if endpoint is None:
             raise NoReplica(
                 f"no replica of {call.model!r} takes requests now",
@@ -214,7 +226,7 @@ class Handler:
             wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
             with exchange.interrupt:
                 await self._rooms.clock.sleep(wait_s)
-            endpoint = self._choose(call, tried)
+            endpoint = self._choose(exchange, call, tried)
             if endpoint is None:
                 raise last
             self._rooms.meter.retried(call.model)
@@ -223,8 +235,9 @@ class Handler:
         rooms, replica = self._rooms, endpoint.replica
         exchange.attempts += 1
         exchange.replica = replica
-        rooms.loads.begin(replica)
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        exchange.route = f"least-cost; known={len(exchange.prompt_keys) - blocks}"
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
         said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
         try:
@@ -292,7 +305,7 @@ class Handler:
 
     # What the path asks ---------------------------------------------------------------------------
 
-    def _choose(self, call: Call, tried: set[str]) -> Endpoint | None:
+    def _choose(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
         """The replica for the next attempt, out of those that serve at this moment."""
         model = self._rooms.view.snapshot().models.get(call.model)
         return choose(
@@ -301,6 +314,7 @@ class Handler:
             self._rooms.clock.monotonic(),
             tried=tried,
             retrying=bool(tried),
+            keys=exchange.prompt_keys,
         )
 
     def _may_retry(
@@ -314,7 +328,7 @@ class Handler:
         return (
             may_help(error)
             and exchange.attempts < self._rooms.settings.max_attempts
-            and self._choose(call, tried) is not None
+            and self._choose(exchange, call, tried) is not None
             and budget.take(self._rooms.clock.monotonic())
         )
 
@@ -338,6 +352,7 @@ class Handler:
         if exchange.attempts:
             headers["x-cloudlm-replica"] = header_safe(exchange.replica)
             headers["x-cloudlm-attempts"] = str(exchange.attempts)
+            headers["x-cloudlm-route"] = exchange.route
         return headers
 
     def _said(self, exchange: Exchange) -> dict[str, str]:

@@ -68,6 +68,8 @@ _CONTROL: tuple[tuple[str, Verb, Resource], ...] = (
     ("PUT /deployments/{name}", Verb.UPDATE, Resource.DEPLOYMENTS),
     ("DELETE /deployments/{name}", Verb.DELETE, Resource.DEPLOYMENTS),
     ("POST /deployments/{name}/scale", Verb.UPDATE, Resource.DEPLOYMENTS),
+    ("POST /deployments/{name}/sleep", Verb.UPDATE, Resource.DEPLOYMENTS),
+    ("POST /deployments/{name}/wake", Verb.UPDATE, Resource.DEPLOYMENTS),
     ("GET /deployments/{name}/logs", Verb.READ, Resource.LOGS),
     ("GET /jobs", Verb.READ, Resource.JOBS),
     ("POST /jobs", Verb.CREATE, Resource.JOBS),
@@ -126,6 +128,7 @@ _WORKER = (
     "POST /tokenize",
     "POST /detokenize",
     "POST /internal/v1/generate",
+    "POST /internal/v1/resume",
     "GET /version",
 )
 _OPEN = {

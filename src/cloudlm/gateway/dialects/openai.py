@@ -296,13 +296,14 @@ def error_event(error: CloudlmError) -> bytes:
 
 
 def model_body(model: ServedModel) -> dict[str, Any]:
-    """One model in OpenAI's form."""
-    return {
+    """One model in OpenAI's form; an adapter also names the deployment that serves it."""
+    body = {
         "id": model.name,
         "object": "model",
         "created": int(model.created_at),
         "owned_by": OWNER,
     }
+    return body if model.parent is None else {**body, "parent": model.parent}
 
 
 def models_body(models: Iterable[ServedModel]) -> dict[str, Any]:
