@@ -24,6 +24,7 @@ from cloudlm.core.errors import (
     AuthenticationFailed,
     CloudlmError,
     InternalError,
+    ModelAsleep,
     NoReplica,
     RequestCancelled,
     Retry,
@@ -34,8 +35,9 @@ from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
-from cloudlm.gateway.dialects import openai
-from cloudlm.gateway.dialects.openai import Call, Operation
+from cloudlm.gateway.dialects import openai, routes
+from cloudlm.gateway.dialects.base import Asker, Dialect, Route
+from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
@@ -51,12 +53,9 @@ from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
+ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
-_STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
 
@@ -103,12 +102,13 @@ class Handler:
         )
         self._open.add(exchange)
         exchange.at_end(lambda: self._open.discard(exchange))
+        route, name = routes.find(request)
         try:
-            return await self._answer(exchange, request)
+            return await self._answer(exchange, request, route, name)
         except CloudlmError as error:
             self._rooms.refused(request, exchange, error)
             exchange.fail(error)
-            return self._refusal(exchange, error)
+            return self._refusal(exchange, error, route.dialect)
         except asyncio.CancelledError:
             exchange.end(Outcome.CANCELLED, RequestCancelled.status)
             raise
@@ -116,30 +116,27 @@ class Handler:
             _log.exception("request_failed", extra={"fields": {"path": request.path}})
             fault = InternalError(f"the gateway failed; its log knows {exchange.request_id}")
             exchange.fail(fault)
-            return self._refusal(exchange, fault)
+            return self._refusal(exchange, fault, route.dialect)
 
-    async def _answer(self, exchange: Exchange, request: GatewayRequest) -> GatewayResponse:
+    async def _answer(
+        self, exchange: Exchange, request: GatewayRequest, route: Route, name: str
+    ) -> GatewayResponse:
         view = self._rooms.view.snapshot()
         exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
             self._keys.remember(request.headers, exchange.key)
             view = self._rooms.view.snapshot()  # a look again may have brought a newer one
-        operation, name = openai.route(request.method, request.path)
-        if operation is Operation.LIST_MODELS:
-            return self._listed(exchange, openai.models_body(view.models_of(exchange.key)))
-        if operation is Operation.GET_MODEL:
-            return self._listed(exchange, openai.model_body(view.model(name, exchange.key)))
-        tenant = exchange.key.tenant
-        salted = functools.partial(self._tenants.salted, tenant)
-        leads = view.directory.may_infer(exchange.key, "", Verb.LEAD)
+        route.check(request)
+        asker = self._asker(exchange.key, view)
+        if route.parse is None:
+            return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
-            call = openai.parse(operation, request.body, salted, may_lead=leads)
+            call = route.parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(
-                openai.parse, operation, request.body, salted, may_lead=leads
-            )
-        if call.model not in view.models or not view.models[call.model].endpoints:
+            call = await asyncio.to_thread(route.parse, request, name, asker)
+        known = view.models.get(call.model)
+        if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
         self._admit(exchange, view.model(call.model, exchange.key))
         return await self._serve(exchange, call)
@@ -178,6 +175,12 @@ class Handler:
                 f"model {model.name!r} is deployed but none of its replicas is ready yet "
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
+            )
+        if model.asleep:
+            raise ModelAsleep(
+                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
+                f"it; 'cloudlm wake {model.parent or model.name}' does",
+                retry_after_s=ASLEEP_RETRY_AFTER_S,
             )
         rooms.admission.enter(model.name)
         rooms.meter.entered(model.name)
@@ -240,7 +243,8 @@ class Handler:
                     relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
                     rooms.loads.answered(replica)
-                    return GatewayResponse(200, self._headers(exchange, _STREAM_HEADERS), relay)
+                    headers = {"content-type": relay.content_type, **_STREAM_HEADERS}
+                    return GatewayResponse(200, self._headers(exchange, headers), relay)
                 raw = await answer.whole(max(deadline - rooms.clock.monotonic(), 0.0))
             answer.close()
             return self._whole(exchange, attempt, call, raw)
@@ -274,17 +278,17 @@ class Handler:
         field = call.result_field
         if body is None or (field is not None and not isinstance(body.get(field), list)):
             raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
+        usage = openai.usage_of(body)
+        answer = openai.rendering(call).whole(body)
         if call.generates:
             attempt.first_content()
-        if field is not None:
-            usage = openai.usage_of(body)
-            if usage is not None:
-                attempt.relayed(usage)
+        if field is not None and usage is not None:
+            attempt.relayed(usage)
         self._rooms.loads.answered(exchange.replica)
         attempt.settle(Outcome.FINISHED, 200)
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, openai.shape_answer(body, call))
+        return GatewayResponse(200, headers, answer)
 
     # What the path asks ---------------------------------------------------------------------------
 
@@ -315,17 +319,33 @@ class Handler:
             and budget.take(self._rooms.clock.monotonic())
         )
 
-    def _listed(self, exchange: Exchange, body: dict[str, object]) -> GatewayResponse:
+    def _asker(self, key: KeyRecord, view: Snapshot) -> Asker:
+        """Who asks, as a dialect may know it."""
+        return Asker(
+            functools.partial(self._tenants.salted, key.tenant),
+            view.directory.may_infer(key, "", Verb.LEAD),
+            lambda: sorted(view.models_of(key), key=lambda model: model.name),
+            lambda name: view.model(name, key),
+        )
+
+    def _listed(
+        self, exchange: Exchange, route: Route, request: GatewayRequest, name: str, asker: Asker
+    ) -> GatewayResponse:
+        """An answer out of what the gateway knows itself."""
+        assert route.read is not None
+        body = openai.encode(route.read(request, name, asker))
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, openai.encode(body))
+        return GatewayResponse(200, headers, body)
 
-    def _refusal(self, exchange: Exchange, error: CloudlmError) -> GatewayResponse:
+    def _refusal(
+        self, exchange: Exchange, error: CloudlmError, dialect: Dialect
+    ) -> GatewayResponse:
         status = status_of(error)
         if status >= 500:
             fields = {"model": exchange.model, "status": status, "reason": error.message}
             _log.warning("request_not_answered", extra={"fields": fields})
-        return refusal(error, self._headers(exchange, {}))
+        return refusal(error, self._headers(exchange, {}), dialect)
 
     def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
         """Who served the request, for every answer."""
@@ -372,11 +392,15 @@ class Handler:
         return len(exchanges)
 
 
-def refusal(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:
+def refusal(
+    error: CloudlmError, headers: dict[str, str], dialect: Dialect = openai.DIALECT
+) -> GatewayResponse:
     """The response that says ``error``."""
     headers["content-type"] = "application/json"
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, AuthenticationFailed):
         headers["www-authenticate"] = "Bearer"
-    return GatewayResponse(status_of(error), headers, msgspec.json.encode(error.body()))
+    return GatewayResponse(
+        status_of(error), headers, msgspec.json.encode(dialect.error_body(error))
+    )
