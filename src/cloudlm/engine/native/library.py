@@ -32,14 +32,6 @@ _ALIGNMENT = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
-    """The structure that the library reads, and the tensors that its addresses belong to."""
-
-    struct: c.LinearStruct
-    tensors: tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Stack:
     structs: ctypes.Array[c.LayerStruct]
     layers: tuple[StackLayer, ...]
@@ -47,11 +39,13 @@ class _Stack:
 
 class NativeKernels:
     """See ``contract.Kernels``. ``threads`` includes the caller's; ``pin`` binds the others to one
-    CPU each. Raises OSError if the library cannot be loaded or the CPU refuses its tiles."""
+    CPU each. ``build`` names the library: its sources, compiler and instruction set. Raises OSError
+    if the library cannot be loaded or the CPU refuses its tiles."""
 
     def __init__(self, path: FilePath, name: str, *, threads: int, pin: bool = False) -> None:
         self._library = ctypes.CDLL(str(path))
         self.name = name
+        self.build = path.stem
         if not self._library.cloudlm_start():
             raise OSError("the system does not let this process use the CPU's tile registers")
         self.threads = self.set_threads(threads, pin=pin)
@@ -85,12 +79,9 @@ class NativeKernels:
         packed_bias = None if bias is None else arrange(bias.float(), order, 0.0)
         tensors = (data, scale, group_scale, zeros, packed_bias)
         outputs = rows // 2 if gated else rows
-        struct = c.LinearStruct(
-            kind, outputs, inputs, k, len(order) // PANEL, int(gated), group, planes,
-            *map(c.address, tensors),
-        )  # fmt: skip
+        numbers = (kind, outputs, inputs, k, len(order) // PANEL, int(gated), group, planes)
         size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        return Packed(outputs, inputs, gated, size, _Content(struct, tensors))
+        return Packed(outputs, inputs, gated, size, c.linear_content(numbers, tensors))
 
     def linear(
         self,
