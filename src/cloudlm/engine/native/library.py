@@ -98,13 +98,14 @@ class NativeKernels:
         tokens = _expect(x, weight.inputs, "x")
         _expect(out, weight.outputs, "out", tokens)
         if tokens:
-            self._library.cloudlm_linear(
+            code = self._library.cloudlm_linear(
                 ctypes.byref(weight.content.struct),
                 ctypes.byref(c.input_struct(x, norm, eps)),
                 ctypes.byref(c.output_struct(out, add=add)),
                 tokens,
                 c.PATHS[path],
             )
+            _check_room(code, tokens)
         return out
 
     def rms_norm(
@@ -171,7 +172,7 @@ class NativeKernels:
         struct.q, struct.q_stride = query.data_ptr(), query.stride(0)
         struct.out, struct.out_stride = out.data_ptr(), out.stride(0)
         struct.keys, struct.values = cache.keys.data_ptr(), cache.values.data_ptr()
-        self._library.cloudlm_attention(ctypes.byref(struct))
+        _check_room(self._library.cloudlm_attention(ctypes.byref(struct)), tokens)
         return out
 
     def stack(self, layers: Sequence[StackLayer]) -> _Stack:
@@ -223,9 +224,10 @@ class NativeKernels:
             ),
             ctypes.addressof(array),
         )  # fmt: skip
-        self._library.cloudlm_run_stack(
+        code = self._library.cloudlm_run_stack(
             stack.structs, len(stack.layers), ctypes.byref(struct), len(plans)
         )
+        _check_room(code, tokens)
         return hidden
 
     def _bytes(self, size: int) -> Tensor:
@@ -254,6 +256,15 @@ def _attention_struct(
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(c.address(tensor))
+
+
+def _check_room(code: int, tokens: int) -> None:
+    """Raises MemoryError, after which the kernels can still be used."""
+    if code:
+        raise MemoryError(
+            f"the system has no memory left to compute a step of {tokens} tokens in; lower "
+            "max_batch_tokens, or give the process more"
+        )
 
 
 def _expect(rows: Tensor, size: int, name: str, tokens: int | None = None) -> int:
