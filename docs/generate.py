@@ -77,7 +77,7 @@ def api_page() -> str:
     lines.append('`{"error": {"message", "type", "param", "code"}}` with the true status.\n')
     for title, key, routes in (
         ("Gateway (port 8000)", "a key", _gateway_routes()),
-        ("Control (port 8001)", "an admin key", _control_routes()),
+        ("Control (port 8001)", "a key that may", _control_routes()),
         ("Worker (ports from 8100, loopback)", "the worker token", _worker_routes()),
     ):
         lines.append(f"\n## {title}\n\nAll but the open ones demand {key}.\n\n")
@@ -117,7 +117,7 @@ def _control_routes() -> list[Row]:
     from unittest.mock import MagicMock
 
     from cloudlm.control.api.app import build_app
-    from cloudlm.control.api.edge import OPEN_PATHS
+    from cloudlm.security.matrix import ROWS, Holder, Server
 
     document = build_app(MagicMock()).openapi()
     rows: list[Row] = [
@@ -125,7 +125,39 @@ def _control_routes() -> list[Row]:
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
     ]
-    return [*rows, *((path, "GET", True, "probe or metrics") for path in OPEN_PATHS)]
+    opened = [row for row in ROWS if (row.server, row.holder) == (Server.CONTROL, Holder.OPEN)]
+    return [*rows, *((row.path, row.method, True, "probe or metrics") for row in opened)]
+
+
+def access_page() -> str:
+    """What each built-in role may do, and every route with the roles that open it."""
+    from cloudlm.core.access import Resource, Verb
+    from cloudlm.security.access import Ask, permits, spell_out
+    from cloudlm.security.matrix import as_data
+    from cloudlm.security.roles import BUILT_IN
+
+    lines = [NOTE, "# Roles and routes\n\n## What the built-in roles may do\n\n"]
+    lines.append("Within the scope they are granted in; what is empty is denied. ")
+    lines.append("`own`: only what belongs to the principal itself.\n\n")
+    lines.append("| role |" + "".join(f" {kind} |" for kind in Resource) + "\n|---|")
+    lines.append("---|" * len(Resource) + "\n")
+    for role, rules in BUILT_IN.items():
+        powers = spell_out(rules, "*", "own")
+        cells = []
+        for kind in Resource:
+            own = [v for v in Verb if permits(powers, Ask(v, kind, "own"))]
+            every = [v for v in own if permits(powers, Ask(v, kind, "other"))]
+            words = "all" if len(every) == len(Verb) else ", ".join(every or own)
+            cells.append(f"own: {words}" if own and not every else words)
+        lines.append(f"| `{role}` |" + "".join(f" {cell} |" for cell in cells) + "\n")
+    lines.append("\n## Every route\n\nAs JSON: `cloudlm roles matrix --json`.\n\n")
+    lines.append("| server | method | path | demands | roles |\n|---|---|---|---|---|\n")
+    for row in as_data():
+        demands = row["holder"] if row["verb"] is None else f"{row['verb']} {row['resource']}"
+        roles = ", ".join(row["roles"]) if row["verb"] is not None else ""
+        where = f"{row['server']} | {row['method']} | `{row['path']}`"
+        lines.append(f"| {where} | {demands} | {roles} |\n")
+    return "".join(lines)
 
 
 def _worker_routes() -> list[Row]:
@@ -181,6 +213,7 @@ PAGES = {
     "api.md": api_page,
     "drivers.md": drivers_page,
     "errors.md": errors_page,
+    "access.md": access_page,
 }
 
 

@@ -72,6 +72,7 @@ def running(
     process = subprocess.Popen(
         command,
         env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,  # ours holds results only
         preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
     )
     try:

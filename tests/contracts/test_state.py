@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,26 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from cloudlm.core.access import (
+    FIRST_IDENTITIES,
+    CustomRole,
+    Effect,
+    Grant,
+    Limits,
+    Principal,
+    PrincipalKind,
+    Project,
+    Rule,
+    Tenant,
+)
+from cloudlm.core.audit import (
+    AuditEvent,
+    AuditHead,
+    AuditOutcome,
+    AuditRecord,
+    Checkpoint,
+    chained,
+)
 from cloudlm.core.deployment import (
     Demand,
     Deployment,
@@ -27,9 +48,10 @@ from cloudlm.core.deployment import (
     Replica,
     ReplicaState,
 )
-from cloudlm.core.errors import Conflict, InvalidRequest, StorageFailed
+from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from cloudlm.core.job import Job, JobState
-from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome, Role
+from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
+from cloudlm.core.usage import UsageQuery
 from cloudlm.state.base import State
 from cloudlm.state.migrations import VERSION_TABLE
 from cloudlm.state.open import open_state
@@ -72,7 +94,7 @@ def row(number: int, request_id: str = "req", started_at: float = 100.0) -> Ledg
     )
 
 
-KEY = KeyRecord("k1", "laptop", Role.ADMIN, "ab" * 32, "wxyz", created_at=5.5)
+KEY = KeyRecord("k1", "laptop", "admin", "ab" * 32, "wxyz", created_at=5.5)
 
 
 class TestDeployments:
@@ -269,7 +291,7 @@ class TestKeys:
     async def test_a_key_is_stored_once(self, state: State) -> None:
         await state.put_key(KEY)
         with pytest.raises(Conflict):
-            await state.put_key(replace(KEY, role=Role.USER, digest="cd" * 32))
+            await state.put_key(replace(KEY, role="user", digest="cd" * 32))
         assert await state.get_key("k1") == KEY
         assert await state.get_key("k2") is None
         assert await state.get_key(ODD) is None
@@ -287,6 +309,202 @@ class TestKeys:
         assert revoked == replace(KEY, revoked_at=7.5)
         assert await state.revoke_key("k1", now=9.0) == revoked
         assert await state.get_key("k1") == revoked
+
+
+class TestKeyChanges:
+    async def test_a_change_is_of_what_was_read(self, state: State) -> None:
+        await state.put_key(KEY)
+        wider = replace(KEY, models=("a", ODD), limits=Limits(5, None, 2, 1.5), expires_at=9.0)
+        await state.change_key(wider, replaces=KEY)
+        assert await state.get_key("k1") == wider
+        with pytest.raises(Conflict, match="changed meanwhile"):
+            await state.change_key(KEY, replaces=KEY)
+        with pytest.raises(NotFound):
+            await state.change_key(KEY, replaces=replace(KEY, id="none"))
+
+    async def test_a_rotation_is_one_write(self, state: State) -> None:
+        await state.put_key(KEY)
+        retired, new = replace(KEY, expires_at=50.0), replace(KEY, id="k2", created_at=6.0)
+        await state.change_key(retired, replaces=KEY, successor=new)
+        assert await state.list_keys() == [retired, new]
+        with pytest.raises(Conflict):
+            await state.change_key(KEY, replaces=retired, successor=new)
+        assert await state.list_keys() == [retired, new]
+
+    async def test_the_last_use_is_the_latest_noted_or_in_the_ledger(self, state: State) -> None:
+        await state.put_key(KEY)
+        await state.put_key(replace(KEY, id="k2"))
+        version = await state.version()
+        assert await state.last_uses() == {}
+        await state.touch_keys({"k1": 20.0, "nobody": 1.0})
+        await state.touch_keys({"k1": 10.0})
+        assert await state.last_uses() == {"k1": 20.0}
+        await state.append_ledger([row(1, started_at=30.0), row(2, started_at=25.0)])
+        assert await state.last_uses() == {"k1": 30.0}
+        assert await state.version() == version
+        changed = replace(KEY, name="new")
+        await state.change_key(changed, replaces=KEY)  # a use meanwhile is no conflict
+        assert (await state.get_key("k1")) == replace(changed, last_used_at=20.0)
+
+
+class TestIdentities:
+    async def test_the_installation_is_there_from_the_first_moment(self, state: State) -> None:
+        assert await state.list_identities() == FIRST_IDENTITIES
+
+    async def test_everything_is_read_back(self, state: State) -> None:
+        tenant = Tenant("acme", ODD, Limits(1, 2, 3, 4.5), 1.0, 2.0)
+        project = Project("acme", "web", ODD, Limits(), 1.0)
+        grants = (Grant("developer", "acme/web", "root"),)
+        person = Principal(
+            "p-1", ODD, PrincipalKind.PERSON, "acme", "web", grants, ODD, created_at=1.0
+        )
+        role = CustomRole("acme", "r", (Rule(("read",), ("keys:@self",), Effect.DENY),), 1.0)
+        for fact in (tenant, project, person, role):
+            version = await state.version()
+            await state.put_identity(fact)
+            assert await state.version() > version
+        found = await state.list_identities()
+        assert found.tenants == (tenant, *FIRST_IDENTITIES.tenants)
+        assert found.projects == (project, *FIRST_IDENTITIES.projects)
+        assert found.principals == (person, *FIRST_IDENTITIES.principals)
+        assert found.roles == (role,)
+
+    async def test_what_belongs_to_nothing_is_refused(self, state: State) -> None:
+        for fact in (
+            Project("none", "web"),
+            Principal("p", "n", PrincipalKind.SERVICE, "default", "none"),
+            CustomRole("none", "r", ()),
+        ):
+            with pytest.raises(NotFound):
+                await state.put_identity(fact)
+        assert await state.list_identities() == FIRST_IDENTITIES
+
+    async def test_no_change_is_lost(self, state: State) -> None:
+        first = Tenant("acme")
+        await state.put_identity(first)
+        with pytest.raises(Conflict, match="exists already"):
+            await state.put_identity(replace(first, title="x"))
+        await state.put_identity(replace(first, title="one"), replaces=first)
+        with pytest.raises(Conflict, match="changed meanwhile"):
+            await state.put_identity(replace(first, title="two"), replaces=first)
+        with pytest.raises(Conflict):
+            await state.remove_identity(first)
+
+    async def test_only_what_is_empty_can_be_removed(self, state: State) -> None:
+        tenant, project = Tenant("acme"), Project("acme", "web")
+        role = CustomRole("acme", "r", ())
+        holder = Principal(
+            "p", "n", PrincipalKind.SERVICE, "acme", "web", (Grant("r", "acme/web"),)
+        )
+        for fact in (tenant, project, role, holder):
+            await state.put_identity(fact)
+        for needed in (tenant, project, role):
+            with pytest.raises(Conflict, match="still needed by"):
+                await state.remove_identity(needed)
+        assert await state.remove_principal("p", heir="root", heir_key="k0", now=1.0) == holder
+        for free in (role, project, tenant):
+            await state.remove_identity(free)
+        assert await state.list_identities() == FIRST_IDENTITIES
+
+    async def test_who_is_removed_leaves_nothing_unbounded(self, state: State) -> None:
+        gone = Principal("p-1", "gone", PrincipalKind.PERSON)
+        child = Principal(
+            "p-2", "c", PrincipalKind.SERVICE, grants=(Grant("user", "default", "p-1"),)
+        )
+        for fact in (gone, child):
+            await state.put_identity(fact)
+        own = replace(KEY, id="own", principal="p-1", created_at=1.0)
+        made = replace(KEY, id="made", principal="p-2", made_with="own", created_at=2.0)
+        for key in (own, made):
+            await state.put_key(key)
+        await state.remove_principal("p-1", heir="root", heir_key="mine", now=7.0)
+        found = await state.list_identities()
+        heir = replace(child, grants=(Grant("user", "default", "root"),))
+        assert found.principals == (heir, *FIRST_IDENTITIES.principals)
+        assert await state.list_keys() == [
+            replace(own, revoked_at=7.0),
+            replace(made, made_with="mine"),
+        ]
+        assert await state.remove_principal("p-1", heir="root", heir_key="k", now=8.0) is None
+        with pytest.raises(Conflict, match="installation itself"):
+            await state.remove_principal("root", heir="p-2", heir_key="k", now=8.0)
+
+    async def test_one_subject_is_one_person(self, state: State) -> None:
+        person = Principal("p-1", "a", PrincipalKind.PERSON, subject="https://issuer#1")
+        await state.put_identity(person)
+        with pytest.raises(Conflict, match="subject"):
+            await state.put_identity(replace(person, id="p-2"))
+
+
+def deed(number: int) -> AuditEvent:
+    return AuditEvent(
+        float(number), "control", ODD, "k", "t", "a", "x", "::1", AuditOutcome.DONE, 200
+    )
+
+
+class TestAudit:
+    async def test_events_are_chained_in_order(self, state: State) -> None:
+        assert await state.audit_head() == AuditHead()
+        version = await state.version()
+        expected = chained(AuditHead(), [deed(n) for n in range(5)])
+        await state.append_audit([deed(0), deed(1)])
+        head = await state.append_audit([deed(n) for n in range(2, 5)])
+        assert await state.list_audit() == expected
+        assert head == await state.audit_head() == AuditHead(5, expected[-1].hash)
+        assert await state.list_audit(after=1, limit=2) == expected[1:3]
+        assert await state.list_audit(tenant="t", limit=1) == expected[:1]
+        assert await state.list_audit(tenant="none") == []
+        assert await state.append_audit([]) == head
+        assert await state.version() == version
+
+    async def test_checkpoints_are_kept(self, state: State) -> None:
+        marks = [Checkpoint(2, "b" * 64, 2.0, "ff"), Checkpoint(1, "a" * 64, 1.0, "00")]
+        for mark in marks:
+            await state.put_checkpoint(mark)
+        await state.put_checkpoint(replace(marks[0], at=3.0))
+        assert await state.list_checkpoints() == [marks[1], replace(marks[0], at=3.0)]
+
+    def test_processes_that_are_killed_leave_a_whole_chain(self, shared_state_url: str) -> None:
+        script = """
+            import asyncio, sys
+            from cloudlm.core.audit import AuditEvent, AuditOutcome
+            from cloudlm.state.open import open_state
+
+            async def main(url, who):
+                state = await open_state(url)
+                print("ready", flush=True)
+                while True:
+                    event = AuditEvent(1.0, "s", who, "", "", "", "", "", AuditOutcome.DONE)
+                    await state.append_audit([event])
+
+            asyncio.run(main(sys.argv[1], sys.argv[2]))
+        """
+        command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), shared_state_url]
+        processes = [
+            subprocess.Popen([*command, who], stdout=subprocess.PIPE) for who in ("a", "b")
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 60
+        while len(asyncio.run(_audit(shared_state_url))[0]) < 20:
+            assert time.monotonic() < deadline
+        for process in processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        records, head = asyncio.run(_audit(shared_state_url))
+        assert records == chained(AuditHead(), [one.event for one in records])
+        assert head == AuditHead(records[-1].seq, records[-1].hash)
+
+
+async def _audit(url: str) -> tuple[list[AuditRecord], AuditHead]:
+    state = await open_state(url)
+    try:
+        return await state.list_audit(limit=100_000), await state.audit_head()
+    finally:
+        await state.close()
 
 
 class TestJobs:
@@ -554,6 +772,41 @@ def test_the_port_and_its_twins_have_the_same_methods() -> None:
     from cloudlm.state.memory import MemoryState
     from cloudlm.state.sql import SqlState
 
-    methods = {name for name in vars(State) if re.match(r"[a-z]", name)}
+    methods = {name for name in dir(State) if re.match(r"[a-z]", name)}
     for twin in (MemoryState, SqlState):
-        assert {name for name in vars(twin) if re.match(r"[a-z]", name)} == methods
+        assert {name for name in dir(twin) if re.match(r"[a-z]", name)} == methods
+
+
+async def test_usage_sums_what_the_ledger_holds(state: State) -> None:
+    day = 86_400.0
+    rows = [
+        replace(
+            row(number, started_at=(2 + number % 3) * day - 0.5),
+            tenant="acme" if number % 2 else ODD,
+            key_id=f"k{number % 4}",
+            attempt=1 + number // 10,
+            completion_tokens=number,
+            project="web",
+            cost=2**40 + number,
+        )
+        for number in range(20)
+    ]
+    await state.append_ledger(rows)
+    (everything,) = await state.usage(UsageQuery(0.0, 9 * day, ()))
+    assert (everything.requests, everything.attempts) == (10, 20)
+    assert (everything.prompt_tokens, everything.completion_tokens) == (60, sum(range(20)))
+    assert everything.cost == 20 * 2**40 + sum(range(20))
+    days = await state.usage(UsageQuery(0.0, 9 * day))
+    assert [one.day for one in days] == ["1970-01-02", "1970-01-03", "1970-01-04"]
+    assert [one.attempts for one in days] == [7, 7, 6]
+    of_acme = await state.usage(UsageQuery(0.0, 9 * day, ("tenant", "key"), tenant="acme"))
+    assert [(one.tenant, one.key, one.attempts) for one in of_acme] == [
+        ("acme", "k1", 5),
+        ("acme", "k3", 5),
+    ]
+    both = {one.tenant for one in await state.usage(UsageQuery(0.0, 9 * day, ("tenant",)))}
+    assert len(both) == 2
+    (cut,) = await state.usage(UsageQuery(2 * day - 0.5, 2 * day, ("day", "project", "model")))
+    assert (cut.day, cut.project, cut.model, cut.attempts) == ("1970-01-02", "web", "bank", 7)
+    assert await state.usage(UsageQuery(0.0, 9 * day, project="other")) == []
+    assert await state.usage(UsageQuery(0.0, 1.0, ())) == []

@@ -32,8 +32,8 @@ def control_client() -> Client:
     key = key_of(os.environ)
     if not key:
         raise AuthenticationFailed(
-            "no API key: set CLOUDLM_API_KEY to the admin key that 'cloudlm up' showed at its "
-            "first start, or make one with 'cloudlm keys create --local --role admin'"
+            "no API key: set CLOUDLM_API_KEY to the key that 'cloudlm up' showed at its "
+            "first start, or make one with 'cloudlm keys create --local --role owner'"
         )
     settings, _ = load_settings()
     running = running_addresses(Home(settings.home))

@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
 def show(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the drivers that deployments can name, with their abilities."""
+    """List the drivers and their abilities."""
     rows = []
     for plugin in plugins.installed("cloudlm.drivers"):
         try:

@@ -13,7 +13,22 @@ from typing import Annotated
 import typer
 
 from cloudlm import __version__
-from cloudlm.cli import config, demo, deployments, drivers, keys, models, run, serve, up
+from cloudlm.cli import (
+    audit,
+    config,
+    demo,
+    deployments,
+    drivers,
+    keys,
+    models,
+    principals,
+    roles,
+    run,
+    serve,
+    tenants,
+    up,
+    usage,
+)
 from cloudlm.cli.screen import fail
 from cloudlm.core.errors import CloudlmError
 
@@ -63,7 +78,13 @@ serve.add_to(app)
 run.add_to(app)
 deployments.add_to(app)
 app.add_typer(models.app, name="models")
+app.add_typer(tenants.tenants, name="tenants")
+app.add_typer(tenants.projects, name="projects")
+principals.add_to(app)
+app.add_typer(roles.app, name="roles")
 app.add_typer(keys.app, name="keys")
+usage.add_to(app)
+app.add_typer(audit.app, name="audit")
 config.add_to(app)
 drivers.add_to(app)
 

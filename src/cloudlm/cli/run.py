@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.screen import fail, print_json_line, print_text, say, spinner, talk
 from cloudlm.cli.serve import default_name
 from cloudlm.core.errors import (
@@ -53,6 +54,8 @@ def run(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print JSON, one answer per line.")
     ] = False,
@@ -60,8 +63,10 @@ def run(
     """Chat with a model in the terminal. Questions may also be piped in."""
     from openai import DefaultHttpx2Client, OpenAI
 
+    flags = partition_options(tensor_parallel, pipeline_parallel)
+    options = [*(option or []), *(f"{name}={value}" for name, value in flags.items())]
     with (
-        private_worker(model, option or []) as (url, key),
+        private_worker(model, options) as (url, key),
         OpenAI(
             base_url=f"{url}/v1",
             api_key=key,

@@ -10,9 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from cloudlm.cli.connect import local_url
-from cloudlm.cli.deployments import read_options
+from cloudlm.cli.deployments import ENGINE_HELP, read_options
+from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.screen import print_json, print_text, share_bar
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
+from cloudlm.core.spec import CLOUDLM
 from cloudlm.state.home import Home, load_settings
 from cloudlm.telemetry.logs import setup_logging
 
@@ -36,9 +38,12 @@ def serve(
             help="Key that callers must send; required on addresses other than loopback.",
         ),
     ] = None,
+    engine: Annotated[str, typer.Option("--engine", help=ENGINE_HELP)] = CLOUDLM,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
+    tensor_parallel: TensorParallel = None,
+    pipeline_parallel: PipelineParallel = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Serve one model over the OpenAI API until Ctrl-C. No control plane."""
@@ -46,6 +51,10 @@ def serve(
     from cloudlm.worker.config import WorkerConfig
 
     name = served_model_name or default_name(model)
+    options = {
+        **read_options(option or []),
+        **partition_options(tensor_parallel, pipeline_parallel),
+    }
     settings, _ = load_settings()
     setup_logging(settings.log, "serve")
     home = Home(settings.home).ensure()
@@ -69,7 +78,8 @@ def serve(
             home=home.path,
             token=api_key,
             registry_url=home.registry_url(settings),
-            options=read_options(option or []),
+            engine_name=engine,
+            options=options,
             settings=settings,
             on_ready=on_ready,
             on_progress=update,

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 
-from cloudlm.client import calls
-from cloudlm.client.calls import Call, NewKey, Pause, Program
+from cloudlm.client import access_calls, calls
+from cloudlm.client.access_calls import Whoami
+from cloudlm.client.asynchronous_access import (
+    AsyncKeys,
+    AsyncPrincipals,
+    AsyncProjects,
+    AsyncRoles,
+    AsyncTenants,
+)
+from cloudlm.client.calls import Call, Pause, Program
 from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest
-from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.usage import UsageRow
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 if TYPE_CHECKING:
@@ -48,9 +56,37 @@ class AsyncClient:
         self._clock = clock or SystemClock()
         self.models = AsyncModels(self)
         self.deployments = AsyncDeployments(self)
+        self.tenants = AsyncTenants(self)
+        self.projects = AsyncProjects(self)
+        self.principals = AsyncPrincipals(self)
+        self.roles = AsyncRoles(self)
         self.keys = AsyncKeys(self)
         self.jobs = AsyncJobs(self)
         self.drivers = AsyncDrivers(self)
+
+    async def usage(
+        self,
+        group_by: Sequence[str] = ("day",),
+        *,
+        since: str | None = None,
+        until: str | None = None,
+        tenant: str | None = None,
+        project: str | None = None,
+    ) -> builtins.list[UsageRow]:
+        """Sums of tokens and costs, grouped by ``day``, ``tenant``, ``project``, ``key`` and
+        ``model``, between two UTC dates (2026-01-31, the last included); else the last 30 days."""
+        given = {"since": since, "until": until, "tenant": tenant, "project": project}
+        return await self.send(calls.usage({"group_by": ",".join(group_by), **given}))
+
+    async def whoami(self) -> Whoami:
+        """The key in use and the principal that it speaks for."""
+        return await self.send(access_calls.whoami())
+
+    async def audit(
+        self, *, after: int = 0, limit: int = 100, tenant: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Records of the audit log after a number, in order."""
+        return await self.send(access_calls.list_audit(after, limit, tenant))
 
     def openai(self, **options: Any) -> AsyncOpenAI:
         """The official client, pointed at the gateway with the same key; ``options`` are its own.
@@ -171,6 +207,14 @@ class AsyncDeployments:
     async def scale(self, name: str, min_replicas: int, max_replicas: int) -> DeploymentView:
         return await self._client.send(calls.scale_deployment(name, min_replicas, max_replicas))
 
+    async def sleep(self, name: str) -> DeploymentView:
+        """Have its replicas give their memory back; see ``wait_ready``."""
+        return await self._client.send(calls.turn_deployment(name, asleep=True))
+
+    async def wake(self, name: str) -> DeploymentView:
+        """Have its replicas load the model again; see ``wait_ready``."""
+        return await self._client.send(calls.turn_deployment(name, asleep=False))
+
     async def delete(self, name: str) -> None:
         """Ask for its end; see ``wait_gone``."""
         await self._client.send(calls.delete_deployment(name))
@@ -195,23 +239,6 @@ class AsyncDeployments:
     async def wait_gone(self, name: str, timeout_s: float = 600.0) -> None:
         """Wait until it does not exist. Raises UpstreamTimeout."""
         await self._client.run(calls.wait_gone(name, timeout_s))
-
-
-class AsyncKeys:
-    """API keys."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-
-    async def list(self) -> builtins.list[KeyRecord]:
-        return await self._client.send(calls.list_keys())
-
-    async def create(self, name: str, role: Role = Role.USER) -> NewKey:
-        """Make a key; its text is in this answer and nowhere else."""
-        return await self._client.send(calls.create_key(name, role))
-
-    async def revoke(self, key_id: str) -> KeyRecord:
-        return await self._client.send(calls.revoke_key(key_id))
 
 
 class AsyncJobs:

@@ -17,7 +17,8 @@ from cloudlm.core.errors import NotFound, Unavailable, UpstreamTimeout
 from cloudlm.core.fields import Fields
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest, manifest_from_body
-from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.usage import UsageRow, usage_from_body
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 T = TypeVar("T")
@@ -59,63 +60,68 @@ class NewKey(NamedTuple):
 
 
 def list_models() -> Call[list[ModelEntry]]:
-    return Call("GET", _path("models"), _all(wire.model_from_body))
+    return Call("GET", path_of("models"), all_of(wire.model_from_body))
 
 
 def get_model(name: str) -> Call[ModelEntry]:
-    return Call("GET", _path("models", name), wire.model_from_body)
+    return Call("GET", path_of("models", name), wire.model_from_body)
 
 
 def get_version(name: str, version: int) -> Call[Manifest]:
-    return Call("GET", _path("models", name, "versions", version), manifest_from_body)
+    return Call("GET", path_of("models", name, "versions", version), manifest_from_body)
 
 
 def pull_model(source: str, name: str | None, alias: str | None) -> Call[Job]:
     given = {"source": source, "name": name, "alias": alias}
     body = {key: value for key, value in given.items() if value is not None}
-    return Call("POST", _path("models"), _job, body)
+    return Call("POST", path_of("models"), _job, body)
 
 
 def remove_version(name: str, version: int) -> Call[None]:
-    return Call("DELETE", _path("models", name, "versions", version), _nothing)
+    return Call("DELETE", path_of("models", name, "versions", version), nothing)
 
 
 def set_alias(name: str, alias: str, version: int) -> Call[None]:
-    return Call("PUT", _path("models", name, "aliases", alias), _nothing, {"version": version})
+    return Call("PUT", path_of("models", name, "aliases", alias), nothing, {"version": version})
 
 
 def remove_alias(name: str, alias: str) -> Call[None]:
-    return Call("DELETE", _path("models", name, "aliases", alias), _nothing)
+    return Call("DELETE", path_of("models", name, "aliases", alias), nothing)
 
 
 # Deployments ------------------------------------------------------------------------------------
 
 
 def list_deployments() -> Call[list[DeploymentView]]:
-    return Call("GET", _path("deployments"), _all(wire.deployment_from_body))
+    return Call("GET", path_of("deployments"), all_of(wire.deployment_from_body))
 
 
 def get_deployment(name: str) -> Call[DeploymentView]:
-    return Call("GET", _path("deployments", name), wire.deployment_from_body)
+    return Call("GET", path_of("deployments", name), wire.deployment_from_body)
 
 
 def create_deployment(spec: DeploymentSpec) -> Call[DeploymentView]:
-    return Call("POST", _path("deployments"), wire.deployment_from_body, wire.spec_body(spec))
+    return Call("POST", path_of("deployments"), wire.deployment_from_body, wire.spec_body(spec))
 
 
 def apply_deployment(spec: DeploymentSpec, expected_generation: int | None) -> Call[DeploymentView]:
     headers = {} if expected_generation is None else {"If-Match": str(expected_generation)}
-    path = _path("deployments", spec.name)
+    path = path_of("deployments", spec.name)
     return Call("PUT", path, wire.deployment_from_body, wire.spec_body(spec), headers=headers)
 
 
 def scale_deployment(name: str, low: int, high: int) -> Call[DeploymentView]:
-    path = _path("deployments", name, "scale")
+    path = path_of("deployments", name, "scale")
     return Call("POST", path, wire.deployment_from_body, wire.scale_body(low, high))
 
 
+def turn_deployment(name: str, *, asleep: bool) -> Call[DeploymentView]:
+    path = path_of("deployments", name, "sleep" if asleep else "wake")
+    return Call("POST", path, wire.deployment_from_body)
+
+
 def delete_deployment(name: str) -> Call[None]:
-    return Call("DELETE", _path("deployments", name), _nothing)
+    return Call("DELETE", path_of("deployments", name), nothing)
 
 
 def deployment_logs(name: str, tail: int, follow: bool, replica: str | None) -> Call[None]:
@@ -123,7 +129,7 @@ def deployment_logs(name: str, tail: int, follow: bool, replica: str | None) -> 
     query = {"tail": str(tail), "follow": "true" if follow else "false"}
     if replica is not None:
         query["replica"] = replica
-    return Call("GET", _path("deployments", name, "logs"), _nothing, query=query)
+    return Call("GET", path_of("deployments", name, "logs"), nothing, query=query)
 
 
 def wait_ready(
@@ -170,42 +176,23 @@ def wait_gone(name: str, timeout_s: float) -> Program[None]:
         return
 
 
-# Keys -------------------------------------------------------------------------------------------
-
-
-def list_keys() -> Call[list[KeyRecord]]:
-    return Call("GET", _path("keys"), _all(wire.key_from_body))
-
-
-def create_key(name: str, role: Role) -> Call[NewKey]:
-    def read(body: Any) -> NewKey:
-        fields = Fields(body, "a new key")
-        return NewKey(fields.text("key", low=1), wire.key_from_body(fields.raw("record")))
-
-    return Call("POST", _path("keys"), read, {"name": name, "role": role.value})
-
-
-def revoke_key(key_id: str) -> Call[KeyRecord]:
-    return Call("DELETE", _path("keys", key_id), wire.key_from_body)
-
-
 # Jobs and drivers -------------------------------------------------------------------------------
 
 
 def list_jobs() -> Call[list[Job]]:
-    return Call("GET", _path("jobs"), _all(wire.job_from_body))
+    return Call("GET", path_of("jobs"), all_of(wire.job_from_body))
 
 
 def get_job(job_id: str) -> Call[Job]:
-    return Call("GET", _path("jobs", job_id), _job)
+    return Call("GET", path_of("jobs", job_id), _job)
 
 
 def start_job(kind: str, arguments: Mapping[str, Any]) -> Call[Job]:
-    return Call("POST", _path("jobs"), _job, {"kind": kind, "arguments": dict(arguments)})
+    return Call("POST", path_of("jobs"), _job, {"kind": kind, "arguments": dict(arguments)})
 
 
 def cancel_job(job_id: str) -> Call[Job]:
-    return Call("DELETE", _path("jobs", job_id), _job)
+    return Call("DELETE", path_of("jobs", job_id), _job)
 
 
 def wait_job(
@@ -228,7 +215,15 @@ def wait_job(
 
 
 def list_drivers() -> Call[list[DriverEntry]]:
-    return Call("GET", _path("drivers"), _all(wire.driver_from_body))
+    return Call("GET", path_of("drivers"), all_of(wire.driver_from_body))
+
+
+# Usage ------------------------------------------------------------------------------------------
+
+
+def usage(given: Mapping[str, str | None]) -> Call[list[UsageRow]]:
+    query = {name: value for name, value in given.items() if value is not None}
+    return Call("GET", path_of("usage"), all_of(usage_from_body), query=query)
 
 
 def _until(
@@ -247,11 +242,12 @@ def _until(
         pause_s = min(pause_s * _PAUSE_GROWTH, _LONGEST_PAUSE_S)
 
 
-def _path(*parts: str | int) -> str:
+def path_of(*parts: str | int) -> str:
+    """The path of a noun's part in the control API."""
     return "/api/v1/" + "/".join(quote(str(part), safe="") for part in parts)
 
 
-def _all(read: Callable[[Any], T]) -> Callable[[Any], list[T]]:
+def all_of(read: Callable[[Any], T]) -> Callable[[Any], list[T]]:
     """Read ``{"data": [...]}``."""
     return lambda body: [read(entry) for entry in Fields(body, "a list").items("data")]
 
@@ -261,5 +257,5 @@ def _job(body: Any) -> Job:
     return wire.job_from_body(body["job"] if isinstance(body, dict) and "job" in body else body)
 
 
-def _nothing(_body: Any) -> None:
-    return None
+def nothing(_body: Any) -> None:
+    """Read an answer that nobody needs."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import builtins
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 
-from cloudlm.client import calls
-from cloudlm.client.calls import Call, NewKey, Pause, Program
+from cloudlm.client import access_calls, calls
+from cloudlm.client.access_calls import Whoami
+from cloudlm.client.calls import Call, Pause, Program
 from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
+from cloudlm.client.sync_access import Keys, Principals, Projects, Roles, Tenants
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest
-from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.usage import UsageRow
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 if TYPE_CHECKING:
@@ -50,9 +52,37 @@ class Client:
         self._monotonic = monotonic
         self.models = Models(self)
         self.deployments = Deployments(self)
+        self.tenants = Tenants(self)
+        self.projects = Projects(self)
+        self.principals = Principals(self)
+        self.roles = Roles(self)
         self.keys = Keys(self)
         self.jobs = Jobs(self)
         self.drivers = Drivers(self)
+
+    def usage(
+        self,
+        group_by: Sequence[str] = ("day",),
+        *,
+        since: str | None = None,
+        until: str | None = None,
+        tenant: str | None = None,
+        project: str | None = None,
+    ) -> builtins.list[UsageRow]:
+        """Sums of tokens and costs, grouped by ``day``, ``tenant``, ``project``, ``key`` and
+        ``model``, between two UTC dates (2026-01-31, the last included); else the last 30 days."""
+        given = {"since": since, "until": until, "tenant": tenant, "project": project}
+        return self.send(calls.usage({"group_by": ",".join(group_by), **given}))
+
+    def whoami(self) -> Whoami:
+        """The key in use and the principal that it speaks for."""
+        return self.send(access_calls.whoami())
+
+    def audit(
+        self, *, after: int = 0, limit: int = 100, tenant: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Records of the audit log after a number, in order."""
+        return self.send(access_calls.list_audit(after, limit, tenant))
 
     def openai(self, **options: Any) -> OpenAI:
         """The official client, pointed at the gateway with the same key; ``options`` are its own.
@@ -172,6 +202,14 @@ class Deployments:
     def scale(self, name: str, min_replicas: int, max_replicas: int) -> DeploymentView:
         return self._client.send(calls.scale_deployment(name, min_replicas, max_replicas))
 
+    def sleep(self, name: str) -> DeploymentView:
+        """Have its replicas give their memory back; see ``wait_ready``."""
+        return self._client.send(calls.turn_deployment(name, asleep=True))
+
+    def wake(self, name: str) -> DeploymentView:
+        """Have its replicas load the model again; see ``wait_ready``."""
+        return self._client.send(calls.turn_deployment(name, asleep=False))
+
     def delete(self, name: str) -> None:
         """Ask for its end; see ``wait_gone``."""
         self._client.send(calls.delete_deployment(name))
@@ -196,23 +234,6 @@ class Deployments:
     def wait_gone(self, name: str, timeout_s: float = 600.0) -> None:
         """Wait until it does not exist. Raises UpstreamTimeout."""
         self._client.run(calls.wait_gone(name, timeout_s))
-
-
-class Keys:
-    """API keys."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def list(self) -> builtins.list[KeyRecord]:
-        return self._client.send(calls.list_keys())
-
-    def create(self, name: str, role: Role = Role.USER) -> NewKey:
-        """Make a key; its text is in this answer and nowhere else."""
-        return self._client.send(calls.create_key(name, role))
-
-    def revoke(self, key_id: str) -> KeyRecord:
-        return self._client.send(calls.revoke_key(key_id))
 
 
 class Jobs:

@@ -14,10 +14,13 @@ from pathlib import Path
 import uvicorn
 
 from cloudlm.control.api.app import build_api
+from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.naps import HttpTurner
 from cloudlm.control.probe import HttpProber
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import Progress
@@ -36,7 +39,7 @@ from cloudlm.telemetry.logs import get_logger
 
 STOP_TIMEOUT_S = 5
 # What a worker reads itself; all other settings are no business of it.
-_WORKER_SETTINGS = ("engine.", "worker.", "log.", "registry.")
+_WORKER_SETTINGS = ("engine.", "vllm.", "worker.", "log.", "registry.")
 _log = get_logger("cloudlm.control")
 
 
@@ -81,10 +84,18 @@ async def running(
         return import_address(registry, source, name, alias=alias, progress=progress)
 
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
-    async with HttpProber(settings.control.probe_timeout_s) as prober:
-        reconciler = Reconciler(state, drivers, registry, prober, clock, settings.control, metrics)
+    async with (
+        HttpProber(settings.control.probe_timeout_s) as prober,
+        HttpTurner(home.worker_token()) as turner,
+    ):
+        reconciler = Reconciler(
+            state, drivers, registry, prober, clock, settings.control, metrics, turner
+        )
         await jobs.resume()
         loop = asyncio.create_task(reconciler.run())
+        pepper = home.pepper()
+        auditor = Auditor(state, clock, home.audit_seed(), home.audit_checkpoints)
+        signing = asyncio.create_task(auditor.run())
         try:
             yield Services(
                 state=state,
@@ -93,13 +104,18 @@ async def running(
                 reconciler=reconciler,
                 jobs=jobs,
                 metrics=metrics,
-                pepper=home.pepper(),
+                pepper=pepper,
                 clock=clock,
+                callers=Callers(state, pepper, clock),
+                auditor=auditor,
             )
         finally:
-            loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loop
+            for task in (loop, signing):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await reconciler.close()
+            await auditor.checkpoint()
             await jobs.close()
             await drivers.close()
 

@@ -1,11 +1,12 @@
-"""Who is asking: keys and their roles, and the ledger rows that account for them."""
+"""Who is asking: keys and built-in roles' names, and the ledger rows that account for them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
+from cloudlm.core.access import DEFAULT_PROJECT, DEFAULT_TENANT, ROOT, Limits
 from cloudlm.core.errors import BadSetting
 
 MIN_WEIGHT = 0.001
@@ -38,24 +39,47 @@ def read_weights(text: str) -> dict[str, float]:
 
 
 class Role(StrEnum):
-    """What a key may do: ``admin`` everything, ``user`` inference only."""
+    """The built-in roles; what each may do is in ``security.roles``."""
 
+    OWNER = "owner"
     ADMIN = "admin"
+    OPERATOR = "operator"
+    DEVELOPER = "developer"
+    VIEWER = "viewer"
     USER = "user"
+    AUDITOR = "auditor"
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """An API key as it is stored: never its secret, only a digest of the whole key."""
+    """An API key as it is stored: never its secret, only a digest of the whole key.
+
+    It speaks for ``principal``, narrowed to ``role`` within ``scope`` and, for inference, to
+    ``models`` (names, or beginnings with ``*``). ``made_with`` is the id of the key that made it,
+    which it can never exceed; empty for a key of the installation itself. After ``expires_at`` it
+    is refused. Requests are accounted to ``tenant`` and ``project``.
+    """
 
     id: str
     name: str
-    role: Role
+    role: str
     digest: str
     last4: str
-    tenant: str = "default"
+    tenant: str = DEFAULT_TENANT
     created_at: float = 0.0
     revoked_at: float | None = None
+    project: str = DEFAULT_PROJECT
+    principal: str = ROOT
+    scope: str = DEFAULT_TENANT
+    models: tuple[str, ...] = ("*",)
+    limits: Limits = field(default_factory=Limits)
+    expires_at: float | None = None
+    made_with: str = ""
+    last_used_at: float | None = None
+
+    def usable(self, now: float) -> bool:
+        """Whether it is neither revoked nor expired at ``now``."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
 class Outcome(StrEnum):
@@ -69,7 +93,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """One attempt of one request: who, what, where, how it ended, tokens really relayed."""
+    """One attempt of one request: who, what, where, how it ended, tokens really relayed, and their
+    cost at the price of that moment, in billionths of the currency."""
 
     id: str
     request_id: str
@@ -86,3 +111,5 @@ class LedgerRow:
     started_at: float
     duration_s: float
     first_token_s: float | None = None
+    project: str = DEFAULT_PROJECT
+    cost: int = 0

@@ -1,9 +1,9 @@
 """The control API's JSON: what each word of core looks like on the wire, both ways.
 
 Control and client share it, so the two cannot disagree. ``…_from_body`` of a *request* (spec,
-scale, key, import, job, alias) refuses unknown fields (UnprocessableRequest) and bad values
+scale, import, job, alias) refuses unknown fields (UnprocessableRequest) and bad values
 (InvalidRequest with ``param``). ``…_from_body`` of an *answer* checks every field that it knows
-and passes over those that a newer server added. No I/O; a key's digest never leaves.
+and passes over those that a newer server added. Keys and identities: ``core.wire_access``. No I/O.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ from cloudlm.core.model import (
     check_name,
     manifest_from_body,
 )
-from cloudlm.core.spec import MAX_ADDRESS_LENGTH, MAX_ENTRIES, check_replicas, check_spec
-from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.spec import (
+    MAX_ADAPTERS,
+    MAX_ADDRESS_LENGTH,
+    MAX_ENTRIES,
+    check_replicas,
+    check_spec,
+)
 
 MAX_ARGUMENTS_BYTES = 65_536
 
@@ -104,6 +109,8 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "max_surge": spec.max_surge,
         "options": dict(spec.options),
         "env": dict(spec.env),
+        "asleep": spec.asleep,
+        "adapters": [{"name": name, "model": model} for name, model in spec.adapters.items()],
     }
 
 
@@ -133,15 +140,6 @@ def scale_from_body(body: Any) -> tuple[int, int]:
     fields.end()
     check_replicas(low, high)
     return low, high
-
-
-def key_request_from_body(body: Any) -> tuple[str, Role]:
-    """Read ``{"name", "role"}``; the role is ``user`` if it is left out."""
-    fields = Fields(body, "a key request")
-    name = fields.text("name", low=1, max_length=64)
-    role = fields.choice("role", Role, Role.USER)
-    fields.end()
-    return name, role
 
 
 def import_from_body(body: Any) -> dict[str, str]:
@@ -305,34 +303,6 @@ def job_from_body(body: Any) -> Job:
     )
 
 
-def key_body(record: KeyRecord) -> dict[str, Any]:
-    """A key's record for people: everything but the digest."""
-    return {
-        "id": record.id,
-        "name": record.name,
-        "role": record.role.value,
-        "last4": record.last4,
-        "tenant": record.tenant,
-        "created_at": record.created_at,
-        "revoked_at": record.revoked_at,
-    }
-
-
-def key_from_body(body: Any) -> KeyRecord:
-    """The record with an empty digest, for that never leaves the server."""
-    fields = Fields(body, "a key")
-    return KeyRecord(
-        id=fields.text("id", low=1),
-        name=fields.text("name"),
-        role=fields.choice("role", Role),
-        digest="",
-        last4=fields.text("last4"),
-        tenant=fields.text("tenant", "default"),
-        created_at=fields.number("created_at", 0.0),
-        revoked_at=fields.optional_number("revoked_at"),
-    )
-
-
 def model_body(entry: ModelEntry) -> dict[str, Any]:
     return {
         "name": entry.name,
@@ -380,4 +350,24 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         max_surge=fields.integer("max_surge", 1, low=-(2**31), high=2**31),
         options=options,
         env=env,
+        asleep=None if fields.raw("asleep", None) is None else fields.flag("asleep"),
+        adapters=_adapters(fields),
     )
+
+
+def _adapters(fields: Fields) -> dict[str, str]:
+    """Read ``[{"name", "model"}, …]``; no name may come twice."""
+    found: dict[str, str] = {}
+    entries = fields.items("adapters", ())
+    if len(entries) > MAX_ADAPTERS:
+        raise InvalidRequest(
+            f"{len(entries)} adapters are more than {MAX_ADAPTERS}", param="adapters"
+        )
+    for entry in entries:
+        one = Fields(entry, "an adapter", path="adapters.")
+        name, model = one.text("name"), one.text("model")
+        one.end()
+        if name in found:
+            raise InvalidRequest(f"adapter {name[:80]!r} is named twice", param="adapters")
+        found[name] = model
+    return found

@@ -136,7 +136,8 @@ class EngineStats:
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts of the loaded model. ``max_model_len`` is the longest prompt plus answer, tokens;
-    ``hidden_size`` the length of an embedding."""
+    ``hidden_size`` the length of an embedding; ``tensor_parallel`` processes share every layer in
+    each of ``pipeline_parallel`` stages."""
 
     architecture: str
     parameters: int
@@ -148,6 +149,8 @@ class EngineInfo:
     blocks_total: int
     eos_token_ids: tuple[int, ...]
     hidden_size: int = 0
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
 
 
 class Engine(Protocol):

@@ -165,6 +165,10 @@ class LocalEngine:
         self._embedding.discard(request_id)
         self._inbox.cancel_request(request_id)
 
+    def fail(self, reason: str) -> None:
+        """End as if a step had failed: what the runner needs is gone. From any thread."""
+        self._inbox.fail(reason)
+
     def stats(self) -> EngineStats:
         """The counters after the last step; ``waiting`` includes what was submitted since.
 

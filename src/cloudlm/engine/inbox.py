@@ -60,6 +60,11 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Fail:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Errand:
     """Something to do between two steps, as soon as ``ready``."""
 
@@ -68,7 +73,7 @@ class Errand:
     done: Future[None]
 
 
-Command = Submit | CancelSequence | CancelRequest | Errand | Close
+Command = Submit | CancelSequence | CancelRequest | Errand | Fail | Close
 
 
 class Inbox:
@@ -103,17 +108,25 @@ class Inbox:
     def cancel_request(self, request_id: str) -> None:
         self._commands.put(CancelRequest(request_id))
 
-    async def between_steps(
-        self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True
-    ) -> None:
-        """Let the engine's thread do ``work`` when ``ready``, which is asked there, too. Whoever
-        stops waiting does not stop the work. Raises what it raises, InternalError when stopped."""
+    def fail(self, reason: str) -> None:
+        self._commands.put(Fail(reason))
+
+    def ask(self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True) -> Errand:
+        """Have the engine's thread do ``work`` when ``ready``, which is asked there, too. Raises
+        InternalError when stopped."""
         errand = Errand(ready, work, Future())
         with self._lock:
             if self._stopped:
                 raise stopped()
             self._commands.put(errand)
-        await asyncio.shield(asyncio.wrap_future(errand.done))
+        return errand
+
+    async def between_steps(
+        self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        """``ask``, and wait until it is done. Whoever stops waiting does not stop the work. Raises
+        what it raises, InternalError when stopped."""
+        await asyncio.shield(asyncio.wrap_future(self.ask(work, ready).done))
 
     def wish_sleep(self) -> None:
         """From now on nothing is taken; what was taken is to end first."""

@@ -78,6 +78,7 @@ def load_engine(
         pooling=Pooling(settings.pooling),
         lookup=lookup,
     )
+    runner.when_lost(engine.fail)
     tell(1.0, "ready")
     return engine
 
@@ -89,9 +90,13 @@ def load_runner(
     tell: Progress,
 ) -> Runner:
     """The model of ``folder`` with its cache, tried out once. Raises as ``load_engine``."""
+    if settings.tensor_parallel * settings.pipeline_parallel > 1:
+        from cloudlm.engine.parallel.loading import load_leader
+
+        return load_leader(folder, settings, eos_token_ids, tell)
     if settings.deterministic:
         settings = replace(settings, kernels=_kernels_when_deterministic(settings))
-    name, config, model = _build(folder)
+    name, config, model = build_network(folder)
     checkpoint = open_checkpoint(folder)
     device = pick_device(settings.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -110,7 +115,7 @@ def load_runner(
     if choice.kernels is not None:
         settings = replace(settings, block_size=native_block_size(settings.block_size))
     if not settings.kv_cache_mb:
-        settings = replace(settings, kv_cache_mb=_cache_mb(model, settings, choice, device))
+        settings = replace(settings, kv_cache_mb=cache_mb(model, settings, choice, device))
     num_blocks, max_model_len = plan_cache(model.shape, settings, choice.dtype)
 
     packed = choice.kernels is not None or bool(choice.operations)
@@ -164,7 +169,7 @@ def load_runner(
     )
 
     def again() -> Decoder:
-        return read(_build(folder)[2], open_checkpoint(folder), lambda share, what: None)
+        return read(build_network(folder)[2], open_checkpoint(folder), lambda share, what: None)
 
     kept = _packed_file(folder, checkpoint, choice, settings.packed_cache_mb)
     source = Source(again, (*checkpoint.files, *([] if kept is None else [kept.path])))
@@ -174,7 +179,7 @@ def load_runner(
     return runner
 
 
-def _build(folder: Path) -> tuple[str, ModelConfig, Decoder]:
+def build_network(folder: Path) -> tuple[str, ModelConfig, Decoder]:
     """The architecture's name, the configuration, and the network without memory."""
     values = read_json(folder / "config.json")
     try:
@@ -261,9 +266,7 @@ def _on_gpu(
     )
 
 
-def _cache_mb(
-    model: Decoder, settings: EngineSettings, choice: Choice, device: torch.device
-) -> int:
+def cache_mb(model: Decoder, settings: EngineSettings, choice: Choice, device: torch.device) -> int:
     """The cache's memory, MiB, where the settings leave it to us. Raises BadSetting."""
     if device.type != "cuda":
         return _CPU_CACHE_MB

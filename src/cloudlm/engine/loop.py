@@ -19,7 +19,16 @@ from cloudlm.engine.answer import Answer, Tokenizer
 from cloudlm.engine.api import EngineInfo, EngineStats, TokenEvent
 from cloudlm.engine.constraint import TokenGuide
 from cloudlm.engine.errands import Errands, Resident
-from cloudlm.engine.inbox import CancelRequest, CancelSequence, Close, Errand, Inbox, Job, Submit
+from cloudlm.engine.inbox import (
+    CancelRequest,
+    CancelSequence,
+    Close,
+    Errand,
+    Fail,
+    Inbox,
+    Job,
+    Submit,
+)
 from cloudlm.engine.limits import Limits
 from cloudlm.engine.masks import MaskThread, StepMasks
 from cloudlm.engine.pooling import PooledPrompt
@@ -99,6 +108,8 @@ class EngineLoop:
                 return True
             if isinstance(command, Close):
                 return False
+            if isinstance(command, Fail):
+                raise InternalError(command.reason)
             self._obey(command)
             if not self.scheduler.has_work:
                 self._publish()

@@ -284,6 +284,10 @@ class Runner:
             raise
         self._adapters.attach(self.model)
 
+    def when_lost(self, call: Callable[[str], None]) -> None:
+        """Have ``call`` told, from any thread, what this runner cannot go on without and lost:
+        nothing, as long as it computes in this process alone."""
+
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
         for name in ("model", "_pool", "_adapters", "_path"):

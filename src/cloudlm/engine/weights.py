@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,20 @@ from cloudlm.core.errors import BrokenModel
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.formats.base import Checkpoint, Entry, StoredLinear
 
+if TYPE_CHECKING:
+    from cloudlm.engine.parallel.split import Split
 
-def match_tensors(model: Decoder, checkpoint: Checkpoint) -> dict[str, Entry]:
-    """For every parameter of ``model`` the entry that fills it.
+
+def match_tensors(
+    model: Decoder, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Entry]:
+    """For every parameter of ``model`` the entry that fills it; of the network that ``model`` is a
+    part of, if that one's parameters have ``shapes``.
 
     Raises BrokenModel for a tensor that is missing, unknown, doubled or of the wrong shape, and
     UnsupportedModel for number types that are not run.
     """
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = shapes or {name: tuple(one.shape) for name, one in model.named_parameters()}
     found: dict[str, Entry] = {}
     for entry in checkpoint.entries:
         name = model.parameter_name(entry.name)
@@ -53,6 +60,7 @@ def load_weights(
     progress: Callable[[float], None] | None = None,
     copy: bool = True,
     keep_codes: bool = False,
+    split: Split | None = None,
 ) -> int:
     """Fill ``model``, which was built on the meta device; the answer is how many matrices stay
     quantised as they are stored.
@@ -61,9 +69,12 @@ def load_weights(
     the loaded model. ``progress`` is told the share that is done, 0 to 1. Without ``copy`` a tensor
     that has the right type already stays in the file's memory: for who copies it anyway, at once.
     With ``keep_codes`` quantised projections stay in their files until somebody asks for them
-    (``StoredLinear``). Raises as ``match_tensors``.
+    (``StoredLinear``). With ``split`` the ``model`` is a part of a network, and only that part is
+    kept. Raises as ``match_tensors``.
     """
-    found = match_tensors(model, checkpoint)
+    found = match_tensors(model, checkpoint, None if split is None else split.shapes)
+    if split is not None:
+        found = {name: found[name] for name, _ in model.named_parameters()}
     total = sum(math.prod(entry.shape) for entry in found.values()) or 1
     loaded: dict[str, Tensor] = {}
     done = kept = 0
@@ -74,13 +85,27 @@ def load_weights(
             kept += 1
         else:
             # The copy is ours: a file that changes on disk cannot change a served model.
-            loaded[name] = entry.floats(dtype, copy).to(device)
+            loaded[name] = _numbers(name, entry, dtype, copy, split).to(device)
         done += math.prod(entry.shape)
         if progress is not None:
             progress(done / total)
     model.load_state_dict(loaded, strict=True, assign=True)
     model.requires_grad_(False)
     return kept
+
+
+def _numbers(
+    name: str, entry: Entry, dtype: torch.dtype, copy: bool, split: Split | None
+) -> Tensor:
+    """The entry as numbers, or what a part of the network needs of it."""
+    if split is not None and name in split.zeroed:
+        return torch.zeros(entry.shape, dtype=dtype)
+    cut = None if split is None else split.cuts.get(name)
+    if cut is None:
+        return entry.floats(dtype, copy)
+    # Plain numbers stay in the file's memory, of which only the part is touched.
+    whole = entry.floats(dtype, False) if entry.stored is None else entry.stored()
+    return cut.of(whole).to(dtype, copy=True).contiguous()
 
 
 def _leave(model: Decoder, name: str, entry: Entry) -> bool:

@@ -14,22 +14,27 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, Unavailable
+from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.connection import Site
+from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
+from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
+from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
@@ -37,7 +42,9 @@ from cloudlm.gateway.view import View
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
-_PLAIN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_PLAIN_PATHS = frozenset(
+    {"/livez", "/readyz", "/health", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+)
 
 _log = get_logger(__name__)
 
@@ -59,26 +66,40 @@ class Gateway:
         clock = clock or SystemClock()
         self.settings = settings
         self.view = View(state, clock)
-        self.admission = Admission(settings.max_ongoing_requests)
+        self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
+        self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
+        self.view.on_change.append(self.gate.follow)
+        self.counters = _counters(settings, clock)
+        self.limiter = Limiter(
+            self.counters,
+            read_prices(settings.prices),
+            state,
+            clock,
+            settings.reserved_answer_tokens,
+        )
+        self.view.on_change.append(self.limiter.follow)
         self.loads = Loads()
         self.meter = Meter()
         self.ledger = Ledger(open_journal(home), state, clock)
         self.upstream = Upstream(token=worker_token, connect_timeout_s=settings.connect_timeout_s)
         name = f"{socket.gethostname()}:{settings.port}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
+        self.refusals = Refusals(state, clock)
         self.handler = Handler(
             Rooms(
                 settings=settings,
                 pepper=pepper,
                 clock=clock,
                 view=self.view,
-                admission=self.admission,
+                limiter=self.limiter,
+                gate=self.gate,
                 loads=self.loads,
                 demand=self.demand,
                 upstream=self.upstream,
                 ledger=self.ledger,
                 meter=self.meter,
                 weights=read_weights(settings.tenant_weights),
+                refused=self.refusals.note,
             )
         )
         self.stopping = False
@@ -86,6 +107,11 @@ class Gateway:
             "cloudlm_gateway_state_age_seconds",
             "Seconds since the state was last read.",
             lambda: self.view.age_s,
+        )
+        self.meter.watch(
+            "cloudlm_gateway_requests_queued",
+            "Requests that wait in the gateway for a place at a replica.",
+            lambda: self.gate.waiting,
         )
         self.meter.watch(
             "cloudlm_gateway_ledger_rows_waiting",
@@ -103,11 +129,15 @@ class Gateway:
         """The gateway's tasks, from start to a flushed ledger. Raises StorageFailed."""
         self.ledger.open()
         await self.upstream.open()
-        await self.view.refresh()
+        if await self.view.refresh():
+            await self.ledger.flush()  # what a dead process left in the journal was spent too
+            await self.limiter.tend(self.view.snapshot())
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run)
+            for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
+        tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
+        tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
             yield
         finally:
@@ -116,6 +146,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.demand.report()
+            await self.refusals.flush()
             await self.ledger.close()
             await self.upstream.close()
 
@@ -124,6 +155,17 @@ class Gateway:
         count = self.handler.cut_all(Unavailable("the gateway is stopping", retry_after_s=1.0))
         if count:
             _log.warning("requests_cut", extra={"fields": {"count": count}})
+
+
+def _counters(settings: GatewaySettings, clock: Clock) -> Counters:
+    """Where limits are counted. Raises BadSetting and MissingExtra."""
+    if not settings.limits_url:
+        return LocalCounters(clock)
+    from cloudlm.gateway.counters_redis import Outage, RedisCounters
+
+    refuse = settings.limits_after_outage == "refuse"
+    outage = Outage(settings.limits_share, settings.limits_outage_s, refuse)
+    return RedisCounters(settings.limits_url, clock, outage)
 
 
 def make_server(gateway: Gateway) -> GatewayServer:
@@ -163,6 +205,27 @@ def make_app(gateway: Gateway) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(gateway.meter.exposition(), media_type=gateway.meter.content_type)
 
-    routes = {"/livez": livez, "/readyz": readyz, "/health": readyz, "/metrics": metrics}
+    async def ping(request: Request) -> Response:
+        """As TorchServe and SageMaker ask for ``readyz``."""
+        status = (await readyz(request)).status_code
+        said = "Healthy" if status == 200 else "Unhealthy"
+        return JSONResponse({"status": said}, status)
+
+    async def v2_live(_: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def v2_ready(request: Request) -> Response:
+        status = (await readyz(request)).status_code
+        return JSONResponse({"ready": status == 200}, status)
+
+    routes = {
+        "/livez": livez,
+        "/readyz": readyz,
+        "/health": readyz,
+        "/metrics": metrics,
+        "/ping": ping,
+        "/v2/health/live": v2_live,
+        "/v2/health/ready": v2_ready,
+    }
     assert routes.keys() == _PLAIN_PATHS
     return Starlette(routes=[Route(path, route) for path, route in routes.items()])

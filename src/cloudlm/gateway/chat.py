@@ -1,45 +1,53 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → admit → choose → send → relay → account.
+authorise → parse and validate → reserve → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
-route, admit or retry; it asks ``router``, ``admission`` and ``retry``, which are pure.
+route, limit, admit or retry; it asks ``router``, ``limits``, ``admission`` and ``retry``, which are
+pure.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
+from cloudlm.core.access import Verb
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import (
     AuthenticationFailed,
     CloudlmError,
     InternalError,
+    ModelAsleep,
     NoReplica,
     RequestCancelled,
     Retry,
     UpstreamFailed,
 )
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.core.tenant import KeyRecord, Outcome, Role
+from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
-from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
-from cloudlm.gateway.dialects import openai
-from cloudlm.gateway.dialects.openai import Call, Operation
+from cloudlm.gateway.dialects import openai, routes
+from cloudlm.gateway.dialects.base import Asker, Dialect, Route
+from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.relay import Relay
+from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget, full_jitter
 from cloudlm.gateway.router import Loads, choose
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
@@ -48,12 +56,9 @@ from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
+ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
-_STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
 
@@ -66,7 +71,8 @@ class Rooms:
     pepper: bytes
     clock: Clock
     view: View
-    admission: Admission
+    limiter: Limiter
+    gate: Gate
     loads: Loads
     demand: DemandReporter
     upstream: Upstream
@@ -74,6 +80,7 @@ class Rooms:
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
     fraction: Callable[[], float] = random.random
+    refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
 
 class Handler:
@@ -99,11 +106,13 @@ class Handler:
         )
         self._open.add(exchange)
         exchange.at_end(lambda: self._open.discard(exchange))
+        route, name = routes.find(request)
         try:
-            return await self._answer(exchange, request)
+            return await self._answer(exchange, request, route, name)
         except CloudlmError as error:
+            self._rooms.refused(request, exchange, error)
             exchange.fail(error)
-            return self._refusal(exchange, error)
+            return self._refusal(exchange, error, route.dialect)
         except asyncio.CancelledError:
             exchange.end(Outcome.CANCELLED, RequestCancelled.status)
             raise
@@ -111,36 +120,39 @@ class Handler:
             _log.exception("request_failed", extra={"fields": {"path": request.path}})
             fault = InternalError(f"the gateway failed; its log knows {exchange.request_id}")
             exchange.fail(fault)
-            return self._refusal(exchange, fault)
+            return self._refusal(exchange, fault, route.dialect)
 
-    async def _answer(self, exchange: Exchange, request: GatewayRequest) -> GatewayResponse:
+    async def _answer(
+        self, exchange: Exchange, request: GatewayRequest, route: Route, name: str
+    ) -> GatewayResponse:
         view = self._rooms.view.snapshot()
-        exchange.key = self._keys.find(request.headers, view)
+        exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
             self._keys.remember(request.headers, exchange.key)
-        operation, name = openai.route(request.method, request.path)
-        if operation is Operation.LIST_MODELS:
-            return self._listed(exchange, openai.models_body(view.models.values()))
-        if operation is Operation.GET_MODEL:
-            return self._listed(exchange, openai.model_body(view.model(name)))
-        tenant = exchange.key.tenant
-        salted = functools.partial(self._tenants.salted, tenant)
-        leads = exchange.key.role is Role.ADMIN
+            view = self._rooms.view.snapshot()  # a look again may have brought a newer one
+        route.check(request)
+        asker = self._asker(exchange.key, view)
+        if route.parse is None:
+            return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
-            call = openai.parse(operation, request.body, salted, may_lead=leads)
+            call = route.parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(
-                openai.parse, operation, request.body, salted, may_lead=leads
-            )
-        if call.model not in view.models or not view.models[call.model].endpoints:
+            call = await asyncio.to_thread(route.parse, request, name, asker)
+        known = view.models.get(call.model)
+        if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
-        self._admit(exchange, view.model(call.model))
+        model = view.model(call.model, exchange.key)
+        self._expect(exchange, model)
+        ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
+        ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
+        ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
+        await self._rooms.gate.enter(ticket, exchange)
         return await self._serve(exchange, call)
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
         """The key's record. Missing, malformed, unknown and revoked keys cost the same work and
-        get the same answer; users and admins alike may infer. Every well-formed key that fails is
+        get the same answer. Every well-formed key that fails is
         looked up once more, known or not, so that the time says nothing either."""
         try:
             text = keys.bearer(
@@ -150,14 +162,21 @@ class Handler:
             text = ""
         key_id = keys.key_id(text)
         if key_id is None:
-            return keys.verify(text, None, self._rooms.pepper)
+            return keys.verify(text, None, self._rooms.pepper, 0.0)
         try:
-            return keys.verify(text, view.keys.get(key_id), self._rooms.pepper)
+            return self._verified(text, key_id, view)
         except AuthenticationFailed:
-            view = await self._rooms.view.look_again()
-            return keys.verify(text, view.keys.get(key_id), self._rooms.pepper)
+            return self._verified(text, key_id, await self._rooms.view.look_again())
 
-    def _admit(self, exchange: Exchange, model: ServedModel) -> None:
+    def _verified(self, text: str, key_id: str, view: Snapshot) -> KeyRecord:
+        rooms = self._rooms
+        record = keys.verify(text, view.keys.get(key_id), rooms.pepper, rooms.clock.now())
+        if not view.directory.stands(record):
+            raise keys.invalid_key()
+        return record
+
+    def _expect(self, exchange: Exchange, model: ServedModel) -> None:
+        """Count a request for a model, served or not. Raises NoReplica if there is none."""
         rooms = self._rooms
         exchange.model = model.name
         rooms.demand.count(model.name)
@@ -167,10 +186,14 @@ class Handler:
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
             )
-        rooms.admission.enter(model.name)
+        if model.asleep:
+            raise ModelAsleep(
+                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
+                f"it; 'cloudlm wake {model.parent or model.name}' does",
+                retry_after_s=ASLEEP_RETRY_AFTER_S,
+            )
         rooms.meter.entered(model.name)
         exchange.at_end(lambda: rooms.meter.left(model.name))
-        exchange.at_end(lambda: rooms.admission.leave(model.name))
 
     async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
         """Try replicas until one answers, the attempts or the budget are used up, or none is
@@ -178,7 +201,9 @@ class Handler:
         budget = self._budgets.setdefault(call.model, RetryBudget())
         budget.count_request(self._rooms.clock.monotonic())
         tried: set[str] = set()
-        endpoint = self._choose(call, tried)
+        if exchange.key is not None:
+            exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
+        endpoint = self._choose(exchange, call, tried)
         if endpoint is None:
             raise NoReplica(
                 f"no replica of {call.model!r} takes requests now",
@@ -195,7 +220,7 @@ class Handler:
             wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
             with exchange.interrupt:
                 await self._rooms.clock.sleep(wait_s)
-            endpoint = self._choose(call, tried)
+            endpoint = self._choose(exchange, call, tried)
             if endpoint is None:
                 raise last
             self._rooms.meter.retried(call.model)
@@ -204,8 +229,10 @@ class Handler:
         rooms, replica = self._rooms, endpoint.replica
         exchange.attempts += 1
         exchange.replica = replica
-        rooms.loads.begin(replica)
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        exchange.route = f"least-cost; known={len(exchange.prompt_keys) - blocks}"
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
+        said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
         try:
             deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
@@ -213,17 +240,19 @@ class Handler:
                 answer = await rooms.upstream.send(
                     endpoint.url + call.path,
                     call.body,
-                    self._said(exchange),
+                    said,
                     replica=replica,
                     timeout_s=rooms.settings.first_token_timeout_s,
                     now=rooms.clock.now(),
                 )
                 if call.stream:
-                    idle_timeout_s = rooms.settings.idle_timeout_s
-                    relay = Relay(exchange, attempt, answer, call, idle_timeout_s)
+                    revision = endpoint.revision
+                    resumer = Resumer(rooms, exchange, call, revision, said, self._judge)
+                    relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
                     rooms.loads.answered(replica)
-                    return GatewayResponse(200, self._headers(exchange, _STREAM_HEADERS), relay)
+                    headers = {"content-type": relay.content_type, **_STREAM_HEADERS}
+                    return GatewayResponse(200, self._headers(exchange, headers), relay)
                 raw = await answer.whole(max(deadline - rooms.clock.monotonic(), 0.0))
             answer.close()
             return self._whole(exchange, attempt, call, raw)
@@ -257,21 +286,21 @@ class Handler:
         field = call.result_field
         if body is None or (field is not None and not isinstance(body.get(field), list)):
             raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
+        usage = openai.usage_of(body)
+        answer = openai.rendering(call).whole(body)
         if call.generates:
             attempt.first_content()
-        if field is not None:
-            usage = openai.usage_of(body)
-            if usage is not None:
-                attempt.relayed(usage)
+        if field is not None and usage is not None:
+            attempt.relayed(usage)
         self._rooms.loads.answered(exchange.replica)
         attempt.settle(Outcome.FINISHED, 200)
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, openai.shape_answer(body, call))
+        return GatewayResponse(200, headers, answer)
 
     # What the path asks ---------------------------------------------------------------------------
 
-    def _choose(self, call: Call, tried: set[str]) -> Endpoint | None:
+    def _choose(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
         """The replica for the next attempt, out of those that serve at this moment."""
         model = self._rooms.view.snapshot().models.get(call.model)
         return choose(
@@ -280,6 +309,7 @@ class Handler:
             self._rooms.clock.monotonic(),
             tried=tried,
             retrying=bool(tried),
+            keys=exchange.prompt_keys,
         )
 
     def _may_retry(
@@ -290,36 +320,50 @@ class Handler:
         tried: set[str],
         budget: RetryBudget,
     ) -> bool:
-        elsewhere = (
-            error.elsewhere if isinstance(error, ReplicaRefused) else error.retry is Retry.ELSEWHERE
-        )
         return (
-            elsewhere
+            may_help(error)
             and exchange.attempts < self._rooms.settings.max_attempts
-            and self._choose(call, tried) is not None
+            and self._choose(exchange, call, tried) is not None
             and budget.take(self._rooms.clock.monotonic())
         )
 
-    def _listed(self, exchange: Exchange, body: dict[str, object]) -> GatewayResponse:
+    def _asker(self, key: KeyRecord, view: Snapshot) -> Asker:
+        """Who asks, as a dialect may know it."""
+        return Asker(
+            functools.partial(self._tenants.salted, key.tenant),
+            view.directory.may_infer(key, "", Verb.LEAD),
+            lambda: sorted(view.models_of(key), key=lambda model: model.name),
+            lambda name: view.model(name, key),
+        )
+
+    def _listed(
+        self, exchange: Exchange, route: Route, request: GatewayRequest, name: str, asker: Asker
+    ) -> GatewayResponse:
+        """An answer out of what the gateway knows itself."""
+        assert route.read is not None
+        body = openai.encode(route.read(request, name, asker))
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, openai.encode(body))
+        return GatewayResponse(200, headers, body)
 
-    def _refusal(self, exchange: Exchange, error: CloudlmError) -> GatewayResponse:
+    def _refusal(
+        self, exchange: Exchange, error: CloudlmError, dialect: Dialect
+    ) -> GatewayResponse:
         status = status_of(error)
         if status >= 500:
             fields = {"model": exchange.model, "status": status, "reason": error.message}
             _log.warning("request_not_answered", extra={"fields": fields})
-        return refusal(error, self._headers(exchange, {}))
+        return refusal(error, self._headers(exchange, {}), dialect)
 
     def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
         """Who served the request, for every answer."""
-        headers = {"x-request-id": exchange.request_id, **more}
+        headers = {"x-request-id": exchange.request_id, **exchange.headers, **more}
         if exchange.model:
             headers["x-cloudlm-model"] = header_safe(exchange.model)
         if exchange.attempts:
             headers["x-cloudlm-replica"] = header_safe(exchange.replica)
             headers["x-cloudlm-attempts"] = str(exchange.attempts)
+            headers["x-cloudlm-route"] = exchange.route
         return headers
 
     def _said(self, exchange: Exchange) -> dict[str, str]:
@@ -332,11 +376,15 @@ class Handler:
     # What happens around it -----------------------------------------------------------------------
 
     def _follow(self, view: Snapshot) -> None:
-        """Called when the state changed: cut what runs on revoked keys, forget what is gone."""
+        """Called when the state changed: cut what runs on revoked rights, forget what is gone."""
         for exchange in list(self._open):
             if exchange.key is not None:
                 record = view.keys.get(exchange.key.id)
-                if record is None or record.revoked_at is not None:
+                if (
+                    record is None
+                    or not view.directory.stands(record)
+                    or (exchange.model and not view.directory.may_infer(record, exchange.model))
+                ):
                     exchange.interrupt.cut(keys.invalid_key())
         self._rooms.loads.keep_only(
             {endpoint.replica for model in view.models.values() for endpoint in model.endpoints}
@@ -352,11 +400,15 @@ class Handler:
         return len(exchanges)
 
 
-def refusal(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:
+def refusal(
+    error: CloudlmError, headers: dict[str, str], dialect: Dialect = openai.DIALECT
+) -> GatewayResponse:
     """The response that says ``error``."""
     headers["content-type"] = "application/json"
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationFailed):
         headers["www-authenticate"] = "Bearer"
-    return GatewayResponse(status_of(error), headers, msgspec.json.encode(error.body()))
+    return GatewayResponse(
+        status_of(error), headers, msgspec.json.encode(dialect.error_body(error))
+    )

@@ -81,6 +81,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
+        self._peer = ""
         self._head = Head()
         self._head_open = self._body_open = False
         self._head_wire_bytes = 0
@@ -106,6 +107,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
+        address = transport.get_extra_info("peername")
+        self._peer = str(address[0]) if isinstance(address, tuple) else ""
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         self._due = self._loop.time() + HEAD_TIMEOUT_S
         self._site.connections.add(self)
@@ -228,7 +231,7 @@ class Connection(asyncio.Protocol):
         gone: asyncio.Future[None] = self._loop.create_future()
         target = self._target
         request = GatewayRequest(
-            self._method, target.path, self._head.headers, whole, gone, target.query
+            self._method, target.path, self._head.headers, whole, gone, target.query, self._peer
         )
         keep = self._parser.should_keep_alive() and self._served < MAX_REQUESTS
         turn = Turn(request, keep, self._parser.get_http_version() == "1.1")

@@ -23,7 +23,7 @@ class GatewayRequest:
     """One HTTP request, read whole. Header names are lower-case.
 
     ``disconnected`` is done as soon as the client has gone away; the server sets it at any time
-    until the response's body is closed.
+    until the response's body is closed. ``peer`` is the address that the connection came from.
     """
 
     method: str
@@ -32,6 +32,7 @@ class GatewayRequest:
     body: bytes
     disconnected: asyncio.Future[None]
     query: str = ""
+    peer: str = ""
 
 
 class BodyStream(Protocol):

@@ -22,20 +22,21 @@ class KnownKeys:
     """Keys that were verified, found again by a digest of their text with a salt of this process.
 
     An entry holds the key's id and the digest its record had; a record that changed since, or is
-    gone or revoked, is not found, and the key is verified anew.
+    gone, revoked or expired, or stands on nobody any more, is not found, and the key is verified
+    anew.
     """
 
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(32)
         self._known: dict[bytes, tuple[str, str]] = {}
 
-    def find(self, headers: Mapping[str, str], view: Snapshot) -> KeyRecord | None:
-        """The record of a key that was verified before and is still good."""
+    def find(self, headers: Mapping[str, str], view: Snapshot, now: float) -> KeyRecord | None:
+        """The record of a key that was verified before and is still good at ``now``."""
         found = self._known.get(self._mark(headers))
         record = view.keys.get(found[0]) if found is not None else None
         if found is None or record is None:
             return None
-        good = record.digest == found[1] and record.revoked_at is None
+        good = record.digest == found[1] and view.directory.alive(record, now)
         return record if good else None
 
     def remember(self, headers: Mapping[str, str], record: KeyRecord) -> None:

@@ -59,6 +59,7 @@ class _ModelNumbers:
         "duration",
         "ongoing",
         "prompt_tokens",
+        "resumes",
         "retries",
         "ttft",
     )
@@ -68,6 +69,7 @@ class _ModelNumbers:
         self.ttft = _Spread()
         self.ongoing = 0
         self.retries = 0
+        self.resumes = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.attempts: Counter[Outcome] = Counter()
@@ -105,6 +107,10 @@ class Meter:
     def retried(self, model: str) -> None:
         """A request goes to another replica."""
         self._of(model).retries += 1
+
+    def resumed(self, model: str) -> None:
+        """A stream goes on at another replica."""
+        self._of(model).resumes += 1
 
     def first_token(self, model: str, seconds: float) -> None:
         """The first content of an answer is about to be sent."""
@@ -147,12 +153,19 @@ class Meter:
         retries = CounterMetricFamily(
             "cloudlm_gateway_retries", "Attempts after the first.", labels=["model"]
         )
+        resumes = CounterMetricFamily(
+            "cloudlm_gateway_resumes",
+            "Attempts to go on with a broken stream.",
+            labels=["model"],
+        )
         for model, numbers in self._models.items():
             ongoing.add_metric([model], numbers.ongoing)
+            resumes.add_metric([model], numbers.resumes)
             retries.add_metric([model], numbers.retries)
         yield ongoing
         yield self._attempt_counts()
         yield retries
+        yield resumes
         yield self._token_counts()
 
     def _request_counts(self) -> Metric:

@@ -1,25 +1,36 @@
 """Passing a replica's stream on, event by event, to its end.
 
 ``begin`` holds everything back until the first content, so that a replica which fails before it can
-still be replaced and the client still gets a true status. After that a failure becomes an explicit
-error event; ``[DONE]`` and ``finish_reason`` are only ever what the replica sent. Reads no further
+still be replaced and the client still gets a true status. After that the ``resumer`` is asked for
+somebody who goes on where the stream broke; if there is nobody, the failure becomes an explicit
+error event. ``[DONE]`` and ``finish_reason`` are only ever what a replica sent. Reads no further
 ahead than one piece: a client that reads slowly slows the replica down. Must not choose or retry.
 """
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Protocol, Self
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.errors import CloudlmError, RequestCancelled, UpstreamFailed
+from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway.account import Attempt, Exchange
 from cloudlm.gateway.dialects import openai
+from cloudlm.gateway.progress import Progress
 from cloudlm.gateway.sse import SseParser
 from cloudlm.gateway.upstream import Answer, ReplicaRefused
 
 MAX_HELD_BYTES = 4 * 1024 * 1024
 _END_TIMEOUT_S = 0.25
+
+
+class GoesOn(Protocol):
+    """Finds the replica that goes on with a broken stream."""
+
+    async def go_on(
+        self, progress: Progress, cached_tokens: int, error: CloudlmError
+    ) -> tuple[Attempt, Answer]: ...
 
 
 class Relay:
@@ -31,21 +42,31 @@ class Relay:
         attempt: Attempt,
         answer: Answer,
         call: openai.Call,
-        idle_timeout_s: float,
+        settings: GatewaySettings,
+        resumer: GoesOn,
     ) -> None:
         self._exchange = exchange
         self._attempt = attempt
         self._answer = answer
-        self._call = call
-        self._idle_timeout_s = idle_timeout_s
+        self._rendering = openai.rendering(call)
+        self._settings = settings
+        self._resumer = resumer
+        self._progress = Progress()
+        self._timeout_s = settings.idle_timeout_s
         self._parser = SseParser()
         self._ready: list[bytes] = []
         self._usage = Usage()
+        self._usage_before: Usage | None = None  # what other attempts account for
         self._pieces_with_content = 0
         self._usage_stated = False
         self._finished = False
         self._failure: CloudlmError | None = None
+        self._told = False
         self._closed = False
+
+    @property
+    def content_type(self) -> str:
+        return self._rendering.stream_type
 
     async def begin(self, deadline: float) -> None:
         """Read until the first content; ``deadline`` is in the clock's monotonic seconds.
@@ -70,15 +91,32 @@ class Relay:
     async def __anext__(self) -> bytes:
         """The next events, whole, in one piece."""
         while not self._ready:
-            if self._closed or self._failure is not None or self._finished:
+            if self._closed or self._told or (self._finished and self._failure is None):
                 await self._close_gently()
                 raise StopAsyncIteration
             try:
                 with self._exchange.interrupt:
-                    await self._read(self._idle_timeout_s)
+                    if self._failure is not None:
+                        await self._go_on(self._failure)
+                    await self._read(self._timeout_s)
+                    self._timeout_s = self._settings.idle_timeout_s
             except CloudlmError as error:
-                self._break_off(error)
+                if self._failure is not None or isinstance(error, RequestCancelled):
+                    self._tell(error)
+                else:
+                    self._failure = error
         return self._hand_over()
+
+    async def _go_on(self, error: CloudlmError) -> None:
+        """Have another replica take over. Raises the error that the client must be told."""
+        self._answer.close()
+        self._attempt.fail(error)
+        cached = self._usage.cached_tokens
+        self._attempt, self._answer = await self._resumer.go_on(self._progress, cached, error)
+        self._failure = None
+        self._usage_before = self._usage
+        self._parser = SseParser()
+        self._timeout_s = self._settings.first_token_timeout_s
 
     async def aclose(self) -> None:
         """End now. A stream that was not read to its end counts as cancelled by the client."""
@@ -90,8 +128,6 @@ class Relay:
             self._failure = UpstreamFailed(
                 "a replica ended its stream before the answer was complete"
             )
-            if self._pieces_with_content:
-                self._break_off(self._failure)
             return
         for data in self._parser.feed(piece):
             self._take(data)
@@ -102,21 +138,22 @@ class Relay:
         """One event of the replica."""
         if data == openai.DONE_DATA:
             self._finished = True
-            self._ready.append(openai.DONE_EVENT)
+            self._ready.append(self._rendering.done())
             return
         chunk = openai.decode(data)
         if chunk is None:
-            self._break_off(UpstreamFailed("a replica sent an event that is not JSON"))
+            self._failure = UpstreamFailed("a replica sent an event that is not JSON")
         elif chunk.get("error"):
             error = chunk["error"]
             status = error.get("code") if isinstance(error, dict) else None
             known = status if type(status) is int and 400 <= status <= 599 else 502
-            self._break_off(ReplicaRefused(known, chunk, None))
+            self._failure = ReplicaRefused(known, chunk, None)
         elif openai.is_aborted(chunk):
-            self._break_off(UpstreamFailed("a replica gave up on the answer"))
+            self._failure = UpstreamFailed("a replica gave up on the answer")
         else:
+            self._progress.take(chunk)
             self._count(chunk)
-            shaped = openai.shape_chunk(chunk, self._call)
+            shaped = self._rendering.chunk(chunk)
             if shaped:
                 self._ready.append(shaped)
 
@@ -130,23 +167,33 @@ class Relay:
         elif not self._usage_stated:  # a replica that states none: a chunk is a token
             self._usage = Usage(completion_tokens=self._pieces_with_content)
 
-    def _break_off(self, error: CloudlmError) -> None:
-        """Note the failure; once content was shown, tell the client."""
+    def _tell(self, error: CloudlmError) -> None:
+        """Nobody goes on: tell the client, unless it is gone."""
         self._failure = error
-        if self._pieces_with_content and not isinstance(error, RequestCancelled):
-            self._ready.append(openai.error_event(error))
+        self._told = True
+        if not isinstance(error, RequestCancelled):
+            self._ready.append(self._rendering.error(error))
 
     def _hand_over(self) -> bytes:
         out = b"".join(self._ready)
         self._ready.clear()
+        if self._told:
+            self._close(self._failure or UpstreamFailed("the stream broke"))
+            return out
         self._attempt.first_content()
-        self._attempt.relayed(self._usage)
-        if self._failure is not None:
-            self._close(self._failure)
-        elif self._finished:
+        self._attempt.relayed(self._share())
+        if self._finished and self._failure is None:
             self._attempt.settle(Outcome.FINISHED, 200)
             self._exchange.end(Outcome.FINISHED, 200)
         return out
+
+    def _share(self) -> Usage:
+        """What this attempt alone accounts for; the prompt is the first one's."""
+        before = self._usage_before
+        if before is None:
+            return self._usage
+        more = self._usage.completion_tokens - before.completion_tokens
+        return Usage(completion_tokens=max(more, 0))
 
     async def _close_gently(self) -> None:
         """After ``[DONE]``: see the end of the body, so that the connection can be used again."""

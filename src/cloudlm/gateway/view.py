@@ -1,4 +1,4 @@
-"""The gateway's picture of the shared state: models, endpoints and keys, in memory.
+"""The gateway's picture of the shared state: models, endpoints, keys and rights, in memory.
 
 Polls the state's version and reads everything again when it grew, so that a request does not wait
 for a database and a revoked key is refused well within a second. Only a request that would be
@@ -12,10 +12,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cloudlm.core.access import Identities
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
 from cloudlm.core.tenant import KeyRecord
+from cloudlm.security.access import Directory
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -30,11 +32,22 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A deployment as clients see it. ``created_at`` is Unix seconds."""
+    """A deployment as clients see it, or an adapter of one (``parent``). ``created_at`` is Unix
+    seconds."""
 
     name: str
     created_at: float
     endpoints: tuple[Endpoint, ...] = ()
+    parent: str | None = None
+
+    @property
+    def asleep(self) -> bool:
+        """Whether all its replicas sleep."""
+        return bool(self.endpoints) and all(one.weight <= 0 for one in self.endpoints)
+
+
+class HiddenModel(ModelNotFound):
+    """The model exists, but not for this key; what is said of it is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +57,28 @@ class Snapshot:
     version: int
     models: dict[str, ServedModel] = field(default_factory=dict)
     keys: dict[str, KeyRecord] = field(default_factory=dict)
+    directory: Directory = field(default_factory=lambda: Directory(Identities()))
 
-    def model(self, name: str) -> ServedModel:
-        """The model of that name. Raises ModelNotFound naming those that exist."""
+    def models_of(self, key: KeyRecord) -> list[ServedModel]:
+        """The models that a key may use."""
+        may = self.directory.may_infer
+        return [model for name, model in self.models.items() if may(key, name)]
+
+    def model(self, name: str, key: KeyRecord) -> ServedModel:
+        """The model of that name. Raises ModelNotFound naming those that this key may use: one that
+        it may not is not there for it."""
         found = self.models.get(name)
-        if found is not None:
+        if found is not None and self.directory.may_infer(key, name):
             return found
-        known = sorted(self.models)
+        known = sorted(model.name for model in self.models_of(key))
         shown = ", ".join(known[:_NAMES_SHOWN]) + (" …" if len(known) > _NAMES_SHOWN else "")
-        raise ModelNotFound(
+        raise (ModelNotFound if found is None else HiddenModel)(
             f"there is no model {name[:80]!r}; "
-            + (f"deployed here: {shown}" if known else "nothing is deployed here yet"),
+            + (
+                f"deployed here: {shown}"
+                if known
+                else "nothing is deployed here that this key may use"
+            ),
             param="model",
         )
 
@@ -160,12 +184,15 @@ class View:
         endpoints = await self._state.list_endpoints()
         keys = await self._state.list_keys()
         models = {
-            d.spec.name: ServedModel(
-                d.spec.name,
+            name: ServedModel(
+                name,
                 d.created_at,
-                tuple(e for e in endpoints if e.model == d.spec.name),
+                tuple(e for e in endpoints if e.model == name),
+                None if name == d.spec.name else d.spec.name,
             )
             for d in deployments
             if not d.deleting
+            for name in (d.spec.name, *d.spec.adapters)
         }
-        return Snapshot(version, models, {record.id: record for record in keys})
+        directory = Directory(await self._state.list_identities(), keys)
+        return Snapshot(version, models, {record.id: record for record in keys}, directory)

@@ -13,13 +13,15 @@ import hmac
 import re
 import secrets
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cloudlm.core.access import DEFAULT_PROJECT, DEFAULT_TENANT, ROOT, Limits
 from cloudlm.core.errors import AuthenticationFailed
-from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.tenant import KeyRecord
 
 _ALPHABET = "0123456789abcdefghijkmnpqrstuvwxyz"
 _FORM = re.compile(r"clm_([a-z]{2,8})_([0-9a-z]{12})_([0-9a-z]{32})_([0-9a-f]{8})", re.ASCII)
+_ANY_KEY = re.compile(r"clm_([a-z]{2,8})_([0-9a-z]{12})_[0-9a-zA-Z_]+", re.ASCII)
 PEPPER_BYTES = 32
 
 
@@ -32,9 +34,23 @@ class MintedKey:
 
 
 def mint(
-    name: str, role: Role, pepper: bytes, now: float, *, env: str = "live", tenant: str = "default"
+    name: str,
+    role: str,
+    pepper: bytes,
+    now: float,
+    *,
+    env: str = "live",
+    tenant: str = DEFAULT_TENANT,
+    project: str = DEFAULT_PROJECT,
+    principal: str = ROOT,
+    scope: str = "",
+    models: tuple[str, ...] = ("*",),
+    limits: Limits | None = None,
+    expires_at: float | None = None,
+    made_with: str = "",
 ) -> MintedKey:
-    """Make a new key. ``pepper`` is PEPPER_BYTES of secret kept apart from the records."""
+    """Make a new key. ``pepper`` is PEPPER_BYTES of secret kept apart from the records; ``scope``
+    is the tenant's if it is not given. See ``KeyRecord`` for the rest."""
     key_id = "".join(secrets.choice(_ALPHABET) for _ in range(12))
     secret = "".join(secrets.choice(_ALPHABET) for _ in range(32))
     body = f"clm_{env}_{key_id}_{secret}"
@@ -47,8 +63,35 @@ def mint(
         last4=secret[-4:],
         tenant=tenant,
         created_at=now,
+        project=project,
+        principal=principal,
+        scope=scope or tenant,
+        models=models,
+        limits=limits or Limits(),
+        expires_at=expires_at,
+        made_with=made_with,
     )
     return MintedKey(text, record)
+
+
+def successor(old: KeyRecord, pepper: bytes, now: float) -> MintedKey:
+    """A new key with another secret and the same rights, for a rotation."""
+    fresh = mint(old.name, old.role, pepper, now)
+    record = replace(
+        old,
+        id=fresh.record.id,
+        digest=fresh.record.digest,
+        last4=fresh.record.last4,
+        created_at=now,
+        revoked_at=None,
+        last_used_at=None,
+    )
+    return MintedKey(fresh.text, record)
+
+
+def without_keys(text: str) -> str:
+    """``text`` with every key in it reduced to its id, for what is logged or kept."""
+    return _ANY_KEY.sub(lambda found: f"clm_{found[1]}_{found[2]}_…", text)
 
 
 def digest(text: str, pepper: bytes) -> str:
@@ -67,15 +110,15 @@ def key_id(text: str) -> str | None:
     return match[2]
 
 
-def verify(text: str, record: KeyRecord | None, pepper: bytes) -> KeyRecord:
-    """Return the record if ``text`` is its key and it is not revoked.
+def verify(text: str, record: KeyRecord | None, pepper: bytes, now: float) -> KeyRecord:
+    """Return the record if ``text`` is its key and it is neither revoked nor expired.
 
     Does the same work whether or not a record was found. Raises AuthenticationFailed without
     saying why.
     """
     expected = record.digest if record is not None else "0" * 64
     equal = hmac.compare_digest(digest(text, pepper), expected)
-    if record is None or not equal or record.revoked_at is not None:
+    if record is None or not equal or not record.usable(now):
         raise invalid_key()
     return record
 

@@ -12,12 +12,18 @@ from typing import Protocol
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
-from cloudlm.core.tenant import KeyRecord, LedgerRow
+from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import UsageQuery, UsageRow
+from cloudlm.state.access import AccessState
+from cloudlm.state.audit import AuditState
 
 
-class State(Protocol):
-    """All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when
-    it cannot write (full disk)."""
+class State(AccessState, AuditState, Protocol):
+    """Identities and keys (``state.access``), the audit log (``state.audit``), and what follows.
+
+    All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when it
+    cannot write (full disk).
+    """
 
     # Desired and observed deployments -----------------------------------------------------------
 
@@ -74,22 +80,6 @@ class State(Protocol):
         """Reports not older than ``since`` (wall time)."""
         ...
 
-    # Keys ---------------------------------------------------------------------------------------
-
-    async def put_key(self, record: KeyRecord) -> None:
-        """Store a new key's record; Conflict if the id exists."""
-        ...
-
-    async def get_key(self, key_id: str) -> KeyRecord | None: ...
-
-    async def list_keys(self) -> list[KeyRecord]:
-        """Sorted by creation."""
-        ...
-
-    async def revoke_key(self, key_id: str, *, now: float) -> KeyRecord | None:
-        """Set ``revoked_at`` if it is not set; None if there is no such key."""
-        ...
-
     # Jobs ---------------------------------------------------------------------------------------
 
     async def put_job(self, job: Job) -> None:
@@ -112,6 +102,10 @@ class State(Protocol):
         self, *, since: float = 0.0, request_id: str | None = None, limit: int = 1000
     ) -> list[LedgerRow]:
         """Oldest first, by start time."""
+        ...
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        """Sums of ledger rows, sorted by the names that they are grouped by."""
         ...
 
     async def close(self) -> None: ...

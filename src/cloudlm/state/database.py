@@ -69,7 +69,9 @@ class Database:
         """``sqlite`` or ``postgresql``."""
         return self._engine.dialect.name
 
-    async def read(self, statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    async def read(
+        self, statement: sa.Select[Any] | sa.CompoundSelect[Any]
+    ) -> Sequence[sa.Row[Any]]:
         """All rows of one statement."""
 
         async def attempt() -> Sequence[sa.Row[Any]]:

@@ -12,6 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from cloudlm.core.access import (
+    CustomRole,
+    Effect,
+    Grant,
+    Identity,
+    Limits,
+    Principal,
+    PrincipalKind,
+    Project,
+    Rule,
+    Tenant,
+)
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.job import Job
@@ -58,6 +70,33 @@ def plain_job(job: Job) -> Job:
         result=load_object(dump(dict(job.result))),
         error=None if job.error is None else load_object(dump(dict(job.error))),
     )
+
+
+def load_limits(text: str) -> Limits:
+    return Limits(**_known(Limits, load_object(text)))
+
+
+def load_identity(kind: str, text: str) -> Identity:
+    """An identity out of the JSON of its fields; ``kind`` is the name of its class."""
+    body = load_object(text)
+    if "limits" in body:
+        body["limits"] = Limits(**_known(Limits, body["limits"]))
+    match kind:
+        case "Tenant":
+            return Tenant(**_known(Tenant, body))
+        case "Project":
+            return Project(**_known(Project, body))
+        case "Principal":
+            body["kind"] = PrincipalKind(body["kind"])
+            body["grants"] = tuple(Grant(**_known(Grant, entry)) for entry in body["grants"])
+            return Principal(**_known(Principal, body))
+        case _:
+            body["rules"] = tuple(_rule(entry) for entry in body["rules"])
+            return CustomRole(**_known(CustomRole, body))
+
+
+def _rule(entry: Mapping[str, Any]) -> Rule:
+    return Rule(tuple(entry["verbs"]), tuple(entry["resources"]), Effect(entry["effect"]))
 
 
 def check_endpoints(model: str, endpoints: Sequence[Endpoint]) -> list[Endpoint]:

@@ -134,6 +134,22 @@ class Home:
             raise self._damaged("worker-token")
         return token
 
+    def audit_seed(self) -> bytes:
+        """The secret half of the key that signs audit checkpoints; created on first use."""
+        text = self._secret("audit-key", secrets.token_hex(PEPPER_BYTES))
+        try:
+            seed = bytes.fromhex(text)
+        except ValueError:
+            seed = b""
+        if len(seed) != PEPPER_BYTES:
+            raise self._damaged("audit-key")
+        return seed
+
+    @property
+    def audit_checkpoints(self) -> Path:
+        """Where signed checkpoints are kept beside the state, one line each."""
+        return self.path / "audit-checkpoints.jsonl"
+
     @property
     def _secrets(self) -> Path:
         return self.path / "secrets"

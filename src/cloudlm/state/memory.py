@@ -10,13 +10,12 @@ from collections.abc import Sequence
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
-from cloudlm.core.tenant import KeyRecord, LedgerRow
+from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.decide import (
     changed_deployment,
     check_job_change,
     deleting_deployment,
-    key_exists,
-    revoked_key,
 )
 from cloudlm.state.documents import (
     DEMAND_KEPT_S,
@@ -25,20 +24,21 @@ from cloudlm.state.documents import (
     load_spec,
     plain_job,
 )
+from cloudlm.state.memory_access import MemoryAccess
+from cloudlm.state.memory_audit import MemoryAudit
+from cloudlm.state.usage import summed
 
 
-class MemoryState:
+class MemoryState(MemoryAccess, MemoryAudit):
     """See ``state.base.State``."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._deployments: dict[str, Deployment] = {}
         self._statuses: dict[str, DeploymentStatus] = {}
         self._endpoints: dict[str, list[Endpoint]] = {}
         self._demand: dict[tuple[str, str], Demand] = {}
-        self._keys: dict[str, KeyRecord] = {}
         self._jobs: dict[str, Job] = {}
-        self._ledger: dict[str, LedgerRow] = {}
-        self._version = 0
 
     # Desired and observed deployments -----------------------------------------------------------
 
@@ -113,30 +113,6 @@ class MemoryState:
             self._demand[k] for k in sorted(self._demand) if self._demand[k].measured_at >= since
         ]
 
-    # Keys ---------------------------------------------------------------------------------------
-
-    async def put_key(self, record: KeyRecord) -> None:
-        if record.id in self._keys:
-            raise key_exists(record.id)
-        self._keys[record.id] = record
-        self._version += 1
-
-    async def get_key(self, key_id: str) -> KeyRecord | None:
-        return self._keys.get(key_id)
-
-    async def list_keys(self) -> list[KeyRecord]:
-        return sorted(self._keys.values(), key=lambda record: (record.created_at, record.id))
-
-    async def revoke_key(self, key_id: str, *, now: float) -> KeyRecord | None:
-        current = self._keys.get(key_id)
-        if current is None:
-            return None
-        revoked = revoked_key(current, now)
-        if revoked is not current:
-            self._keys[key_id] = revoked
-            self._version += 1
-        return revoked
-
     # Jobs ---------------------------------------------------------------------------------------
 
     async def put_job(self, job: Job) -> None:
@@ -170,6 +146,9 @@ class MemoryState:
         ]
         found.sort(key=lambda row: (row.started_at, row.id))
         return found[: max(limit, 0)]
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        return summed(query, self._ledger.values())
 
     async def close(self) -> None:
         """Nothing to close; the facts stay readable."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
 
+from cloudlm.core.access import CustomRole, Identity, Principal, Project, Tenant
 from cloudlm.core.deployment import Demand, Deployment, DeploymentPhase, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job, JobState
-from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome, Role
+from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.state.documents import (
     dump,
     dump_replicas,
     dump_spec,
+    load_limits,
     load_object,
     load_replicas,
     load_spec,
@@ -84,11 +87,30 @@ def demand_of(row: DatabaseRow) -> Demand:
 
 
 def key_values(record: KeyRecord) -> Values:
-    return {**asdict(record), "role": record.role.value}
+    values = {**asdict(record), "role": str(record.role)}
+    return {**values, "models": dump(list(record.models)), "limits": dump(values["limits"])}
 
 
 def key_of(row: DatabaseRow) -> KeyRecord:
-    return KeyRecord(**{**row._asdict(), "role": Role(row.role)})
+    models = tuple(str(name) for name in json.loads(row.models))
+    return KeyRecord(**{**row._asdict(), "models": models, "limits": load_limits(row.limits)})
+
+
+def identity_values(fact: Identity) -> Values:
+    """The columns by which it is found, and the whole as a document."""
+    return {**_found_by(fact), "document": dump(asdict(fact))}
+
+
+def _found_by(fact: Identity) -> Values:
+    match fact:
+        case Tenant():
+            return {"name": fact.name}
+        case Project():
+            return {"tenant": fact.tenant, "name": fact.name}
+        case Principal():
+            return {"id": fact.id}
+        case CustomRole():
+            return {"scope": fact.scope, "name": fact.name}
 
 
 def job_values(job: Job) -> Values:

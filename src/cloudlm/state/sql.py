@@ -12,21 +12,18 @@ from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
-from cloudlm.core.tenant import KeyRecord, LedgerRow
+from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state import rows as as_rows
 from cloudlm.state import tables
-from cloudlm.state.database import Database
 from cloudlm.state.decide import (
     changed_deployment,
     check_job_change,
     deleting_deployment,
-    key_exists,
-    revoked_key,
 )
 from cloudlm.state.documents import (
     DEMAND_KEPT_S,
@@ -35,6 +32,9 @@ from cloudlm.state.documents import (
     load_spec,
     plain_job,
 )
+from cloudlm.state.sql_access import bump, one_row
+from cloudlm.state.sql_audit import SqlAudit
+from cloudlm.state.sql_usage import usage_of, usage_statement
 
 _LEDGER_BATCH = 256
 
@@ -50,12 +50,8 @@ def _ledger_insert(mark: str, count: int) -> str:
     return f"INSERT INTO {names} VALUES {rows} ON CONFLICT (id) DO NOTHING"  # noqa: S608
 
 
-class SqlState:
+class SqlState(SqlAudit):
     """See ``state.base.State``. Made by ``open.open_state``."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._insert: Any = sqlite.insert if database.dialect == "sqlite" else postgresql.insert
 
     # Desired and observed deployments -----------------------------------------------------------
 
@@ -65,7 +61,7 @@ class SqlState:
         spec = load_spec(dump_spec(spec))
 
         async def work(connection: AsyncConnection) -> Deployment:
-            row = await _one(connection, tables.deployments, name=spec.name)
+            row = await one_row(connection, tables.deployments, name=spec.name)
             current = None if row is None else as_rows.deployment_of(row)
             wanted = changed_deployment(current, spec, now, expected_generation)
             return await self._keep(connection, current, wanted)
@@ -84,7 +80,7 @@ class SqlState:
 
     async def mark_deleting(self, name: str, *, now: float) -> Deployment | None:
         async def work(connection: AsyncConnection) -> Deployment | None:
-            row = await _one(connection, tables.deployments, name=name)
+            row = await one_row(connection, tables.deployments, name=name)
             if row is None:
                 return None
             current = as_rows.deployment_of(row)
@@ -106,7 +102,7 @@ class SqlState:
             await connection.execute(
                 sa.delete(tables.endpoints).where(tables.endpoints.c.model == name)
             )
-            await _bump(connection)
+            await bump(connection)
             return True
 
         return await self._database.write(work)
@@ -115,7 +111,7 @@ class SqlState:
         """A status of a deployment that does not exist (any more) is not kept."""
 
         async def work(connection: AsyncConnection) -> None:
-            if await _one(connection, tables.deployments, name=status.name) is not None:
+            if await one_row(connection, tables.deployments, name=status.name) is not None:
                 values = as_rows.status_values(status)
                 await self._upsert(connection, tables.deployment_statuses, [values])
 
@@ -151,7 +147,7 @@ class SqlState:
             if wanted:
                 values = [as_rows.endpoint_values(endpoint) for endpoint in wanted]
                 await connection.execute(sa.insert(tables.endpoints), values)
-            await _bump(connection)
+            await bump(connection)
 
         await self._database.write(work)
 
@@ -188,48 +184,13 @@ class SqlState:
         )
         return [as_rows.demand_of(row) for row in found]
 
-    # Keys ---------------------------------------------------------------------------------------
-
-    async def put_key(self, record: KeyRecord) -> None:
-        async def work(connection: AsyncConnection) -> None:
-            if await _one(connection, tables.api_keys, id=record.id) is not None:
-                raise key_exists(record.id)
-            await connection.execute(sa.insert(tables.api_keys), [as_rows.key_values(record)])
-            await _bump(connection)
-
-        await self._database.write(work)
-
-    async def get_key(self, key_id: str) -> KeyRecord | None:
-        row = await self._read_one(tables.api_keys, id=key_id)
-        return None if row is None else as_rows.key_of(row)
-
-    async def list_keys(self) -> list[KeyRecord]:
-        statement = sa.select(tables.api_keys).order_by(
-            tables.api_keys.c.created_at, tables.api_keys.c.id
-        )
-        return [as_rows.key_of(row) for row in await self._database.read(statement)]
-
-    async def revoke_key(self, key_id: str, *, now: float) -> KeyRecord | None:
-        async def work(connection: AsyncConnection) -> KeyRecord | None:
-            row = await _one(connection, tables.api_keys, id=key_id)
-            if row is None:
-                return None
-            current = as_rows.key_of(row)
-            revoked = revoked_key(current, now)
-            if revoked is not current:
-                await self._upsert(connection, tables.api_keys, [as_rows.key_values(revoked)])
-                await _bump(connection)
-            return revoked
-
-        return await self._database.write(work)
-
     # Jobs ---------------------------------------------------------------------------------------
 
     async def put_job(self, job: Job) -> None:
         job = plain_job(job)
 
         async def work(connection: AsyncConnection) -> None:
-            row = await _one(connection, tables.jobs, id=job.id)
+            row = await one_row(connection, tables.jobs, id=job.id)
             if check_job_change(None if row is None else as_rows.job_of(row), job):
                 await self._upsert(connection, tables.jobs, [as_rows.job_values(job)])
 
@@ -280,47 +241,21 @@ class SqlState:
         )
         return [as_rows.ledger_of(row) for row in await self._database.read(statement)]
 
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        statement = usage_statement(query, self._database.dialect)
+        return [usage_of(row) for row in await self._database.read(statement)]
+
     async def close(self) -> None:
         """Give all connections back; nothing may be asked afterwards."""
         await self._database.close()
-
-    async def _read_one(self, table: sa.Table, **key: str) -> sa.Row[Any] | None:
-        rows = await self._database.read(sa.select(table).filter_by(**key))
-        return rows[0] if rows else None
 
     async def _keep(
         self, connection: AsyncConnection, current: Deployment | None, wanted: Deployment
     ) -> Deployment:
         if wanted is not current:
             await self._upsert(connection, tables.deployments, [as_rows.deployment_values(wanted)])
-            await _bump(connection)
+            await bump(connection)
         return wanted
-
-    async def _upsert(
-        self, connection: AsyncConnection, table: sa.Table, values: list[dict[str, Any]]
-    ) -> None:
-        """Insert rows, or change those whose primary key is there."""
-        statement = self._insert(table)
-        changed = {
-            column.name: statement.excluded[column.name]
-            for column in table.columns
-            if not column.primary_key
-        }
-        keys = [column.name for column in table.primary_key]
-        await connection.execute(
-            statement.on_conflict_do_update(index_elements=keys, set_=changed), values
-        )
-
-
-async def _one(connection: AsyncConnection, table: sa.Table, **key: str) -> sa.Row[Any] | None:
-    return (await connection.execute(sa.select(table).filter_by(**key))).one_or_none()
-
-
-async def _bump(connection: AsyncConnection) -> None:
-    """Count a change that gateways must see."""
-    await connection.execute(
-        sa.update(tables.state_version).values(value=tables.state_version.c.value + 1)
-    )
 
 
 def _endpoints_in_order() -> sa.Select[Any]:

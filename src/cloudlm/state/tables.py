@@ -136,6 +136,74 @@ api_keys = sa.Table(
     _text("tenant"),
     _number("created_at"),
     _number("revoked_at", nullable=True),
+    _text("project"),
+    _text("principal"),
+    _text("scope"),
+    sa.Column("models", sa.Text, nullable=False),
+    sa.Column("limits", sa.Text, nullable=False),
+    _number("expires_at", nullable=True),
+    _text("made_with"),
+    _number("last_used_at", nullable=True),
+)
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    _text("name", key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+projects = sa.Table(
+    "projects",
+    metadata,
+    _text("tenant", key=True),
+    _text("name", key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+principals = sa.Table(
+    "principals",
+    metadata,
+    _text("id", key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+roles = sa.Table(
+    "roles",
+    metadata,
+    _text("scope", key=True),
+    _text("name", key=True),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    _number("at"),
+    *(_text(name) for name in ("server", "actor", "key_id", "tenant", "action", "target")),
+    *(_text(name) for name in ("source", "outcome")),
+    _whole("status"),
+    *(_text(name) for name in ("request_id", "detail", "previous", "hash")),
+    sa.Index(None, "tenant", "seq"),
+)
+
+audit_head = sa.Table(
+    "audit_head",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    _whole("seq"),
+    _text("hash"),
+    sa.CheckConstraint("id = 1", name="one_row"),
+)
+
+audit_checkpoints = sa.Table(
+    "audit_checkpoints",
+    metadata,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("hash"),
+    _number("at"),
+    _text("signature"),
 )
 
 jobs = sa.Table(
@@ -172,6 +240,9 @@ ledger = sa.Table(
     _number("started_at"),
     _number("duration_s"),
     _number("first_token_s", nullable=True),
+    _text("project"),
+    _whole("cost"),
     sa.Index(None, "started_at", "id"),
     sa.Index(None, "request_id"),
+    sa.Index(None, "key_id", "started_at"),
 )

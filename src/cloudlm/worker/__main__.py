@@ -14,10 +14,11 @@ from pathlib import Path
 
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.settings import read_settings
+from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.telemetry.logs import setup_logging
 from cloudlm.worker.app import EXIT_FAILED, run_worker
 from cloudlm.worker.config import WorkerConfig
-from cloudlm.worker.options import split_options
+from cloudlm.worker.options import named_adapters, split_options
 
 
 def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> WorkerConfig:
@@ -32,7 +33,9 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Wor
         port=settings.worker.first_port if given.port is None else given.port,
         token=given.api_key or environment.get("CLOUDLM_WORKER_TOKEN") or None,
         registry_url=settings.registry.url,
-        options=split_options(given.option),
+        engine_name=given.engine,
+        options={**split_options(given.option), **_partition(given)},
+        adapters=[pair for one in given.adapter for pair in named_adapters(one, "--adapter")],
         settings=settings,
     )
 
@@ -43,13 +46,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="models:/name/3, a folder, or a hub id")
     parser.add_argument("--served-model-name", help="name in the API (default: the address)")
+    parser.add_argument("--engine", choices=ENGINES, default=CLOUDLM, help="what generates")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", help="Bearer token that callers must send")
+    for short, kind, what in (
+        ("-tp", "tensor", "processes that share every layer"),
+        ("-pp", "pipeline", "stages of layers in processes of their own"),
+    ):
+        name = f"--{kind}-parallel"
+        parser.add_argument(
+            name, f"{name}-size", short, dest=f"{kind}_parallel", metavar="N", help=what
+        )
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="engine setting"
     )
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=ADDRESS", help="LoRA adapter"
+    )
     return parser
+
+
+def _partition(given: argparse.Namespace) -> dict[str, str]:
+    names = ("tensor_parallel", "pipeline_parallel")
+    return {name: value for name in names if (value := getattr(given, name)) is not None}
 
 
 def main() -> int:

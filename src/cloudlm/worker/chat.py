@@ -7,9 +7,10 @@ from typing import Any
 
 from cloudlm.core.chat import ChatRequest, FinishReason
 from cloudlm.engine.api import TokenEvent
-from cloudlm.worker.generate import Numbered, Tally
+from cloudlm.worker.generate import Numbered, Tally, stop_of
 from cloudlm.worker.logprobs import LogprobGate, chat_logprobs
 from cloudlm.worker.prepare import Prepared
+from cloudlm.worker.resume import Thread
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.speech import Speech, delta_of
 from cloudlm.worker.stream import DONE, event
@@ -28,6 +29,7 @@ async def whole_chat(
     gates = [LogprobGate(serving.tokenizer) for _ in range(request.n)]
     entries: list[list[Any]] = [[] for _ in range(request.n)]
     reasons: list[str | None] = [None] * request.n
+    stops: list[dict[str, Any]] = [{}] * request.n
     tally = Tally(prepared.prompt_tokens, request.n)
     async for number, one in events:
         tally.add(number, one)
@@ -36,6 +38,7 @@ async def whole_chat(
         if one.finish_reason is not None:
             speeches[number].add(readers[number].finish())
             reasons[number] = _reason(one.finish_reason, speeches[number].calls_tools)
+            stops[number] = stop_of(one)
     wants_logprobs = request.sampling.logprobs is not None
     choices = [
         {
@@ -45,6 +48,7 @@ async def whole_chat(
             if wants_logprobs
             else None,
             "finish_reason": reasons[number],
+            **stops[number],
         }
         for number in range(request.n)
     ]
@@ -58,23 +62,30 @@ async def stream_chat(
     prepared: Prepared,
     events: AsyncGenerator[Numbered, None],
     created: int,
+    thread: Thread | None = None,
 ) -> AsyncGenerator[bytes, None]:
-    """The ``chat.completion.chunk`` events up to ``[DONE]``."""
+    """The ``chat.completion.chunk`` events up to ``[DONE]``, without those that ``thread`` has."""
     head = _head(serving, prepared, created, "chat.completion.chunk")
+    thread = thread or Thread()
     chunks = _Chunks(serving, request, prepared, head)
-    tally = Tally(prepared.prompt_tokens, request.n)
+    tally = thread.tally(prepared)
     options = request.stream_options
     begun: set[int] = set()
     async for number, one in events:
         tally.add(number, one)
         usage = tally.usage().body() if options.continuous_usage_stats else None
+        made = chunks.of_event(number, one, usage)
+        thread.note(made, one.token_ids)
         if number not in begun:
             begun.add(number)
-            yield chunks.chunk(number, {"role": "assistant", "content": ""}, None, None, usage)
-        for data in chunks.of_event(number, one, usage):
-            yield data
-    if options.include_usage:
-        yield chunks.last(tally.usage().body())
+            first = chunks.chunk(number, {"role": "assistant", "content": ""}, None, None, usage)
+            thread.note([first], (), prepared.requests[number].sampling.seed)
+            made.insert(0, first)
+        for body in made:
+            if not thread.has(number):
+                yield event(body)
+    if options.include_usage and not thread.usage_shown:
+        yield event(chunks.last(tally.usage().body()))
     yield DONE
 
 
@@ -94,10 +105,10 @@ class _Chunks:
 
     def of_event(
         self, number: int, one: TokenEvent, usage: Mapping[str, Any] | None
-    ) -> list[bytes]:
+    ) -> list[dict[str, Any]]:
         """What one event says: its text, and the end of the choice in a chunk of its own. A piece
         of text that a reader holds back is said later."""
-        made: list[bytes] = []
+        made: list[dict[str, Any]] = []
         entries = self._gates[number].admit(one) if self._wants_logprobs else []
         delta = self._delta(number, one)
         if delta or entries or (usage is not None and one.finish_reason is None):
@@ -105,7 +116,7 @@ class _Chunks:
             made.append(self.chunk(number, delta or {"content": ""}, logprobs, None, usage))
         if one.finish_reason is not None:
             reason = _reason(one.finish_reason, self._calls_tools[number])
-            made.append(self.chunk(number, {}, None, reason, usage))
+            made.append(self.chunk(number, {}, None, reason, usage, stop_of(one)))
         return made
 
     def _delta(self, number: int, one: TokenEvent) -> dict[str, Any]:
@@ -124,20 +135,22 @@ class _Chunks:
         logprobs: Mapping[str, Any] | None,
         finish_reason: str | None,
         usage: Mapping[str, Any] | None,
-    ) -> bytes:
+        stop: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         choice = {
             "index": number,
             "delta": delta,
             "logprobs": logprobs,
             "finish_reason": finish_reason,
+            **(stop or {}),
         }
         body: dict[str, Any] = {**self._head, "choices": [choice]}
         if usage is not None or self._says_usage:
             body["usage"] = usage
-        return event(body)
+        return body
 
-    def last(self, usage: Mapping[str, Any]) -> bytes:
-        return event({**self._head, "choices": [], "usage": usage})
+    def last(self, usage: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._head, "choices": [], "usage": usage}
 
 
 def _reason(reason: FinishReason, calls_tools: bool) -> str:
@@ -147,7 +160,7 @@ def _reason(reason: FinishReason, calls_tools: bool) -> str:
 
 def _head(serving: Serving, prepared: Prepared, created: int, kind: str) -> dict[str, Any]:
     return {
-        "id": prepared.id,
+        "id": prepared.answer_id or prepared.id,
         "object": kind,
         "created": created,
         "model": prepared.requests[0].adapter or serving.name,

@@ -7,9 +7,10 @@ from typing import Any
 
 from cloudlm.core.chat import CompletionRequest
 from cloudlm.engine.api import TokenEvent
-from cloudlm.worker.generate import Numbered, Tally
+from cloudlm.worker.generate import Numbered, Tally, stop_of
 from cloudlm.worker.logprobs import CompletionLogprobs, LogprobGate, joined
 from cloudlm.worker.prepare import Prepared
+from cloudlm.worker.resume import Thread
 from cloudlm.worker.serving import Serving
 from cloudlm.worker.stream import DONE, event
 
@@ -62,6 +63,7 @@ async def whole_completion(
         choice = choices[number]
         choice["text"] += text
         choice["finish_reason"] = one.finish_reason
+        choice |= stop_of(one)
         if logprobs is not None:
             known = choice["logprobs"] = choice["logprobs"] or {name: [] for name in logprobs}
             for name, values in logprobs.items():
@@ -76,11 +78,14 @@ async def stream_completion(
     prepared: Prepared,
     events: AsyncGenerator[Numbered, None],
     created: int,
+    thread: Thread | None = None,
 ) -> AsyncGenerator[bytes, None]:
-    """The streamed ``text_completion`` events up to ``[DONE]``."""
+    """The streamed ``text_completion`` events up to ``[DONE]``, without those that ``thread``
+    has."""
     head = _head(serving, prepared, created)
+    thread = thread or Thread()
     makers = [_Choice(serving, request, prepared, n) for n in range(len(prepared.requests))]
-    tally = Tally(prepared.prompt_tokens, request.n)
+    tally = thread.tally(prepared)
     options = request.stream_options
     async for number, one in events:
         tally.add(number, one)
@@ -93,21 +98,24 @@ async def stream_completion(
             "text": text,
             "logprobs": logprobs,
             "finish_reason": one.finish_reason,
+            **stop_of(one),
         }
         body: dict[str, Any] = {**head, "choices": [choice]}
         if options.continuous_usage_stats:
             body["usage"] = tally.usage().body()
         elif options.include_usage:
             body["usage"] = None
-        yield event(body)
-    if options.include_usage:
+        thread.note([body], one.token_ids, prepared.requests[number].sampling.seed)
+        if not thread.has(number):
+            yield event(body)
+    if options.include_usage and not thread.usage_shown:
         yield event({**head, "choices": [], "usage": tally.usage().body()})
     yield DONE
 
 
 def _head(serving: Serving, prepared: Prepared, created: int) -> dict[str, Any]:
     return {
-        "id": prepared.id,
+        "id": prepared.answer_id or prepared.id,
         "object": "text_completion",
         "created": created,
         "model": prepared.requests[0].adapter or serving.name,

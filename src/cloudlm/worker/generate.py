@@ -43,6 +43,12 @@ async def generate(
         watch.close()
 
 
+def stop_of(event: TokenEvent) -> dict[str, str]:
+    """The field of a choice that names the stop text that ended it (vLLM's ``stop_reason``), if one
+    did."""
+    return {"stop_reason": event.stop_match} if isinstance(event.stop_match, str) else {}
+
+
 def _broken_off() -> Unavailable:
     return Unavailable("the replica stopped before the answer was complete", retry_after_s=1.0)
 
@@ -105,13 +111,22 @@ async def _close(stream: AsyncIterator[TokenEvent]) -> None:
 
 class Tally:
     """Counts tokens as they come. ``prompt_tokens`` holds one length per prompt; each prompt counts
-    once, however many choices share it."""
+    once, however many choices share it. A stream that began elsewhere brings its
+    ``completion_tokens`` along, and the ``cached_tokens`` that were stated then stay."""
 
-    def __init__(self, prompt_tokens: Sequence[int], choices_per_prompt: int) -> None:
+    def __init__(
+        self,
+        prompt_tokens: Sequence[int],
+        choices_per_prompt: int,
+        *,
+        cached_tokens: int | None = None,
+        completion_tokens: int = 0,
+    ) -> None:
         self._prompt_tokens = sum(prompt_tokens)
         self._choices_per_prompt = choices_per_prompt
+        self._stated = cached_tokens
         self._cached: dict[int, int] = {}
-        self._completion_tokens = 0
+        self._completion_tokens = completion_tokens
 
     def add(self, number: int, event: TokenEvent) -> None:
         self._completion_tokens += len(event.token_ids)
@@ -120,4 +135,5 @@ class Tally:
             self._cached[prompt] = max(self._cached.get(prompt, 0), event.cached_tokens)
 
     def usage(self) -> Usage:
-        return Usage(self._prompt_tokens, self._completion_tokens, sum(self._cached.values()))
+        cached = sum(self._cached.values()) if self._stated is None else self._stated
+        return Usage(self._prompt_tokens, self._completion_tokens, cached)

@@ -24,6 +24,11 @@ class LogprobGate:
         self._token_bytes = 0
         self._text_bytes = 0
 
+    @property
+    def holds(self) -> bool:
+        """Whether an entry waits for its token's text."""
+        return bool(self._held)
+
     def admit(self, event: TokenEvent) -> list[TokenLogprob]:
         """Take one event, return the entries whose text has been sent with it or before."""
         self._text_bytes += len(event.text.encode("utf-8", "replace"))

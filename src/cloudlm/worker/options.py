@@ -13,6 +13,11 @@ from typing import Any
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import EngineSettings, read_settings
 
+_VLLM_NAMES = {
+    "tensor_parallel_size": "tensor_parallel",
+    "pipeline_parallel_size": "pipeline_parallel",
+}
+
 
 def split_options(pairs: Sequence[str]) -> dict[str, str]:
     """``["dtype=float32"]`` to ``{"dtype": "float32"}``. Raises BadSetting."""
@@ -28,8 +33,10 @@ def split_options(pairs: Sequence[str]) -> dict[str, str]:
 def engine_settings(options: Mapping[str, Any], base: EngineSettings) -> EngineSettings:
     """``base`` with ``options`` applied.
 
-    Raises BadSetting for an unknown name (naming the nearest one) and for a bad value.
+    vLLM's names for a partition are taken as ours. Raises BadSetting for an unknown name (naming
+    the nearest one) and for a bad value.
     """
+    options = {_VLLM_NAMES.get(name, name): value for name, value in options.items()}
     known = [one.name for one in fields(EngineSettings)]
     for name in options:
         if name not in known:
@@ -43,14 +50,14 @@ def engine_settings(options: Mapping[str, Any], base: EngineSettings) -> EngineS
     return settings.engine
 
 
-def named_adapters(setting: str) -> list[tuple[str, str]]:
+def named_adapters(setting: str, source: str = "adapters") -> list[tuple[str, str]]:
     """The option ``adapters``, ``name=address,name=address``. Raises BadSetting."""
     found: list[tuple[str, str]] = []
     for part in filter(None, (part.strip() for part in setting.split(","))):
         name, _, address = part.partition("=")
         if not name.strip() or not address.strip():
             raise BadSetting(
-                f"adapters: {part[:120]!r} is not of the form name=address", param="adapters"
+                f"{source}: {part[:120]!r} is not of the form name=address", param="adapters"
             )
         found.append((name.strip(), address.strip()))
     return found

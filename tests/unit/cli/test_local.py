@@ -32,14 +32,14 @@ Ok = Callable[..., Any]
 
 class TestKeys:
     def test_local_keys_from_making_to_revoking(self, ok: Ok) -> None:
-        made = json.loads(ok("keys", "create", "--local", "--role", "admin", "--json").stdout)
+        made = json.loads(ok("keys", "create", "--local", "--role", "owner", "--json").stdout)
         text = ok("keys", "create", "--local", "--name", "mine")
         assert text.stdout.strip().startswith("clm_live_")
         assert "shown once" in text.stderr
         listed = ok("keys", "list", "--local")
         assert made["key"].split("_")[3] not in listed.stdout + listed.stderr
         assert [row.split()[1:3] for row in listed.stdout.splitlines()[1:]] == [
-            ["key", "admin"],
+            ["key", "owner"],
             ["mine", "user"],
         ]
         key_id = made["record"]["id"]

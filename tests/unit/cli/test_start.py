@@ -206,11 +206,14 @@ class TestServe:
         monkeypatch.setattr(worker_app, "run_worker", run_worker)
         monkeypatch.setattr(serve, "end_process", end)
         monkeypatch.setattr(serve, "setup_logging", lambda *_: None)
-        result = cli("serve", "bank", "--port", "0", "--option", "max_model_len=64", "--json")
+        result = cli(
+            "serve", "bank", "--port", "0", "--option", "max_model_len=64", "-tp", "2", "--json"
+        )
         assert result.exit_code == code
         assert json.loads(result.stdout) == {
             "openai_base_url": "http://127.0.0.1:8123/v1",
             "model": "bank",
         }
         (config,) = given
-        assert (config.port, config.options, config.home) == (0, {"max_model_len": 64}, home)
+        options = {"max_model_len": 64, "tensor_parallel": 2}
+        assert (config.port, config.options, config.home) == (0, options, home)

@@ -14,7 +14,16 @@ import pytest
 
 import cloudlm
 from cloudlm.client import asynchronous, sync
-from cloudlm.core import wire
+from cloudlm.core import wire, wire_access
+from cloudlm.core.access import (
+    CustomRole,
+    Grant,
+    Limits,
+    Principal,
+    PrincipalKind,
+    Project,
+    Tenant,
+)
 from cloudlm.core.deployment import (
     Deployment,
     DeploymentPhase,
@@ -41,7 +50,8 @@ STATUS = DeploymentStatus("bank", DeploymentPhase.READY, 2, 1, 1, message="fine"
 MANIFEST = Manifest("starter", 1, (), "generate", "llama", "float32", 10, 256)
 MODEL = wire.ModelEntry("starter", (MANIFEST,), {"champion": 1})
 JOB = Job("j1", "import", {"source": "/m"}, created_at=1.0)
-RECORD = KeyRecord("k1", "laptop", Role.USER, "", "wxyz", created_at=1.0)
+RECORD = KeyRecord("k1", "laptop", "user", "", "wxyz", created_at=1.0)
+PRINCIPAL = Principal("p-1", "ci", PrincipalKind.SERVICE)
 DRIVER = wire.DriverEntry("process", "cloudlm", ("logs",))
 SHOWN = wire.deployment_body(DEPLOYMENT, STATUS)
 VIEW = wire.DeploymentView(DEPLOYMENT, STATUS)
@@ -157,13 +167,13 @@ def at(phase: DeploymentPhase, generation: int = 2, message: str = "") -> dict[s
         (
             lambda c: c.keys.list(),
             ("GET", "/api/v1/keys", None),
-            {"data": [wire.key_body(RECORD)]},
+            {"data": [wire_access.key_body(RECORD)]},
             [RECORD],
         ),
         (
             lambda c: c.keys.create("laptop", Role.ADMIN),
             ("POST", "/api/v1/keys", {"name": "laptop", "role": "admin"}),
-            httpx2.Response(201, json={"key": "clm_x", "record": wire.key_body(RECORD)}),
+            httpx2.Response(201, json={"key": "clm_x", "record": wire_access.key_body(RECORD)}),
             ("clm_x", RECORD),
         ),
         (
@@ -188,8 +198,69 @@ def at(phase: DeploymentPhase, generation: int = 2, message: str = "") -> dict[s
         (
             lambda c: c.keys.revoke("k1"),
             ("DELETE", "/api/v1/keys/k1", None),
-            wire.key_body(replace(RECORD, revoked_at=9.0)),
+            wire_access.key_body(replace(RECORD, revoked_at=9.0)),
             replace(RECORD, revoked_at=9.0),
+        ),
+        (
+            lambda c: c.keys.change("k1", models=("bank",), limits=Limits(3)),
+            (
+                "PATCH",
+                "/api/v1/keys/k1",
+                {"models": ["bank"], "limits": wire_access.limits_body(Limits(3))},
+            ),
+            wire_access.key_body(RECORD),
+            RECORD,
+        ),
+        (
+            lambda c: c.keys.rotate("k1", overlap_s=60.0),
+            ("POST", "/api/v1/keys/k1/rotate", {"overlap_s": 60.0}),
+            httpx2.Response(201, json={"key": "clm_y", "record": wire_access.key_body(RECORD)}),
+            ("clm_y", RECORD),
+        ),
+        (
+            lambda c: c.keys.revoke("k1", descendants=True),
+            ("DELETE", "/api/v1/keys/k1?descendants=true", None),
+            wire_access.key_body(RECORD),
+            RECORD,
+        ),
+        (
+            lambda c: c.tenants.change("acme", disabled=True),
+            ("PATCH", "/api/v1/tenants/acme", {"disabled": True}),
+            wire_access.tenant_body(Tenant("acme")),
+            Tenant("acme"),
+        ),
+        (
+            lambda c: c.projects.create("web", tenant="acme"),
+            ("POST", "/api/v1/projects", {"name": "web", "title": "", "tenant": "acme"}),
+            wire_access.project_body(Project("acme", "web")),
+            Project("acme", "web"),
+        ),
+        (
+            lambda c: c.principals.change("p-1", grants=(Grant("user", "acme"),)),
+            ("PATCH", "/api/v1/principals/p-1", {"grants": [{"role": "user", "scope": "acme"}]}),
+            wire_access.principal_body(PRINCIPAL),
+            PRINCIPAL,
+        ),
+        (
+            lambda c: c.roles.change("r", [], scope="acme"),
+            ("PUT", "/api/v1/roles/r?scope=acme", {"rules": []}),
+            wire_access.role_body(CustomRole("acme", "r", ())),
+            CustomRole("acme", "r", ()),
+        ),
+        (
+            lambda c: c.audit(after=3, limit=2, tenant="acme"),
+            ("GET", "/api/v1/audit?after=3&limit=2&tenant=acme", None),
+            {"data": [{"seq": 4, "outcome": "done"}]},
+            [{"seq": 4, "outcome": "done"}],
+        ),
+        (
+            lambda c: c.whoami(),
+            ("GET", "/api/v1/whoami", None),
+            {
+                "key": wire_access.key_body(RECORD),
+                "principal": wire_access.principal_body(PRINCIPAL),
+            },
+            (RECORD, PRINCIPAL),
         ),
         (
             lambda c: c.drivers.list(),

@@ -530,6 +530,17 @@ async def test_a_dead_runner_fails_everybody_and_shows(
         closing.set()
 
 
+async def test_what_the_runner_lost_ends_an_idle_engine(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with start() as (engine, _):
+        with caplog.at_level(logging.CRITICAL, logger="cloudlm.engine"):
+            engine.fail("rank 1 has ended")
+            await until(lambda: not engine.stats().alive)
+        with pytest.raises(InternalError, match="must be restarted"):
+            engine.submit(request())
+
+
 async def test_a_tokenizer_that_fails_costs_one_sequence(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,13 +11,15 @@ from cloudlm.core.clock import ManualClock
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import ModelNotFound, Unavailable
 from cloudlm.core.tenant import Role
-from cloudlm.gateway.admission import Admission
+from cloudlm.gateway.admission import Admission, Ticket
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.view import LOOK_INTERVAL_S, View
 from cloudlm.security.keys import mint
 from cloudlm.state.memory import MemoryState
+
+KEY = mint("k", Role.USER, b"p" * 32, 1.0).record
 
 
 class CountingState(MemoryState):
@@ -93,14 +95,14 @@ async def test_follows_changes_and_reads_only_then() -> None:
     await state.put_key(minted.record)
     assert await view.refresh()
     assert state.readings == 2
-    model = view.snapshot().model("m")
+    model = view.snapshot().model("m", minted.record)
     assert (model.created_at, [e.replica for e in model.endpoints]) == (5.0, ["r1"])
     assert view.snapshot().keys[minted.record.id] == minted.record
     assert len(seen) == 2
     await state.mark_deleting("m", now=6.0)
     await view.refresh()
     with pytest.raises(ModelNotFound, match="nothing is deployed"):
-        view.snapshot().model("m")
+        view.snapshot().model("m", minted.record)
 
 
 async def test_last_good_view_serves_for_a_stated_time() -> None:
@@ -129,7 +131,7 @@ async def test_unknown_models_are_named_within_bounds() -> None:
     view = View(state, ManualClock())
     await view.refresh()
     with pytest.raises(ModelNotFound) as error:
-        view.snapshot().model("x" * 5000)
+        view.snapshot().model("x" * 5000, KEY)
     assert "m00, m01" in error.value.message
     assert len(error.value.message) < 400
 
@@ -138,13 +140,13 @@ async def test_demand() -> None:
     state, clock = MemoryState(), ManualClock()
     await state.put_deployment(DeploymentSpec("m", "models:/m/1"), now=1.0)
     await state.put_endpoints("m", [Endpoint("m", "r1", "http://h", 1)])
-    view, admission, loads = View(state, clock), Admission(10), Loads()
+    view, admission, loads = View(state, clock), Admission(10, 10), Loads()
     await view.refresh()
     demand = DemandReporter("host:8000", state, view, admission, loads, clock)
     for _ in range(4):
         demand.count("m")
-    admission.enter("m")
-    admission.enter("m")
+    admission.enter(Ticket("m", "t"), 10, 0.0)
+    admission.enter(Ticket("m", "t"), 10, 0.0)
     loads.begin("r1")
     await clock.advance(2.0)
     assert await demand.report()

@@ -6,7 +6,15 @@ import pytest
 
 from cloudlm.core.errors import AuthenticationFailed
 from cloudlm.core.tenant import Role
-from cloudlm.security.keys import bearer, cache_salt, key_id, mint, verify
+from cloudlm.security.keys import (
+    bearer,
+    cache_salt,
+    key_id,
+    mint,
+    successor,
+    verify,
+    without_keys,
+)
 
 PEPPER = b"p" * 32
 OTHER = b"q" * 32
@@ -15,9 +23,36 @@ OTHER = b"q" * 32
 def test_a_key_verifies() -> None:
     key = mint("mine", Role.USER, PEPPER, now=7.0)
     assert key_id(key.text) == key.record.id
-    assert verify(key.text, key.record, PEPPER) is key.record
+    assert verify(key.text, key.record, PEPPER, 8.0) is key.record
     assert key.text not in repr(key.record)
     assert key.text[-13:-9] == key.record.last4
+
+
+def test_a_key_expires_at_its_moment_and_not_before() -> None:
+    key = mint("mine", Role.USER, PEPPER, now=0.0, expires_at=10.0)
+    assert verify(key.text, key.record, PEPPER, 9.999) is key.record
+    with pytest.raises(AuthenticationFailed):
+        verify(key.text, key.record, PEPPER, 10.0)
+
+
+def test_a_successor_has_the_same_rights_and_another_secret() -> None:
+    old = mint("n", "developer", PEPPER, 1.0, scope="acme/web", models=("bank",), made_with="k")
+    new = successor(replace(old.record, revoked_at=3.0, last_used_at=2.0), PEPPER, 5.0)
+    assert verify(new.text, new.record, PEPPER, 6.0)
+    same = ("name", "role", "scope", "models", "principal", "tenant", "project", "made_with")
+    assert all(getattr(new.record, f) == getattr(old.record, f) for f in same)
+    assert new.record.id != old.record.id
+    assert new.text != old.text
+    assert (new.record.created_at, new.record.last_used_at) == (5.0, None)
+
+
+def test_what_is_kept_holds_no_key() -> None:
+    text = mint("k", Role.USER, PEPPER, now=0.0).text
+    kept = without_keys(f"/api/v1/keys/{text}?x={text}")
+    secret = text.split("_")[3]
+    assert secret not in kept
+    assert secret[:8] not in kept
+    assert text.split("_")[2] in kept
 
 
 def test_keys_differ() -> None:
@@ -29,17 +64,19 @@ def test_every_fault_has_the_same_answer() -> None:
     key = mint("mine", Role.USER, PEPPER, now=0.0)
     other = mint("other", Role.USER, PEPPER, now=0.0)
     revoked = replace(key.record, revoked_at=1.0)
+    expired = replace(key.record, expires_at=2.0)
     answers = set()
     for text, record, pepper in (
         (key.text, None, PEPPER),
         (key.text, other.record, PEPPER),
         (key.text, revoked, PEPPER),
+        (key.text, expired, PEPPER),
         (key.text, key.record, OTHER),
         ("nonsense", key.record, PEPPER),
         ("\udcff", key.record, PEPPER),
     ):
         with pytest.raises(AuthenticationFailed) as caught:
-            verify(text, record, pepper)
+            verify(text, record, pepper, 2.0)
         answers.add(caught.value.message)
     assert len(answers) == 1
 

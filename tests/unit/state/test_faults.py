@@ -18,7 +18,7 @@ import pytest
 
 from cloudlm.core.deployment import Demand, DeploymentSpec, Endpoint
 from cloudlm.core.errors import InternalError, StorageFailed, Unavailable
-from cloudlm.core.tenant import KeyRecord, Role
+from cloudlm.core.tenant import KeyRecord
 from cloudlm.state.database import Database
 from cloudlm.state.sql import SqlState
 
@@ -81,7 +81,7 @@ async def test_a_full_disk_changes_nothing_and_says_so(state: SqlState, database
     await state.put_endpoints("bank", [Endpoint("bank", "r", "http://a", 1)])
     before = await state.version(), await state.list_endpoints()
     await _set(database, "max_page_count = 30")
-    record = KeyRecord("k1", CANARY * 10, Role.USER, CANARY, "wxyz")
+    record = KeyRecord("k1", CANARY * 10, "user", CANARY, "wxyz")
     with pytest.raises(StorageFailed, match="the disk is full: free some space") as caught:
         await state.put_key(record)
     shown = "".join(traceback.format_exception(caught.value))

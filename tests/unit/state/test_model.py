@@ -11,6 +11,17 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cloudlm.core.access import (
+    CustomRole,
+    Effect,
+    Grant,
+    Limits,
+    Principal,
+    PrincipalKind,
+    Project,
+    Rule,
+    Tenant,
+)
 from cloudlm.core.deployment import (
     Demand,
     DeploymentPhase,
@@ -62,9 +73,52 @@ statuses = st.builds(
     updated_at=times,
 )
 demands = st.builds(Demand, names, names, small, small, times, times)
+roles = st.sampled_from([role.value for role in Role])
+words = st.sampled_from(["default", "acme", "web"])
+ids = st.sampled_from(["root", "p-1", "p-2"])
+limits = st.builds(Limits, st.none() | small, spend_per_month=st.none() | times)
 keys = st.builds(
-    KeyRecord, names, texts, st.sampled_from(Role), texts, texts, texts, times, st.none() | times
+    KeyRecord,
+    names,
+    texts,
+    roles | words,
+    texts,
+    texts,
+    words,
+    times,
+    st.none() | times,
+    project=words,
+    principal=ids,
+    scope=words,
+    models=st.lists(texts, max_size=2).map(tuple),
+    limits=limits,
+    expires_at=st.none() | times,
+    made_with=names,
 )
+grants = st.builds(Grant, roles | words, words | st.just("*"), ids | st.just(""))
+rules = st.builds(
+    Rule,
+    st.lists(texts, max_size=2).map(tuple),
+    st.lists(texts, max_size=2).map(tuple),
+    st.sampled_from(Effect),
+)
+tenants = st.builds(Tenant, words, texts, limits, times, st.none() | times)
+projects = st.builds(Project, words, words, texts, limits, times)
+custom_roles = st.builds(CustomRole, words | st.just("*"), words, st.tuples(rules), times)
+principals = st.builds(
+    Principal,
+    ids,
+    texts,
+    st.sampled_from(PrincipalKind),
+    words,
+    words,
+    st.lists(grants, max_size=2).map(tuple),
+    texts,
+    limits,
+    times,
+    st.none() | times,
+)
+identities = tenants | projects | custom_roles | principals
 jobs = st.builds(
     Job,
     id=names,
@@ -123,6 +177,12 @@ operations = st.one_of(
     calls("put_key", keys),
     calls("get_key", names),
     calls("revoke_key", names, now=times),
+    calls("change_key", keys, replaces=keys, successor=st.none() | keys),
+    calls("touch_keys", st.dictionaries(names, times, max_size=2)),
+    calls("put_identity", identities),
+    calls("put_identity", identities, replaces=st.none() | identities),
+    calls("remove_identity", tenants | projects | custom_roles),
+    calls("remove_principal", ids, heir=ids, heir_key=names, now=times),
     calls("put_job", jobs),
     calls("get_job", names),
     calls("list_jobs", limit=st.integers(-1, 3)),
@@ -134,6 +194,8 @@ EVERYTHING = (
     "list_statuses",
     "list_endpoints",
     "list_keys",
+    "list_identities",
+    "last_uses",
     "list_jobs",
     "list_ledger",
     "version",

@@ -34,6 +34,11 @@ def test_flags_go_over_environment_and_defaults() -> None:
     assert config.engine == EngineSettings(dtype="float32", block_size=8)
     assert config.settings.worker.max_waiting_requests == 9
     assert read_config([*arguments, "--api-key", "k"], environment).token == "k"
+    for names in (("-tp", "-pp"), ("--tensor-parallel-size", "--pipeline-parallel")):
+        parted = read_config([*arguments, names[0], "2", names[1], "3"], environment).engine
+        assert (parted.tensor_parallel, parted.pipeline_parallel) == (2, 3)
+    theirs = engine_settings({"tensor_parallel_size": 4}, EngineSettings())  # vLLM's name
+    assert theirs == EngineSettings(tensor_parallel=4)
     bare = read_config(["--model", "./m"], {})
     assert (bare.served_model_name, bare.port, bare.token) == ("./m", 8100, None)
 

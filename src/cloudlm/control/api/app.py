@@ -13,7 +13,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from cloudlm import __version__
-from cloudlm.control.api import deployments, jobs, keys, models
+from cloudlm.control.api import (
+    audit,
+    deployments,
+    jobs,
+    keys,
+    models,
+    principals,
+    roles,
+    tenants,
+    usage,
+)
+from cloudlm.control.api.caller import caller_of
 from cloudlm.control.api.edge import Edge, error_response, handle_error
 from cloudlm.control.api.services import Services
 from cloudlm.core.errors import (
@@ -25,8 +36,8 @@ from cloudlm.core.errors import (
     UnprocessableRequest,
 )
 from cloudlm.core.wire import driver_body
-
-PREFIX = "/api/v1"
+from cloudlm.core.wire_access import key_body, principal_body
+from cloudlm.security.matrix import PREFIX
 
 
 def build_app(services: Services) -> FastAPI:
@@ -43,16 +54,17 @@ def build_app(services: Services) -> FastAPI:
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, handle_error)
-    for noun in (models, deployments, keys, jobs):
+    for noun in (models, deployments, tenants, principals, roles, keys, usage, jobs, audit):
         app.include_router(noun.routes(services), prefix=PREFIX)
     app.include_router(_driver_routes(services), prefix=PREFIX)
+    app.include_router(_own_routes(), prefix=PREFIX)
     app.include_router(_health_routes(services))
     return app
 
 
 def build_api(services: Services) -> ASGIApp:
     """The whole API, ready to be served."""
-    return Edge(build_app(services), state=services.state, pepper=services.pepper)
+    return Edge(build_app(services), services.callers, services.auditor)
 
 
 def _driver_routes(services: Services) -> APIRouter:
@@ -62,6 +74,19 @@ def _driver_routes(services: Services) -> APIRouter:
     async def list_drivers() -> Response:
         entries = await asyncio.to_thread(services.drivers.entries)  # imports plug-ins
         return JSONResponse({"data": [driver_body(one) for one in entries]})
+
+    return router
+
+
+def _own_routes() -> APIRouter:
+    router = APIRouter(tags=["keys"])
+
+    @router.get("/whoami", summary="Who the key speaks for")
+    async def whoami(request: Request) -> Response:
+        caller = caller_of(request)
+        principal = caller.directory.principal(caller.key.principal)
+        assert principal is not None  # a key without its principal is refused
+        return JSONResponse({"key": key_body(caller.key), "principal": principal_body(principal)})
 
     return router
 

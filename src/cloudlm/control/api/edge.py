@@ -1,7 +1,7 @@
-"""The outermost layer of the control API: request id, admin key, size of the body, errors.
+"""The outermost layer of the control API: request id, key, right, size of the body, errors.
 
-Default deny: whatever the path, a request without an admin key goes no further, so that a new
-route cannot be forgotten. Only the paths in ``OPEN_PATHS`` are for everybody.
+Default deny: whatever the path, a request goes no further without a valid key, and without a row in
+``security.matrix`` that its key fulfils, so that a new route cannot be forgotten.
 """
 
 from __future__ import annotations
@@ -14,44 +14,32 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cloudlm.control.api.caller import Callers
+from cloudlm.control.audit import Auditor
 from cloudlm.core.errors import (
     CloudlmError,
     InternalError,
+    MethodNotAllowed,
+    NotFound,
     PayloadTooLarge,
-    PermissionDenied,
     Retry,
     StorageFailed,
 )
-from cloudlm.core.tenant import KeyRecord, Role
-from cloudlm.security.keys import bearer, key_id, verify
-from cloudlm.state.base import State
+from cloudlm.security.matrix import PREFIX, SHARED, Holder, control_row, shared_ask
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 MAX_BODY_BYTES = 1_000_000
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
 _log = get_logger(__name__)
 
 
-async def admin_of(headers: Headers, state: State, pepper: bytes) -> KeyRecord:
-    """The admin key of a request. Raises AuthenticationFailed or PermissionDenied."""
-    text = bearer(headers.get("authorization"), headers.get("x-api-key"))
-    found = key_id(text)
-    record = verify(text, None if found is None else await state.get_key(found), pepper)
-    if record.role is not Role.ADMIN:
-        raise PermissionDenied(
-            "this key may use models only; the control API needs a key with the role 'admin'"
-        )
-    return record
-
-
 class Edge:
     """Wraps all routes of the control API."""
 
-    def __init__(self, app: ASGIApp, *, state: State, pepper: bytes) -> None:
+    def __init__(self, app: ASGIApp, callers: Callers, auditor: Auditor) -> None:
         self._app = app
-        self._state = state
-        self._pepper = pepper
+        self._callers = callers
+        self._auditor = auditor
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,19 +50,43 @@ class Edge:
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         reset = request_id_var.set(request_id)
         answer = _Answer(send, request_id)
+        deed = self._auditor.deed(scope, request_id)
         try:
-            if scope["path"] not in OPEN_PATHS:
-                scope.setdefault("state", {})["key"] = await admin_of(
-                    headers, self._state, self._pepper
-                )
+            await self._let_in(scope, headers)
+            await deed.begin()
             await self._app(scope, _capped(receive, headers), answer)
+            await deed.end(answer.status)
         except Exception as error:
+            await deed.end(error.status if isinstance(error, CloudlmError) else 500)
             if not answer.begun:
                 await error_response(error)(scope, receive, answer)
             elif not answer.complete:
                 _log.exception("answer_broken_off", extra={"fields": {"path": scope["path"]}})
         finally:
             request_id_var.reset(reset)
+
+    async def _let_in(self, scope: Scope, headers: Headers) -> None:
+        """Raise AuthenticationFailed, NotFound, MethodNotAllowed or PermissionDenied unless this
+        key may take this route."""
+        method, path = scope["method"], scope["path"]
+        found = control_row(method, path)
+        row = None if found is None else found.row
+        if row is not None and row.holder is Holder.OPEN:
+            return
+        caller = await self._callers.of(headers.get("authorization"), headers.get("x-api-key"))
+        scope.setdefault("state", {})["caller"] = caller
+        if found is None:
+            raise NotFound(f"there is nothing at {path[:200]}; see {PREFIX}/openapi.json")
+        if row is None:
+            raise MethodNotAllowed(f"{path[:200]} does not answer {method[:20]}")
+        if row.holder is Holder.ANY_KEY:
+            return
+        if row.resource in SHARED:
+            caller.demand_ask(shared_ask(row, found.names))
+            return
+        assert row.verb is not None and row.resource is not None
+        if not caller.directory.reaches(caller.key, row.verb, row.resource):
+            caller.demand(row.verb, row.resource, "", "*")
 
 
 class _Answer:
@@ -85,10 +97,12 @@ class _Answer:
         self._request_id = request_id
         self.begun = False
         self.complete = False
+        self.status = 500
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
+            self.status = message["status"]
             MutableHeaders(scope=message)["x-request-id"] = self._request_id
         elif not message.get("more_body", False):
             self.complete = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.spec import CLOUDLM, ENGINES
+
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 1000}
 
@@ -15,13 +17,30 @@ SPEC: dict[str, Any] = {
         "name": {"type": "string", "description": "API name; may be left out if in the path."},
         "model": {"type": "string", "examples": ["models:/bank/3", "models:/bank@champion"]},
         "driver": {"type": "string", "default": "process"},
-        "engine": {"type": "string", "default": "cloudlm"},
+        "engine": {"enum": list(ENGINES), "default": CLOUDLM},
         "min_replicas": {**_COUNT, "default": 1},
         "max_replicas": {**_COUNT, "default": 1},
         "target_ongoing_requests": {"type": "number", "exclusiveMinimum": 0, "default": 8},
         "max_surge": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 1},
         "options": {"type": "object", "description": "Engine settings (max_model_len …)."},
         "env": {"type": "object", "additionalProperties": _TEXT},
+        "adapters": {
+            "type": "array",
+            "description": "LoRA adapters; each name is a model's name in the API too.",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["name", "model"],
+                "properties": {
+                    "name": _TEXT,
+                    "model": {"type": "string", "examples": ["models:/polite/1"]},
+                },
+            },
+        },
+        "asleep": {
+            "type": ["boolean", "null"],
+            "description": "true puts the replicas to sleep, false keeps them awake.",
+        },
     },
 }
 SCALE: dict[str, Any] = {
@@ -46,12 +65,79 @@ ALIAS: dict[str, Any] = {
     "required": ["version"],
     "properties": {"version": {"type": "integer", "minimum": 1}},
 }
-KEY: dict[str, Any] = {
+_LIMITS: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["name"],
-    "properties": {"name": _TEXT, "role": {"enum": ["user", "admin"], "default": "user"}},
+    "properties": {
+        "requests_per_minute": {"type": ["integer", "null"], "minimum": 0},
+        "tokens_per_minute": {"type": ["integer", "null"], "minimum": 0},
+        "concurrent_streams": {"type": ["integer", "null"], "minimum": 0},
+        "spend_per_month": {"type": ["number", "null"], "minimum": 0},
+    },
 }
+_SECONDS: dict[str, Any] = {"type": ["number", "null"], "minimum": 1}
+_PATTERNS: dict[str, Any] = {"type": "array", "items": _TEXT, "examples": [["bank", "gpt-*"]]}
+_GRANTS: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["role", "scope"],
+        "properties": {"role": _TEXT, "scope": {"type": "string", "examples": ["acme/web"]}},
+    },
+}
+
+
+def _object(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": required,
+        "properties": properties,
+    }
+
+
+KEY = _object(
+    ["name"],
+    name=_TEXT,
+    role={"type": "string", "default": "user"},
+    scope=_TEXT,
+    principal=_TEXT,
+    project=_TEXT,
+    models=_PATTERNS,
+    limits=_LIMITS,
+    expires_in_s=_SECONDS,
+)
+KEY_CHANGE = _object([], name=_TEXT, models=_PATTERNS, limits=_LIMITS, expires_in_s=_SECONDS)
+ROTATION = _object([], overlap_s={"type": "number", "minimum": 0, "default": 0})
+TENANT = _object(["name"], name=_TEXT, title=_TEXT, limits=_LIMITS)
+TENANT_CHANGE = _object([], title=_TEXT, limits=_LIMITS, disabled={"type": "boolean"})
+PROJECT = _object(["name"], name=_TEXT, tenant=_TEXT, title=_TEXT, limits=_LIMITS)
+PROJECT_CHANGE = _object([], title=_TEXT, limits=_LIMITS)
+PRINCIPAL = _object(
+    ["name"],
+    name=_TEXT,
+    kind={"enum": ["service", "person"], "default": "service"},
+    tenant=_TEXT,
+    project=_TEXT,
+    grants=_GRANTS,
+    subject={"type": "string", "description": "issuer#sub of a person who signs in."},
+    limits=_LIMITS,
+)
+PRINCIPAL_CHANGE = _object(
+    [], name=_TEXT, grants=_GRANTS, limits=_LIMITS, disabled={"type": "boolean"}
+)
+_RULES: dict[str, Any] = {
+    "type": "array",
+    "items": _object(
+        ["verbs", "resources"],
+        effect={"enum": ["allow", "deny"], "default": "allow"},
+        verbs={"type": "array", "items": _TEXT},
+        resources={"type": "array", "items": _TEXT, "examples": [["inference:bank-*"]]},
+    ),
+}
+ROLE = _object(["name", "rules"], name=_TEXT, scope=_TEXT, rules=_RULES)
+ROLE_CHANGE = _object(["rules"], scope=_TEXT, rules=_RULES)
 JOB: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,

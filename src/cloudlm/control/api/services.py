@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from cloudlm.control.api.caller import Callers
+from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs
 from cloudlm.control.metrics import ControlMetrics
@@ -33,6 +35,8 @@ class Services:
     metrics: ControlMetrics
     pepper: bytes
     clock: Clock
+    callers: Callers
+    auditor: Auditor
 
 
 async def read_object(request: Request) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -32,10 +32,14 @@ class Shape:
 class Decoder(nn.Module):
     """A decoder over a ragged batch: all tokens of all sequences stand one behind the other.
 
-    ``parameter_name`` says which parameter a tensor of the model's files fills.
+    ``parameter_name`` says which parameter a tensor of the model's files fills. ``layers_path`` and
+    ``embedding_path`` name its list of layers and its token embedding. A pass is ``embed``,
+    ``through`` all layers, ``finish``; a process that holds some of the layers does its part.
     """
 
     shape: Shape
+    layers_path: ClassVar[str]
+    embedding_path: ClassVar[str]
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
@@ -49,6 +53,19 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Last hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions``
         [tokens]."""
+        x = self.embed(token_ids, positions)
+        return self.finish(self.through(x, positions, attend))
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first layer, [tokens, hidden]."""
+        raise NotImplementedError
+
+    def through(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """``x`` [tokens, hidden] after all layers that are here."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last hidden states [tokens, hidden] from what leaves the last layer."""
         raise NotImplementedError
 
     def logits(self, hidden: Tensor) -> Tensor:

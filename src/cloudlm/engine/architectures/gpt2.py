@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -137,17 +137,18 @@ class Trunk(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Normed last hidden states [tokens, hidden]."""
-        x = self.wte(token_ids) + self.wpe(positions)
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """``x`` [tokens, hidden] after all blocks."""
         for block in self.h:
             x = block(x, attend)
-        normed: Tensor = self.ln_f(x)
-        return normed
+        return x
 
 
 class GPT2LMHeadModel(Decoder):
     """A whole GPT-2."""
+
+    layers_path: ClassVar[str] = "transformer.h"
+    embedding_path: ClassVar[str] = "transformer.wte"
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -170,10 +171,20 @@ class GPT2LMHeadModel(Decoder):
         """See ``Decoder``."""
         return cls(read_config(config))
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """See ``Decoder``."""
-        hidden: Tensor = self.transformer(token_ids, positions, attend)
-        return hidden
+        x: Tensor = self.transformer.wte(token_ids) + self.transformer.wpe(positions)
+        return x
+
+    def through(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """See ``Decoder``."""
+        after: Tensor = self.transformer(x, attend)
+        return after
+
+    def finish(self, x: Tensor) -> Tensor:
+        """See ``Decoder``."""
+        normed: Tensor = self.transformer.ln_f(x)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``Decoder``."""

@@ -39,19 +39,22 @@ class Trunk(nn.Module):
         self.norm = make_norm(config)
         self._frequencies: dict[Rope, Tensor] = {}
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Normed last hidden states [tokens, hidden]."""
-        x = self.embed_tokens(token_ids)
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """What enters the first layer, [tokens, hidden]."""
+        x: Tensor = self.embed_tokens(token_ids)
         if self.config.embedding_scale is not None:
             x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
+        return x
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """``x`` [tokens, hidden] after all layers."""
         turns = {
             rope: cos_sin(positions, frequency, rope.scaling.magnitude, x.dtype)
             for rope, frequency in self._all_frequencies(x.device).items()
         }
         for layer, rope in zip(self.layers, self.config.ropes, strict=True):
             x = layer(x, *turns[rope], attend)
-        normed: Tensor = self.norm(x)
-        return normed
+        return x
 
     def _all_frequencies(self, device: torch.device) -> dict[Rope, Tensor]:
         if not self._frequencies:
@@ -67,6 +70,8 @@ class Transformer(Decoder):
     ``renames``: patterns and what they become, applied one after the other."""
 
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    layers_path: ClassVar[str] = "model.layers"
+    embedding_path: ClassVar[str] = "model.embed_tokens"
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -98,10 +103,19 @@ class Transformer(Decoder):
         """See ``Decoder``."""
         self.model.longest = longest
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """See ``Decoder``."""
-        hidden: Tensor = self.model(token_ids, positions, attend)
-        return hidden
+        return self.model.embed(token_ids)
+
+    def through(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """See ``Decoder``."""
+        after: Tensor = self.model(x, positions, attend)
+        return after
+
+    def finish(self, x: Tensor) -> Tensor:
+        """See ``Decoder``."""
+        normed: Tensor = self.model.norm(x)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``Decoder``."""

@@ -25,6 +25,7 @@ class Entry:
     ``codes``, for quantised matrices
     that lose nothing by it, reads them for the kernels. ``fault`` is why it cannot be read, for
     tensors that nobody may want. ``idle``: it may be there for nothing if all of it is zero.
+    ``stored``, for numbers that are not quantised, is the tensor in the file's memory, unread.
     """
 
     file: Path
@@ -35,6 +36,7 @@ class Entry:
     codes: Callable[[], Codes] | None = None
     fault: str = ""
     idle: bool = False
+    stored: Callable[[], Tensor] | None = None
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise UnsupportedModel or BrokenModel unless it fills a parameter of ``shape``."""

@@ -91,7 +91,14 @@ class Tensors:
             fault = f"is of type {tensor.dtype[:20]}; supported: {', '.join(FLOATING)}"
         floats: Callable[[torch.dtype, bool], Tensor] = partial(self._floats, tensor)
         return Entry(
-            tensor.file, tensor.name, tensor.where, tensor.shape, floats, fault=fault, idle=idle
+            tensor.file,
+            tensor.name,
+            tensor.where,
+            tensor.shape,
+            floats,
+            fault=fault,
+            idle=idle,
+            stored=partial(self.read, tensor),
         )
 
     def _floats(self, tensor: StoredTensor, dtype: torch.dtype, copy: bool) -> Tensor:
