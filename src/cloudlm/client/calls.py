@@ -18,6 +18,7 @@ from cloudlm.core.fields import Fields
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest, manifest_from_body
 from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.usage import UsageRow, usage_from_body
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 T = TypeVar("T")
@@ -112,6 +113,11 @@ def apply_deployment(spec: DeploymentSpec, expected_generation: int | None) -> C
 def scale_deployment(name: str, low: int, high: int) -> Call[DeploymentView]:
     path = path_of("deployments", name, "scale")
     return Call("POST", path, wire.deployment_from_body, wire.scale_body(low, high))
+
+
+def turn_deployment(name: str, *, asleep: bool) -> Call[DeploymentView]:
+    path = path_of("deployments", name, "sleep" if asleep else "wake")
+    return Call("POST", path, wire.deployment_from_body)
 
 
 def delete_deployment(name: str) -> Call[None]:
@@ -210,6 +216,14 @@ def wait_job(
 
 def list_drivers() -> Call[list[DriverEntry]]:
     return Call("GET", path_of("drivers"), all_of(wire.driver_from_body))
+
+
+# Usage ------------------------------------------------------------------------------------------
+
+
+def usage(given: Mapping[str, str | None]) -> Call[list[UsageRow]]:
+    query = {name: value for name, value in given.items() if value is not None}
+    return Call("GET", path_of("usage"), all_of(usage_from_body), query=query)
 
 
 def _until(

@@ -22,12 +22,14 @@ errors are translated into this tree once, at the seam where they enter.
     ├── MethodNotAllowed 405
     ├── Conflict 409
     ├── LimitExceeded 429             (retry later)
+    │   └── BudgetExceeded 429
     ├── RequestCancelled 499          (the client went away)
     ├── InternalError 500
     ├── NotSupported 501
     ├── UpstreamFailed 502            (retry elsewhere)
     ├── Unavailable 503               (retry later)
     │   ├── NoReplica 503
+    │   ├── ModelAsleep 503
     │   └── Overloaded 503
     ├── UpstreamTimeout 504           (retry elsewhere)
     ├── StorageFailed 507             (full disk, unwritable folder)
@@ -203,6 +205,14 @@ class LimitExceeded(CloudlmError):
     retry = Retry.LATER
 
 
+class BudgetExceeded(LimitExceeded):
+    """The month's money is used up; trying again this month does not help."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    retry = Retry.NEVER
+
+
 class RequestCancelled(CloudlmError):
     """The client went away before the answer was complete."""
 
@@ -247,6 +257,12 @@ class NoReplica(Unavailable):
     """The model is deployed but none of its replicas is ready."""
 
     code = "no_replica"
+
+
+class ModelAsleep(Unavailable):
+    """All replicas of the model sleep."""
+
+    code = "model_asleep"
 
 
 class Overloaded(Unavailable):

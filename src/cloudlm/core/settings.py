@@ -59,7 +59,18 @@ class GatewaySettings:
         high=100,
     )
     max_ongoing_requests: int = setting(
-        1024, "Requests in flight at once; more are refused with 503.", low=1
+        4096, "Requests in the gateway at once, waiting ones too; more are refused with 503.", low=1
+    )
+    replica_capacity: int = setting(
+        1024, "Requests sent to one replica at once; more wait in the gateway's queue.", low=1
+    )
+    max_queued_requests: int = setting(
+        1024,
+        "Requests that wait for one model; beyond, those to be served last are refused with 503.",
+        low=0,
+    )
+    queue_timeout_s: float = setting(
+        30.0, "Longest wait in the gateway's queue, seconds.", low=0.01
     )
     drain_timeout_s: float = setting(
         30.0, "Longest wait for running requests when stopping, seconds.", low=0.0
@@ -67,6 +78,34 @@ class GatewaySettings:
     tenant_weights: str = setting(
         "",
         "Tenants' shares of a replica under load, 'name=weight, …'; 1 for those not named.",
+    )
+    prices: str = setting(
+        "",
+        "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",
+    )
+    limits_url: str = setting(
+        "",
+        "Redis or Valkey that counts limits for several gateways, redis://…; empty counts in each.",
+        secret=True,
+    )
+    limits_share: float = setting(
+        1.0,
+        "Share of each limit that this gateway may give out while limits_url is away.",
+        low=0.0,
+        high=1.0,
+    )
+    limits_outage_s: float = setting(
+        300.0, "How long it may do so, seconds; then limits_after_outage holds.", low=0.0
+    )
+    limits_after_outage: str = setting(
+        "refuse",
+        "What then happens to requests under limits.",
+        choices=("refuse", "allow"),
+    )
+    reserved_answer_tokens: int = setting(
+        1024,
+        "Tokens reserved from limits for an answer whose request sets no max_tokens.",
+        low=1,
     )
 
 
@@ -190,6 +229,12 @@ class EngineSettings:
         low=0,
         high=1024,
     )
+    packed_cache_mb: int = setting(
+        16384,
+        "Disk for weights in the CPU kernels' order, MiB, in cache/packed of home: the next start "
+        "maps them, and replicas share their memory; 0 keeps none.",
+        low=0,
+    )
     pooling: str = setting(
         "last",
         "What becomes of a text's hidden states in /v1/embeddings: the last one, or their mean.",
@@ -197,6 +242,18 @@ class EngineSettings:
     )
     adapters: str = setting(
         "", "LoRA adapters to load at start: name=address, several separated by commas."
+    )
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """vLLM as the engine of a replica (``engine: vllm`` in a deployment)."""
+
+    python: str = setting(
+        "", "The Python of an environment in which vLLM is installed, such as /opt/vllm/bin/python."
+    )
+    start_timeout_s: float = setting(
+        900.0, "Longest wait for vLLM to load a model, seconds.", low=1.0
     )
 
 
@@ -246,6 +303,7 @@ class Settings:
     control: ControlSettings = field(default_factory=ControlSettings)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    vllm: VllmSettings = field(default_factory=VllmSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     state: StateSettings = field(default_factory=StateSettings)
     log: LogSettings = field(default_factory=LogSettings)

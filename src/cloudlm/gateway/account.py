@@ -11,6 +11,7 @@ from collections.abc import Callable
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, InternalError, RequestCancelled
+from cloudlm.core.price import FREE
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.gateway.exchange import unique
 from cloudlm.gateway.interrupt import Interrupt
@@ -44,9 +45,15 @@ class Exchange:
         self.model = NO_MODEL
         self.replica = ""
         self.attempts = 0
+        self.price = FREE
+        self.tokens = 0  # of all attempts so far
+        self.cost = 0  # the same in billionths of the currency
+        self.headers: dict[str, str] = {}  # for the answer, whatever it is
         self.started_at = clock.now()
         self.started = clock.monotonic()
         self.answered = False
+        self.prompt_keys: tuple[bytes, ...] = ()
+        self.route = ""
         self._on_end: list[Callable[[], None]] = []
         self._ended = False
 
@@ -112,6 +119,8 @@ class Attempt:
         self._settled = True
         self._on_settled()
         exchange, usage = self._exchange, self._usage
+        exchange.tokens += usage.prompt_tokens + usage.completion_tokens
+        exchange.cost += exchange.price.cost(usage)
         self._ledger.add(self._row(outcome, status))
         exchange.meter.attempt_ended(
             exchange.model, outcome, usage.prompt_tokens, usage.completion_tokens
@@ -140,4 +149,6 @@ class Attempt:
             started_at=self._started_at,
             duration_s=exchange.clock.monotonic() - self._started,
             first_token_s=self._first_token_s,
+            project=exchange.key.project,
+            cost=exchange.price.cost(usage),
         )

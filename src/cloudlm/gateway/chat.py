@@ -1,16 +1,18 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → admit → choose → send → relay → account.
+authorise → parse and validate → reserve → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
-route, admit or retry; it asks ``router``, ``admission`` and ``retry``, which are pure.
+route, limit, admit or retry; it asks ``router``, ``limits``, ``admission`` and ``retry``, which are
+pure.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from cloudlm.core.errors import (
     AuthenticationFailed,
     CloudlmError,
     InternalError,
+    ModelAsleep,
     NoReplica,
     RequestCancelled,
     Retry,
@@ -32,15 +35,17 @@ from cloudlm.core.errors import (
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
-from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.dialects import openai, routes
 from cloudlm.gateway.dialects.base import Asker, Dialect, Route
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget, full_jitter
@@ -51,6 +56,7 @@ from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
+ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -65,7 +71,8 @@ class Rooms:
     pepper: bytes
     clock: Clock
     view: View
-    admission: Admission
+    limiter: Limiter
+    gate: Gate
     loads: Loads
     demand: DemandReporter
     upstream: Upstream
@@ -132,9 +139,15 @@ class Handler:
             call = route.parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
             call = await asyncio.to_thread(route.parse, request, name, asker)
-        if call.model not in view.models or not view.models[call.model].endpoints:
+        known = view.models.get(call.model)
+        if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
-        self._admit(exchange, view.model(call.model, exchange.key))
+        model = view.model(call.model, exchange.key)
+        self._expect(exchange, model)
+        ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
+        ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
+        ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
+        await self._rooms.gate.enter(ticket, exchange)
         return await self._serve(exchange, call)
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
@@ -162,7 +175,8 @@ class Handler:
             raise keys.invalid_key()
         return record
 
-    def _admit(self, exchange: Exchange, model: ServedModel) -> None:
+    def _expect(self, exchange: Exchange, model: ServedModel) -> None:
+        """Count a request for a model, served or not. Raises NoReplica if there is none."""
         rooms = self._rooms
         exchange.model = model.name
         rooms.demand.count(model.name)
@@ -172,10 +186,14 @@ class Handler:
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
             )
-        rooms.admission.enter(model.name)
+        if model.asleep:
+            raise ModelAsleep(
+                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
+                f"it; 'cloudlm wake {model.parent or model.name}' does",
+                retry_after_s=ASLEEP_RETRY_AFTER_S,
+            )
         rooms.meter.entered(model.name)
         exchange.at_end(lambda: rooms.meter.left(model.name))
-        exchange.at_end(lambda: rooms.admission.leave(model.name))
 
     async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
         """Try replicas until one answers, the attempts or the budget are used up, or none is
@@ -183,7 +201,9 @@ class Handler:
         budget = self._budgets.setdefault(call.model, RetryBudget())
         budget.count_request(self._rooms.clock.monotonic())
         tried: set[str] = set()
-        endpoint = self._choose(call, tried)
+        if exchange.key is not None:
+            exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
+        endpoint = self._choose(exchange, call, tried)
         if endpoint is None:
             raise NoReplica(
                 f"no replica of {call.model!r} takes requests now",
@@ -200,7 +220,7 @@ class Handler:
             wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
             with exchange.interrupt:
                 await self._rooms.clock.sleep(wait_s)
-            endpoint = self._choose(call, tried)
+            endpoint = self._choose(exchange, call, tried)
             if endpoint is None:
                 raise last
             self._rooms.meter.retried(call.model)
@@ -209,8 +229,9 @@ class Handler:
         rooms, replica = self._rooms, endpoint.replica
         exchange.attempts += 1
         exchange.replica = replica
-        rooms.loads.begin(replica)
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        exchange.route = f"least-cost; known={len(exchange.prompt_keys) - blocks}"
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
         said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
         try:
@@ -279,7 +300,7 @@ class Handler:
 
     # What the path asks ---------------------------------------------------------------------------
 
-    def _choose(self, call: Call, tried: set[str]) -> Endpoint | None:
+    def _choose(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
         """The replica for the next attempt, out of those that serve at this moment."""
         model = self._rooms.view.snapshot().models.get(call.model)
         return choose(
@@ -288,6 +309,7 @@ class Handler:
             self._rooms.clock.monotonic(),
             tried=tried,
             retrying=bool(tried),
+            keys=exchange.prompt_keys,
         )
 
     def _may_retry(
@@ -301,7 +323,7 @@ class Handler:
         return (
             may_help(error)
             and exchange.attempts < self._rooms.settings.max_attempts
-            and self._choose(call, tried) is not None
+            and self._choose(exchange, call, tried) is not None
             and budget.take(self._rooms.clock.monotonic())
         )
 
@@ -335,12 +357,13 @@ class Handler:
 
     def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
         """Who served the request, for every answer."""
-        headers = {"x-request-id": exchange.request_id, **more}
+        headers = {"x-request-id": exchange.request_id, **exchange.headers, **more}
         if exchange.model:
             headers["x-cloudlm-model"] = header_safe(exchange.model)
         if exchange.attempts:
             headers["x-cloudlm-replica"] = header_safe(exchange.replica)
             headers["x-cloudlm-attempts"] = str(exchange.attempts)
+            headers["x-cloudlm-route"] = exchange.route
         return headers
 
     def _said(self, exchange: Exchange) -> dict[str, str]:
@@ -383,7 +406,7 @@ def refusal(
     """The response that says ``error``."""
     headers["content-type"] = "application/json"
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationFailed):
         headers["www-authenticate"] = "Bearer"
     return GatewayResponse(

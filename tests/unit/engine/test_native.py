@@ -240,6 +240,21 @@ def test_tiny_scales_keep_their_precision() -> None:
     assert torch.equal(halves.float() * factor[:, None], exact)
 
 
+def test_matrices_of_different_kinds_or_groups_are_not_joined() -> None:
+    from cloudlm.engine.native.packing import join, quantize_int4, quantize_int8
+
+    weight = torch.randn(32, 128)
+    eight, wide, narrow = (
+        quantize_int8(weight),
+        quantize_int4(weight, 64),
+        quantize_int4(weight, 32),
+    )
+    for parts in ((eight, wide), (wide, eight), (wide, narrow)):
+        assert join(parts) is None
+    both = join((wide, wide))
+    assert both is not None and torch.equal(both.codes[32:], wide.codes)
+
+
 def test_wrong_shapes_are_refused(kernels: Kernels) -> None:
     weight = kernels.pack(torch.randn(32, 64).bfloat16())
     with pytest.raises(ValueError, match=r"x is \(2, 63\), expected \(2, 64\)"):
@@ -552,6 +567,17 @@ def test_a_failing_compiler_means_pytorch(
     assert kernels.name == "torch"
     (record,) = [record for record in caplog.records if record.message == "native_build_failed"]
     assert "no such flag" in record.fields["reason"]
+
+
+def test_working_memory_that_cannot_be_had_is_an_error_and_no_end(kernels: Kernels) -> None:
+    inputs, tokens = 65536, 2**31 - 33  # 256 TiB of prepared inputs: more than addresses go
+    weight = kernels.pack(torch.randn(32, inputs).bfloat16())
+    x, out = torch.randn(1, inputs), torch.empty(1, 32)
+    kernels.linear(weight, x, out)
+    with pytest.raises(MemoryError, match="lower max_batch_tokens"):
+        kernels.linear(weight, x.expand(tokens, -1), torch.empty(1, 32).expand(tokens, -1))
+    again = kernels.linear(weight, x, torch.empty(1, 32))
+    assert torch.equal(again, out)
 
 
 def test_no_compiler_means_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
