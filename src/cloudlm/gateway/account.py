@@ -44,11 +44,14 @@ class Exchange:
         self.model = NO_MODEL
         self.replica = ""
         self.attempts = 0
+        self.revision = 0  # of the replica that answers
+        self.usage = Usage()  # of all attempts that ended
+        self.headers: dict[str, str] = {}  # for the answer, whatever it is
+        self.outcome: Outcome | None = None  # once it is over
         self.started_at = clock.now()
         self.started = clock.monotonic()
         self.answered = False
         self._on_end: list[Callable[[], None]] = []
-        self._ended = False
 
     def at_end(self, action: Callable[[], None]) -> None:
         """Do something once when the exchange ends, last added first done."""
@@ -56,9 +59,9 @@ class Exchange:
 
     def end(self, outcome: Outcome, status: int) -> None:
         """The exchange is over. Only the first call counts."""
-        if self._ended:
+        if self.outcome is not None:
             return
-        self._ended = True
+        self.outcome = outcome
         while self._on_end:
             self._on_end.pop()()
         elapsed_s = self.clock.monotonic() - self.started
@@ -112,6 +115,7 @@ class Attempt:
         self._settled = True
         self._on_settled()
         exchange, usage = self._exchange, self._usage
+        exchange.usage += usage
         self._ledger.add(self._row(outcome, status))
         exchange.meter.attempt_ended(
             exchange.model, outcome, usage.prompt_tokens, usage.completion_tokens

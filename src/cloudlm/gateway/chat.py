@@ -1,6 +1,6 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → admit → choose → send → relay → account.
+authorise → parse and validate → known? → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
@@ -40,6 +40,7 @@ from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_saf
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget, full_jitter
@@ -88,6 +89,9 @@ class Handler:
         self._open: set[Exchange] = set()
         self._keys = KnownKeys()
         self._tenants = Tenants(rooms.pepper, rooms.weights)
+        self.recall = Recall(
+            rooms.settings, rooms.pepper, rooms.clock, rooms.view, rooms.ledger, self._headers
+        )
         rooms.view.on_change.append(self._follow)
 
     # The straight path ---------------------------------------------------------------------------
@@ -140,8 +144,13 @@ class Handler:
             )
         if call.model not in view.models or not view.models[call.model].endpoints:
             view = await self._rooms.view.look_again()
-        self._admit(exchange, view.model(call.model, exchange.key))
-        return await self._serve(exchange, call)
+        model = view.model(call.model, exchange.key)
+        question = self.recall.question(exchange, request, call, model)
+        known = question.known()
+        if known is not None:
+            return known
+        self._admit(exchange, model)
+        return await question.ask(lambda: self._serve(exchange, call))
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
         """The key's record. Missing, malformed, unknown and revoked keys cost the same work and
@@ -215,6 +224,7 @@ class Handler:
         rooms, replica = self._rooms, endpoint.replica
         exchange.attempts += 1
         exchange.replica = replica
+        exchange.revision = endpoint.revision
         rooms.loads.begin(replica)
         attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
         said = self._said(exchange) | (RESUMABLE if call.stream else {})
@@ -270,6 +280,8 @@ class Handler:
         field = call.result_field
         if body is None or (field is not None and not isinstance(body.get(field), list)):
             raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
+        if openai.is_aborted(body):
+            raise UpstreamFailed("a replica gave up on the answer")
         if call.generates:
             attempt.first_content()
         if field is not None:
@@ -324,10 +336,10 @@ class Handler:
 
     def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
         """Who served the request, for every answer."""
-        headers = {"x-request-id": exchange.request_id, **more}
+        headers = {"x-request-id": exchange.request_id, **exchange.headers, **more}
         if exchange.model:
             headers["x-cloudlm-model"] = header_safe(exchange.model)
-        if exchange.attempts:
+        if exchange.replica:
             headers["x-cloudlm-replica"] = header_safe(exchange.replica)
             headers["x-cloudlm-attempts"] = str(exchange.attempts)
         return headers
