@@ -175,7 +175,7 @@ def write_compressed(
             parts["weight_g_idx"] = groups.astype(np.int32)
         made.replace(base, parts, scale[:, groups] * (codes - zeros[:, groups]))
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
-    weights["strategy"] = "group" if group else "channel"
+    weights |= {"strategy": "group" if group else "channel", "group_size": group or None}
     inputs_of = {"num_bits": 8, "type": "int", "dynamic": True} if eight_bit_inputs else None
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs_of}
     config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": scheme}}

@@ -1,4 +1,5 @@
-"""``deploy``, ``apply``, ``status``, ``logs``, ``scale``, ``delete``: what is asked, what runs."""
+"""``deploy``, ``apply``, ``status``, ``logs``, ``scale``, ``sleep``, ``wake``, ``delete``: what is
+asked, what runs."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
+from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
 from cloudlm.state.home import yaml_fault
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A deployment.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")]
+ENGINE_HELP = f"What generates: {' or '.join(ENGINES)}."
 WAIT_S = 600.0
 
 
@@ -45,6 +48,8 @@ def add_to(app: typer.Typer) -> None:
     app.command("status")(status)
     app.command("logs")(logs)
     app.command("scale")(scale)
+    app.command("sleep")(sleep)
+    app.command("wake")(wake)
     app.command("delete")(delete)
 
 
@@ -57,8 +62,13 @@ def deploy(
         str, typer.Option("--replicas", metavar="MIN:MAX", help="How many replicas.")
     ] = "1:1",
     driver: Annotated[str, typer.Option("--driver", help="Where replicas run.")] = "process",
+    engine: Annotated[str, typer.Option("--engine", help=ENGINE_HELP)] = CLOUDLM,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=ADDRESS", help="LoRA adapter to serve as NAME."),
     ] = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
@@ -73,12 +83,14 @@ def deploy(
             name=name,
             model=ref,
             driver=driver,
+            engine=engine,
             min_replicas=low,
             max_replicas=high,
             options={
                 **read_options(option or []),
                 **partition_options(tensor_parallel, pipeline_parallel),
             },
+            adapters=read_adapters(adapter or []),
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output)
@@ -172,6 +184,20 @@ def scale(
         _finish(client, [name], wait, json_output)
 
 
+def sleep(name: Name, wait: Wait = True, json_output: Json = False) -> None:
+    """Give the memory of a deployment's replicas back. Their processes stay; requests get 503."""
+    with control_client() as client:
+        client.deployments.sleep(name)
+        _finish(client, [name], wait, json_output)
+
+
+def wake(name: Name, wait: Wait = True, json_output: Json = False) -> None:
+    """Load the model of a sleeping deployment again."""
+    with control_client() as client:
+        client.deployments.wake(name)
+        _finish(client, [name], wait, json_output)
+
+
 def delete(
     name: Name,
     wait: Wait = True,
@@ -219,6 +245,20 @@ def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:
     return options
 
 
+def read_adapters(pairs: list[str]) -> dict[str, str]:
+    """``name=models:/name/3`` pairs. Raises InvalidRequest."""
+    adapters: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, address = pair.partition("=")
+        if not name or not equals or name in adapters:
+            raise InvalidRequest(
+                f"adapter {pair!r} must be NAME=ADDRESS, such as polite=models:/polite/1, each "
+                "name once"
+            )
+        adapters[name] = address
+    return adapters
+
+
 def read_specs(file: Path) -> list[DeploymentSpec]:
     """The deployments in a YAML file, ``-`` for standard input. Raises InvalidRequest naming the
     file and the fault."""
@@ -261,7 +301,7 @@ def _finish(client: Client, names: list[str], wait: bool, json_output: bool) -> 
     """Wait until the deployments are ready, telling their state, then print them."""
     if wait:
         for name in names:
-            with spinner(f"starting {name}") as update:
+            with spinner(f"waiting for {name}") as update:
                 client.deployments.wait_ready(
                     name, timeout_s=WAIT_S, on_status=lambda now: update(_progress_text(now))
                 )

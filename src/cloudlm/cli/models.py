@@ -20,7 +20,7 @@ from cloudlm.cli.screen import (
     size_text,
 )
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
-from cloudlm.core.model import Manifest, parse_ref
+from cloudlm.core.model import ADAPTER, Manifest, parse_ref
 
 if TYPE_CHECKING:
     from cloudlm.registry.registry import Registry
@@ -118,7 +118,7 @@ def import_model(
     alias: Alias = None,
     json_output: Json = False,
 ) -> None:
-    """Import a Hugging Face folder or a GGUF file."""
+    """Import a model's or adapter's folder, or a GGUF file."""
     if Path(source).expanduser().exists():  # "my-model" alone would be a registered name
         source = str(Path(source).expanduser().resolve())
     _import(source, name, alias, json_output)
@@ -140,12 +140,16 @@ def _import(source: str, name: str | None, alias: str | None, json_output: bool)
         say(note)
     if manifest.already_registered:
         say("these bytes were registered already; nothing was added")
-    say(f"deploy it with: cloudlm deploy {manifest.ref} --name {manifest.name}")
+    if manifest.task == ADAPTER:
+        adapter = f"{manifest.name}={manifest.ref}"
+        say(f"serve it with: cloudlm deploy BASE --name NAME --adapter {adapter}")
+    else:
+        say(f"deploy it with: cloudlm deploy {manifest.ref} --name {manifest.name}")
 
 
 @app.command("rm")
 def remove(model: Ref, json_output: Json = False) -> None:
-    """Remove one version that nothing here uses."""
+    """Remove one version that no alias or deployment here uses."""
     registry = local_registry()
     manifest = registry.resolve(parse_ref(model))
     users = asyncio.run(_deployments_of(registry, manifest))
@@ -162,13 +166,20 @@ def remove(model: Ref, json_output: Json = False) -> None:
 
 
 async def _deployments_of(registry: Registry, manifest: Manifest) -> list[str]:
-    """Deployments whose model is this version; an alias or a bare name is resolved."""
+    """Deployments whose model or adapter is this version; an alias or a bare name is resolved."""
     state, _ = await open_local_state()
     try:
         deployments = await state.list_deployments()
     finally:
         await state.close()
-    return [one.spec.name for one in deployments if _runs(registry, one.spec.model, manifest)]
+    return [
+        one.spec.name
+        for one in deployments
+        if any(
+            _runs(registry, address, manifest)
+            for address in (one.spec.model, *one.spec.adapters.values())
+        )
+    ]
 
 
 def _runs(registry: Registry, model: str, manifest: Manifest) -> bool:

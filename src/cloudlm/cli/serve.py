@@ -10,10 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from cloudlm.cli.connect import local_url
-from cloudlm.cli.deployments import read_options
+from cloudlm.cli.deployments import ENGINE_HELP, read_options
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.screen import print_json, print_text, share_bar
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
+from cloudlm.core.spec import CLOUDLM
 from cloudlm.state.home import Home, load_settings
 from cloudlm.telemetry.logs import setup_logging
 
@@ -37,6 +38,7 @@ def serve(
             help="Key that callers must send; required on addresses other than loopback.",
         ),
     ] = None,
+    engine: Annotated[str, typer.Option("--engine", help=ENGINE_HELP)] = CLOUDLM,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
@@ -76,6 +78,7 @@ def serve(
             home=home.path,
             token=api_key,
             registry_url=home.registry_url(settings),
+            engine_name=engine,
             options=options,
             settings=settings,
             on_ready=on_ready,

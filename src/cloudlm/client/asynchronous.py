@@ -192,6 +192,14 @@ class AsyncDeployments:
     async def scale(self, name: str, min_replicas: int, max_replicas: int) -> DeploymentView:
         return await self._client.send(calls.scale_deployment(name, min_replicas, max_replicas))
 
+    async def sleep(self, name: str) -> DeploymentView:
+        """Have its replicas give their memory back; see ``wait_ready``."""
+        return await self._client.send(calls.turn_deployment(name, asleep=True))
+
+    async def wake(self, name: str) -> DeploymentView:
+        """Have its replicas load the model again; see ``wait_ready``."""
+        return await self._client.send(calls.turn_deployment(name, asleep=False))
+
     async def delete(self, name: str) -> None:
         """Ask for its end; see ``wait_gone``."""
         await self._client.send(calls.delete_deployment(name))

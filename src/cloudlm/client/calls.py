@@ -114,6 +114,11 @@ def scale_deployment(name: str, low: int, high: int) -> Call[DeploymentView]:
     return Call("POST", path, wire.deployment_from_body, wire.scale_body(low, high))
 
 
+def turn_deployment(name: str, *, asleep: bool) -> Call[DeploymentView]:
+    path = path_of("deployments", name, "sleep" if asleep else "wake")
+    return Call("POST", path, wire.deployment_from_body)
+
+
 def delete_deployment(name: str) -> Call[None]:
     return Call("DELETE", path_of("deployments", name), nothing)
 

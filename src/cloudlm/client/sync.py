@@ -187,6 +187,14 @@ class Deployments:
     def scale(self, name: str, min_replicas: int, max_replicas: int) -> DeploymentView:
         return self._client.send(calls.scale_deployment(name, min_replicas, max_replicas))
 
+    def sleep(self, name: str) -> DeploymentView:
+        """Have its replicas give their memory back; see ``wait_ready``."""
+        return self._client.send(calls.turn_deployment(name, asleep=True))
+
+    def wake(self, name: str) -> DeploymentView:
+        """Have its replicas load the model again; see ``wait_ready``."""
+        return self._client.send(calls.turn_deployment(name, asleep=False))
+
     def delete(self, name: str) -> None:
         """Ask for its end; see ``wait_gone``."""
         self._client.send(calls.delete_deployment(name))

@@ -20,6 +20,7 @@ from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.naps import HttpTurner
 from cloudlm.control.probe import HttpProber
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import Progress
@@ -38,7 +39,7 @@ from cloudlm.telemetry.logs import get_logger
 
 STOP_TIMEOUT_S = 5
 # What a worker reads itself; all other settings are no business of it.
-_WORKER_SETTINGS = ("engine.", "worker.", "log.", "registry.")
+_WORKER_SETTINGS = ("engine.", "vllm.", "worker.", "log.", "registry.")
 _log = get_logger("cloudlm.control")
 
 
@@ -83,8 +84,13 @@ async def running(
         return import_address(registry, source, name, alias=alias, progress=progress)
 
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
-    async with HttpProber(settings.control.probe_timeout_s) as prober:
-        reconciler = Reconciler(state, drivers, registry, prober, clock, settings.control, metrics)
+    async with (
+        HttpProber(settings.control.probe_timeout_s) as prober,
+        HttpTurner(home.worker_token()) as turner,
+    ):
+        reconciler = Reconciler(
+            state, drivers, registry, prober, clock, settings.control, metrics, turner
+        )
         await jobs.resume()
         loop = asyncio.create_task(reconciler.run())
         pepper = home.pepper()
@@ -108,6 +114,7 @@ async def running(
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
+            await reconciler.close()
             await auditor.checkpoint()
             await jobs.close()
             await drivers.close()

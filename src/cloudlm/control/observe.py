@@ -38,8 +38,8 @@ class SeenGroup:
 class Seen:
     """The world at one moment.
 
-    ``ready`` and ``stalled`` hold replica ids, ``busy`` the requests at those that answer,
-    ``faults`` what went wrong with a driver: its groups are then unknown, not gone.
+    ``ready``, ``sleeping`` and ``stalled`` hold replica ids, ``busy`` the requests at those that
+    answer, ``faults`` what went wrong with a driver: its groups are then unknown, not gone.
     """
 
     groups: tuple[SeenGroup, ...] = ()
@@ -47,6 +47,7 @@ class Seen:
     stalled: frozenset[str] = frozenset()
     busy: Mapping[str, int] = field(default_factory=dict)
     faults: Mapping[str, CloudlmError] = field(default_factory=dict)
+    sleeping: frozenset[str] = frozenset()
 
     def of(self, deployment: str) -> list[SeenGroup]:
         """The groups of one deployment."""
@@ -101,7 +102,7 @@ class Observer:
         await asyncio.gather(
             *(self._probe_one(r) for g, r in replicas if self._is_to_probe(g.driver, r))
         )
-        ready, stalled, busy = set(), set(), {}
+        ready, sleeping, stalled, busy = set(), set(), set(), {}
         for _, replica in replicas:
             record = self._record(replica)
             if record is None:
@@ -112,9 +113,18 @@ class Observer:
                 busy[replica.id] = record.busy
             if record.verdict is Verdict.READY:
                 ready.add(replica.id)
+            elif record.verdict is Verdict.SLEEPING:
+                sleeping.add(replica.id)
             elif record.verdict is Verdict.STALLED:
                 stalled.add(replica.id)
-        return Seen(tuple(groups), frozenset(ready), frozenset(stalled), busy, faults)
+        return Seen(
+            tuple(groups),
+            frozenset(ready),
+            frozenset(stalled),
+            busy,
+            faults,
+            frozenset(sleeping),
+        )
 
     def _is_to_probe(self, driver: str, replica: Replica) -> bool:
         has_address = Ability.PER_REPLICA_ADDRESS in self._drivers.get(driver).abilities

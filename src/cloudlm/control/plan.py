@@ -9,7 +9,7 @@ Must not know drivers, addresses or time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cloudlm.core.deployment import Deployment, GroupObservation, GroupSpec
@@ -51,8 +51,14 @@ def group_name(deployment: str, revision: int) -> str:
     return f"{deployment}-r{revision}"
 
 
-def desired_group(deployment: Deployment, model: str, replicas: int) -> GroupSpec:
-    """The group of the deployment's revision. ``model`` is the fixed version it runs."""
+def desired_group(
+    deployment: Deployment,
+    model: str,
+    replicas: int,
+    adapters: Mapping[str, str] | None = None,
+) -> GroupSpec:
+    """The group of the deployment's revision. ``model`` and ``adapters`` are the fixed versions
+    that it runs."""
     spec = deployment.spec
     return GroupSpec(
         name=group_name(spec.name, deployment.revision),
@@ -63,6 +69,7 @@ def desired_group(deployment: Deployment, model: str, replicas: int) -> GroupSpe
         engine=spec.engine,
         options=dict(spec.options),
         env=dict(spec.env),
+        adapters=dict(adapters or {}),
     )
 
 
@@ -77,16 +84,17 @@ def plan(
     groups: Sequence[GroupObservation],
     ready: Collection[str],
     model: str,
+    adapters: Mapping[str, str] | None = None,
 ) -> Plan:
     """The next step towards ``wanted`` replicas of the deployment's revision.
 
     ``groups`` are all groups of this deployment, ``ready`` the ids of replicas that answer (those
-    that are being drained included, as long as they could answer again), ``model`` the fixed
-    version of the revision.
+    that are being drained included, as long as they could answer again), ``model`` and
+    ``adapters`` the fixed versions of the revision.
     """
     if deployment.deleting:
         return plan_deletion(groups)
-    target = desired_group(deployment, model, wanted)
+    target = desired_group(deployment, model, wanted, adapters)
     existing = [group for group in groups if group.spec is not None]
     current = next((group for group in existing if group.name == target.name), None)
     old = sorted((g for g in existing if g.name != target.name), key=_revision)
@@ -160,7 +168,9 @@ def _shrink(
 def _runs_same(current: GroupObservation, target: GroupSpec) -> bool:
     assert current.spec is not None
     kept = current.spec
-    return replace(target, replicas=kept.replicas, model=kept.model) == kept
+    same_names = kept.adapters.keys() == target.adapters.keys()
+    fixed = replace(target, replicas=kept.replicas, model=kept.model, adapters=kept.adapters)
+    return same_names and fixed == kept
 
 
 def _size(group: GroupObservation) -> int:

@@ -31,6 +31,7 @@ class Sample:
     steps: int = 0
     running: int = 0
     waiting: int = 0
+    sleeping: bool = False
 
 
 UNREACHABLE = Sample(reachable=False)
@@ -41,6 +42,7 @@ class Verdict(StrEnum):
 
     NOT_READY = "not_ready"
     READY = "ready"
+    SLEEPING = "sleeping"
     STALLED = "stalled"
 
 
@@ -63,9 +65,9 @@ class ProbeRecord:
 def judge(record: ProbeRecord, sample: Sample, now: float, stall_timeout_s: float) -> ProbeRecord:
     """The record after one more sample.
 
-    A ready replica stays ready over a single missed probe. Stalled is: the engine says that it is
-    dead; steps stand still with work waiting, or no answer, for longer than ``stall_timeout_s``
-    (for START_TIMEOUT_S if it never answered: a start may take its time).
+    A ready replica stays ready over a single missed probe, and a sleeping one asleep. Stalled is:
+    the engine says that it is dead; steps stand still with work waiting, or no answer, for longer
+    than ``stall_timeout_s`` (for START_TIMEOUT_S if it never answered: a start may take its time).
     """
     if not sample.reachable:
         misses = record.misses + 1
@@ -79,6 +81,8 @@ def judge(record: ProbeRecord, sample: Sample, now: float, stall_timeout_s: floa
     progress_at = now if moved else record.progress_at
     stalled = not sample.alive or now - progress_at > stall_timeout_s
     verdict = Verdict.READY if sample.ready else Verdict.NOT_READY
+    if sample.sleeping:
+        verdict = Verdict.SLEEPING
     return ProbeRecord(
         progress_at=progress_at,
         steps=sample.steps,
@@ -145,6 +149,7 @@ def sample_from_body(body: Any) -> Sample | None:
     return Sample(
         reachable=True,
         ready=body["ready"] and body.get("healthy") is not False,
+        sleeping=body.get("phase") == "sleeping",
         alive=body.get("alive") is not False,
         steps=_count(body.get("steps")),
         running=_count(body.get("running")),

@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from cloudlm.control.autoscale import ScaleMemory, autoscale
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.naps import Naps, Turner
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
 from cloudlm.control.plan import Action, Apply, Plan, group_name, plan, plan_deletion
 from cloudlm.control.probe import Prober
 from cloudlm.control.registry import ModelRegistry
 from cloudlm.control.status import summarise
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import Demand, Deployment, DeploymentStatus, Endpoint
+from cloudlm.core.deployment import (
+    Demand,
+    Deployment,
+    DeploymentStatus,
+    Endpoint,
+    GroupObservation,
+)
 from cloudlm.core.errors import CloudlmError, InvalidRequest
 from cloudlm.core.model import parse_ref
 from cloudlm.core.settings import ControlSettings
@@ -46,6 +53,7 @@ class Reconciler:
         clock: Clock,
         settings: ControlSettings,
         metrics: ControlMetrics,
+        turner: Turner,
     ) -> None:
         self._state = state
         self._drivers = drivers
@@ -55,8 +63,9 @@ class Reconciler:
         self._metrics = metrics
         self._observer = Observer(drivers, prober, clock, settings.stall_timeout_s)
         self._drains = Drains(settings.drain_timeout_s)
+        self._naps = Naps(turner)
         self._scale: dict[str, tuple[int, ScaleMemory]] = {}
-        self._versions: dict[str, str] = {}
+        self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
         self._statuses: dict[str, DeploymentStatus] | None = None
         self._stopped_stalled: dict[str, object] = {}
@@ -83,6 +92,10 @@ class Reconciler:
                 _log.exception("pass_failed")
             await self._pause()
 
+    async def close(self) -> None:
+        """Let go of what is under way; call it after ``run`` was cancelled."""
+        await self._naps.close()
+
     def nudge(self) -> None:
         """Something was asked: the next pass begins at once."""
         self._wake.set()
@@ -90,7 +103,9 @@ class Reconciler:
     def models_in_use(self) -> frozenset[str]:
         """The versions (``models:/name/3``) that groups run, as of the last pass."""
         specs = (group.observation.spec for group in self._seen.groups)
-        return frozenset(spec.model for spec in specs if spec is not None)
+        return frozenset(
+            ref for one in specs if one is not None for ref in (one.model, *one.adapters.values())
+        )
 
     async def step(self) -> None:
         """One pass over everything."""
@@ -99,12 +114,15 @@ class Reconciler:
         await self._recall()
         seen = await self._observer.look({DEFAULT, *(d.spec.driver for d in deployments)})
         self._seen = seen
-        self._drains.keep_only({r.id for g in seen.groups for r in g.observation.replicas})
+        existing = {r.id for g in seen.groups for r in g.observation.replicas}
+        self._drains.keep_only(existing)
+        self._naps.keep_only(existing)
         await self._stop_stalled(seen)
         for deployment in deployments:
             name = deployment.spec.name
             try:
-                await self._converge(deployment, seen, [d for d in demand if d.model == name])
+                served = {name, *deployment.spec.adapters}
+                await self._converge(deployment, seen, [d for d in demand if d.model in served])
             except CloudlmError as error:
                 _log.warning(
                     "deployment_failed",
@@ -112,7 +130,8 @@ class Reconciler:
                 )
             except Exception:
                 _log.exception("deployment_failed", extra={"fields": {"deployment": name}})
-        await self._remove_orphans({d.spec.name for d in deployments}, seen)
+        served = {name for d in deployments for name in (d.spec.name, *d.spec.adapters)}
+        await self._remove_orphans({d.spec.name for d in deployments}, served, seen)
 
     async def _pause(self) -> None:
         sleeping = asyncio.ensure_future(self._clock.sleep(self._interval_s))
@@ -149,15 +168,33 @@ class Reconciler:
             problem = fault.message  # its groups are unknown: leave everything as it is
         else:
             try:
-                model = "" if deployment.deleting else await self._version(deployment, groups)
-                step = plan(deployment, wanted, observations, seen.ready, model)
+                model, adapters = "", dict[str, str]()
+                if not deployment.deleting:
+                    model, adapters = await self._version(deployment, groups)
+                answering = seen.ready | seen.sleeping  # what sleeps can answer again
+                step = plan(deployment, wanted, observations, answering, model, adapters)
             except CloudlmError as error:
                 problem = error.message
         if fault is None:
-            await self._withdraw(name, groups, step, seen)
+            await self._withdraw(
+                name,
+                groups,
+                step,
+                seen,
+                asleep=bool(deployment.spec.asleep),
+                adapters=deployment.spec.adapters,
+            )
             problem = await self._act(step, deployment.spec.driver, groups, seen) or problem
+            problem = problem or self._turn(deployment, observations, step, seen)
         status = summarise(
-            deployment, wanted, observations, seen.ready, step.leaving, problem, self._clock.now()
+            deployment,
+            wanted,
+            observations,
+            seen.ready,
+            step.leaving,
+            problem,
+            self._clock.now(),
+            seen.sleeping,
         )
         await self._write_status(status)
         # A driver that is not installed runs nothing that we could stop.
@@ -165,8 +202,19 @@ class Reconciler:
         if deployment.deleting and not groups and known:
             await self._forget(deployment)
 
+    def _turn(
+        self, deployment: Deployment, groups: Sequence[GroupObservation], step: Plan, seen: Seen
+    ) -> str:
+        """Have the replicas that stay sleep or wake as asked; returns what hinders it."""
+        staying = [r for g in groups for r in g.replicas if r.id not in step.leaving and r.url]
+        asleep = None if deployment.deleting else deployment.spec.asleep
+        now = self._clock.monotonic()
+        return self._naps.mind(asleep, staying, seen.ready, seen.sleeping, now)
+
     def _wanted(self, deployment: Deployment, demand: Sequence[Demand]) -> int:
         name = deployment.spec.name
+        if deployment.spec.asleep:
+            demand = ()  # requests are refused, and say nothing
         current, memory = self._scale.get(name, (self._recalled_wanted(name), ScaleMemory()))
         wanted, memory = autoscale(
             deployment.spec, demand, current, memory, self._clock.monotonic()
@@ -178,38 +226,73 @@ class Reconciler:
         status = (self._statuses or {}).get(name)
         return 0 if status is None else status.wanted_replicas
 
-    async def _version(self, deployment: Deployment, groups: Sequence[SeenGroup]) -> str:
-        """The fixed version of the revision: what its group runs; for a new revision what the
-        address means now. Moving an alias later changes nothing."""
+    async def _version(
+        self, deployment: Deployment, groups: Sequence[SeenGroup]
+    ) -> tuple[str, dict[str, str]]:
+        """The fixed versions of the revision and its adapters: what its group runs; for a new
+        revision what the addresses mean now. Moving an alias later changes nothing."""
         group = group_name(deployment.spec.name, deployment.revision)
         for one in groups:
             spec = one.observation.spec
             if spec is not None and spec.name == group:
-                self._versions[group] = spec.model
+                self._versions[group] = spec.model, dict(spec.adapters)
         if group not in self._versions:
-            ref = parse_ref(deployment.spec.model)
-            manifest = await asyncio.to_thread(self._registry.resolve, ref)
-            self._versions[group] = manifest.ref
+            model = await self._fixed(deployment.spec.model)
+            wanted = deployment.spec.adapters.items()
+            adapters = {name: await self._fixed(address) for name, address in wanted}
+            self._versions[group] = model, adapters
         return self._versions[group]
 
+    async def _fixed(self, address: str) -> str:
+        return (await asyncio.to_thread(self._registry.resolve, parse_ref(address))).ref
+
     async def _withdraw(
-        self, name: str, groups: Sequence[SeenGroup], step: Plan, seen: Seen
+        self,
+        name: str,
+        groups: Sequence[SeenGroup],
+        step: Plan,
+        seen: Seen,
+        *,
+        asleep: bool = False,
+        adapters: Collection[str] = (),
     ) -> None:
-        """Write the endpoints: replicas that answer and are to stay."""
+        """Write the endpoints: replicas that are to stay and answer, and with weight 0 those that
+        sleep, or fall asleep now (``asleep``). An adapter has those that carry it."""
         assert self._endpoints is not None
         replicas = {r.id for g in groups for r in g.observation.replicas}
         serving = {endpoint.replica for endpoint in self._endpoints.get(name, ())}
         endpoints = tuple(
-            Endpoint(name, replica.id, replica.url, group.observation.spec.revision)
+            Endpoint(
+                name,
+                replica.id,
+                replica.url,
+                group.observation.spec.revision,
+                0.0 if asleep or replica.id in seen.sleeping else 1.0,
+            )
             for group in groups
             if group.observation.spec is not None
             for replica in group.observation.replicas
-            if replica.id in seen.ready and replica.id not in step.leaving and replica.url
+            if replica.id in seen.ready | seen.sleeping
+            and replica.id not in step.leaving
+            and replica.url
         )
-        if self._endpoints.get(name, ()) != endpoints:
-            await self._state.put_endpoints(name, endpoints)
-            self._endpoints[name] = endpoints
+        await self._put_endpoints(name, endpoints)
+        for adapter in adapters:
+            carrying = {
+                replica.id
+                for group in groups
+                if group.observation.spec and adapter in group.observation.spec.adapters
+                for replica in group.observation.replicas
+            }
+            found = [replace(one, model=adapter) for one in endpoints if one.replica in carrying]
+            await self._put_endpoints(adapter, tuple(found))
         self._drains.note(replicas, step.leaving, serving, self._clock.monotonic())
+
+    async def _put_endpoints(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
+        assert self._endpoints is not None
+        if self._endpoints.get(model, ()) != endpoints:
+            await self._state.put_endpoints(model, endpoints)
+            self._endpoints[model] = endpoints
 
     async def _act(self, step: Plan, driver: str, groups: Sequence[SeenGroup], seen: Seen) -> str:
         """Carry out what may be done now; returns why the driver refused, if it did."""
@@ -260,12 +343,13 @@ class Reconciler:
 
     # What belongs to nobody, and what stands still ------------------------------------------------
 
-    async def _remove_orphans(self, names: set[str], seen: Seen) -> None:
+    async def _remove_orphans(self, names: set[str], served: set[str], seen: Seen) -> None:
+        """``names`` are the deployments, ``served`` those and their adapters."""
         orphans: dict[str, list[SeenGroup]] = {}
         for group in seen.groups:
             if group.deployment not in names:
                 orphans.setdefault(group.deployment, []).append(group)
-        for model in [one for one in self._endpoints or {} if one not in names]:
+        for model in [one for one in self._endpoints or {} if one not in served]:
             orphans.setdefault(model, [])
         for name, groups in orphans.items():
             try:

@@ -30,21 +30,24 @@ def summarise(
     leaving: Collection[str],
     problem: str,
     now: float,
+    sleeping: Collection[str] = (),
 ) -> DeploymentStatus:
-    """The status to write. ``problem`` is what hinders control itself, empty if nothing does."""
+    """The status to write. ``problem`` is what hinders control itself, empty if nothing does;
+    ``ready`` and ``sleeping`` are replicas that answer, and that could after waking up."""
     current = group_name(deployment.spec.name, deployment.revision)
     replicas = [
-        _shown(replica, ready, leaving)
+        _shown(replica, ready, leaving, sleeping)
         for group in sorted(groups, key=lambda group: group.name != current)
         for replica in group.replicas
     ]
     serving = [one for one in replicas if one.state is ReplicaState.READY]
+    asleep = any(one.state is ReplicaState.SLEEPING for one in replicas)
     failing = [one for one in replicas if _is_failing(one)]
     updating = any(group.name != current for group in groups)
     message = problem or (_reason(failing[0]) if failing else "")
     return DeploymentStatus(
         name=deployment.spec.name,
-        phase=_phase(deployment, wanted, len(serving), failing, updating, problem),
+        phase=_phase(deployment, wanted, len(serving), failing, updating, problem, asleep),
         observed_generation=deployment.generation,
         wanted_replicas=wanted,
         ready_replicas=len(serving),
@@ -61,11 +64,17 @@ def _phase(
     failing: Sequence[Replica],
     updating: bool,
     problem: str,
+    asleep: bool,
 ) -> DeploymentPhase:
     if deployment.deleting:
         return DeploymentPhase.DELETING
     if problem:
-        return DeploymentPhase.DEGRADED if serving else DeploymentPhase.FAILED
+        return DeploymentPhase.DEGRADED if serving or asleep else DeploymentPhase.FAILED
+    wish = deployment.spec.asleep
+    if (wish is True and serving) or (wish is False and asleep):
+        return DeploymentPhase.UPDATING
+    if asleep and not serving:
+        return DeploymentPhase.SLEEPING
     if serving == 0:
         hopeless = any(one.restarts >= _RESTARTS_TO_FAIL for one in failing)
         return DeploymentPhase.FAILED if hopeless else DeploymentPhase.STARTING
@@ -76,12 +85,19 @@ def _phase(
     return DeploymentPhase.READY if serving >= wanted else DeploymentPhase.DEGRADED
 
 
-def _shown(replica: Replica, ready: Collection[str], leaving: Collection[str]) -> Replica:
+def _shown(
+    replica: Replica,
+    ready: Collection[str],
+    leaving: Collection[str],
+    sleeping: Collection[str],
+) -> Replica:
     if replica.id in leaving:
         return replace(replica, state=ReplicaState.DRAINING)
     if replica.id in ready:
         # What once went wrong is over: the message is about now.
         return replace(replica, state=ReplicaState.READY, message="")
+    if replica.id in sleeping:
+        return replace(replica, state=ReplicaState.SLEEPING, message="")
     if replica.state is ReplicaState.READY:
         return replace(replica, state=ReplicaState.STARTING)
     return replica

@@ -18,8 +18,11 @@ class DeploymentSpec:
 
     ``name`` is also the model name in the OpenAI API. ``model`` is a model address
     (``models:/name/3``, ``models:/name@alias``); other addresses are imported first.
-    ``engine`` is ``cloudlm`` here. ``options`` are engine settings (``max_model_len``,
-    ``kv_cache_mb``, ``dtype`` …) and ``env`` extra environment of the replica.
+    ``engine`` is what generates: ``cloudlm`` or ``vllm``. ``options`` are its settings
+    (``max_model_len``, ``dtype`` …) and ``env`` extra environment of the replica.
+    ``asleep`` puts the replicas to sleep (true) or keeps them awake (false); None leaves each as
+    it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
+    the address of each.
     """
 
     name: str
@@ -32,6 +35,8 @@ class DeploymentSpec:
     max_surge: int = 1
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    asleep: bool | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +44,8 @@ class Deployment:
     """The desired fact: a spec with its generation.
 
     ``generation`` grows with every change; ``revision`` only when what a replica runs changes
-    (model, driver, engine, options, env), so that scaling restarts nothing. ``deleting`` asks
-    control to stop everything and then remove the fact.
+    (model, driver, engine, options, env, adapters), so that scaling restarts nothing. ``deleting``
+    asks control to stop everything and then remove the fact.
     """
 
     spec: DeploymentSpec
@@ -61,6 +66,7 @@ class Deployment:
                 max_replicas=self.spec.max_replicas,
                 target_ongoing_requests=self.spec.target_ongoing_requests,
                 max_surge=self.spec.max_surge,
+                asleep=self.spec.asleep,
             )
             == self.spec
         )
@@ -79,6 +85,7 @@ class ReplicaState(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    SLEEPING = "sleeping"
     DRAINING = "draining"
     BACKOFF = "backoff"
     FAILED = "failed"
@@ -89,8 +96,8 @@ class ReplicaState(StrEnum):
 class GroupSpec:
     """What a driver is asked to run: ``replicas`` alike copies of one revision.
 
-    ``model`` is a fixed version (``models:/name/3``), never an alias: a group must not change
-    its bytes when an alias moves.
+    ``model`` and those of ``adapters`` (by name) are fixed versions (``models:/name/3``), never
+    an alias: a group must not change its bytes when an alias moves.
     """
 
     name: str
@@ -101,6 +108,7 @@ class GroupSpec:
     engine: str = "cloudlm"
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,8 @@ class GroupObservation:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The address of one replica that may be sent requests. ``model`` is the API name."""
+    """The address of one replica that may be sent requests, unless its ``weight`` is 0: then it
+    sleeps. ``model`` is the API name."""
 
     model: str
     replica: str

@@ -28,6 +28,7 @@ errors are translated into this tree once, at the seam where they enter.
     ├── UpstreamFailed 502            (retry elsewhere)
     ├── Unavailable 503               (retry later)
     │   ├── NoReplica 503
+    │   ├── ModelAsleep 503
     │   └── Overloaded 503
     ├── UpstreamTimeout 504           (retry elsewhere)
     ├── StorageFailed 507             (full disk, unwritable folder)
@@ -247,6 +248,12 @@ class NoReplica(Unavailable):
     """The model is deployed but none of its replicas is ready."""
 
     code = "no_replica"
+
+
+class ModelAsleep(Unavailable):
+    """All replicas of the model sleep."""
+
+    code = "model_asleep"
 
 
 class Overloaded(Unavailable):

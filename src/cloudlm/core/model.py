@@ -17,6 +17,8 @@ from cloudlm.core.errors import BrokenModel, InvalidRequest
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?", re.ASCII)
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
+ADAPTER = "adapter"
+"""The task of a version that is no model of its own, but a LoRA adapter for one."""
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 MANIFEST_FORMAT = 1
 
@@ -133,8 +135,9 @@ class ModelFile:
 class Manifest:
     """All that is known of a version without reading its weights.
 
-    ``task`` is ``generate`` for decoders. ``parameters`` counts weights. ``lineage`` says where the
-    bytes came from (``source`` address, ``revision``, ``parent`` version, ``imported_by``).
+    ``task`` is ``generate`` for decoders, ``adapter`` for a LoRA adapter. ``parameters`` counts
+    weights. ``lineage`` says where the bytes came from (``source`` address, ``revision``,
+    ``parent`` version, ``imported_by``) and, of an adapter, for what it was made (``base``).
     ``weights_format`` is ``safetensors`` or ``gguf``; ``quantisation`` says how the weights are
     quantised (``gptq int4``), empty if they are not.
     """

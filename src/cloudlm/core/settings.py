@@ -208,6 +208,18 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
+class VllmSettings:
+    """vLLM as the engine of a replica (``engine: vllm`` in a deployment)."""
+
+    python: str = setting(
+        "", "The Python of an environment in which vLLM is installed, such as /opt/vllm/bin/python."
+    )
+    start_timeout_s: float = setting(
+        900.0, "Longest wait for vLLM to load a model, seconds.", low=1.0
+    )
+
+
+@dataclass(frozen=True)
 class RegistrySettings:
     """Model versions and their local copies."""
 
@@ -253,6 +265,7 @@ class Settings:
     control: ControlSettings = field(default_factory=ControlSettings)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    vllm: VllmSettings = field(default_factory=VllmSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     state: StateSettings = field(default_factory=StateSettings)
     log: LogSettings = field(default_factory=LogSettings)

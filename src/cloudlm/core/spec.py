@@ -10,9 +10,14 @@ from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.fields import check_text, kind_of
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
+from cloudlm.core.vllm import read_vllm_options
 
+CLOUDLM = "cloudlm"
+VLLM = "vllm"
+ENGINES = (CLOUDLM, VLLM)
 MAX_REPLICAS = 1000
 MAX_ENTRIES = 64
+MAX_ADAPTERS = 64
 MAX_ADDRESS_LENGTH = 512
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
@@ -42,7 +47,10 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         raise InvalidRequest(
             f"max_surge must be from 0 to {MAX_REPLICAS}, not {spec.max_surge}", param="max_surge"
         )
+    _check_adapters(spec)
     _check_options(spec.options)
+    if spec.engine == VLLM:
+        read_vllm_options(spec.options)
     _check_env(spec.env)
     return spec
 
@@ -59,6 +67,25 @@ def check_replicas(min_replicas: int, max_replicas: int) -> None:
             f"min_replicas must be from 0 to max_replicas ({max_replicas}), not {min_replicas}",
             param="min_replicas",
         )
+
+
+def _check_adapters(spec: DeploymentSpec) -> None:
+    for name, address in spec.adapters.items():
+        check_name(name, "adapters")
+        check_text(address, "adapters", low=1, max_length=MAX_ADDRESS_LENGTH)
+        if name == spec.name:
+            raise InvalidRequest(
+                f"adapter {name!r} has the deployment's own name; clients could not tell them "
+                "apart",
+                param="adapters",
+            )
+        if not address.startswith("models:/"):
+            raise InvalidRequest(
+                f"adapter {name!r}: {address[:80]!r} is not in the registry: import it first "
+                "('cloudlm models import FOLDER'), then name models:/name/version",
+                param="adapters",
+            )
+        parse_ref(address)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -32,7 +32,13 @@ from cloudlm.core.model import (
     check_name,
     manifest_from_body,
 )
-from cloudlm.core.spec import MAX_ADDRESS_LENGTH, MAX_ENTRIES, check_replicas, check_spec
+from cloudlm.core.spec import (
+    MAX_ADAPTERS,
+    MAX_ADDRESS_LENGTH,
+    MAX_ENTRIES,
+    check_replicas,
+    check_spec,
+)
 
 MAX_ARGUMENTS_BYTES = 65_536
 
@@ -103,6 +109,8 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "max_surge": spec.max_surge,
         "options": dict(spec.options),
         "env": dict(spec.env),
+        "asleep": spec.asleep,
+        "adapters": [{"name": name, "model": model} for name, model in spec.adapters.items()],
     }
 
 
@@ -342,4 +350,24 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         max_surge=fields.integer("max_surge", 1, low=-(2**31), high=2**31),
         options=options,
         env=env,
+        asleep=None if fields.raw("asleep", None) is None else fields.flag("asleep"),
+        adapters=_adapters(fields),
     )
+
+
+def _adapters(fields: Fields) -> dict[str, str]:
+    """Read ``[{"name", "model"}, …]``; no name may come twice."""
+    found: dict[str, str] = {}
+    entries = fields.items("adapters", ())
+    if len(entries) > MAX_ADAPTERS:
+        raise InvalidRequest(
+            f"{len(entries)} adapters are more than {MAX_ADAPTERS}", param="adapters"
+        )
+    for entry in entries:
+        one = Fields(entry, "an adapter", path="adapters.")
+        name, model = one.text("name"), one.text("model")
+        one.end()
+        if name in found:
+            raise InvalidRequest(f"adapter {name[:80]!r} is named twice", param="adapters")
+        found[name] = model
+    return found

@@ -277,7 +277,11 @@ class GuardedReplicas:
         folder = self._run / group.spec.name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         spec = {field.name: getattr(group.spec, field.name) for field in fields(group.spec)}
-        spec |= {"options": dict(group.spec.options), "env": dict(group.spec.env)}
+        spec |= {
+            "options": dict(group.spec.options),
+            "env": dict(group.spec.env),
+            "adapters": dict(group.spec.adapters),
+        }
         write_json(folder / _GROUP_FILE, {"spec": spec, "deleting": group.deleting})
 
     def _guarded(self, name: str) -> dict[str, _Guarded]:

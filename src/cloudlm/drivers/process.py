@@ -31,6 +31,9 @@ def worker_command(spec: GroupSpec, port: str) -> list[str]:
     """The command line of one replica; ``port`` is a number or the guard's placeholder."""
     command = [sys.executable, "-m", "cloudlm.worker", "--model", spec.model]
     command += ["--served-model-name", spec.deployment, "--host", "127.0.0.1", "--port", port]
+    command += ["--engine", spec.engine]
+    for name, address in spec.adapters.items():
+        command += ["--adapter", f"{name}={address}"]
     for key, value in sorted(spec.options.items()):
         text = str(value).lower() if isinstance(value, bool) else str(value)
         command += ["--option", f"{key}={text}"]

@@ -7,6 +7,7 @@ Must not know HTTP, models or tensors.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cloudlm.core.errors import InvalidRequest, ModelNotFound
+from cloudlm.core.errors import InternalError, InvalidRequest, ModelNotFound
 from cloudlm.engine.blocks import BlockPool
 from cloudlm.engine.inbox import Errand, Inbox, Job, stopped
 
@@ -100,6 +101,9 @@ class Errands:
         except BaseException:
             with self._lock:
                 del self._adapters[name]
+            with contextlib.suppress(InternalError):
+                # Who was cancelled has not stopped the work: what it adds nobody could name.
+                self._inbox.ask(lambda: self._remove_adapter(loaded.key))
             raise
         with self._lock:
             self._adapters[name] = loaded
@@ -169,5 +173,6 @@ class Errands:
         self._keys.add(key)
 
     def _remove_adapter(self, key: str) -> None:
-        self._keys.discard(key)
-        self._runner.remove_adapter(key)
+        if key in self._keys:
+            self._keys.remove(key)
+            self._runner.remove_adapter(key)

@@ -111,17 +111,22 @@ class Inbox:
     def fail(self, reason: str) -> None:
         self._commands.put(Fail(reason))
 
-    async def between_steps(
-        self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True
-    ) -> None:
-        """Let the engine's thread do ``work`` when ``ready``, which is asked there, too. Whoever
-        stops waiting does not stop the work. Raises what it raises, InternalError when stopped."""
+    def ask(self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True) -> Errand:
+        """Have the engine's thread do ``work`` when ``ready``, which is asked there, too. Raises
+        InternalError when stopped."""
         errand = Errand(ready, work, Future())
         with self._lock:
             if self._stopped:
                 raise stopped()
             self._commands.put(errand)
-        await asyncio.shield(asyncio.wrap_future(errand.done))
+        return errand
+
+    async def between_steps(
+        self, work: Callable[[], None], ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        """``ask``, and wait until it is done. Whoever stops waiting does not stop the work. Raises
+        what it raises, InternalError when stopped."""
+        await asyncio.shield(asyncio.wrap_future(self.ask(work, ready).done))
 
     def wish_sleep(self) -> None:
         """From now on nothing is taken; what was taken is to end first."""

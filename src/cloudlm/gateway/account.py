@@ -51,6 +51,8 @@ class Exchange:
         self.started_at = clock.now()
         self.started = clock.monotonic()
         self.answered = False
+        self.prompt_keys: tuple[bytes, ...] = ()
+        self.route = ""
         self._on_end: list[Callable[[], None]] = []
 
     def at_end(self, action: Callable[[], None]) -> None:

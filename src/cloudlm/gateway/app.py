@@ -14,7 +14,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
@@ -38,7 +38,9 @@ from cloudlm.gateway.view import View
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
-_PLAIN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_PLAIN_PATHS = frozenset(
+    {"/livez", "/readyz", "/health", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+)
 
 _log = get_logger(__name__)
 
@@ -172,6 +174,27 @@ def make_app(gateway: Gateway) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(gateway.meter.exposition(), media_type=gateway.meter.content_type)
 
-    routes = {"/livez": livez, "/readyz": readyz, "/health": readyz, "/metrics": metrics}
+    async def ping(request: Request) -> Response:
+        """As TorchServe and SageMaker ask for ``readyz``."""
+        status = (await readyz(request)).status_code
+        said = "Healthy" if status == 200 else "Unhealthy"
+        return JSONResponse({"status": said}, status)
+
+    async def v2_live(_: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def v2_ready(request: Request) -> Response:
+        status = (await readyz(request)).status_code
+        return JSONResponse({"ready": status == 200}, status)
+
+    routes = {
+        "/livez": livez,
+        "/readyz": readyz,
+        "/health": readyz,
+        "/metrics": metrics,
+        "/ping": ping,
+        "/v2/health/live": v2_live,
+        "/v2/health/ready": v2_ready,
+    }
     assert routes.keys() == _PLAIN_PATHS
     return Starlette(routes=[Route(path, route) for path, route in routes.items()])

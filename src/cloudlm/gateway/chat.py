@@ -24,6 +24,7 @@ from cloudlm.core.errors import (
     AuthenticationFailed,
     CloudlmError,
     InternalError,
+    ModelAsleep,
     NoReplica,
     RequestCancelled,
     Retry,
@@ -34,12 +35,14 @@ from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
-from cloudlm.gateway.dialects import openai
-from cloudlm.gateway.dialects.openai import Call, Operation
+from cloudlm.gateway.dialects import openai, routes
+from cloudlm.gateway.dialects.base import Asker, Dialect, Route
+from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
@@ -51,12 +54,9 @@ from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
+ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
-_STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
 
@@ -106,12 +106,13 @@ class Handler:
         )
         self._open.add(exchange)
         exchange.at_end(lambda: self._open.discard(exchange))
+        route, name = routes.find(request)
         try:
-            return await self._answer(exchange, request)
+            return await self._answer(exchange, request, route, name)
         except CloudlmError as error:
             self._rooms.refused(request, exchange, error)
             exchange.fail(error)
-            return self._refusal(exchange, error)
+            return self._refusal(exchange, error, route.dialect)
         except asyncio.CancelledError:
             exchange.end(Outcome.CANCELLED, RequestCancelled.status)
             raise
@@ -119,36 +120,33 @@ class Handler:
             _log.exception("request_failed", extra={"fields": {"path": request.path}})
             fault = InternalError(f"the gateway failed; its log knows {exchange.request_id}")
             exchange.fail(fault)
-            return self._refusal(exchange, fault)
+            return self._refusal(exchange, fault, route.dialect)
 
-    async def _answer(self, exchange: Exchange, request: GatewayRequest) -> GatewayResponse:
+    async def _answer(
+        self, exchange: Exchange, request: GatewayRequest, route: Route, name: str
+    ) -> GatewayResponse:
         view = self._rooms.view.snapshot()
         exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
             self._keys.remember(request.headers, exchange.key)
             view = self._rooms.view.snapshot()  # a look again may have brought a newer one
-        operation, name = openai.route(request.method, request.path)
-        if operation is Operation.LIST_MODELS:
-            return self._listed(exchange, openai.models_body(view.models_of(exchange.key)))
-        if operation is Operation.GET_MODEL:
-            return self._listed(exchange, openai.model_body(view.model(name, exchange.key)))
-        tenant = exchange.key.tenant
-        salted = functools.partial(self._tenants.salted, tenant)
-        leads = view.directory.may_infer(exchange.key, "", Verb.LEAD)
+        route.check(request)
+        asker = self._asker(exchange.key, view)
+        if route.parse is None:
+            return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
-            call = openai.parse(operation, request.body, salted, may_lead=leads)
+            call = route.parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(
-                openai.parse, operation, request.body, salted, may_lead=leads
-            )
-        if call.model not in view.models or not view.models[call.model].endpoints:
+            call = await asyncio.to_thread(route.parse, request, name, asker)
+        known = view.models.get(call.model)
+        if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
         model = view.model(call.model, exchange.key)
         question = self.recall.question(exchange, request, call, model)
-        known = question.known()
-        if known is not None:
-            return known
+        answer = question.known()
+        if answer is not None:
+            return answer
         self._admit(exchange, model)
         return await question.ask(lambda: self._serve(exchange, call))
 
@@ -187,6 +185,12 @@ class Handler:
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
             )
+        if model.asleep:
+            raise ModelAsleep(
+                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
+                f"it; 'cloudlm wake {model.parent or model.name}' does",
+                retry_after_s=ASLEEP_RETRY_AFTER_S,
+            )
         rooms.admission.enter(model.name)
         rooms.meter.entered(model.name)
         exchange.at_end(lambda: rooms.meter.left(model.name))
@@ -198,7 +202,9 @@ class Handler:
         budget = self._budgets.setdefault(call.model, RetryBudget())
         budget.count_request(self._rooms.clock.monotonic())
         tried: set[str] = set()
-        endpoint = self._choose(call, tried)
+        if exchange.key is not None:
+            exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
+        endpoint = self._choose(exchange, call, tried)
         if endpoint is None:
             raise NoReplica(
                 f"no replica of {call.model!r} takes requests now",
@@ -215,7 +221,7 @@ class Handler:
             wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
             with exchange.interrupt:
                 await self._rooms.clock.sleep(wait_s)
-            endpoint = self._choose(call, tried)
+            endpoint = self._choose(exchange, call, tried)
             if endpoint is None:
                 raise last
             self._rooms.meter.retried(call.model)
@@ -225,8 +231,9 @@ class Handler:
         exchange.attempts += 1
         exchange.replica = replica
         exchange.revision = endpoint.revision
-        rooms.loads.begin(replica)
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        exchange.route = f"least-cost; known={len(exchange.prompt_keys) - blocks}"
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
         said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
         try:
@@ -246,7 +253,8 @@ class Handler:
                     relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
                     rooms.loads.answered(replica)
-                    return GatewayResponse(200, self._headers(exchange, _STREAM_HEADERS), relay)
+                    headers = {"content-type": relay.content_type, **_STREAM_HEADERS}
+                    return GatewayResponse(200, self._headers(exchange, headers), relay)
                 raw = await answer.whole(max(deadline - rooms.clock.monotonic(), 0.0))
             answer.close()
             return self._whole(exchange, attempt, call, raw)
@@ -282,21 +290,21 @@ class Handler:
             raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
         if openai.is_aborted(body):
             raise UpstreamFailed("a replica gave up on the answer")
+        usage = openai.usage_of(body)
+        answer = openai.rendering(call).whole(body)
         if call.generates:
             attempt.first_content()
-        if field is not None:
-            usage = openai.usage_of(body)
-            if usage is not None:
-                attempt.relayed(usage)
+        if field is not None and usage is not None:
+            attempt.relayed(usage)
         self._rooms.loads.answered(exchange.replica)
         attempt.settle(Outcome.FINISHED, 200)
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, openai.shape_answer(body, call))
+        return GatewayResponse(200, headers, answer)
 
     # What the path asks ---------------------------------------------------------------------------
 
-    def _choose(self, call: Call, tried: set[str]) -> Endpoint | None:
+    def _choose(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
         """The replica for the next attempt, out of those that serve at this moment."""
         model = self._rooms.view.snapshot().models.get(call.model)
         return choose(
@@ -305,6 +313,7 @@ class Handler:
             self._rooms.clock.monotonic(),
             tried=tried,
             retrying=bool(tried),
+            keys=exchange.prompt_keys,
         )
 
     def _may_retry(
@@ -318,21 +327,37 @@ class Handler:
         return (
             may_help(error)
             and exchange.attempts < self._rooms.settings.max_attempts
-            and self._choose(call, tried) is not None
+            and self._choose(exchange, call, tried) is not None
             and budget.take(self._rooms.clock.monotonic())
         )
 
-    def _listed(self, exchange: Exchange, body: dict[str, object]) -> GatewayResponse:
+    def _asker(self, key: KeyRecord, view: Snapshot) -> Asker:
+        """Who asks, as a dialect may know it."""
+        return Asker(
+            functools.partial(self._tenants.salted, key.tenant),
+            view.directory.may_infer(key, "", Verb.LEAD),
+            lambda: sorted(view.models_of(key), key=lambda model: model.name),
+            lambda name: view.model(name, key),
+        )
+
+    def _listed(
+        self, exchange: Exchange, route: Route, request: GatewayRequest, name: str, asker: Asker
+    ) -> GatewayResponse:
+        """An answer out of what the gateway knows itself."""
+        assert route.read is not None
+        body = openai.encode(route.read(request, name, asker))
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, openai.encode(body))
+        return GatewayResponse(200, headers, body)
 
-    def _refusal(self, exchange: Exchange, error: CloudlmError) -> GatewayResponse:
+    def _refusal(
+        self, exchange: Exchange, error: CloudlmError, dialect: Dialect
+    ) -> GatewayResponse:
         status = status_of(error)
         if status >= 500:
             fields = {"model": exchange.model, "status": status, "reason": error.message}
             _log.warning("request_not_answered", extra={"fields": fields})
-        return refusal(error, self._headers(exchange, {}))
+        return refusal(error, self._headers(exchange, {}), dialect)
 
     def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
         """Who served the request, for every answer."""
@@ -342,6 +367,7 @@ class Handler:
         if exchange.replica:
             headers["x-cloudlm-replica"] = header_safe(exchange.replica)
             headers["x-cloudlm-attempts"] = str(exchange.attempts)
+            headers["x-cloudlm-route"] = exchange.route
         return headers
 
     def _said(self, exchange: Exchange) -> dict[str, str]:
@@ -378,11 +404,15 @@ class Handler:
         return len(exchanges)
 
 
-def refusal(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:
+def refusal(
+    error: CloudlmError, headers: dict[str, str], dialect: Dialect = openai.DIALECT
+) -> GatewayResponse:
     """The response that says ``error``."""
     headers["content-type"] = "application/json"
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, AuthenticationFailed):
         headers["www-authenticate"] = "Bearer"
-    return GatewayResponse(status_of(error), headers, msgspec.json.encode(error.body()))
+    return GatewayResponse(
+        status_of(error), headers, msgspec.json.encode(dialect.error_body(error))
+    )

@@ -48,7 +48,7 @@ class Relay:
         self._exchange = exchange
         self._attempt = attempt
         self._answer = answer
-        self._call = call
+        self._rendering = openai.rendering(call)
         self._settings = settings
         self._resumer = resumer
         self._progress = Progress()
@@ -63,6 +63,10 @@ class Relay:
         self._failure: CloudlmError | None = None
         self._told = False
         self._closed = False
+
+    @property
+    def content_type(self) -> str:
+        return self._rendering.stream_type
 
     async def begin(self, deadline: float) -> None:
         """Read until the first content; ``deadline`` is in the clock's monotonic seconds.
@@ -134,7 +138,7 @@ class Relay:
         """One event of the replica."""
         if data == openai.DONE_DATA:
             self._finished = True
-            self._ready.append(openai.DONE_EVENT)
+            self._ready.append(self._rendering.done())
             return
         chunk = openai.decode(data)
         if chunk is None:
@@ -149,7 +153,7 @@ class Relay:
         else:
             self._progress.take(chunk)
             self._count(chunk)
-            shaped = openai.shape_chunk(chunk, self._call)
+            shaped = self._rendering.chunk(chunk)
             if shaped:
                 self._ready.append(shaped)
 
@@ -168,7 +172,7 @@ class Relay:
         self._failure = error
         self._told = True
         if not isinstance(error, RequestCancelled):
-            self._ready.append(openai.error_event(error))
+            self._ready.append(self._rendering.error(error))
 
     def _hand_over(self) -> bytes:
         out = b"".join(self._ready)

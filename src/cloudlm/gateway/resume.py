@@ -89,7 +89,8 @@ class Resumer:
         model = rooms.view.snapshot().models.get(self._call.model)
         serving = model.endpoints if model is not None else ()
         same = [one for one in serving if one.revision == self._revision]
-        found = choose(same, rooms.loads, rooms.clock.monotonic(), tried=tried)
+        keys = self._exchange.prompt_keys
+        found = choose(same, rooms.loads, rooms.clock.monotonic(), tried=tried, keys=keys)
         if found is not None:
             return found
         others = [one for one in serving if one.replica not in tried]
@@ -109,8 +110,8 @@ class Resumer:
         exchange.attempts += 1
         exchange.replica = replica
         rooms.meter.resumed(exchange.model)
-        rooms.loads.begin(replica)
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica))
+        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
         try:
             answer = await rooms.upstream.send(
                 endpoint.url + RESUME_PATH,

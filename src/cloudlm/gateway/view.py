@@ -32,11 +32,18 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A deployment as clients see it. ``created_at`` is Unix seconds."""
+    """A deployment as clients see it, or an adapter of one (``parent``). ``created_at`` is Unix
+    seconds."""
 
     name: str
     created_at: float
     endpoints: tuple[Endpoint, ...] = ()
+    parent: str | None = None
+
+    @property
+    def asleep(self) -> bool:
+        """Whether all its replicas sleep."""
+        return bool(self.endpoints) and all(one.weight <= 0 for one in self.endpoints)
 
 
 class HiddenModel(ModelNotFound):
@@ -177,13 +184,15 @@ class View:
         endpoints = await self._state.list_endpoints()
         keys = await self._state.list_keys()
         models = {
-            d.spec.name: ServedModel(
-                d.spec.name,
+            name: ServedModel(
+                name,
                 d.created_at,
-                tuple(e for e in endpoints if e.model == d.spec.name),
+                tuple(e for e in endpoints if e.model == name),
+                None if name == d.spec.name else d.spec.name,
             )
             for d in deployments
             if not d.deleting
+            for name in (d.spec.name, *d.spec.adapters)
         }
         directory = Directory(await self._state.list_identities(), keys)
         return Snapshot(version, models, {record.id: record for record in keys}, directory)

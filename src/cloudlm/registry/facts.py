@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cloudlm.core.architectures import USUAL_CONTEXTS
-from cloudlm.core.errors import BrokenModel
+from cloudlm.core.errors import BrokenModel, UnsupportedModel
+from cloudlm.core.model import ADAPTER
 from cloudlm.registry.quantisation import Storage, read_storage
 from cloudlm.registry.safetensors_header import TensorFacts
 from cloudlm.registry.stores.failures import storage_failures
@@ -71,6 +72,27 @@ def read_facts(
         task=task,
         licence=_licence(texts),
     )
+
+
+def read_adapter_facts(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], texts: Mapping[str, Path]
+) -> tuple[ModelFacts, str]:
+    """Facts of a LoRA adapter, and the model that it was made for. Raises BrokenModel and
+    UnsupportedModel (PEFT knows other kinds)."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedModel(
+            f"adapter_config.json: peft_type is {str(kind)[:40]!r}; only LORA adapters are served"
+        )
+    base = config.get("base_model_name_or_path")
+    facts = ModelFacts(
+        architecture="LoRA",
+        storage=read_storage({}, tensors, "safetensors"),
+        context_length=0,
+        task=ADAPTER,
+        licence=_licence(texts),
+    )
+    return facts, base[:256] if isinstance(base, str) else ""
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

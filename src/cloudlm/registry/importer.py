@@ -40,10 +40,11 @@ from cloudlm.registry.verify import Progress
 
 _CHUNK_BYTES = 4 << 20
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 _USUAL_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
     "special_tokens_map.json", "chat_template.jinja", "README.md", "LICENSE",
-    "model.safetensors", _INDEX,
+    "model.safetensors", _INDEX, _ADAPTER, "adapter_model.safetensors",
 )  # fmt: skip
 
 
@@ -234,7 +235,7 @@ def _download_usual(store: Store, address: str, folder: Path, progress: Progress
             table = read_object(folder / name, name).get("weight_map")
             shards = table.values() if isinstance(table, dict) else ()
             names.extend(sorted({s for s in shards if isinstance(s, str) and _is_shard(s)}))
-    if "config.json" not in found:
+    if "config.json" not in found and _ADAPTER not in found:
         raise ModelNotFound(f"there is no model under {address}: no config.json", param="model")
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from cloudlm.core.errors import BrokenModel, NotFound, UnsafeModel
 from cloudlm.core.model import check_file_path
-from cloudlm.registry.facts import ModelFacts, read_facts
+from cloudlm.registry.facts import ModelFacts, read_adapter_facts, read_facts
 from cloudlm.registry.gguf.header import read_gguf
 from cloudlm.registry.model_json import (
     brings_own_network,
@@ -36,6 +36,8 @@ MAX_FILES = 10_000
 _MAX_DEPTH = 8
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+_ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,17 @@ class FolderFile:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a folder holds. ``notes`` are sentences about files that were left behind."""
+    """What a folder holds. ``notes`` are sentences about files that were left behind, ``base`` the
+    model that an adapter was made for, in its own words."""
 
     files: tuple[FolderFile, ...]
     facts: ModelFacts
     notes: tuple[str, ...]
+    base: str = ""
 
 
 def inspect_folder(folder: Path) -> Inspection:
-    """Check the model in ``folder``. Shapes no tensor, reads no weights.
+    """Check the model or LoRA adapter in ``folder``. Shapes no tensor, reads no weights.
 
     Raises NotFound (no such folder), UnsafeModel (pickled data or code), BrokenModel (anything
     else that is wrong) and StorageFailed (unreadable).
@@ -66,6 +70,8 @@ def inspect_folder(folder: Path) -> Inspection:
     taken = {file.path: file for file in files[Verdict.TAKE]}
     weights = {file.path: file for file in files[Verdict.WEIGHTS]}
     _refuse_unsafe(files, weights)
+    if _ADAPTER in taken and "config.json" not in taken:
+        return _inspect_adapter(taken, weights, files)
     if "config.json" not in taken:
         raise BrokenModel(
             f"config.json is missing in {folder}: expected a Hugging Face model folder "
@@ -90,6 +96,26 @@ def inspect_folder(folder: Path) -> Inspection:
     if brings_own_network(bodies["config.json"]):
         notes.append(f"code that config.json names was left out: {facts.architecture} is built in")
     return Inspection(tuple(kept), facts, (*_notes_on_unsafe(files), *notes))
+
+
+def _inspect_adapter(
+    taken: dict[str, FolderFile],
+    weights: dict[str, FolderFile],
+    files: dict[Verdict, list[FolderFile]],
+) -> Inspection:
+    """A folder as PEFT writes it. Which projections it may change is the engine's to judge."""
+    bodies = _read_configurations(taken)
+    if _ADAPTER_WEIGHTS not in weights:
+        raise BrokenModel(
+            f"{_ADAPTER_WEIGHTS} is missing: the folder has an {_ADAPTER}, but no weights of an "
+            "adapter in safetensors form"
+        )
+    used = {_ADAPTER_WEIGHTS: weights[_ADAPTER_WEIGHTS]}
+    tensors = _read_tensors(used, None)
+    texts = {path: file.source for path, file in taken.items()}
+    facts, base = read_adapter_facts(bodies[_ADAPTER], tensors, texts)
+    kept = sorted([*taken.values(), *used.values()], key=lambda file: file.path)
+    return Inspection(tuple(kept), facts, tuple(_notes_on_unsafe(files)), base)
 
 
 # -- names

@@ -138,6 +138,8 @@ class Registry:
         folder = Path(folder).expanduser()
         inspection = inspect_folder(folder)
         origin = {"source": folder.resolve().as_uri()} if lineage is None else lineage
+        if inspection.base:
+            origin = {**origin, "base": inspection.base}
         publisher = Publisher(self.store, self._clock, self._owner, name, inspection, progress)
         manifest = publisher.publish(origin, licence, description)
         if alias is not None:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.settings import read_settings
+from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.telemetry.logs import setup_logging
 from cloudlm.worker.app import EXIT_FAILED, run_worker
 from cloudlm.worker.config import WorkerConfig
-from cloudlm.worker.options import split_options
+from cloudlm.worker.options import named_adapters, split_options
 
 
 def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> WorkerConfig:
@@ -32,7 +33,9 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Wor
         port=settings.worker.first_port if given.port is None else given.port,
         token=given.api_key or environment.get("CLOUDLM_WORKER_TOKEN") or None,
         registry_url=settings.registry.url,
+        engine_name=given.engine,
         options={**split_options(given.option), **_partition(given)},
+        adapters=[pair for one in given.adapter for pair in named_adapters(one, "--adapter")],
         settings=settings,
     )
 
@@ -43,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="models:/name/3, a folder, or a hub id")
     parser.add_argument("--served-model-name", help="name in the API (default: the address)")
+    parser.add_argument("--engine", choices=ENGINES, default=CLOUDLM, help="what generates")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", help="Bearer token that callers must send")
@@ -56,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="engine setting"
+    )
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=ADDRESS", help="LoRA adapter"
     )
     return parser
 

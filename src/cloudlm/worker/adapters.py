@@ -13,7 +13,7 @@ from cloudlm.core.errors import BrokenModel, InvalidRequest, NotSupported
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
 from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.daemon import in_daemon_thread
-from cloudlm.worker.serving import Serving
+from cloudlm.worker.serving import Served
 
 _LONGEST_NAME = 256
 _LONGEST_ADDRESS = 4096
@@ -44,7 +44,7 @@ def _text(body: Mapping[str, Any], name: str, longest: int) -> str:
     return value
 
 
-async def add_adapter(config: WorkerConfig, serving: Serving, name: str, address: str) -> None:
+async def add_adapter(config: WorkerConfig, serving: Served, name: str, address: str) -> None:
     """Load the adapter at ``address`` under ``name``. Raises InvalidRequest, NotFound, BrokenModel
     and its kinds."""
     if name == serving.name:
@@ -60,7 +60,7 @@ def adapter_folder(config: WorkerConfig, address: str) -> Path:
         folder = Path(address.removeprefix("file://")).expanduser()
         if not folder.is_dir():
             raise BrokenModel(f"{address[:200]} is not a folder", param="lora_path")
-        return folder
+        return folder.resolve()
     if kind is not AddressKind.REGISTRY:
         raise InvalidRequest(
             f"{address[:200]!r} cannot be loaded: give a folder or models:/name/3",

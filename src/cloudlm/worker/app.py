@@ -11,8 +11,9 @@ import contextlib
 import errno
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,13 +26,14 @@ from starlette.routing import Match, Route
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, MethodNotAllowed, NotFound
 from cloudlm.core.resuming import RESUME_PATH
+from cloudlm.core.spec import VLLM
 from cloudlm.telemetry.logs import get_logger
 from cloudlm.worker import serve
 from cloudlm.worker.config import WorkerConfig, check
 from cloudlm.worker.edge import Edge, error_response
 from cloudlm.worker.loading import load_model
 from cloudlm.worker.replica import Replica
-from cloudlm.worker.serving import Serving
+from cloudlm.worker.serving import Served
 
 logger = get_logger(__name__)
 EXIT_OK = 0
@@ -40,7 +42,7 @@ EXIT_PORT_IN_USE = 98  # EADDRINUSE: the driver takes another port
 _BACKLOG = 2048
 
 Handler = Callable[[Request], Awaitable[Response]]
-Loader = Callable[[WorkerConfig, Callable[[float, str], None]], Awaitable[Serving]]
+Loader = Callable[[WorkerConfig, Callable[[float, str], None]], Awaitable[Served]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,17 @@ ROUTES = (
 )
 
 
-def build_app(replica: Replica) -> Starlette:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a replica's engine makes of it: how it is loaded, and its routes."""
+
+    load: Loader
+    routes: Sequence[Entry] = ROUTES
+
+
+def build_app(replica: Replica[Any], entries: Sequence[Entry] = ROUTES) -> Starlette:
     """The ASGI application around one replica."""
-    routes = [Route(entry.path, entry.handler, methods=[entry.method]) for entry in ROUTES]
+    routes = [Route(entry.path, entry.handler, methods=[entry.method]) for entry in entries]
 
     def route_of(path: str) -> str:
         scope = {"type": "http", "method": "GET", "path": path, "root_path": ""}
@@ -93,7 +103,7 @@ def build_app(replica: Replica) -> Starlette:
         Edge,
         metrics=replica.metrics,
         token=replica.config.token,
-        open_paths=[entry.path for entry in ROUTES if entry.is_open],
+        open_paths=[entry.path for entry in entries if entry.is_open],
         route_of=route_of,
     )
     app = Starlette(
@@ -122,8 +132,8 @@ def run_worker(
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code (0, 1 failed, 98 port in use).
 
-    ``load`` brings the model (default: ``loading.load_model``). What goes wrong is one line on
-    standard error.
+    ``load`` brings the model (default: as ``config.engine_name`` says). What goes wrong is one
+    line on standard error.
     """
     try:
         check(config)
@@ -135,10 +145,23 @@ def run_worker(
         if error.errno == errno.EADDRINUSE:
             return _fail(f"port in use: {where} is taken by another process", EXIT_PORT_IN_USE)
         return _fail(f"cannot listen on {where}: {error.strerror or error}")
-    replica = Replica(config, clock or SystemClock())
+    replica: Replica[Any] = Replica(config, clock or SystemClock())
+    kind = Kind(load) if load is not None else kind_of(config)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=_new_loop) as runner:
-        fault = runner.run(_Life(replica, listener, load or load_model).run())
+        fault = runner.run(_Life(replica, listener, kind).run())
     return EXIT_OK if fault is None else _fail(fault)
+
+
+def kind_of(config: WorkerConfig) -> Kind:
+    """How a replica of the configured engine is loaded and what it answers."""
+    if config.engine_name != VLLM:
+        return Kind(load_model)
+    from cloudlm.worker.vllm import front
+    from cloudlm.worker.vllm.loading import load_vllm
+
+    own = front.HANDLERS
+    routes = [replace(entry, handler=own.get(entry.path, entry.handler)) for entry in ROUTES]
+    return Kind(load_vllm, routes)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -175,16 +198,16 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Life:
     """One run: open the port, load, serve, stop."""
 
-    def __init__(self, replica: Replica, listener: socket.socket, load: Loader) -> None:
+    def __init__(self, replica: Replica[Any], listener: socket.socket, kind: Kind) -> None:
         self._replica = replica
         self._listener = listener
-        self._load = load
+        self._kind = kind
         self._url = _url(listener)
         self._fault: str | None = None
 
     async def run(self) -> str | None:
         """Returns why the worker failed, None if it was asked to stop."""
-        server = _Server(self._replica)
+        server = _Server(self._replica, self._kind.routes)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         minders = [asyncio.create_task(self._bring_up()), asyncio.create_task(self._mind())]
         try:
@@ -213,7 +236,7 @@ class _Life:
                 replica.config.on_progress(share, what)
 
         try:
-            serving = await self._load(replica.config, tell)
+            serving = await self._kind.load(replica.config, tell)
         except CloudlmError as error:
             self._fault = error.message
             return
@@ -245,10 +268,10 @@ class _Server(uvicorn.Server):
     """uvicorn, quiet, with our way of stopping: no new requests, a grace for the running ones, then
     they are ended with an error that says so."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica[Any], entries: Sequence[Entry]) -> None:
         super().__init__(
             uvicorn.Config(
-                build_app(replica),
+                build_app(replica, entries),
                 log_config=None,
                 log_level="warning",
                 access_log=False,

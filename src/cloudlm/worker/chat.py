@@ -7,7 +7,7 @@ from typing import Any
 
 from cloudlm.core.chat import ChatRequest, FinishReason
 from cloudlm.engine.api import TokenEvent
-from cloudlm.worker.generate import Numbered, Tally
+from cloudlm.worker.generate import Numbered, Tally, stop_of
 from cloudlm.worker.logprobs import LogprobGate, chat_logprobs
 from cloudlm.worker.prepare import Prepared
 from cloudlm.worker.resume import Thread
@@ -29,6 +29,7 @@ async def whole_chat(
     gates = [LogprobGate(serving.tokenizer) for _ in range(request.n)]
     entries: list[list[Any]] = [[] for _ in range(request.n)]
     reasons: list[str | None] = [None] * request.n
+    stops: list[dict[str, Any]] = [{}] * request.n
     tally = Tally(prepared.prompt_tokens, request.n)
     async for number, one in events:
         tally.add(number, one)
@@ -37,6 +38,7 @@ async def whole_chat(
         if one.finish_reason is not None:
             speeches[number].add(readers[number].finish())
             reasons[number] = _reason(one.finish_reason, speeches[number].calls_tools)
+            stops[number] = stop_of(one)
     wants_logprobs = request.sampling.logprobs is not None
     choices = [
         {
@@ -46,6 +48,7 @@ async def whole_chat(
             if wants_logprobs
             else None,
             "finish_reason": reasons[number],
+            **stops[number],
         }
         for number in range(request.n)
     ]
@@ -113,7 +116,7 @@ class _Chunks:
             made.append(self.chunk(number, delta or {"content": ""}, logprobs, None, usage))
         if one.finish_reason is not None:
             reason = _reason(one.finish_reason, self._calls_tools[number])
-            made.append(self.chunk(number, {}, None, reason, usage))
+            made.append(self.chunk(number, {}, None, reason, usage, stop_of(one)))
         return made
 
     def _delta(self, number: int, one: TokenEvent) -> dict[str, Any]:
@@ -132,12 +135,14 @@ class _Chunks:
         logprobs: Mapping[str, Any] | None,
         finish_reason: str | None,
         usage: Mapping[str, Any] | None,
+        stop: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         choice = {
             "index": number,
             "delta": delta,
             "logprobs": logprobs,
             "finish_reason": finish_reason,
+            **(stop or {}),
         }
         body: dict[str, Any] = {**self._head, "choices": [choice]}
         if usage is not None or self._says_usage:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cloudlm.core.chat import CompletionRequest
 from cloudlm.engine.api import TokenEvent
-from cloudlm.worker.generate import Numbered, Tally
+from cloudlm.worker.generate import Numbered, Tally, stop_of
 from cloudlm.worker.logprobs import CompletionLogprobs, LogprobGate, joined
 from cloudlm.worker.prepare import Prepared
 from cloudlm.worker.resume import Thread
@@ -63,6 +63,7 @@ async def whole_completion(
         choice = choices[number]
         choice["text"] += text
         choice["finish_reason"] = one.finish_reason
+        choice |= stop_of(one)
         if logprobs is not None:
             known = choice["logprobs"] = choice["logprobs"] or {name: [] for name in logprobs}
             for name, values in logprobs.items():
@@ -97,6 +98,7 @@ async def stream_completion(
             "text": text,
             "logprobs": logprobs,
             "finish_reason": one.finish_reason,
+            **stop_of(one),
         }
         body: dict[str, Any] = {**head, "choices": [choice]}
         if options.continuous_usage_stats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import EngineSettings, Settings
+from cloudlm.core.spec import CLOUDLM, ENGINES, VLLM
+from cloudlm.core.vllm import read_vllm_options
 from cloudlm.worker.options import engine_settings, named_adapters
 
 GRACE_S = 20.0
@@ -22,9 +24,10 @@ _TOKEN = re.compile(r"[\x21-\x7e]+", re.ASCII)
 class WorkerConfig:
     """``model`` is an address (``models:/name/3``, a folder, a hub id), ``token`` the Bearer token
     that every route but the probes demands (None: none), ``registry_url`` empty the registry in
-    ``home``, ``options`` engine settings that override those of ``settings``. ``on_ready`` gets the
-    server's address when the model is loaded, ``on_progress`` the share done (0 to 1) and what is
-    being done. ``grace_s`` is the time that running requests get at a stop, seconds."""
+    ``home``, ``options`` settings of the engine ``engine_name`` that override those of
+    ``settings``, ``adapters`` names and addresses of LoRA adapters to load at start. ``on_ready``
+    gets the server's address when the model is loaded, ``on_progress`` the share done (0 to 1) and
+    what is being done. ``grace_s`` is the time that running requests get at a stop, seconds."""
 
     model: str
     served_model_name: str
@@ -33,7 +36,9 @@ class WorkerConfig:
     port: int = 8100
     token: str | None = field(default=None, repr=False)
     registry_url: str = field(default="", repr=False)
+    engine_name: str = CLOUDLM
     options: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Sequence[tuple[str, str]] = ()
     settings: Settings = field(default_factory=Settings)
     on_ready: Callable[[str], None] | None = field(default=None, repr=False)
     on_progress: Callable[[float, str], None] | None = field(default=None, repr=False)
@@ -41,7 +46,7 @@ class WorkerConfig:
 
     @property
     def engine(self) -> EngineSettings:
-        """The engine's settings with the options applied. Raises BadSetting."""
+        """Our own engine's settings with the options applied. Raises BadSetting."""
         return engine_settings(self.options, self.settings.engine)
 
 
@@ -68,7 +73,15 @@ def check(config: WorkerConfig) -> WorkerConfig:
             "can be sent in a header",
             param="token",
         )
-    named_adapters(config.engine.adapters)  # a bad option refuses to start
+    if config.engine_name not in ENGINES:
+        raise BadSetting(
+            f"unknown engine {config.engine_name[:40]!r}; there is: {', '.join(ENGINES)}",
+            param="engine",
+        )
+    if config.engine_name == VLLM:
+        read_vllm_options(config.options)
+    else:
+        named_adapters(config.engine.adapters)  # a bad option refuses to start
     return config
 
 

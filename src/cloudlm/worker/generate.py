@@ -43,6 +43,12 @@ async def generate(
         watch.close()
 
 
+def stop_of(event: TokenEvent) -> dict[str, str]:
+    """The field of a choice that names the stop text that ended it (vLLM's ``stop_reason``), if one
+    did."""
+    return {"stop_reason": event.stop_match} if isinstance(event.stop_match, str) else {}
+
+
 def _broken_off() -> Unavailable:
     return Unavailable("the replica stopped before the answer was complete", retry_after_s=1.0)
 

@@ -51,7 +51,7 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
         ),
     )
     try:
-        for name, address in named_adapters(config.engine.adapters):
+        for name, address in (*named_adapters(config.engine.adapters), *config.adapters):
             tell(1.0, f"loading the adapter {name}")
             await add_adapter(config, serving, name, address)
     except BaseException:

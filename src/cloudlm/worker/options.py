@@ -50,14 +50,14 @@ def engine_settings(options: Mapping[str, Any], base: EngineSettings) -> EngineS
     return settings.engine
 
 
-def named_adapters(setting: str) -> list[tuple[str, str]]:
+def named_adapters(setting: str, source: str = "adapters") -> list[tuple[str, str]]:
     """The option ``adapters``, ``name=address,name=address``. Raises BadSetting."""
     found: list[tuple[str, str]] = []
     for part in filter(None, (part.strip() for part in setting.split(","))):
         name, _, address = part.partition("=")
         if not name.strip() or not address.strip():
             raise BadSetting(
-                f"adapters: {part[:120]!r} is not of the form name=address", param="adapters"
+                f"{source}: {part[:120]!r} is not of the form name=address", param="adapters"
             )
         found.append((name.strip(), address.strip()))
     return found

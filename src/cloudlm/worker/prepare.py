@@ -19,6 +19,7 @@ from cloudlm.core.chat import (
     Sampling,
     Tool,
     ToolChoice,
+    ToolUse,
 )
 from cloudlm.core.errors import InvalidRequest, Overloaded
 from cloudlm.engine.api import GenerateRequest
@@ -36,6 +37,7 @@ MAX_SEQUENCES = 128
 INLINE_SIZE = 4096
 MAX_PENDING = 128_000_000
 _LONGEST_SALT = 128
+_NO_TOOLS = ToolUse()
 
 
 class Offload:
@@ -106,10 +108,13 @@ async def render_messages(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
+    use: ToolUse = _NO_TOOLS,
 ) -> tuple[int, ...]:
     """The token ids of a conversation in the model's own format."""
+    check_tools(serving.dialect, use)
+    tools = use.tools if use.choice is not ToolChoice.NONE else ()
     token_ids, _ = await _render(
-        serving, offload, messages, (), add_generation_prompt=add_generation_prompt
+        serving, offload, messages, tools, add_generation_prompt=add_generation_prompt
     )
     return token_ids
 

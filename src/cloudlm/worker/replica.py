@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import Unavailable
@@ -19,10 +19,11 @@ from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.health import OBSERVE_INTERVAL_S, Health, Progress
 from cloudlm.worker.metrics import Metrics
 from cloudlm.worker.prepare import Offload
-from cloudlm.worker.serving import Serving
+from cloudlm.worker.serving import Served
 
 logger = get_logger(__name__)
 SLEEP_RETRY_AFTER_S = 5.0
+S = TypeVar("S", bound=Served)
 
 
 class Phase(StrEnum):
@@ -34,8 +35,8 @@ class Phase(StrEnum):
     STOPPING = "stopping"
 
 
-class Replica:
-    """The state of one worker process."""
+class Replica(Generic[S]):
+    """The state of one worker process. ``S`` is what it serves with, by its engine."""
 
     def __init__(self, config: WorkerConfig, clock: Clock) -> None:
         self.config = config
@@ -44,13 +45,13 @@ class Replica:
         self.loading = "starting"
         self.offload = Offload()
         self.metrics = Metrics(config.served_model_name, clock, self._facts)
-        self._serving: Serving | None = None
+        self._serving: S | None = None
         self._progress = Progress(config.settings.control.stall_timeout_s)
         self._running: set[str] = set()
         self._turning = asyncio.Lock()  # one at a time falls asleep or wakes up
 
     @property
-    def serving(self) -> Serving:
+    def serving(self) -> S:
         """The loaded model. Raises Unavailable before it is ready, asleep and while stopping."""
         if self.phase is Phase.STOPPING:
             raise Unavailable("this replica is stopping", retry_after_s=1.0)
@@ -95,7 +96,7 @@ class Replica:
         if self.phase is Phase.SLEEPING:  # it may be stopping by now
             self.phase = Phase.READY
 
-    def become_ready(self, serving: Serving) -> None:
+    def become_ready(self, serving: S) -> None:
         """From now on requests are answered."""
         self._serving = serving
         if self.phase is Phase.LOADING:
@@ -141,8 +142,8 @@ class Replica:
             "ready": self.phase is Phase.READY,
             "phase": self.phase.value,
             "model": self.config.served_model_name,
-            "tensor_parallel": 1 if serving is None else serving.info.tensor_parallel,
-            "pipeline_parallel": 1 if serving is None else serving.info.pipeline_parallel,
+            "tensor_parallel": 1 if serving is None else serving.engine.info.tensor_parallel,
+            "pipeline_parallel": 1 if serving is None else serving.engine.info.pipeline_parallel,
         }
 
     async def watch(self) -> str:
@@ -161,11 +162,9 @@ class Replica:
         self.stop_accepting()
         self.offload.close()
         if self._serving is not None:
-            await asyncio.gather(
-                self._serving.engine.close(), self._serving.renderer.close(), return_exceptions=True
-            )
+            await self._serving.close()
 
     def _facts(self) -> tuple[EngineInfo, EngineStats] | None:
         if self._serving is None:
             return None
-        return self._serving.info, self._serving.engine.stats()
+        return self._serving.engine.info, self._serving.engine.stats()

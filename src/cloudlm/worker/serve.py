@@ -42,7 +42,7 @@ from cloudlm.worker.prepare import (
 )
 from cloudlm.worker.replica import Phase, Replica
 from cloudlm.worker.resume import Thread, parse_resume, take_up
-from cloudlm.worker.serving import Serving
+from cloudlm.worker.serving import Served, Serving, check_model
 from cloudlm.worker.sharing import share_of
 from cloudlm.worker.stream import EventStream, unless_gone
 
@@ -132,21 +132,21 @@ async def internal_resume(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """GET /v1/models: list the one model served here, and its adapters."""
-    serving = replica_of(request).serving
+    serving = minded(request).serving
     adapters = [_adapter_body(serving, name) for name in sorted(serving.engine.adapters())]
     return JSONResponse({"object": "list", "data": [_model_body(serving), *adapters]})
 
 
 async def model(request: Request) -> Response:
     """GET /v1/models/{id}: show it."""
-    serving = replica_of(request).serving
-    adapter = serving.check_model(request.path_params["model_id"])
+    serving = minded(request).serving
+    adapter = check_model(serving, request.path_params["model_id"])
     return JSONResponse(_adapter_body(serving, adapter) if adapter else _model_body(serving))
 
 
 async def load_adapter(request: Request) -> Response:
     """POST /v1/load_lora_adapter: load a LoRA adapter while others are served."""
-    replica = replica_of(request)
+    replica = minded(request)
     serving = replica.serving
     name, address = await _read(request, parse_load)
     await add_adapter(replica.config, serving, name, address)
@@ -155,7 +155,7 @@ async def load_adapter(request: Request) -> Response:
 
 async def unload_adapter(request: Request) -> Response:
     """POST /v1/unload_lora_adapter: wait for the adapter's requests, then forget it."""
-    serving = replica_of(request).serving
+    serving = minded(request).serving
     name = await _read(request, parse_unload)
     await serving.engine.unload_adapter(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -170,7 +170,7 @@ async def sleep(request: Request) -> Response:
             "or 2 (they do not)",
             param="level",
         )
-    replica = replica_of(request)
+    replica = minded(request)
     began = replica.clock.monotonic()
     await replica.sleep(int(level))
     _log_turn("worker_sleeps", replica, began)
@@ -179,7 +179,7 @@ async def sleep(request: Request) -> Response:
 
 async def wake_up(request: Request) -> Response:
     """POST /wake_up: load the weights again; answered when requests are."""
-    replica = replica_of(request)
+    replica = minded(request)
     began = replica.clock.monotonic()
     await replica.wake()
     _log_turn("worker_awake", replica, began)
@@ -188,10 +188,10 @@ async def wake_up(request: Request) -> Response:
 
 async def is_sleeping(request: Request) -> Response:
     """GET /is_sleeping: whether the model is asleep."""
-    return JSONResponse({"is_sleeping": replica_of(request).phase is Phase.SLEEPING})
+    return JSONResponse({"is_sleeping": minded(request).phase is Phase.SLEEPING})
 
 
-def _log_turn(event: str, replica: Replica, began: float) -> None:
+def _log_turn(event: str, replica: Replica[Served], began: float) -> None:
     seconds = round(replica.clock.monotonic() - began, 3)
     logger.info(event, extra={"fields": {"seconds": seconds}})
 
@@ -203,12 +203,16 @@ async def tokenize(request: Request) -> Response:
     body = await _read(request, dict)
     _check_named_model(serving, body)
     if body.get("messages") is not None:
-        asked = parse_chat({"model": "-", "messages": body["messages"]})
+        known: dict[str, Any] = {
+            name: body[name] for name in ("messages", "tools", "tool_choice") if name in body
+        }
+        asked = parse_chat({"model": "-", **known})
         found = await render_messages(
             serving,
             replica.offload,
             asked.messages,
             add_generation_prompt=_flag(body, "add_generation_prompt", True),
+            use=asked.tool_use,
         )
     else:
         prompt = body.get("prompt")
@@ -253,7 +257,7 @@ async def version(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """GET /health: 200 while the engine makes progress, 503 when it stands still or is dead."""
-    replica = replica_of(request)
+    replica = minded(request)
     if request.query_params.get("verbose", "") not in ("", "0", "false"):
         report = replica.report()
         return JSONResponse(report, status_code=200 if report["healthy"] else 503)
@@ -270,7 +274,7 @@ async def livez(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """GET /readyz: 200 when the model is loaded, healthy, and requests are taken."""
-    replica = replica_of(request)
+    replica = minded(request)
     _ = replica.serving  # raises Unavailable with the reason
     verdict = replica.health()
     if verdict.fault is not None or replica.phase is not Phase.READY:
@@ -280,13 +284,18 @@ async def readyz(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """GET /metrics: metrics in Prometheus' text format."""
-    exposition = replica_of(request).metrics.exposition()
+    exposition = minded(request).metrics.exposition()
     return Response(exposition, headers={"content-type": CONTENT_TYPE})
 
 
-def replica_of(request: Request) -> Replica:
-    """The replica that this server was assembled around."""
-    return cast(Replica, request.app.state.replica)
+def replica_of(request: Request) -> Replica[Serving]:
+    """The replica that this server was assembled around, served by our own engine."""
+    return cast(Replica[Serving], request.app.state.replica)
+
+
+def minded(request: Request) -> Replica[Served]:
+    """The replica that this server was assembled around, whichever engine serves it."""
+    return cast(Replica[Served], request.app.state.replica)
 
 
 def _thread(request: Request, asked: ChatRequest | CompletionRequest) -> Thread:
@@ -298,7 +307,7 @@ def _thread(request: Request, asked: ChatRequest | CompletionRequest) -> Thread:
 async def _read(request: Request, parse: Callable[[dict[str, Any]], T], more_bytes: int = 0) -> T:
     """The parsed body; a large one is parsed off the event loop. It may be ``more_bytes`` larger
     than what clients may send."""
-    replica = replica_of(request)
+    replica = minded(request)
     limit_bytes = replica.config.settings.gateway.max_body_bytes + more_bytes
     raw = await read_body(request, limit_bytes)
     return await replica.offload.sized(len(raw), lambda: parse(decode_body(raw)))
@@ -352,7 +361,7 @@ def _stream(
     return EventStream(closing(), on_failure=log_failure)
 
 
-def _model_body(serving: Serving) -> dict[str, Any]:
+def _model_body(serving: Served) -> dict[str, Any]:
     return {
         "id": serving.name,
         "object": "model",
@@ -360,11 +369,11 @@ def _model_body(serving: Serving) -> dict[str, Any]:
         "owned_by": "cloudlm",
         "root": serving.root,
         "parent": None,
-        "max_model_len": serving.info.max_model_len,
+        "max_model_len": serving.engine.info.max_model_len,
     }
 
 
-def _adapter_body(serving: Serving, name: str) -> dict[str, Any]:
+def _adapter_body(serving: Served, name: str) -> dict[str, Any]:
     address = serving.engine.adapters().get(name)
     return {**_model_body(serving), "id": name, "root": address, "parent": serving.name}
 

@@ -1,20 +1,23 @@
 """What the handlers are given: a loaded engine with its tokenizer, and the facts of this server.
 
-Ports and plain data; no HTTP, no PyTorch.
+Ports and plain data; no HTTP, no PyTorch. ``Served`` is what every kind of replica has, whichever
+engine answers; ``Serving`` is what the handlers of our own engine need besides.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from cloudlm import __version__
 from cloudlm.core.errors import ModelNotFound
-from cloudlm.engine.api import Engine, EngineInfo
+from cloudlm.engine.api import Engine, EngineInfo, EngineStats
 from cloudlm.engine.tokens import Detokenizer
 from cloudlm.worker.dialect import Dialect
 from cloudlm.worker.template import Renderer
@@ -38,11 +41,55 @@ class Tokenizer(Protocol):
     ) -> Detokenizer: ...
 
 
+class Minded(Protocol):
+    """The part of an engine (``engine.api.Engine``) that a replica minds, whoever generates."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def adapters(self) -> Mapping[str, str]: ...
+
+    async def load_adapter(self, name: str, folder: Path, address: str) -> None: ...
+
+    async def unload_adapter(self, name: str) -> None: ...
+
+    async def sleep(self, level: int) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None: ...
+
+
+class Served(Protocol):
+    """A model that is ready to answer: its name here, the address to show for it (``root``), the
+    Unix time of loading (``created``, seconds) and what generates."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def root(self) -> str: ...
+
+    @property
+    def created(self) -> int: ...
+
+    @property
+    def engine(self) -> Minded: ...
+
+    async def close(self) -> None:
+        """Free everything; running requests end."""
+        ...
+
+
 @dataclass(frozen=True)
 class Serving:
-    """A model that is ready to answer. ``control`` finds what the tokenizer would read as control
-    tokens (None if there are none); ``created`` is the Unix time of loading, seconds; ``dialect``
-    is how the model writes reasoning and tool calls."""
+    """A model that our own engine serves. ``control`` finds what the tokenizer would read as
+    control tokens (None if there are none); ``dialect`` is how the model writes reasoning and tool
+    calls."""
 
     name: str
     root: str
@@ -66,17 +113,26 @@ class Serving:
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def check_model(self, asked: str) -> str:
-        """The adapter that ``asked`` names, empty for the model itself. Raises ModelNotFound."""
-        if asked == self.name:
-            return ""
-        adapters = self.engine.adapters()
-        if asked in adapters:
-            return asked
-        known = ", ".join(repr(name) for name in [self.name, *sorted(adapters)[:8]])
-        raise ModelNotFound(
-            f"the model {asked[:120]!r} does not exist here; this server has {known}",
-            param="model",
-        )
+        """As the function ``check_model``."""
+        return check_model(self, asked)
+
+    async def close(self) -> None:
+        """Free everything; running sequences end."""
+        await asyncio.gather(self.engine.close(), self.renderer.close(), return_exceptions=True)
+
+
+def check_model(served: Served, asked: str) -> str:
+    """The adapter that ``asked`` names, empty for the model itself. Raises ModelNotFound."""
+    if asked == served.name:
+        return ""
+    adapters = served.engine.adapters()
+    if asked in adapters:
+        return asked
+    known = ", ".join(repr(name) for name in [served.name, *sorted(adapters)[:8]])
+    raise ModelNotFound(
+        f"the model {asked[:120]!r} does not exist here; this server has {known}",
+        param="model",
+    )
 
 
 def new_id(prefix: str) -> str:

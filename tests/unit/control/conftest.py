@@ -109,6 +109,22 @@ class ScriptedProber:
         self.samples[replica] = UNREACHABLE
 
 
+class ScriptedTurner:
+    """Turns the replicas that the prober tells of; ``refusal`` is raised instead."""
+
+    def __init__(self, prober):
+        self.prober = prober
+        self.asked = []
+        self.refusal = None
+
+    async def turn(self, url, *, asleep):
+        replica = url.removeprefix("http://").removesuffix(".memory.invalid")
+        self.asked.append((replica, asleep))
+        if self.refusal is not None:
+            raise self.refusal
+        self.prober.samples[replica] = Sample(True, ready=not asleep, sleeping=asleep)
+
+
 @dataclass
 class Plane:
     """Control and everything around it; ``restart`` makes a new control over the same world."""
@@ -123,6 +139,7 @@ class Plane:
     imported: list = field(default_factory=list)
 
     def __post_init__(self):
+        self.turner = ScriptedTurner(self.prober)
         self.restart()
 
     def restart(self):
@@ -141,6 +158,7 @@ class Plane:
             self.clock,
             ControlSettings(drain_timeout_s=30.0, stall_timeout_s=20.0),
             self.metrics,
+            self.turner,
         )
         self.jobs = Jobs(self.state, self.clock, {"import": Kind(import_from_body, self._import)})
 

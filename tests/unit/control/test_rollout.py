@@ -67,6 +67,7 @@ async def control(tmp_path, plane):
                 SystemClock(),
                 ControlSettings(reconcile_interval_s=0.05),
                 ControlMetrics(),
+                plane.turner,
             )
 
         yield state, make

@@ -51,10 +51,12 @@ def guard_of(context, replica):
 
 
 def test_the_workers_command_line():
-    spec = replace(SPEC, options={"dtype": "float32", "max_model_len": 64, "flag": True})
+    options = {"dtype": "float32", "max_model_len": 64, "flag": True}
+    spec = replace(SPEC, options=options, adapters={"polite": "models:/polite/2"})
     assert worker_command(spec, "8100") == [
         *(sys.executable, "-m", "cloudlm.worker", "--model", "models:/bank/1"),
         *("--served-model-name", "bank", "--host", "127.0.0.1", "--port", "8100"),
+        *("--engine", "cloudlm", "--adapter", "polite=models:/polite/2"),
         *("--option", "dtype=float32", "--option", "flag=true", "--option", "max_model_len=64"),
     ]
 

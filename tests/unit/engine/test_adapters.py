@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,42 @@ async def test_what_cannot_be_loaded_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InternalError):
         await engine.load_adapter("c", tmp_path, "x")
     assert engine.adapters() == {"a": "x"}
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["while it is read", "while it is added"])
+async def test_a_load_that_nobody_waits_for_any_more_leaves_nothing(
+    tmp_path: Path, queued: bool
+) -> None:
+    runner = PagedFakeRunner()
+    there, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> str:
+        there.set()
+        assert go_on.wait(10)
+        return "a"
+
+    if queued:
+        runner.before_step = wait
+    else:
+        runner.read_adapter = wait  # type: ignore[method-assign]
+    engine = started(runner)
+    try:
+        running = engine.submit(ask(""))
+        loading = asyncio.create_task(engine.load_adapter("a", tmp_path, "here"))
+        assert await asyncio.to_thread(there.wait, 10)
+        await asyncio.sleep(0.05 if queued else 0)  # until it waits for the step's end
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        go_on.set()
+        assert (await last(running)).finish_reason == "length"
+        runner.read_adapter = lambda folder: "a"  # type: ignore[method-assign]
+        await engine.load_adapter("a", tmp_path, "there")
+        assert engine.adapters() == {"a": "there"}
+        assert runner.adapters == {"a/2"}
+    finally:
+        go_on.set()
+        await engine.close()
 
 
 async def test_a_closing_engine_answers_who_waits(tmp_path: Path) -> None:

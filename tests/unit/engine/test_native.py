@@ -240,6 +240,21 @@ def test_tiny_scales_keep_their_precision() -> None:
     assert torch.equal(halves.float() * factor[:, None], exact)
 
 
+def test_matrices_of_different_kinds_or_groups_are_not_joined() -> None:
+    from cloudlm.engine.native.packing import join, quantize_int4, quantize_int8
+
+    weight = torch.randn(32, 128)
+    eight, wide, narrow = (
+        quantize_int8(weight),
+        quantize_int4(weight, 64),
+        quantize_int4(weight, 32),
+    )
+    for parts in ((eight, wide), (wide, eight), (wide, narrow)):
+        assert join(parts) is None
+    both = join((wide, wide))
+    assert both is not None and torch.equal(both.codes[32:], wide.codes)
+
+
 def test_wrong_shapes_are_refused(kernels: Kernels) -> None:
     weight = kernels.pack(torch.randn(32, 64).bfloat16())
     with pytest.raises(ValueError, match=r"x is \(2, 63\), expected \(2, 64\)"):

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +58,8 @@ class Plan:
     pad: int = 0
     error: dict[str, Any] | None = None
     body: bytes | None = None
+    notes: bool = False
+    fingerprint: str = "fp_1"
 
 
 class MockReplica:
@@ -110,7 +112,9 @@ class MockReplica:
         body = json.loads(await reader.readexactly(length))
         self.heads.append(head)
         self.requests.append(body)
+        notes = "x-cloudlm-resumable: 1" in head.lower()
         plan = self.plans.popleft() if self.plans else self.default
+        plan = replace(plan, notes=plan.notes and notes)
         self.active += 1
         watch = asyncio.create_task(reader.read(1))
         try:
@@ -140,7 +144,7 @@ class MockReplica:
             writer.write(_head(plan.status, len(raw), plan.headers) + raw)
             await writer.drain()
             return True
-        if not body.get("stream"):
+        if "begun" not in body and not body.get("stream"):
             raw = plan.body if plan.body is not None else _whole(body, plan)
             await self._pause(plan.pause_s, watch)
             if watch.done():
@@ -236,24 +240,31 @@ def _events(body: dict[str, Any], plan: Plan) -> Iterator[tuple[bytes, int]]:
     if plan.error is not None:
         yield b"data: " + json.dumps(plan.error).encode() + b"\n\n", 0
         return
-    options = body.get("stream_options") or {}
+    begun = body.get("begun", {"choices": [{}], "usage_shown": False, "id": "c1"})
+    options = body.get("request", body).get("stream_options") or {}
+    shown = begun["choices"][0].get("chunks", 0)
 
     def chunk(choices: list[dict[str, Any]], so_far: int, usage: bool) -> bytes:
-        fields: dict[str, Any] = {"id": "c1", "object": "chat.completion.chunk", "created": 1}
+        fields: dict[str, Any] = {"object": "chat.completion.chunk", "created": 1}
+        fields |= {"id": begun["id"], "system_fingerprint": plan.fingerprint}
         fields |= {"model": "upstream-name", "choices": choices}
         if usage and plan.say_usage:
             fields[USAGE] = _usage(so_far)
+        if plan.notes and choices:
+            ids = [100 + so_far] if choices[0]["delta"].get("content") else []
+            fields["cloudlm_resume"] = {"token_ids": ids, "seed": 7}
         return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
     def choice(delta: dict[str, Any], finish: str | None = None) -> list[dict[str, Any]]:
         return [{"index": 0, "delta": delta, "finish_reason": finish}]
 
     each = bool(options.get("continuous_usage_stats"))
-    yield chunk(choice({"role": "assistant", "content": ""}), 0, each), 0
+    made = [(chunk(choice({"role": "assistant", "content": ""}), 0, each), 0)]
     for n in range(plan.tokens):
-        yield chunk(choice({"content": f"t{n} " + "x" * plan.pad}), n + 1, each), 1
-    yield chunk(choice({}, "stop"), plan.tokens, each), 0
-    if options.get("include_usage"):
+        made.append((chunk(choice({"content": f"t{n} " + "x" * plan.pad}), n + 1, each), 1))
+    made.append((chunk(choice({}, "stop"), plan.tokens, each), 0))
+    yield from made[shown:]
+    if options.get("include_usage") and not begun["usage_shown"]:
         yield chunk([], plan.tokens, True), 0
     if plan.done:
         yield b"data: [DONE]\n\n", 0

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cloudlm.core.access import Tenant
+from cloudlm.core.access import Grant, Principal, PrincipalKind, Project, Tenant
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Outcome, Role
 from cloudlm.gateway import flight
@@ -33,8 +33,11 @@ def _greedy(kit: Any, **more: Any) -> dict[str, Any]:
 
 async def _key_of(rig: Any, kit: Any, tenant: str) -> dict[str, str]:
     """The headers of a new key of another tenant."""
-    await rig.state.put_tenant(Tenant(tenant))
-    minted = mint("other", Role.USER, kit.PEPPER, 1.0, tenant=tenant)
+    grants = (Grant("user", tenant, "root"),)
+    holder = Principal("p", "p", PrincipalKind.SERVICE, tenant, grants=grants)
+    for fact in (Tenant(tenant), Project(tenant, "default"), holder):
+        await rig.state.put_identity(fact)
+    minted = mint("o", Role.USER, kit.PEPPER, 1.0, tenant=tenant, principal="p")
     await rig.state.put_key(minted.record)
     return {**rig.headers, "authorization": f"Bearer {minted.text}"}
 

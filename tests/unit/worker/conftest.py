@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,20 @@ VOCAB_SIZE = 258
 CONTEXT = 256
 
 
+class ByteDetokenizer:
+    """Bytes to text, characters held back until they are whole."""
+
+    def __init__(self, tokenizer: ByteTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        return self._decoder.decode(b"".join(map(self._tokenizer.visible_bytes, token_ids)))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", True)
+
+
 class ByteTokenizer:
     """One token per UTF-8 byte; 256 and 257 are control tokens."""
 
@@ -67,6 +82,11 @@ class ByteTokenizer:
 
     def visible_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""
+
+    def detokenizer(
+        self, prompt_ids: Iterable[int], shown: frozenset[int] = frozenset()
+    ) -> ByteDetokenizer:
+        return ByteDetokenizer(self)
 
 
 class PlainRenderer:

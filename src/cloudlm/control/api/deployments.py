@@ -14,10 +14,10 @@ from cloudlm.control.api.schemas import SCALE, SPEC
 from cloudlm.control.api.services import Services, body_of, read_object
 from cloudlm.core.deployment import Deployment, DeploymentSpec
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
-from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
+from cloudlm.core.model import ADAPTER, AddressKind, address_kind, check_name, parse_ref
+from cloudlm.core.spec import ENGINES
 from cloudlm.core.wire import deployment_body, scale_from_body, spec_from_body
 
-ENGINES = ("cloudlm",)
 MAX_LOG_LINES = 10_000
 
 
@@ -91,6 +91,20 @@ def routes(services: Services) -> APIRouter:
         spec = replace(deployment.spec, min_replicas=low, max_replicas=high)
         return await put(spec, deployment.generation)
 
+    async def turn(name: str, asleep: bool) -> Response:
+        deployment = await found(name)
+        if deployment.deleting:
+            raise Conflict(f"deployment {name!r} is being deleted")
+        return await put(replace(deployment.spec, asleep=asleep), deployment.generation)
+
+    @router.post("/{name}/sleep", status_code=202, summary="Give the replicas' memory back")
+    async def sleep(name: str) -> Response:
+        return await turn(name, True)
+
+    @router.post("/{name}/wake", status_code=202, summary="Load the model again")
+    async def wake(name: str) -> Response:
+        return await turn(name, False)
+
     @router.get("/{name}/logs", summary="Output of the replicas")
     async def logs(
         name: str,
@@ -124,7 +138,32 @@ async def _check_can_run(services: Services, spec: DeploymentSpec) -> None:
             f"unknown engine {spec.engine!r}; there is: {', '.join(ENGINES)}", param="engine"
         )
     services.drivers.get(spec.driver)
-    await asyncio.to_thread(services.registry.resolve, parse_ref(spec.model))
+    base = await asyncio.to_thread(services.registry.resolve, parse_ref(spec.model))
+    if base.task == ADAPTER:
+        raise InvalidRequest(
+            f"{base.ref} is a LoRA adapter and cannot be deployed alone: deploy the model that it "
+            f"was made for ({base.lineage.get('base') or 'unknown'}) with it under 'adapters'",
+            param="model",
+        )
+    for name, address in spec.adapters.items():
+        adapter = await asyncio.to_thread(services.registry.resolve, parse_ref(address))
+        if adapter.task != ADAPTER:
+            raise InvalidRequest(
+                f"adapter {name!r}: {adapter.ref} is a model, not a LoRA adapter", param="adapters"
+            )
+    await _check_names(services, spec)
+
+
+async def _check_names(services: Services, spec: DeploymentSpec) -> None:
+    """Raise Conflict if a name that clients would use means something else already."""
+    wanted = {spec.name, *spec.adapters}
+    for other in await services.state.list_deployments():
+        taken = {other.spec.name, *other.spec.adapters} & wanted
+        if other.spec.name != spec.name and taken:
+            raise Conflict(
+                f"the name {sorted(taken)[0]!r} is taken by the deployment {other.spec.name!r}, as "
+                "its own or an adapter's"
+            )
 
 
 def _generation(if_match: str | None) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.spec import CLOUDLM, ENGINES
+
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 1000}
 
@@ -15,13 +17,30 @@ SPEC: dict[str, Any] = {
         "name": {"type": "string", "description": "API name; may be left out if in the path."},
         "model": {"type": "string", "examples": ["models:/bank/3", "models:/bank@champion"]},
         "driver": {"type": "string", "default": "process"},
-        "engine": {"type": "string", "default": "cloudlm"},
+        "engine": {"enum": list(ENGINES), "default": CLOUDLM},
         "min_replicas": {**_COUNT, "default": 1},
         "max_replicas": {**_COUNT, "default": 1},
         "target_ongoing_requests": {"type": "number", "exclusiveMinimum": 0, "default": 8},
         "max_surge": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 1},
         "options": {"type": "object", "description": "Engine settings (max_model_len …)."},
         "env": {"type": "object", "additionalProperties": _TEXT},
+        "adapters": {
+            "type": "array",
+            "description": "LoRA adapters; each name is a model's name in the API too.",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["name", "model"],
+                "properties": {
+                    "name": _TEXT,
+                    "model": {"type": "string", "examples": ["models:/polite/1"]},
+                },
+            },
+        },
+        "asleep": {
+            "type": ["boolean", "null"],
+            "description": "true puts the replicas to sleep, false keeps them awake.",
+        },
     },
 }
 SCALE: dict[str, Any] = {

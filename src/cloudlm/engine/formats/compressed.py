@@ -81,7 +81,7 @@ class _Matrix:
 def read_compressed(tensors: Tensors, config: ModelConfig) -> tuple[list[Entry], str, str]:
     """Entries, what to call the quantisation, and the precision that keeps it. ``config`` is the
     section ``quantization_config``. Raises BrokenModel, UnsupportedModel."""
-    eight_bit_inputs = _check_scheme(config)
+    eight_bit_inputs, sizes = _check_scheme(config)
     bases = {name.rpartition(".")[0] for name in tensors.stored if name.endswith(".weight_scale")}
     entries: list[Entry] = []
     bits: set[int] = set()
@@ -93,7 +93,7 @@ def read_compressed(tensors: Tensors, config: ModelConfig) -> tuple[list[Entry],
             entries.append(tensors.plain(tensor))
     kept: set[int] = set()
     for base in sorted(bases):
-        one = _matrix(tensors, base)
+        one = _matrix(tensors, base, sizes)
         keep = _keeps(one)
         bits.add(one.bits)
         if keep:
@@ -115,9 +115,9 @@ def read_compressed(tensors: Tensors, config: ModelConfig) -> tuple[list[Entry],
     return entries, f"compressed-tensors {word}", precision
 
 
-def _check_scheme(config: ModelConfig) -> bool:
+def _check_scheme(config: ModelConfig) -> tuple[bool, set[int]]:
     """Raise UnsupportedModel for what is more than whole numbers; whether inputs are taken with 8
-    bits everywhere."""
+    bits everywhere, and the sizes of groups that are named."""
     form = str(config.raw("format") or "dense")
     if form not in _FORMATS:
         raise _unsupported(f"format {form[:40]!r}", f"one of {', '.join(_FORMATS)}")
@@ -128,13 +128,16 @@ def _check_scheme(config: ModelConfig) -> bool:
         raise _unsupported("transform_config", "weights that are used as they are")
     groups = config.section("config_groups")
     inputs = []
+    sizes: set[int] = set()
     for name in config.raw("config_groups") or {}:
         weights = groups.section(name).section("weights")
         kind, bits = str(weights.raw("type") or "int"), weights.integer("num_bits", 8)
         if kind != "int" or bits not in (4, 8):
             raise _unsupported(f"weights of type {kind[:20]} with {bits} bits", "int of 4 or 8")
+        if weights.raw("group_size") not in (None, -1):
+            sizes.add(weights.integer("group_size"))
         inputs.append(groups.section(name).section("input_activations").raw("num_bits") == 8)
-    return bool(inputs) and all(inputs)
+    return bool(inputs) and all(inputs), sizes
 
 
 def _unsupported(found: str, expected: str) -> UnsupportedModel:
@@ -143,7 +146,7 @@ def _unsupported(found: str, expected: str) -> UnsupportedModel:
     )
 
 
-def _matrix(tensors: Tensors, base: str) -> _Matrix:
+def _matrix(tensors: Tensors, base: str, sizes: set[int]) -> _Matrix:
     packed = f"{base}.weight_packed" in tensors.stored
     if packed:
         weight = tensors.part(f"{base}.weight_packed", ("I32",), (None, None))
@@ -155,9 +158,7 @@ def _matrix(tensors: Tensors, base: str) -> _Matrix:
     bits = 8 if not packed else _bits(weight, inputs)
     scale = _scale(tensors, base, outputs)
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    size = -(-inputs // groups)
-    if inputs == 0 or groups != -(-inputs // size):
-        raise BrokenModel(f"{scale.where}: {inputs} inputs do not make {groups} groups")
+    size = _size(scale, inputs, groups, sizes)
     zeros = _zeros(tensors, base, packed, (outputs, groups), bits)
     order = integers.in_order(inputs, size)
     if f"{base}.weight_g_idx" in tensors.stored:
@@ -168,6 +169,21 @@ def _matrix(tensors: Tensors, base: str) -> _Matrix:
                 raise BrokenModel(f"{found.where} names groups outside of 0 to {groups - 1}")
             order = named
     return _Matrix(tensors, weight, scale, zeros, shape, bits, packed, size, order)
+
+
+def _size(scale: StoredTensor, inputs: int, groups: int, sizes: set[int]) -> int:
+    """Inputs in a group. The last group may have fewer, so that their number alone does not tell:
+    96 inputs in 2 groups are 48 and 48, or 64 and 32."""
+    if groups == 1 and inputs > 0:
+        return inputs
+    even = {inputs // groups} if inputs and inputs % groups == 0 else set()
+    fitting = {size for size in sizes or even if -(-inputs // size) == groups}
+    if len(fitting) != 1:
+        raise BrokenModel(
+            f"{scale.where}: {inputs} inputs do not make {groups} groups of one size that "
+            f"config.json names ({', '.join(map(str, sorted(sizes))) or 'none'})"
+        )
+    return fitting.pop()
 
 
 def _shape(tensors: Tensors, base: str, weight: StoredTensor) -> tuple[int, int]:
@@ -213,8 +229,8 @@ def _zeros(
     outputs, groups = shape
     if packed and stored.dtype == "I32":
         return tensors.part(name, ("I32",), (-(-outputs * bits // 32), groups))
-    if len(stored.shape) == 1:
-        return tensors.part(name, ("I8",), (stored.shape[0] if groups == 1 else -1,))
+    if len(stored.shape) == 1 and groups == 1:
+        return tensors.part(name, ("I8",), (1 if stored.shape == (1,) else outputs,))
     return tensors.part(name, ("I8",), (outputs, groups))
 
 

@@ -276,11 +276,16 @@ class TritonOperations:
 
 
 def _of_many_rows(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    if isinstance(matrix, Int8Matrix):
-        # Codes are exact in every floating type; the scale meets the sums.
+    if isinstance(matrix, Int8Matrix) and x.dtype != torch.float16:
+        # Codes are exact in every floating type; the scale meets the sums. Without it these would
+        # soon be more than float16 holds.
         answer = (functional.linear(x, matrix.codes.to(x.dtype)) * matrix.scale).to(x.dtype)
         return answer if bias is None else answer + bias.to(x.dtype)
-    weight = unpack_int4(matrix, x.dtype)
+    if isinstance(matrix, Int4Matrix):
+        weight = unpack_int4(matrix, x.dtype)
+    else:
+        weight = torch.empty(matrix.codes.shape, dtype=x.dtype, device=x.device)
+        torch.mul(matrix.codes, matrix.scale[:, None], out=weight)
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 

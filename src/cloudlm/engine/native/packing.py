@@ -71,13 +71,13 @@ def quantize_int4(weight: Tensor, group: int = 128, *, symmetric: bool = True) -
 
 def join(parts: Sequence[Int8Weight | Int4Weight]) -> Int8Weight | Int4Weight | None:
     """The matrices below each other as one, None if they are of different kinds or groups."""
+    fours = [part for part in parts if isinstance(part, Int4Weight)]
+    if fours and (len(fours) < len(parts) or len({part.group for part in fours}) > 1):
+        return None
     codes = torch.cat([part.codes for part in parts])
     scale = torch.cat([part.scale for part in parts])
-    if all(isinstance(part, Int8Weight) for part in parts):
+    if not fours:
         return Int8Weight(codes, scale)
-    fours = [part for part in parts if isinstance(part, Int4Weight)]
-    if len(fours) < len(parts) or len({part.group for part in fours}) > 1:
-        return None
     zeros = None
     if any(part.zeros is not None for part in fours):
         middle = [torch.full(part.scale.shape, 8, dtype=torch.uint8) for part in fours]

@@ -1,4 +1,4 @@
-"""OpenAI's API as clients speak it: paths, bodies in, chunks and bodies out.
+"""OpenAI's API as clients and replicas speak it: bodies in, chunks and bodies out.
 
 Requests are validated with ``core.requests`` and then forwarded as the client wrote them, only
 three fields altered: ``stream_options``, because the gateway needs the usage in every chunk to
@@ -9,7 +9,7 @@ stripped on the way back. Must not do I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -20,9 +20,6 @@ from cloudlm.core.chat import Usage
 from cloudlm.core.errors import (
     CloudlmError,
     InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    NotSupported,
 )
 from cloudlm.core.requests import (
     decode_body,
@@ -32,6 +29,8 @@ from cloudlm.core.requests import (
     read_priority,
 )
 from cloudlm.gateway.dialects import plain
+from cloudlm.gateway.dialects.base import EVENT_STREAM, Asker, Dialect, Parse, Rendering
+from cloudlm.gateway.exchange import GatewayRequest
 from cloudlm.gateway.sse import event
 from cloudlm.gateway.view import ServedModel
 
@@ -42,6 +41,9 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder()
 
 
+DIALECT = Dialect("OpenAI", lambda error: error.body())
+
+
 class Operation(StrEnum):
     """What a path asks for; the value of those that need a replica is its path there."""
 
@@ -50,41 +52,12 @@ class Operation(StrEnum):
     EMBEDDING = "/v1/embeddings"
     TOKENIZE = "/tokenize"
     DETOKENIZE = "/detokenize"
-    LIST_MODELS = "/v1/models"
-    GET_MODEL = "/v1/models/{id}"
-
-
-METHODS = {
-    Operation.CHAT.value: "POST",
-    Operation.COMPLETION.value: "POST",
-    Operation.EMBEDDING.value: "POST",
-    Operation.TOKENIZE.value: "POST",
-    Operation.DETOKENIZE.value: "POST",
-    Operation.LIST_MODELS.value: "GET",
-}
-_KNOWN_ELSEWHERE = (
-    "/v1/assistants",
-    "/v1/audio",
-    "/v1/batches",
-    "/v1/containers",
-    "/v1/conversations",
-    "/v1/evals",
-    "/v1/files",
-    "/v1/fine_tuning",
-    "/v1/images",
-    "/v1/messages",
-    "/v1/moderations",
-    "/v1/realtime",
-    "/v1/responses",
-    "/v1/threads",
-    "/v1/uploads",
-    "/v1/vector_stores",
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One validated request for a replica. ``body`` is what is sent there."""
+    """One validated request for a replica. ``body`` is what is sent there. ``translate`` makes what
+    says the answer in another dialect than OpenAI's."""
 
     operation: Operation
     model: str
@@ -92,6 +65,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    translate: Callable[[], Rendering] | None = None
 
     @property
     def path(self) -> str:
@@ -110,26 +84,6 @@ class Call:
         return self.operation in (Operation.CHAT, Operation.COMPLETION)
 
 
-def route(method: str, path: str) -> tuple[Operation, str]:
-    """The operation of a path, and the model's name for GET_MODEL.
-
-    Raises MethodNotAllowed, NotSupported (OpenAI has it, we do not) or NotFound.
-    """
-    wanted = METHODS.get(path)
-    if wanted is not None:
-        if method != wanted:
-            raise MethodNotAllowed(f"{path} takes {wanted}, not {method[:20]}")
-        return Operation(path), ""
-    name = path.removeprefix("/v1/models/")
-    if name != path and name:
-        if method != "GET":
-            raise MethodNotAllowed(f"a model can be read with GET, not {method[:20]}")
-        return Operation.GET_MODEL, name
-    if any(path == known or path.startswith(known + "/") for known in _KNOWN_ELSEWHERE):
-        raise NotSupported(f"{path[:80]} is part of OpenAI's API that this server does not offer")
-    raise NotFound(f"there is nothing at {path[:80]!r}; this server speaks OpenAI's API under /v1")
-
-
 def parse(
     operation: Operation, raw: bytes, salted: Callable[[str], str], *, may_lead: bool = False
 ) -> Call:
@@ -140,7 +94,34 @@ def parse(
         chat = plain.read(raw)
         if chat is not None:
             return _plain(chat, salted)
-    body = decode_body(raw)
+    return parse_body(operation, decode_body(raw), salted, may_lead=may_lead)
+
+
+def parser(operation: Operation) -> Parse:
+    """``parse`` as a route wants it."""
+    return lambda request, _, asker: parse(
+        operation, request.body, asker.salted, may_lead=asker.may_lead
+    )
+
+
+def read_models(request: GatewayRequest, _: str, asker: Asker) -> dict[str, Any]:
+    """The list of models, by name."""
+    return {"object": "list", "data": [model_body(model) for model in asker.models()]}
+
+
+def read_model(request: GatewayRequest, name: str, asker: Asker) -> dict[str, Any]:
+    """One model, see ``model_state_body``."""
+    return model_state_body(asker.model(name))
+
+
+def parse_body(
+    operation: Operation,
+    body: dict[str, Any],
+    salted: Callable[[str], str],
+    *,
+    may_lead: bool = False,
+) -> Call:
+    """As ``parse``, from a decoded body, which is changed."""
     if body.get("priority") is not None:
         priority = read_priority(body)
         body["priority"] = priority if may_lead else max(priority, 0)
@@ -229,6 +210,13 @@ def usage_of(body: dict[str, Any]) -> Usage | None:
     )
 
 
+def vectors_of(body: dict[str, Any]) -> list[Any]:
+    """The vectors of an embedding answer, in the order of its inputs."""
+    data = [entry for entry in body.get("data") or () if isinstance(entry, dict)]
+    data.sort(key=lambda entry: _count(entry.get("index")))
+    return [entry.get("embedding") for entry in data]
+
+
 def _count(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 2**53 else 0
 
@@ -280,22 +268,53 @@ def shape_answer(body: dict[str, Any], call: Call) -> bytes:
     return _encoder.encode(body)
 
 
-def error_event(error: CloudlmError) -> bytes:
-    """The event that ends a broken stream; ``[DONE]`` never follows it."""
-    return event(_encoder.encode(error.body()))
+class OpenAIRendering:
+    """Says an answer to a client of OpenAI's API: what the replica sent, hardly touched."""
+
+    stream_type = EVENT_STREAM
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def whole(self, body: dict[str, Any]) -> bytes:
+        return shape_answer(body, self._call)
+
+    def chunk(self, chunk: dict[str, Any]) -> bytes:
+        return shape_chunk(chunk, self._call)
+
+    def done(self) -> bytes:
+        return DONE_EVENT
+
+    def error(self, error: CloudlmError) -> bytes:
+        """The event that ends a broken stream; ``[DONE]`` never follows it."""
+        return event(_encoder.encode(error.body()))
+
+
+def rendering(call: Call) -> Rendering:
+    """What says one attempt's answer; a new one for each, because streams have a state."""
+    return OpenAIRendering(call) if call.translate is None else call.translate()
 
 
 def model_body(model: ServedModel) -> dict[str, Any]:
-    """One model in OpenAI's form."""
-    return {
+    """One model in OpenAI's form; an adapter also names the deployment that serves it."""
+    body = {
         "id": model.name,
         "object": "model",
         "created": int(model.created_at),
         "owned_by": OWNER,
     }
+    return body if model.parent is None else {**body, "parent": model.parent}
 
 
-def models_body(models: Iterable[ServedModel]) -> dict[str, Any]:
-    """The list of models, by name."""
-    ordered = sorted(models, key=lambda model: model.name)
-    return {"object": "list", "data": [model_body(model) for model in ordered]}
+def model_state_body(model: ServedModel) -> dict[str, Any]:
+    """One model for all who ask at ``/v1/models/{name}``: with KServe's and TensorFlow Serving's
+    fields besides OpenAI's. Its versions are the revisions that serve."""
+    versions = sorted({endpoint.revision for endpoint in model.endpoints})
+    fine = {"error_code": "OK", "error_message": ""}
+    states = [{"version": str(v), "state": "AVAILABLE", "status": fine} for v in versions]
+    return {
+        **model_body(model),
+        "name": model.name,
+        "ready": bool(versions),
+        "model_version_status": states,
+    }

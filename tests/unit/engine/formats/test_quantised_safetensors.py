@@ -33,6 +33,7 @@ FORMATS: dict[str, tuple[Write, dict[str, Any], str]] = {
     "gptq-int8-rows": (write_gptq, {"bits": 8, "group": -1, "symmetric": True}, "int8"),
     "awq": (write_awq, {}, "int4"),
     "ct-int4": (write_compressed, {"bits": 4, "group": 32}, "int4"),
+    "ct-int4-uneven": (write_compressed, {"bits": 4, "group": 64}, "int4"),  # of 96 inputs
     "ct-int4-zeros": (write_compressed, {"bits": 4, "group": 32, "symmetric": False}, "int4"),
     "ct-int4-act-order": (write_compressed, {"bits": 4, "group": 32, "act_order": True}, ""),
     "ct-w8a16": (write_compressed, {"bits": 8}, "int8"),
@@ -198,6 +199,20 @@ Q = "model.layers.0.self_attn.q_proj"
             lambda t, c: c.update(transform_config={"a": 1}),
             UnsupportedModel,
             "transform",
+        ),
+        (
+            "ct-int4",
+            lambda t, c: c["config_groups"]["group_0"]["weights"].update(group_size=64),
+            BrokenModel,
+            "of one size",
+        ),
+        (
+            "ct-w8-zeros",
+            lambda t, c: t.update(
+                {f"{Q}.weight_zero_point": t[f"{Q}.weight_zero_point"][:5, 0].clone()}
+            ),
+            BrokenModel,
+            "weight_zero_point",
         ),
         ("ct-w8a8", lambda t, c: t.pop(f"{Q}.weight_scale"), UnsupportedModel, "I8"),
         ("gptq", lambda t, c: t.pop(f"{Q}.scales"), BrokenModel, "scales"),

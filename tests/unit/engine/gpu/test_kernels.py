@@ -198,6 +198,12 @@ def test_linear(
     )
 
 
+def test_sums_of_codes_need_not_fit_into_float16(triton_operations: Any) -> None:
+    matrix = matrices.pack(torch.full((4, 1024), 0.01), 8)  # every code is 127
+    found = triton_operations.linear(torch.ones(70, 1024, dtype=torch.float16), matrix, None)
+    torch.testing.assert_close(found, torch.full((70, 4), 10.24).half(), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_unpack_int4(triton_operations: Any, dtype: torch.dtype) -> None:
     from cloudlm.engine.gpu.triton_ops import unpack_int4
