@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(DEV): $(STAMP)
 	@echo "installing the development tools into $(VENV)"
-	@$(PIP) -e '.[engine,postgres,dev]'
+	@$(PIP) -e '.[engine,postgres,redis,dev]'
 	@touch $@
 
 demo: $(STAMP)

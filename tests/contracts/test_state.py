@@ -51,6 +51,7 @@ from cloudlm.core.deployment import (
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from cloudlm.core.job import Job, JobState
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
+from cloudlm.core.usage import UsageQuery
 from cloudlm.state.base import State
 from cloudlm.state.migrations import VERSION_TABLE
 from cloudlm.state.open import open_state
@@ -774,3 +775,38 @@ def test_the_port_and_its_twins_have_the_same_methods() -> None:
     methods = {name for name in dir(State) if re.match(r"[a-z]", name)}
     for twin in (MemoryState, SqlState):
         assert {name for name in dir(twin) if re.match(r"[a-z]", name)} == methods
+
+
+async def test_usage_sums_what_the_ledger_holds(state: State) -> None:
+    day = 86_400.0
+    rows = [
+        replace(
+            row(number, started_at=(2 + number % 3) * day - 0.5),
+            tenant="acme" if number % 2 else ODD,
+            key_id=f"k{number % 4}",
+            attempt=1 + number // 10,
+            completion_tokens=number,
+            project="web",
+            cost=2**40 + number,
+        )
+        for number in range(20)
+    ]
+    await state.append_ledger(rows)
+    (everything,) = await state.usage(UsageQuery(0.0, 9 * day, ()))
+    assert (everything.requests, everything.attempts) == (10, 20)
+    assert (everything.prompt_tokens, everything.completion_tokens) == (60, sum(range(20)))
+    assert everything.cost == 20 * 2**40 + sum(range(20))
+    days = await state.usage(UsageQuery(0.0, 9 * day))
+    assert [one.day for one in days] == ["1970-01-02", "1970-01-03", "1970-01-04"]
+    assert [one.attempts for one in days] == [7, 7, 6]
+    of_acme = await state.usage(UsageQuery(0.0, 9 * day, ("tenant", "key"), tenant="acme"))
+    assert [(one.tenant, one.key, one.attempts) for one in of_acme] == [
+        ("acme", "k1", 5),
+        ("acme", "k3", 5),
+    ]
+    both = {one.tenant for one in await state.usage(UsageQuery(0.0, 9 * day, ("tenant",)))}
+    assert len(both) == 2
+    (cut,) = await state.usage(UsageQuery(2 * day - 0.5, 2 * day, ("day", "project", "model")))
+    assert (cut.day, cut.project, cut.model, cut.attempts) == ("1970-01-02", "web", "bank", 7)
+    assert await state.usage(UsageQuery(0.0, 9 * day, project="other")) == []
+    assert await state.usage(UsageQuery(0.0, 1.0, ())) == []

@@ -27,6 +27,7 @@ from cloudlm.cli import (
     serve,
     tenants,
     up,
+    usage,
 )
 from cloudlm.cli.screen import fail
 from cloudlm.core.errors import CloudlmError
@@ -82,6 +83,7 @@ app.add_typer(tenants.projects, name="projects")
 principals.add_to(app)
 app.add_typer(roles.app, name="roles")
 app.add_typer(keys.app, name="keys")
+usage.add_to(app)
 app.add_typer(audit.app, name="audit")
 config.add_to(app)
 drivers.add_to(app)

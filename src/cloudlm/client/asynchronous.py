@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
@@ -24,6 +24,7 @@ from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest
+from cloudlm.core.usage import UsageRow
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 if TYPE_CHECKING:
@@ -62,6 +63,20 @@ class AsyncClient:
         self.keys = AsyncKeys(self)
         self.jobs = AsyncJobs(self)
         self.drivers = AsyncDrivers(self)
+
+    async def usage(
+        self,
+        group_by: Sequence[str] = ("day",),
+        *,
+        since: str | None = None,
+        until: str | None = None,
+        tenant: str | None = None,
+        project: str | None = None,
+    ) -> builtins.list[UsageRow]:
+        """Sums of tokens and costs, grouped by ``day``, ``tenant``, ``project``, ``key`` and
+        ``model``, between two UTC dates (2026-01-31, the last included); else the last 30 days."""
+        given = {"since": since, "until": until, "tenant": tenant, "project": project}
+        return await self.send(calls.usage({"group_by": ",".join(group_by), **given}))
 
     async def whoami(self) -> Whoami:
         """The key in use and the principal that it speaks for."""

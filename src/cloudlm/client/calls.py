@@ -18,6 +18,7 @@ from cloudlm.core.fields import Fields
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest, manifest_from_body
 from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.usage import UsageRow, usage_from_body
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 T = TypeVar("T")
@@ -215,6 +216,14 @@ def wait_job(
 
 def list_drivers() -> Call[list[DriverEntry]]:
     return Call("GET", path_of("drivers"), all_of(wire.driver_from_body))
+
+
+# Usage ------------------------------------------------------------------------------------------
+
+
+def usage(given: Mapping[str, str | None]) -> Call[list[UsageRow]]:
+    query = {name: value for name, value in given.items() if value is not None}
+    return Call("GET", path_of("usage"), all_of(usage_from_body), query=query)
 
 
 def _until(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
@@ -18,6 +18,7 @@ from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
 from cloudlm.core.model import Manifest
+from cloudlm.core.usage import UsageRow
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
 
 if TYPE_CHECKING:
@@ -58,6 +59,20 @@ class Client:
         self.keys = Keys(self)
         self.jobs = Jobs(self)
         self.drivers = Drivers(self)
+
+    def usage(
+        self,
+        group_by: Sequence[str] = ("day",),
+        *,
+        since: str | None = None,
+        until: str | None = None,
+        tenant: str | None = None,
+        project: str | None = None,
+    ) -> builtins.list[UsageRow]:
+        """Sums of tokens and costs, grouped by ``day``, ``tenant``, ``project``, ``key`` and
+        ``model``, between two UTC dates (2026-01-31, the last included); else the last 30 days."""
+        given = {"since": since, "until": until, "tenant": tenant, "project": project}
+        return self.send(calls.usage({"group_by": ",".join(group_by), **given}))
 
     def whoami(self) -> Whoami:
         """The key in use and the principal that it speaks for."""

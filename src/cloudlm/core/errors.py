@@ -22,6 +22,7 @@ errors are translated into this tree once, at the seam where they enter.
     ├── MethodNotAllowed 405
     ├── Conflict 409
     ├── LimitExceeded 429             (retry later)
+    │   └── BudgetExceeded 429
     ├── RequestCancelled 499          (the client went away)
     ├── InternalError 500
     ├── NotSupported 501
@@ -202,6 +203,14 @@ class LimitExceeded(CloudlmError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     retry = Retry.LATER
+
+
+class BudgetExceeded(LimitExceeded):
+    """The month's money is used up; trying again this month does not help."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    retry = Retry.NEVER
 
 
 class RequestCancelled(CloudlmError):

@@ -59,7 +59,18 @@ class GatewaySettings:
         high=100,
     )
     max_ongoing_requests: int = setting(
-        1024, "Requests in flight at once; more are refused with 503.", low=1
+        4096, "Requests in the gateway at once, waiting ones too; more are refused with 503.", low=1
+    )
+    replica_capacity: int = setting(
+        1024, "Requests sent to one replica at once; more wait in the gateway's queue.", low=1
+    )
+    max_queued_requests: int = setting(
+        1024,
+        "Requests that wait for one model; beyond, those to be served last are refused with 503.",
+        low=0,
+    )
+    queue_timeout_s: float = setting(
+        30.0, "Longest wait in the gateway's queue, seconds.", low=0.01
     )
     drain_timeout_s: float = setting(
         30.0, "Longest wait for running requests when stopping, seconds.", low=0.0
@@ -75,6 +86,34 @@ class GatewaySettings:
     )
     cache_mb: int = setting(64, "Memory for such answers, MiB.", low=1, high=1 << 20)
     cache_ttl_s: float = setting(3600.0, "How long such an answer is used, seconds.", low=0.001)
+    prices: str = setting(
+        "",
+        "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",
+    )
+    limits_url: str = setting(
+        "",
+        "Redis or Valkey that counts limits for several gateways, redis://…; empty counts in each.",
+        secret=True,
+    )
+    limits_share: float = setting(
+        1.0,
+        "Share of each limit that this gateway may give out while limits_url is away.",
+        low=0.0,
+        high=1.0,
+    )
+    limits_outage_s: float = setting(
+        300.0, "How long it may do so, seconds; then limits_after_outage holds.", low=0.0
+    )
+    limits_after_outage: str = setting(
+        "refuse",
+        "What then happens to requests under limits.",
+        choices=("refuse", "allow"),
+    )
+    reserved_answer_tokens: int = setting(
+        1024,
+        "Tokens reserved from limits for an answer whose request sets no max_tokens.",
+        low=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """One attempt of one request: who, what, where, how it ended, tokens really relayed."""
+    """One attempt of one request: who, what, where, how it ended, tokens really relayed, and their
+    cost at the price of that moment, in billionths of the currency."""
 
     id: str
     request_id: str
@@ -111,3 +112,5 @@ class LedgerRow:
     started_at: float
     duration_s: float
     first_token_s: float | None = None
+    project: str = DEFAULT_PROJECT
+    cost: int = 0

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, InternalError, RequestCancelled
+from cloudlm.core.price import FREE
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.gateway.exchange import unique
 from cloudlm.gateway.interrupt import Interrupt
@@ -45,7 +46,9 @@ class Exchange:
         self.replica = ""
         self.attempts = 0
         self.revision = 0  # of the replica that answers
-        self.usage = Usage()  # of all attempts that ended
+        self.price = FREE
+        self.usage = Usage()  # of all attempts so far
+        self.cost = 0  # the same in billionths of the currency
         self.headers: dict[str, str] = {}  # for the answer, whatever it is
         self.outcome: Outcome | None = None  # once it is over
         self.started_at = clock.now()
@@ -118,10 +121,16 @@ class Attempt:
         self._on_settled()
         exchange, usage = self._exchange, self._usage
         exchange.usage += usage
+        exchange.cost += self._cost(outcome)
         self._ledger.add(self._row(outcome, status))
         exchange.meter.attempt_ended(
             exchange.model, outcome, usage.prompt_tokens, usage.completion_tokens
         )
+
+    def _cost(self, outcome: Outcome) -> int:
+        price = self._exchange.price
+        again = outcome is Outcome.CACHED
+        return price.again(self._usage) if again else price.cost(self._usage)
 
     def row_so_far(self) -> LedgerRow:
         """The row that this attempt leaves if the gateway dies."""
@@ -146,4 +155,6 @@ class Attempt:
             started_at=self._started_at,
             duration_s=exchange.clock.monotonic() - self._started,
             first_token_s=self._first_token_s,
+            project=exchange.key.project,
+            cost=self._cost(outcome),
         )

@@ -19,16 +19,20 @@ from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, Unavailable
+from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.connection import Site
+from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
+from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
+from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
@@ -62,7 +66,18 @@ class Gateway:
         clock = clock or SystemClock()
         self.settings = settings
         self.view = View(state, clock)
-        self.admission = Admission(settings.max_ongoing_requests)
+        self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
+        self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
+        self.view.on_change.append(self.gate.follow)
+        self.counters = _counters(settings, clock)
+        self.limiter = Limiter(
+            self.counters,
+            read_prices(settings.prices),
+            state,
+            clock,
+            settings.reserved_answer_tokens,
+        )
+        self.view.on_change.append(self.limiter.follow)
         self.loads = Loads()
         self.meter = Meter()
         self.ledger = Ledger(open_journal(home), state, clock)
@@ -76,7 +91,8 @@ class Gateway:
                 pepper=pepper,
                 clock=clock,
                 view=self.view,
-                admission=self.admission,
+                limiter=self.limiter,
+                gate=self.gate,
                 loads=self.loads,
                 demand=self.demand,
                 upstream=self.upstream,
@@ -98,6 +114,11 @@ class Gateway:
             lambda: self.view.age_s,
         )
         self.meter.watch(
+            "cloudlm_gateway_requests_queued",
+            "Requests that wait in the gateway for a place at a replica.",
+            lambda: self.gate.waiting,
+        )
+        self.meter.watch(
             "cloudlm_gateway_ledger_rows_waiting",
             "Ledger rows in memory that the state does not have yet.",
             lambda: self.ledger.rows_in_memory,
@@ -113,11 +134,15 @@ class Gateway:
         """The gateway's tasks, from start to a flushed ledger. Raises StorageFailed."""
         self.ledger.open()
         await self.upstream.open()
-        await self.view.refresh()
+        if await self.view.refresh():
+            await self.ledger.flush()  # what a dead process left in the journal was spent too
+            await self.limiter.tend(self.view.snapshot())
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
             for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
+        tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
+        tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
             yield
         finally:
@@ -135,6 +160,17 @@ class Gateway:
         count = self.handler.cut_all(Unavailable("the gateway is stopping", retry_after_s=1.0))
         if count:
             _log.warning("requests_cut", extra={"fields": {"count": count}})
+
+
+def _counters(settings: GatewaySettings, clock: Clock) -> Counters:
+    """Where limits are counted. Raises BadSetting and MissingExtra."""
+    if not settings.limits_url:
+        return LocalCounters(clock)
+    from cloudlm.gateway.counters_redis import Outage, RedisCounters
+
+    refuse = settings.limits_after_outage == "refuse"
+    outage = Outage(settings.limits_share, settings.limits_outage_s, refuse)
+    return RedisCounters(settings.limits_url, clock, outage)
 
 
 def make_server(gateway: Gateway) -> GatewayServer:

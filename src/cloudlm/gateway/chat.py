@@ -1,16 +1,18 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → known? → admit → choose → send → relay → account.
+authorise → parse and validate → reserve → known? → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
-route, admit or retry; it asks ``router``, ``admission`` and ``retry``, which are pure.
+route, limit, admit or retry; it asks ``router``, ``limits``, ``admission`` and ``retry``, which are
+pure.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,14 +35,15 @@ from cloudlm.core.errors import (
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
-from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.dialects import openai, routes
 from cloudlm.gateway.dialects.base import Asker, Dialect, Route
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
@@ -69,7 +72,8 @@ class Rooms:
     pepper: bytes
     clock: Clock
     view: View
-    admission: Admission
+    limiter: Limiter
+    gate: Gate
     loads: Loads
     demand: DemandReporter
     upstream: Upstream
@@ -143,11 +147,15 @@ class Handler:
         if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
         model = view.model(call.model, exchange.key)
+        self._expect(exchange, model)
+        ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
+        ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
+        ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
         question = self.recall.question(exchange, request, call, model)
         answer = question.known()
         if answer is not None:
             return answer
-        self._admit(exchange, model)
+        await self._rooms.gate.enter(ticket, exchange)
         return await question.ask(lambda: self._serve(exchange, call))
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
@@ -175,7 +183,8 @@ class Handler:
             raise keys.invalid_key()
         return record
 
-    def _admit(self, exchange: Exchange, model: ServedModel) -> None:
+    def _expect(self, exchange: Exchange, model: ServedModel) -> None:
+        """Count a request for a model, served or not. Raises NoReplica if there is none."""
         rooms = self._rooms
         exchange.model = model.name
         rooms.demand.count(model.name)
@@ -191,10 +200,8 @@ class Handler:
                 f"it; 'cloudlm wake {model.parent or model.name}' does",
                 retry_after_s=ASLEEP_RETRY_AFTER_S,
             )
-        rooms.admission.enter(model.name)
         rooms.meter.entered(model.name)
         exchange.at_end(lambda: rooms.meter.left(model.name))
-        exchange.at_end(lambda: rooms.admission.leave(model.name))
 
     async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
         """Try replicas until one answers, the attempts or the budget are used up, or none is
@@ -410,7 +417,7 @@ def refusal(
     """The response that says ``error``."""
     headers["content-type"] = "application/json"
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationFailed):
         headers["www-authenticate"] = "Bearer"
     return GatewayResponse(

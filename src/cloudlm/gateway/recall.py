@@ -210,9 +210,7 @@ class Question:
     def _give(self, answer: Answer, how: str) -> GatewayResponse:
         """An answer that no replica gives: a ledger row of its own, all its prompt cached."""
         exchange, usage = self._exchange, answer.usage
-        assert self._version is not None
         exchange.headers[CACHE_HEADER] = how
-        exchange.model = self._version.model
         exchange.attempts += 1
         attempt = Attempt(exchange, self._recall.ledger, lambda: None)
         known = bool(self._condition) and cache.matches(self._condition, answer.tag)

@@ -97,6 +97,7 @@ _CONTROL: tuple[tuple[str, Verb, Resource], ...] = (
     ("GET /roles/{role}", Verb.READ, Resource.ROLES),
     ("PUT /roles/{role}", Verb.UPDATE, Resource.ROLES),
     ("DELETE /roles/{role}", Verb.DELETE, Resource.ROLES),
+    ("GET /usage", Verb.READ, Resource.USAGE),
     ("GET /keys", Verb.READ, Resource.KEYS),
     ("POST /keys", Verb.CREATE, Resource.KEYS),
     ("GET /keys/{key_id}", Verb.READ, Resource.KEYS),

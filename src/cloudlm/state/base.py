@@ -13,6 +13,7 @@ from typing import Protocol
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
 from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.access import AccessState
 from cloudlm.state.audit import AuditState
 
@@ -101,6 +102,10 @@ class State(AccessState, AuditState, Protocol):
         self, *, since: float = 0.0, request_id: str | None = None, limit: int = 1000
     ) -> list[LedgerRow]:
         """Oldest first, by start time."""
+        ...
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        """Sums of ledger rows, sorted by the names that they are grouped by."""
         ...
 
     async def close(self) -> None: ...

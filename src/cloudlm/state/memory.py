@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
 from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.decide import (
     changed_deployment,
     check_job_change,
@@ -25,6 +26,7 @@ from cloudlm.state.documents import (
 )
 from cloudlm.state.memory_access import MemoryAccess
 from cloudlm.state.memory_audit import MemoryAudit
+from cloudlm.state.usage import summed
 
 
 class MemoryState(MemoryAccess, MemoryAudit):
@@ -144,6 +146,9 @@ class MemoryState(MemoryAccess, MemoryAudit):
         ]
         found.sort(key=lambda row: (row.started_at, row.id))
         return found[: max(limit, 0)]
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        return summed(query, self._ledger.values())
 
     async def close(self) -> None:
         """Nothing to close; the facts stay readable."""

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
 from cloudlm.core.tenant import LedgerRow
+from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state import rows as as_rows
 from cloudlm.state import tables
 from cloudlm.state.decide import (
@@ -33,6 +34,7 @@ from cloudlm.state.documents import (
 )
 from cloudlm.state.sql_access import bump, one_row
 from cloudlm.state.sql_audit import SqlAudit
+from cloudlm.state.sql_usage import usage_of, usage_statement
 
 _LEDGER_BATCH = 256
 
@@ -238,6 +240,10 @@ class SqlState(SqlAudit):
             max(limit, 0)
         )
         return [as_rows.ledger_of(row) for row in await self._database.read(statement)]
+
+    async def usage(self, query: UsageQuery) -> list[UsageRow]:
+        statement = usage_statement(query, self._database.dialect)
+        return [usage_of(row) for row in await self._database.read(statement)]
 
     async def close(self) -> None:
         """Give all connections back; nothing may be asked afterwards."""

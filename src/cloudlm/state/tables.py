@@ -240,6 +240,8 @@ ledger = sa.Table(
     _number("started_at"),
     _number("duration_s"),
     _number("first_token_s", nullable=True),
+    _text("project"),
+    _whole("cost"),
     sa.Index(None, "started_at", "id"),
     sa.Index(None, "request_id"),
     sa.Index(None, "key_id", "started_at"),

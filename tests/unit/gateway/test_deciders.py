@@ -1,14 +1,11 @@
-"""The pure parts: router, admission, retry budget, jitter."""
+"""The pure parts: router, retry budget, jitter."""
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudlm.core.deployment import Endpoint
-from cloudlm.core.errors import Overloaded
-from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.retry import RetryBudget, full_jitter
 from cloudlm.gateway.router import Loads, choose
 
@@ -104,19 +101,6 @@ def test_forgotten_replicas() -> None:
     assert loads.of("busy").ongoing == 1
     assert loads.of("idle").chosen_at == 0
     loads.end("busy")
-
-
-def test_admission_counts() -> None:
-    admission = Admission(2)
-    admission.enter("a")
-    admission.enter("b")
-    with pytest.raises(Overloaded) as refused:
-        admission.enter("a")
-    assert refused.value.retry_after_s
-    assert (admission.total, admission.ongoing("a"), admission.ongoing("c")) == (2, 1, 0)
-    admission.leave("b")
-    admission.enter("a")
-    assert (admission.total, admission.ongoing("a"), admission.ongoing("b")) == (2, 2, 0)
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 3)), max_size=200))

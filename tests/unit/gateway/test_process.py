@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI, DefaultAsyncHttpx2Client, RateLimitError
 
+from cloudlm.core.access import Limits
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Outcome, Role
 from cloudlm.gateway.server import listen
@@ -140,3 +142,47 @@ async def test_killed_in_a_stream_and_stopped_by_a_signal(kit: Any, tmp_path: Pa
                 process.kill()
                 process.communicate()
         await replica.stop()
+
+
+async def test_a_limited_key_meets_its_limit_and_its_cost_is_written(
+    tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The official client, a gateway of its own process, a restart between."""
+    monkeypatch.setenv("CLOUDLM_GATEWAY_PRICES", "*=1000/100/10000")
+    replica = kit.MockReplica(f"{kit.MODEL}-r1-0")
+    await replica.start()
+    limits = Limits(requests_per_minute=2, spend_per_month=0.45)
+    minted = mint("limited", Role.USER, Home(tmp_path).ensure().pepper(), 1.0, limits=limits)
+    async with state_of(tmp_path) as state:
+        await state.put_deployment(DeploymentSpec(kit.MODEL, "models:/m/1"), now=1.0)
+        await state.put_endpoints(kit.MODEL, [Endpoint(kit.MODEL, replica.name, replica.url, 1)])
+        await state.put_key(minted.record)
+
+    async def ask(port: int) -> Any:
+        async with AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1",
+            api_key=minted.text,
+            max_retries=0,
+            http_client=DefaultAsyncHttpx2Client(trust_env=False),
+        ) as client:
+            call = client.chat.completions.with_raw_response.create
+            said: Any = [{"role": "user", "content": "hello"}]
+            return await call(model=kit.MODEL, messages=said, max_tokens=5)
+
+    for number in range(2):
+        port = free_port()
+        process = start(tmp_path, port)
+        try:
+            await ready(port)
+            if number == 0:
+                answer = await ask(port)
+                assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+            with pytest.raises(RateLimitError) as refused:
+                await ask(port)
+            assert refused.value.code == "insufficient_quota"
+        finally:
+            end(process, signal.SIGKILL if number == 0 else signal.SIGTERM)
+    await replica.stop()
+    async with state_of(tmp_path) as state:
+        (row,) = await state.list_ledger()
+        assert (row.cost, row.outcome) == (55_200_000, Outcome.FINISHED)

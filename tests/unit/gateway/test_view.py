@@ -11,7 +11,7 @@ from cloudlm.core.clock import ManualClock
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import ModelNotFound, Unavailable
 from cloudlm.core.tenant import Role
-from cloudlm.gateway.admission import Admission
+from cloudlm.gateway.admission import Admission, Ticket
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.router import Loads
@@ -140,13 +140,13 @@ async def test_demand() -> None:
     state, clock = MemoryState(), ManualClock()
     await state.put_deployment(DeploymentSpec("m", "models:/m/1"), now=1.0)
     await state.put_endpoints("m", [Endpoint("m", "r1", "http://h", 1)])
-    view, admission, loads = View(state, clock), Admission(10), Loads()
+    view, admission, loads = View(state, clock), Admission(10, 10), Loads()
     await view.refresh()
     demand = DemandReporter("host:8000", state, view, admission, loads, clock)
     for _ in range(4):
         demand.count("m")
-    admission.enter("m")
-    admission.enter("m")
+    admission.enter(Ticket("m", "t"), 10, 0.0)
+    admission.enter(Ticket("m", "t"), 10, 0.0)
     loads.begin("r1")
     await clock.advance(2.0)
     assert await demand.report()

@@ -22,6 +22,7 @@ from cloudlm.control.api import (
     principals,
     roles,
     tenants,
+    usage,
 )
 from cloudlm.control.api.caller import caller_of
 from cloudlm.control.api.edge import Edge, error_response, handle_error
@@ -53,7 +54,7 @@ def build_app(services: Services) -> FastAPI:
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, handle_error)
-    for noun in (models, deployments, tenants, principals, roles, keys, jobs, audit):
+    for noun in (models, deployments, tenants, principals, roles, keys, usage, jobs, audit):
         app.include_router(noun.routes(services), prefix=PREFIX)
     app.include_router(_driver_routes(services), prefix=PREFIX)
     app.include_router(_own_routes(), prefix=PREFIX)

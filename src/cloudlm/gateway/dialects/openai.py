@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from cloudlm.core.chat import Usage
+from cloudlm.core.chat import ChatRequest, CompletionRequest, Usage
 from cloudlm.core.errors import (
     CloudlmError,
     InvalidRequest,
@@ -65,6 +65,8 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    max_tokens: int = 0  # of one answer; 0 if the request does not say
+    choices: int = 1
     translate: Callable[[], Rendering] | None = None
 
     @property
@@ -152,12 +154,18 @@ def _plain(chat: plain.PlainChat, salted: Callable[[str], str]) -> Call:
         stream=chat.stream is True,
         include_usage=wanted.include_usage,
         continuous_usage=wanted.include_usage and wanted.continuous_usage_stats,
+        max_tokens=chat.max_completion_tokens or chat.max_tokens or 0,
+        choices=chat.n or 1,
     )
 
 
 def _generation(
-    operation: Operation, body: dict[str, Any], parsed: Any, salted: Callable[[str], str]
+    operation: Operation,
+    body: dict[str, Any],
+    parsed: ChatRequest | CompletionRequest,
+    salted: Callable[[str], str],
 ) -> Call:
+    prompts = len(parsed.prompts) if isinstance(parsed, CompletionRequest) else 1
     _salt(body, salted)
     if parsed.stream:
         body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
@@ -169,6 +177,8 @@ def _generation(
         stream=parsed.stream,
         include_usage=options.include_usage,
         continuous_usage=options.include_usage and options.continuous_usage_stats,
+        max_tokens=parsed.sampling.max_tokens or 0,
+        choices=parsed.n * prompts,
     )
 
 

@@ -1,5 +1,5 @@
-"""``POST /v1/models/{name}:predict``, as TensorFlow Serving, KServe's V1 protocol and Vertex AI have
-it: ``instances`` in, ``predictions`` out, one for each.
+"""``POST /v1/models/{name}:predict`` of TensorFlow Serving, KServe's V1 protocol and Vertex AI:
+``instances`` in, ``predictions`` out, one for each.
 
 An instance is a text, an object with ``prompt``, or one conversation with ``messages``; the
 ``parameters`` (Vertex AI's field) are those of ``/v1/completions``. Must not do I/O.

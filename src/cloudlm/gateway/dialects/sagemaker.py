@@ -1,8 +1,8 @@
-"""SageMaker's ``POST /invocations``: one address for what a container can do, told apart by the body.
+"""SageMaker's ``POST /invocations``: one address for what a container can do, told by the body.
 
 ``messages`` is a chat, ``prompt`` a completion, ``input`` an embedding, all as in OpenAI's API, and
-``inputs`` a text generation as in TGI's. ``model`` may be left out where one model is deployed. Must
-not do I/O.
+``inputs`` a text generation as in TGI's. ``model`` may be left out where one model is deployed.
+Must not do I/O.
 """
 
 from __future__ import annotations

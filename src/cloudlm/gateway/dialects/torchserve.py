@@ -1,5 +1,5 @@
-"""TorchServe's ``POST /predictions/{name}``: a text, or a JSON object with ``prompt`` or ``messages``
-beside the parameters of ``/v1/completions``. Must not do I/O.
+"""TorchServe's ``POST /predictions/{name}``: a text, or a JSON object with ``prompt`` or
+``messages`` beside the parameters of ``/v1/completions``. Must not do I/O.
 """
 
 from __future__ import annotations

@@ -1,0 +1,81 @@
+"""What tokens cost: a price per model, and what a request's tokens come to.
+
+Money is counted in whole billionths of the currency, so that sums are exact. Which currency it is,
+is for the operator to say; prices and budgets share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloudlm.core.chat import Usage
+from cloudlm.core.errors import BadSetting
+
+NANO = 1_000_000_000
+MAX_PRICE = 1_000_000.0
+ANY_MODEL = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Billionths of the currency per token. A price of one per million tokens is 1000 of them."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def cost(self, usage: Usage) -> int:
+        """What these tokens cost, billionths; prompt tokens out of the cache cost less."""
+        cached = min(usage.cached_tokens, usage.prompt_tokens)
+        fresh = usage.prompt_tokens - cached
+        return (
+            fresh * self.prompt + cached * self.cached + usage.completion_tokens * self.completion
+        )
+
+    def again(self, usage: Usage) -> int:
+        """What an answer costs, billionths, that was not computed again: every token as cached."""
+        return (usage.prompt_tokens + usage.completion_tokens) * self.cached
+
+    def most(self, prompt_tokens: int, completion_tokens: int) -> int:
+        """The most that so many tokens can cost, whether cached or not."""
+        dearest = max(self.prompt, self.cached)
+        return prompt_tokens * dearest + completion_tokens * self.completion
+
+
+FREE = Price()
+
+
+def read_prices(text: str) -> dict[str, Price]:
+    """Prices by model out of ``model=prompt/cached/completion, …``, each per million tokens; ``*``
+    is for models not named. Raises BadSetting."""
+    prices: dict[str, Price] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, numbers = (piece.strip() for piece in part.rpartition("="))
+        rates = [_rate(number) for number in numbers.split("/")]
+        if not name or len(rates) != 3 or None in rates:
+            raise BadSetting(
+                f"gateway.prices: {part!r:.80} must be model=prompt/cached/completion, three "
+                f"prices per million tokens from 0 to {MAX_PRICE:,.0f} with at most three decimals,"
+                " such as tiny=0.5/0.1/1.5",
+                param="gateway.prices",
+            )
+        prices[name] = Price(*(rate for rate in rates if rate is not None))
+    return prices
+
+
+def _rate(number: str) -> int | None:
+    """Billionths per token of a price per million tokens, None if it is not one."""
+    try:
+        price = float(number)
+    except ValueError:
+        return None
+    if not 0 <= price <= MAX_PRICE or not math.isclose(price * 1000, round(price * 1000)):
+        return None
+    return round(price * 1000)
+
+
+def price_of(prices: Mapping[str, Price], model: str) -> Price:
+    """The price of a model; nothing if none is set."""
+    return prices.get(model) or prices.get(ANY_MODEL, FREE)

@@ -1,0 +1,141 @@
+"""Waiting to be let in: what ``admission`` decides, done to the tasks of requests.
+
+Also reads what a request says of itself: how critical it is and when its answer is of no use any
+more. Must not decide who goes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from cloudlm.core.clock import Clock
+from cloudlm.core.errors import CloudlmError, InvalidRequest
+from cloudlm.gateway.account import Exchange
+from cloudlm.gateway.admission import Admission, Criticality, Ticket, too_late, turned_away
+from cloudlm.gateway.view import Snapshot
+
+PRIORITY_HEADER = "x-request-priority"
+DEADLINE_HEADER = "x-cloudlm-deadline-ms"
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+_PRIORITIES = {one.name.lower(): one for one in Criticality}
+
+
+class Gate:
+    """Lets requests in. A model takes ``replica_capacity`` at once for each of its replicas."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        clock: Clock,
+        replica_capacity: int,
+        longest_wait_s: float,
+    ) -> None:
+        self._admission = admission
+        self._clock = clock
+        self._replica_capacity = replica_capacity
+        self._longest_wait_s = longest_wait_s
+        self._capacities: dict[str, int] = {}
+        self._waiting: dict[Ticket, asyncio.Future[CloudlmError | None]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    def ticket(self, exchange: Exchange, headers: Mapping[str, str], *, may_lead: bool) -> Ticket:
+        """A request's ticket. Only who ``may_lead`` can be critical; for others it is usual.
+        Raises InvalidRequest for a header that says nothing known."""
+        assert exchange.key is not None
+        criticality = read_priority(headers)
+        if not may_lead:
+            criticality = max(criticality, Criticality.DEFAULT)
+        wait_s = min(read_deadline_s(headers, self._longest_wait_s), self._longest_wait_s)
+        return Ticket(
+            exchange.model,
+            exchange.key.tenant,
+            criticality=criticality,
+            deadline=exchange.started + wait_s,
+        )
+
+    async def enter(self, ticket: Ticket, exchange: Exchange) -> None:
+        """Come in, at once or when it is this request's turn; leaves when the exchange ends. Raises
+        Overloaded, or what the exchange was cut with."""
+        now = self._clock.monotonic()
+        victim = self._admission.enter(ticket, self._capacity(ticket.model), now)
+        exchange.at_end(lambda: self._leave(ticket))
+        if victim is not None:
+            self._tell(victim, turned_away())
+        if ticket.waits:
+            await self._wait(ticket, exchange, ticket.deadline - now)
+
+    async def _wait(self, ticket: Ticket, exchange: Exchange, longest_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        turn = self._waiting[ticket] = loop.create_future()
+        alarm = loop.call_later(longest_s, self._tell, ticket, too_late())
+        try:
+            with exchange.interrupt:
+                error = await turn
+        finally:
+            alarm.cancel()
+            del self._waiting[ticket]
+        if error is not None:
+            raise error
+
+    def follow(self, view: Snapshot) -> None:
+        """Called when the state changed: more replicas hold more."""
+        self._capacities = {
+            name: self._replica_capacity * len(model.endpoints)
+            for name, model in view.models.items()
+        }
+        for name, capacity in self._capacities.items():
+            if self._admission.queued(name):
+                self._let_in(self._admission.pump(name, capacity))
+
+    def _capacity(self, model: str) -> int:
+        return self._capacities.get(model, 0)
+
+    def _leave(self, ticket: Ticket) -> None:
+        capacity = self._capacity(ticket.model)
+        self._let_in(self._admission.leave(ticket, capacity, self._clock.monotonic()))
+
+    def _let_in(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            self._tell(ticket, None)
+
+    def _tell(self, ticket: Ticket, error: CloudlmError | None) -> None:
+        turn = self._waiting.get(ticket)
+        if turn is not None and not turn.done():
+            turn.set_result(error)
+
+
+def read_priority(headers: Mapping[str, str]) -> Criticality:
+    """``x-request-priority``. Raises InvalidRequest."""
+    text = headers.get(PRIORITY_HEADER)
+    if text is None:
+        return Criticality.DEFAULT
+    found = _PRIORITIES.get(text.strip().lower())
+    if found is None:
+        raise InvalidRequest(
+            f"{PRIORITY_HEADER} must be one of {', '.join(_PRIORITIES)}, not {text[:40]!r}",
+            param=PRIORITY_HEADER,
+        )
+    return found
+
+
+def read_deadline_s(headers: Mapping[str, str], usual_s: float) -> float:
+    """``x-cloudlm-deadline-ms``: seconds from now in which an answer must begin. Raises
+    InvalidRequest."""
+    text = headers.get(DEADLINE_HEADER)
+    if text is None:
+        return usual_s
+    text = text.strip()
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10) or not (
+        1 <= int(text) <= MAX_DEADLINE_MS
+    ):
+        raise InvalidRequest(
+            f"{DEADLINE_HEADER} must be a whole number of milliseconds from 1 to "
+            f"{MAX_DEADLINE_MS}, not {text[:40]!r}",
+            param=DEADLINE_HEADER,
+        )
+    return int(text) / 1000
