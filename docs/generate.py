@@ -92,18 +92,39 @@ Row = tuple[str, str, bool, str]
 
 
 def _gateway_routes() -> list[Row]:
-    from cloudlm.gateway.dialects.openai import METHODS
+    from cloudlm.gateway.dialects import routes
 
     meanings = {
         "/v1/chat/completions": "answer a conversation",
         "/v1/completions": "continue a text",
         "/v1/embeddings": "texts to vectors",
         "/v1/models": "list the deployed models",
+        "/v1/models/{name}": "show one deployed model",
         "/tokenize": "a text or messages to token ids",
         "/detokenize": "token ids to text",
+        "/v1/responses": "OpenAI's Responses API, nothing stored",
+        "/v1/messages": "Anthropic: answer a conversation",
+        "/v1/messages/count_tokens": "Anthropic: how many tokens a conversation has",
+        "/api/chat": "Ollama: answer a conversation",
+        "/api/generate": "Ollama: continue a text",
+        "/api/embed": "Ollama: texts to vectors",
+        "/api/embeddings": "Ollama: one text to a vector",
+        "/api/show": "Ollama: show one deployed model",
+        "/api/tags": "Ollama: list the deployed models",
+        "/api/version": "Ollama: the version",
+        "/": "TGI: as `/generate`, or `/generate_stream` with `stream`",
+        "/generate": "TGI: continue a text",
+        "/generate_stream": "TGI: continue a text, as a stream",
+        "/info": "TGI: show the model",
+        "/invocations": "SageMaker: whatever the body asks for",
+        "/v1/models/{name}:predict": "TensorFlow Serving, KServe V1, Vertex AI: predict",
+        "/v2": "KServe V2: the server",
+        "/v2/models/{name}": "KServe V2: show one deployed model",
+        "/v2/models/{name}/infer": "KServe V2: infer",
+        "/v2/models/{name}/ready": "KServe V2: is the model ready?",
+        "/predictions/{name}": "TorchServe: predict",
     }
-    rows: list[Row] = [(path, method, False, meanings[path]) for path, method in METHODS.items()]
-    rows.append(("/v1/models/{id}", "GET", False, "show one deployed model"))
+    rows: list[Row] = [(path, method, False, meanings[path]) for method, path in routes.served()]
     return [
         *rows,
         ("/livez", "GET", True, "200 as long as the process answers"),

@@ -29,31 +29,24 @@ def client_of(installation: Installation) -> anthropic.Anthropic:
 
 
 def test_anthropic_messages(installation: Installation) -> None:
+    asked = {"model": MODEL, "max_tokens": 60, "messages": ASKED, "system": "Be short."}
+    asked["extra_body"] = {"temperature": 0}  # not in the client any more, but still understood
     with client_of(installation) as client:
-        whole = client.messages.create(
-            model=MODEL, max_tokens=60, messages=ASKED, temperature=0, system="Be short."
-        )
+        whole = client.messages.create(**asked)
         text = whole.content[0].text
         assert len(text) > 10
         assert whole.stop_reason in ("end_turn", "max_tokens")
         assert whole.usage.output_tokens > 3
-        with client.messages.stream(
-            model=MODEL, max_tokens=60, messages=ASKED, temperature=0, system="Be short."
-        ) as stream:
+        with client.messages.stream(**asked) as stream:
             assert "".join(stream.text_stream) == text
             final = stream.get_final_message()
         assert final.usage.output_tokens == whole.usage.output_tokens
         assert final.stop_reason == whole.stop_reason
         word = text.split()[3]
-        stopped = client.messages.create(
-            model=MODEL,
-            max_tokens=60,
-            messages=ASKED,
-            temperature=0,
-            system="Be short.",
-            stop_sequences=[word],
-        )
+        stopped = client.messages.create(**asked, stop_sequences=[word])
         assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
+        older = client.messages.create(**asked, extra_headers={"anthropic-version": "2023-06-01"})
+        assert older.content[0].text == text
 
 
 def test_anthropic_counts_and_lists(installation: Installation) -> None:
@@ -71,7 +64,9 @@ def test_anthropic_errors(installation: Installation) -> None:
             client.messages.create(model="nobody", max_tokens=1, messages=ASKED)
         assert MODEL in str(unknown.value)
         with pytest.raises(anthropic.BadRequestError):
-            client.messages.create(model=MODEL, max_tokens=1, messages=ASKED, temperature=9)
+            client.messages.create(
+                model=MODEL, max_tokens=1, messages=ASKED, extra_body={"temperature": 9}
+            )
     with (
         anthropic.Anthropic(base_url=installation.gateway, api_key="no", max_retries=0) as stranger,
         pytest.raises(anthropic.AuthenticationError),

@@ -236,6 +236,12 @@ class EngineSettings:
         low=0,
         high=1024,
     )
+    packed_cache_mb: int = setting(
+        16384,
+        "Disk for weights in the CPU kernels' order, MiB, in cache/packed of home: the next start "
+        "maps them, and replicas share their memory; 0 keeps none.",
+        low=0,
+    )
     pooling: str = setting(
         "last",
         "What becomes of a text's hidden states in /v1/embeddings: the last one, or their mean.",

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cloudlm.core.chat import Sampling
+from cloudlm.engine.draw import draw
 from cloudlm.engine.ops.transfer import to_device
 from cloudlm.engine.step import Chunk
 
-# Nuclei are looked for among so many likeliest tokens before a whole vocabulary is sorted.
-_NUCLEUS_GUESSES = (128, 2048)
 # Stands for an impossible logit: finite, so that a row of nothing else still has a distribution.
 _LEAST = -3e38
 
@@ -60,7 +59,8 @@ def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()
     greedy = _greedy(logits, chunks, allowed)
     if greedy is not None:
         return greedy
-    logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
+    if logits.device.type != "cpu" or not bool(logits.sum().isfinite()):
+        logits = logits.nan_to_num(nan=_LEAST, posinf=-_LEAST, neginf=_LEAST)
     chosen = _chosen(logits, chunks, allowed)
     return _with_logprobs(logits, chosen, [chunk.sampling.logprobs for chunk in chunks])
 
@@ -68,14 +68,30 @@ def sample(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask] = ()
 def _chosen(logits: Tensor, chunks: Sequence[Chunk], allowed: Sequence[Mask]) -> Tensor:
     """The chosen tokens [chunks], still on the device; the host learns nothing on the way."""
     processed = _penalised(logits, chunks)
-    scored = any(chunk.sampling.logprobs is not None for chunk in chunks)
-    processed = _constrained(processed, allowed, keep=processed is logits and scored)
+    processed = _constrained(processed, allowed, keep=processed is logits)
+    if logits.device.type == "cpu":
+        pairs = zip(processed.numpy(), chunks, strict=True)
+        return torch.tensor([_drawn_or_likeliest(row, chunk) for row, chunk in pairs])
     chosen = processed.argmax(-1)
     random = [row for row, chunk in enumerate(chunks) if chunk.sampling.temperature > 0]
     if random:
         rows = _ids(random, logits)
         chosen[rows] = _drawn(processed[rows], [chunks[row] for row in random])
     return chosen
+
+
+def _drawn_or_likeliest(row: NDArray[np.float32], chunk: Chunk) -> int:
+    sampling = chunk.sampling
+    if sampling.temperature <= 0:
+        return int(row.argmax())
+    return draw(
+        row,
+        uniform(sampling.seed, chunk.index, len(chunk.output_token_ids)),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+    )
 
 
 def _greedy(
@@ -207,8 +223,9 @@ def _ids(values: Iterable[int], like: Tensor) -> Tensor:
 
 
 def _drawn(logits: Tensor, chunks: Sequence[Chunk]) -> Tensor:
-    """One draw per row by inverting the cumulative distribution over the vocabulary in its own
-    order: a tiny difference in the logits moves the borders a tiny bit, and no token's place."""
+    """On a GPU: one draw per row by inverting the cumulative distribution over the vocabulary in
+    its own order: a tiny difference in the logits moves the borders a tiny bit, and no token's
+    place."""
     samplings = [chunk.sampling for chunk in chunks]
     temperature = _column([s.temperature for s in samplings], logits)
     scores = logits.double()
@@ -252,13 +269,7 @@ def _only_top_p(scores: Tensor, samplings: list[Sampling]) -> Tensor:
     index = _ids(rows, scores)
     limit = _column([samplings[row].top_p for row in rows], scores)
     probabilities = scores[index].softmax(-1)
-    # Whether a guess was enough only a CPU can tell without waiting.
-    for guess in _NUCLEUS_GUESSES if scores.device.type == "cpu" else ():
-        likeliest = probabilities.topk(min(guess, scores.shape[1]), dim=-1).values
-        if bool((likeliest.sum(-1, keepdim=True) >= limit).all()):
-            break
-    else:
-        likeliest = probabilities.sort(dim=-1, descending=True).values
+    likeliest = probabilities.sort(dim=-1, descending=True).values
     before = likeliest.cumsum(-1) - likeliest
     kept = (before < limit).sum(-1, keepdim=True).clamp(min=1)
     border = likeliest.gather(1, kept - 1)

@@ -569,6 +569,17 @@ def test_a_failing_compiler_means_pytorch(
     assert "no such flag" in record.fields["reason"]
 
 
+def test_working_memory_that_cannot_be_had_is_an_error_and_no_end(kernels: Kernels) -> None:
+    inputs, tokens = 65536, 2**31 - 33  # 256 TiB of prepared inputs: more than addresses go
+    weight = kernels.pack(torch.randn(32, inputs).bfloat16())
+    x, out = torch.randn(1, inputs), torch.empty(1, 32)
+    kernels.linear(weight, x, out)
+    with pytest.raises(MemoryError, match="lower max_batch_tokens"):
+        kernels.linear(weight, x.expand(tokens, -1), torch.empty(1, 32).expand(tokens, -1))
+    again = kernels.linear(weight, x, torch.empty(1, 32))
+    assert torch.equal(again, out)
+
+
 def test_no_compiler_means_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

@@ -113,7 +113,7 @@ class TestAnthropic:
                 "top_k": 5,
                 "metadata": {"user_id": "u"},
             },
-            anthropic_version="2023-06-01",
+            anthropic_version="2026-10-21",
         )
         function = {"name": "weather", "parameters": WEATHER, "description": "d"}
         called = {"name": "weather", "arguments": '{"city":"Rome"}'}
@@ -148,7 +148,7 @@ class TestAnthropic:
             ({"tools": [{"type": "web_search_1", "name": "w"}]}, NotSupported, "tools[0].type"),
             ({"thinking": {"type": "maybe"}}, InvalidRequest, "thinking.type"),
             ({"made_up": 1}, InvalidRequest, "made_up"),
-            ({"messages": [{"role": "system", "content": "x"}]}, InvalidRequest, None),
+            ({"messages": [{"role": "tool", "content": "x"}]}, InvalidRequest, None),
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, NotSupported, None),
             ({"messages": [{"role": "assistant", "content": "I"}]}, NotSupported, "messages"),
         ],

@@ -79,12 +79,16 @@ def library(
 def cache_folder() -> Path:
     """Where built libraries are kept."""
     own = os.environ.get("CLOUDLM_NATIVE_CACHE")
-    if own:
-        return Path(own)
+    return Path(own) if own else cache_root() / "native"
+
+
+def cache_root() -> Path:
+    """The folder of what can be made again: ``$CLOUDLM_HOME/cache``, or ``~/.cache/cloudlm``.
+    RuntimeError: there is no home."""
     installation = os.environ.get("CLOUDLM_HOME")
     if installation:
-        return Path(installation) / "cache" / "native"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cloudlm" / "native"
+        return Path(installation) / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cloudlm"
 
 
 def find_compiler() -> str | None:

@@ -76,7 +76,8 @@ class StackLayer:
 
 
 class Kernels(Protocol):
-    """All methods run on the calling thread and a team of its own; one call at a time.
+    """All methods run on the calling thread and a team of its own; one call at a time. MemoryError:
+    there is none left to compute in; nothing was computed, and smaller calls can still be made.
 
     ``name`` says what computes: ``amx``, ``avx512``, ``avx2`` or ``torch``.
     """

@@ -32,14 +32,6 @@ _ALIGNMENT = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
-    """The structure that the library reads, and the tensors that its addresses belong to."""
-
-    struct: c.LinearStruct
-    tensors: tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Stack:
     structs: ctypes.Array[c.LayerStruct]
     layers: tuple[StackLayer, ...]
@@ -47,11 +39,13 @@ class _Stack:
 
 class NativeKernels:
     """See ``contract.Kernels``. ``threads`` includes the caller's; ``pin`` binds the others to one
-    CPU each. Raises OSError if the library cannot be loaded or the CPU refuses its tiles."""
+    CPU each. ``build`` names the library: its sources, compiler and instruction set. Raises OSError
+    if the library cannot be loaded or the CPU refuses its tiles."""
 
     def __init__(self, path: FilePath, name: str, *, threads: int, pin: bool = False) -> None:
         self._library = ctypes.CDLL(str(path))
         self.name = name
+        self.build = path.stem
         if not self._library.cloudlm_start():
             raise OSError("the system does not let this process use the CPU's tile registers")
         self.threads = self.set_threads(threads, pin=pin)
@@ -85,12 +79,9 @@ class NativeKernels:
         packed_bias = None if bias is None else arrange(bias.float(), order, 0.0)
         tensors = (data, scale, group_scale, zeros, packed_bias)
         outputs = rows // 2 if gated else rows
-        struct = c.LinearStruct(
-            kind, outputs, inputs, k, len(order) // PANEL, int(gated), group, planes,
-            *map(c.address, tensors),
-        )  # fmt: skip
+        numbers = (kind, outputs, inputs, k, len(order) // PANEL, int(gated), group, planes)
         size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        return Packed(outputs, inputs, gated, size, _Content(struct, tensors))
+        return Packed(outputs, inputs, gated, size, c.linear_content(numbers, tensors))
 
     def linear(
         self,
@@ -107,13 +98,14 @@ class NativeKernels:
         tokens = _expect(x, weight.inputs, "x")
         _expect(out, weight.outputs, "out", tokens)
         if tokens:
-            self._library.cloudlm_linear(
+            code = self._library.cloudlm_linear(
                 ctypes.byref(weight.content.struct),
                 ctypes.byref(c.input_struct(x, norm, eps)),
                 ctypes.byref(c.output_struct(out, add=add)),
                 tokens,
                 c.PATHS[path],
             )
+            _check_room(code, tokens)
         return out
 
     def rms_norm(
@@ -180,7 +172,7 @@ class NativeKernels:
         struct.q, struct.q_stride = query.data_ptr(), query.stride(0)
         struct.out, struct.out_stride = out.data_ptr(), out.stride(0)
         struct.keys, struct.values = cache.keys.data_ptr(), cache.values.data_ptr()
-        self._library.cloudlm_attention(ctypes.byref(struct))
+        _check_room(self._library.cloudlm_attention(ctypes.byref(struct)), tokens)
         return out
 
     def stack(self, layers: Sequence[StackLayer]) -> _Stack:
@@ -232,9 +224,10 @@ class NativeKernels:
             ),
             ctypes.addressof(array),
         )  # fmt: skip
-        self._library.cloudlm_run_stack(
+        code = self._library.cloudlm_run_stack(
             stack.structs, len(stack.layers), ctypes.byref(struct), len(plans)
         )
+        _check_room(code, tokens)
         return hidden
 
     def _bytes(self, size: int) -> Tensor:
@@ -263,6 +256,15 @@ def _attention_struct(
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(c.address(tensor))
+
+
+def _check_room(code: int, tokens: int) -> None:
+    """Raises MemoryError, after which the kernels can still be used."""
+    if code:
+        raise MemoryError(
+            f"the system has no memory left to compute a step of {tokens} tokens in; lower "
+            "max_batch_tokens, or give the process more"
+        )
 
 
 def _expect(rows: Tensor, size: int, name: str, tokens: int | None = None) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_void_p
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +24,25 @@ class LinearStruct(ctypes.Structure):
         *_fields(c_int32, "kind n_out k_in k panels gated group planes"),
         *_fields(c_void_p, "data scale group_scale zero bias"),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearContent:
+    """What a packed matrix is to the library: the structure that it reads, and the tensors that the
+    structure's addresses belong to."""
+
+    struct: LinearStruct
+    tensors: tuple[Tensor | None, ...]
+
+
+# Of what type the tensors of a LinearContent are, in the order of LinearStruct.
+LINEAR_TENSORS = (torch.uint8, torch.float32, torch.float16, torch.uint8, torch.float32)
+LINEAR_NUMBERS = len(LinearStruct._fields_) - len(LINEAR_TENSORS)
+
+
+def linear_content(numbers: Sequence[int], tensors: tuple[Tensor | None, ...]) -> LinearContent:
+    """``numbers`` and ``tensors`` (types: LINEAR_TENSORS) in the order of LinearStruct."""
+    return LinearContent(LinearStruct(*numbers, *map(address, tensors)), tensors)
 
 
 class InputStruct(ctypes.Structure):

@@ -32,6 +32,7 @@ from cloudlm.engine.formats.base import Codes, StoredLinear
 from cloudlm.engine.memory import forget_mapped
 from cloudlm.engine.native.cache import SLOT_UNIT
 from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
+from cloudlm.engine.native.packed_files import PackedFile
 from cloudlm.engine.native.packing import (
     join,
     quantize_int4,
@@ -82,7 +83,8 @@ class NativePath:
     """See ``base.ComputePath``. ``model`` must be one that ``why_not`` has nothing against, loaded
     in bfloat16 on the CPU; it loses all its parts. ``stored`` is the precision of the projections
     that were left quantised in their files, empty without any; ``precision`` is that of the others.
-    ``progress`` is told the share that is packed.
+    ``progress`` is told the share that is packed. ``kept`` is the file that has the packed weights
+    already, or will have them.
 
     Raises BadSetting if the pool does not fit into memory.
     """
@@ -96,6 +98,7 @@ class NativePath:
         block_size: int,
         progress: Callable[[float], None] = lambda share: None,
         stored: str = "",
+        kept: PackedFile | None = None,
     ) -> None:
         assert isinstance(model, Transformer)
         config = model.model.config
@@ -120,7 +123,7 @@ class NativePath:
         self._windows = tuple(dict.fromkeys(config.windows))
         self._embeddings = model.model.embed_tokens.weight.detach().clone()
         self._norm = _wide(model.model.norm)
-        packer = _Packer(kernels, precision, stored)
+        packer = _Packer(kernels, precision, stored, () if kept is None else kept.read())
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         self._head = packer.head(head)
         model.lm_head = None
@@ -135,6 +138,8 @@ class NativePath:
             model.model.layers[number] = nn.Identity()  # gives the originals' memory back
             progress((number + 1) / config.layers)
         self._stack = kernels.stack(layers)
+        if kept is not None and packer.made:
+            kept.write(packer.matrices)
 
     def _layer(self, packer: _Packer, layer: Layer, number: int) -> StackLayer:
         attention, mlp = layer.self_attn, cast(Any, layer.mlp)
@@ -192,9 +197,15 @@ class NativePath:
 
 
 class _Packer:
-    """Fuses, quantises and packs matrices at one precision; what is quantised already stays."""
+    """Fuses, quantises and packs matrices at one precision; what is quantised already stays.
+    ``ready`` are the packed matrices of the same model in the same order, or nothing."""
 
-    def __init__(self, kernels: Kernels, precision: str, stored: str) -> None:
+    def __init__(
+        self, kernels: Kernels, precision: str, stored: str, ready: Sequence[Packed]
+    ) -> None:
+        self.matrices: list[Packed] = []
+        self.made = 0  # how many of them were not ready
+        self._ready = ready
         self._kernels = kernels
         self._bits, planes = PRECISIONS[precision]
         self._planes = (PRECISIONS[stored][1] if stored else planes) or 2
@@ -202,16 +213,38 @@ class _Packer:
     @torch.inference_mode()
     def pack(self, *parts: nn.Linear, gated: bool = False) -> Packed:
         """The matrices below each other as one."""
-        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
-        bias = torch.cat(biases).float() if biases else None
-        return self._packed(self._codes(parts) or _numbers(parts), self._bits, gated, bias)
+
+        def make() -> Packed:
+            biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+            bias = torch.cat(biases).float() if biases else None
+            return self._packed(self._codes(parts) or _numbers(parts), self._bits, gated, bias)
+
+        rows = sum(part.out_features for part in parts)
+        return self._ready_or(make, rows // 2 if gated else rows, parts[0].in_features, gated)
 
     @torch.inference_mode()
     def head(self, head: nn.Module) -> Packed:
         """The output projection: what it loses nothing behind it makes good, so 8 bits at least."""
         linear = cast(nn.Linear, head)
-        weight = self._codes((linear,)) or linear.weight
-        return self._packed(weight, max(self._bits, 8), False, None)
+
+        def make() -> Packed:
+            weight = self._codes((linear,)) or linear.weight
+            return self._packed(weight, max(self._bits, 8), False, None)
+
+        outputs, inputs = linear.weight.shape
+        return self._ready_or(make, outputs, inputs, False)
+
+    def _ready_or(
+        self, make: Callable[[], Packed], outputs: int, inputs: int, gated: bool
+    ) -> Packed:
+        place = len(self.matrices)
+        found = self._ready[place] if place < len(self._ready) else None
+        shape = (outputs, inputs, gated)
+        if found is None or (found.outputs, found.inputs, found.gated) != shape:
+            found = make()
+            self.made += 1
+        self.matrices.append(found)
+        return found
 
     def _codes(self, parts: Sequence[nn.Linear]) -> Codes | None:
         """The matrices as they are stored, None if they do not go together."""

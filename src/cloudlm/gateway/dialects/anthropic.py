@@ -33,7 +33,8 @@ from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest
 from cloudlm.gateway.view import ServedModel
 
-VERSIONS = ("2023-06-01", "2023-01-01")
+VERSIONS = ("2026-10-21", "2023-06-01")
+"""The newer one took sampling parameters away; here they work in both."""
 DIALECT = Dialect("Anthropic", error_body)
 _RENAMED = {
     "stop": "stop_sequences",
@@ -127,7 +128,7 @@ def _check_version(headers: Mapping[str, str]) -> None:
     version = headers.get("anthropic-version", VERSIONS[0])
     if version not in VERSIONS:
         raise InvalidRequest(
-            f"anthropic-version must be {VERSIONS[0]}, not {shown(version)}",
+            f"anthropic-version must be {' or '.join(VERSIONS)}, not {shown(version)}",
             param="anthropic-version",
         )
 
@@ -204,7 +205,7 @@ def _shows_thinking(value: Any) -> bool:
         return False
     fields = Fields(value, "thinking", path="thinking.")
     kind = fields.raw("type")
-    if kind not in ("enabled", "disabled", "adaptive"):
+    if kind not in ("enabled", "disabled", "adaptive", "between_tools"):
         raise InvalidRequest(
             f"thinking.type must be enabled, adaptive or disabled, not {shown(kind)}",
             param="thinking.type",
@@ -227,9 +228,12 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
             messages += _from_user(blocks, f"{param}.content")
         elif role == "assistant":
             messages.append(_from_assistant(blocks, f"{param}.content"))
+        elif role == "system":
+            messages.append({"role": "system", "content": text_of(blocks, f"{param}.content")})
         else:
             raise InvalidRequest(
-                f"{param}.role must be user or assistant, not {shown(role)}", param=f"{param}.role"
+                f"{param}.role must be user, assistant or system, not {shown(role)}",
+                param=f"{param}.role",
             )
     if given and given[-1]["role"] == "assistant":
         raise NotSupported(_PREFILL, param="messages")

@@ -3,6 +3,7 @@ that whatever asks for one fails there: what runs on it never waits."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,33 @@ def test_nothing_is_waited_for(sampling: Sampling) -> None:
         chosen.tolist()
 
 
-def test_a_nucleus_is_the_same_with_and_without_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does, which cannot guess, on the CPU."""
+@pytest.mark.parametrize("shape", ["smooth", "peaked", "ties", "mostly forbidden", "all alike"])
+def test_a_cpu_draws_the_same_tokens_as_a_gpu(shape: str) -> None:
+    """A GPU's tensors, computed on a CPU, against the few passes that a CPU takes."""
     torch.manual_seed(3)
-    logits = torch.randn(40, 3000) * torch.linspace(0.1, 6, 40)[:, None]
+    rows, vocabulary = 60, 9001
+    logits = torch.randn(rows, vocabulary) * torch.linspace(0.1, 6, rows)[:, None]
+    if shape == "peaked":
+        logits[:, 5000] += 40
+    elif shape == "ties":
+        logits = (logits * 2).round() / 2
+    elif shape == "mostly forbidden":
+        logits[torch.rand(rows, vocabulary) < 0.999] = -torch.inf
+        logits[:, 7] = 1.0
+    elif shape == "all alike":
+        logits[:] = 3e38
+    options = random.Random(shape)
     chunks: list[Any] = [
-        chunk(Sampling(temperature=1.0, top_p=0.05 + 0.02 * row, seed=row)) for row in range(40)
+        chunk(
+            Sampling(
+                temperature=options.choice([0.01, 0.7, 1.0, 1.9]),
+                top_k=options.choice([0, 1, 2, 40, 130, 5000, vocabulary - 1, vocabulary + 1]),
+                top_p=options.choice([1.0, 0.999, 0.9, 0.3, 0.0001]),
+                min_p=options.choice([0.0, 0.0, 0.05, 1.0]),
+                seed=row,
+            )
+        )
+        for row in range(rows)
     ]
-    guessed = [one.token_id for one in sampler.sample(logits, chunks)]
-    monkeypatch.setattr(sampler, "_NUCLEUS_GUESSES", ())
-    assert [one.token_id for one in sampler.sample(logits, chunks)] == guessed
+    expected = sampler._drawn(logits, chunks).tolist()
+    assert [one.token_id for one in sampler.sample(logits, chunks)] == expected

@@ -1,5 +1,6 @@
 // What Python calls. Plain C: pointers to tensors' memory, sizes, structures of kernels.h.
-// Every function returns 0; those that take memory or threads say what they got.
+// Every function returns 0, or 1 if it computed nothing for lack of working memory; those about
+// threads say what they got.
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,7 +36,7 @@ int cloudlm_pack(int kind, const void* weights, int rows, int columns, int k, in
 
 int cloudlm_linear(const Linear* w, const Input* in, const Output* out, int tokens, int path) {
   Team& team = Team::the();
-  team.shared(0, linear_shared_bytes(*w, tokens));
+  if (!linear_room(team, *w, tokens)) return 1;
   team.run([&](int me) { linear(team, me, *w, *in, *out, tokens, path); });
   return 0;
 }
@@ -60,26 +61,19 @@ int cloudlm_rope_store(const Rope* rope, int tokens) {
 
 int cloudlm_attention(const Attention* a) {
   Team& team = Team::the();
-  float* parts = (float*)team.shared(1, attention_part_floats(*a) * sizeof(float));
-  team.run([&](int me) { attention(team, me, *a, parts); });
+  if (!attention_room(team, *a)) return 1;
+  team.run([&](int me) { attention(team, me, *a); });
   return 0;
 }
 
 int cloudlm_run_stack(const Layer* layers, int count, const Stack* stack, int plans) {
   Team& team = Team::the();
-  size_t shared = 0, floats = 0;
   for (int i = 0; i < count; i++)
-    for (const Linear* w : {&layers[i].qkv, &layers[i].out, &layers[i].gate_up, &layers[i].down}) {
-      const size_t bytes = linear_shared_bytes(*w, stack->tokens);
-      shared = bytes > shared ? bytes : shared;
-    }
-  for (int i = 0; i < plans; i++) {
-    const size_t needed = attention_part_floats(stack->plans[i]);
-    floats = needed > floats ? needed : floats;
-  }
-  team.shared(0, shared);
-  float* parts = (float*)team.shared(1, floats * sizeof(float));
-  team.run([&](int me) { run_stack(team, me, layers, count, *stack, parts); });
+    for (const Linear* w : {&layers[i].qkv, &layers[i].out, &layers[i].gate_up, &layers[i].down})
+      if (!linear_room(team, *w, stack->tokens)) return 1;
+  for (int i = 0; i < plans; i++)
+    if (!attention_room(team, stack->plans[i])) return 1;
+  team.run([&](int me) { run_stack(team, me, layers, count, *stack); });
   return 0;
 }
 

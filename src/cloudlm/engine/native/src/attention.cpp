@@ -261,13 +261,21 @@ void merge(const Attention& a, int token, const float* parts) {
 
 }  // namespace
 
-size_t attention_part_floats(const Attention& a) { return size_t(a.n_parts) * a.heads * (a.dim + 16); }
-
-void attention(Team& team, int me, const Attention& a, float* parts) {
+static int most_rows(const Attention& a) {
   int most = 0;
   for (int i = 0; i < a.n_pieces; i++) most = a.pieces[i].count > most ? a.pieces[i].count : most;
-  const int rows = ceil_div(most * (a.heads / a.kv_heads), STRIP) * STRIP;
-  const Room room(team.own(me, 3, Room::bytes(rows, a.dim)), rows, a.dim);
+  return ceil_div(most * (a.heads / a.kv_heads), STRIP) * STRIP;
+}
+
+bool attention_room(Team& team, const Attention& a) {
+  const size_t parts = size_t(a.n_parts) * a.heads * (a.dim + 16) * sizeof(float);
+  return team.reserve_own(3, Room::bytes(most_rows(a), a.dim)) && team.reserve_shared(1, parts);
+}
+
+void attention(Team& team, int me, const Attention& a) {
+  const int rows = most_rows(a);
+  const Room room(team.own(me, 3), rows, a.dim);
+  float* parts = (float*)team.shared(1);
   configure_tiles();
   // All pieces of one key head, then the next head: a prompt's keys stay in the cache meanwhile.
   for (int i; (i = team.claim()) < a.n_pieces * a.kv_heads;)

@@ -34,7 +34,9 @@ struct Output {
 
 void linear(Team& team, int me, const Linear& w, const Input& in, const Output& out, int tokens,
             int path);
-size_t linear_shared_bytes(const Linear& w, int tokens);
+// Makes the members' memory large enough for `linear`, to be called outside of `run`; false if the
+// system has no more. The same goes for `attention_room`, whose shared memory holds partial answers.
+bool linear_room(Team& team, const Linear& w, int tokens);
 void pack(Team& team, int me, int kind, const void* weights, int rows, int columns, int k,
           int gated, char* packed);
 
@@ -75,8 +77,8 @@ struct Attention {
   const int32_t *merge_first, *merge_parts;  // [tokens + 1] and the parts of each token
   float scale;
 };
-void attention(Team& team, int me, const Attention& a, float* parts);
-size_t attention_part_floats(const Attention& a);
+void attention(Team& team, int me, const Attention& a);
+bool attention_room(Team& team, const Attention& a);
 
 // A whole stack of layers in one go: h += attention(norm(h)); h += mlp(norm(h)).
 struct Layer {
@@ -93,4 +95,4 @@ struct Stack {
   Rope rope;                     // all but qkv, norms and cache
   const Attention* plans;        // all but q, out and cache
 };
-void run_stack(Team& team, int me, const Layer* layers, int count, const Stack& stack, float* parts);
+void run_stack(Team& team, int me, const Layer* layers, int count, const Stack& stack);

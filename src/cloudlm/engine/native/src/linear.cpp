@@ -541,46 +541,75 @@ constexpr int SQUARE = 16;  // panels and strips whose sums a thread keeps while
 constexpr int CACHED = 1 << 20;  // bytes of weights that a thread keeps close
 constexpr int PRIVATE_LIMIT = 16384;  // inputs that each member prepares for itself: no waiting
 
-size_t linear_shared_bytes(const Linear& w, int tokens) {
-  return prepared_bytes(w, tokens, nullptr, nullptr);
+namespace {
+
+// How the work on tiles is cut: chunks of panels times spans of strips.
+struct Cut {
+  bool square;
+  int chunk, chunks, spans, span, panel_cost;
+};
+
+Cut cut(const Linear& w, int tokens, int members) {
+  Cut c;
+  const int strips = ceil_div(tokens, tokens_per_strip(w));
+  c.panel_cost = steps_of(w) * STEP;
+  const int fitting = CACHED / c.panel_cost;
+  c.square = strips >= SQUARE && fitting < SQUARE / 2;
+  // A chunk of panels stays in the second-level cache while strips of inputs pass by.
+  const int even = ceil_div(w.panels, members);
+  const int most = c.square ? SQUARE : strips <= 2 || fitting < 1 ? 1 : fitting;
+  c.chunk = most < even ? most : even;
+  c.chunks = ceil_div(w.panels, c.chunk);
+  c.spans = ceil_div(strips, c.square ? SQUARE : 32);
+  c.span = ceil_div(strips, c.spans);
+  return c;
+}
+
+bool prepare_alone(const Linear& w, int tokens, int members) {
+  return size_t(tokens) * w.k <= PRIVATE_LIMIT || members == 1;
+}
+
+}  // namespace
+
+bool linear_room(Team& team, const Linear& w, int tokens) {
+  const Cut c = cut(w, tokens, team.size());
+  const size_t prepared = prepared_bytes(w, tokens, nullptr, nullptr);
+  const bool alone = prepare_alone(w, tokens, team.size());
+  return team.reserve_own(0, w.k * sizeof(float)) &&
+         (alone ? team.reserve_own(1, prepared) : team.reserve_shared(0, prepared)) &&
+         team.reserve_own(2, w.kind == INT4 ? size_t(c.square ? 1 : c.chunk) * c.panel_cost : 0) &&
+         team.reserve_own(4, c.square ? size_t(SQUARE) * SQUARE * 32 * 32 * sizeof(float) : 0);
 }
 
 void linear(Team& team, int me, const Linear& w, const Input& in, const Output& out, int tokens,
             int path) {
   Prepared p;
-  float* x = (float*)team.own(me, 0, w.k * sizeof(float));
-  const size_t bytes = prepared_bytes(w, tokens, nullptr, nullptr);
-  if (tokens * w.k <= PRIVATE_LIMIT || team.size() == 1) {
-    prepared_bytes(w, tokens, &p, (char*)team.own(me, 1, bytes));
+  float* x = (float*)team.own(me, 0);
+  if (prepare_alone(w, tokens, team.size())) {
+    prepared_bytes(w, tokens, &p, (char*)team.own(me, 1));
     for (int token = 0; token < tokens; token++) prepare(w, in, p, token, x);
   } else {
-    prepared_bytes(w, tokens, &p, (char*)team.shared(0, bytes));
+    prepared_bytes(w, tokens, &p, (char*)team.shared(0));
     const int portion = tokens > 64 ? 16 : 2;
     for (int i; (i = team.claim() * portion) < tokens;)
       for (int token = i; token < tokens && token < i + portion; token++) prepare(w, in, p, token, x);
     team.meet();
   }
   const bool tiles = HAS_TILES && (path == PATH_TILES || (path == PATH_AUTO && (w.kind == BF16 || tokens > 4)));
-  const int strips = ceil_div(tokens, tokens_per_strip(w));
   if (!tiles) {
     for (int panel; (panel = team.claim()) < w.panels;)
       panel_by_dots(w, p, out, panel, 0, tokens);
     return team.meet();
   }
   configure_tiles(w.kind == INT4 && w.group == 32 ? 32 : 64);
-  const int panel_cost = steps_of(w) * STEP, fitting = CACHED / panel_cost;
-  const bool square = strips >= SQUARE && fitting < SQUARE / 2;
-  // A chunk of panels stays in the second-level cache while strips of inputs pass by.
-  const int even = ceil_div(w.panels, team.size());
-  const int most = square ? SQUARE : strips <= 2 || fitting < 1 ? 1 : fitting;
-  const int chunk = most < even ? most : even, chunks = ceil_div(w.panels, chunk);
-  const int spans = ceil_div(strips, square ? SQUARE : 32), span = ceil_div(strips, spans);
-  char* room = w.kind == INT4 ? (char*)team.own(me, 2, size_t(square ? 1 : chunk) * panel_cost) : nullptr;
-  float* sums = square ? (float*)team.own(me, 4, size_t(SQUARE) * SQUARE * 32 * 32 * sizeof(float)) : nullptr;
-  for (int i; (i = team.claim()) < chunks * spans;) {
-    const int first = i / spans * chunk, last = first + chunk < w.panels ? first + chunk : w.panels;
-    const int begin = i % spans * span, end = begin + span < strips ? begin + span : strips;
-    if (square) square_by_tiles(w, p, out, first, last, begin, end, tokens, room, sums);
+  const int strips = ceil_div(tokens, tokens_per_strip(w));
+  const Cut c = cut(w, tokens, team.size());
+  char* room = (char*)team.own(me, 2);
+  float* sums = (float*)team.own(me, 4);
+  for (int i; (i = team.claim()) < c.chunks * c.spans;) {
+    const int first = i / c.spans * c.chunk, last = first + c.chunk < w.panels ? first + c.chunk : w.panels;
+    const int begin = i % c.spans * c.span, end = begin + c.span < strips ? begin + c.span : strips;
+    if (c.square) square_by_tiles(w, p, out, first, last, begin, end, tokens, room, sums);
     else panels_by_tiles(w, p, out, first, last, begin, end, tokens, room);
   }
   release_tiles();

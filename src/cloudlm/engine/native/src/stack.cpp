@@ -1,7 +1,7 @@
 // The layers of a Llama-like decoder, one after the other, without going back to Python between.
 #include "kernels.h"
 
-void run_stack(Team& team, int me, const Layer* layers, int count, const Stack& s, float* parts) {
+void run_stack(Team& team, int me, const Layer* layers, int count, const Stack& s) {
   const int32_t width = s.rope.heads * s.rope.dim;
   const Output add = {s.hidden, TYPE_ADD_F32, s.size};
   for (int i = 0; i < count; i++) {
@@ -24,7 +24,7 @@ void run_stack(Team& team, int me, const Layer* layers, int count, const Stack& 
     a.out_stride = width;
     a.keys = layer.keys;
     a.values = layer.values;
-    attention(team, me, a, parts);
+    attention(team, me, a);
     linear(team, me, layer.out, {s.seen, TYPE_BF16, width, nullptr, 0}, add, s.tokens, s.path);
 
     const Input after = {s.hidden, TYPE_F32, s.size, layer.post_norm, s.eps};

@@ -105,17 +105,20 @@ void Team::wake(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, MAX, nullptr, nullptr, 0);
 }
 
-void* Team::grow(Area& area, size_t bytes) {
-  if (bytes > area.bytes) {
-    free(area.memory);
-    const size_t size = (bytes + bytes / 4 + 4095) & ~size_t(4095);
-    area.memory = aligned_alloc(4096, size);
-    area.bytes = area.memory ? size : 0;
-    if (!area.memory) abort();  // a few megabytes of scratch: nothing sensible can follow
-    if (size >= (4u << 20)) madvise(area.memory, size, MADV_HUGEPAGE);
-  }
-  return area.memory;
+bool Team::grow(Area& area, size_t bytes) {
+  if (bytes <= area.bytes) return true;
+  free(area.memory);
+  area = Area();
+  const size_t size = (bytes + bytes / 4 + 4095) & ~size_t(4095);
+  area.memory = aligned_alloc(4096, size);
+  if (!area.memory) return false;
+  area.bytes = size;
+  if (size >= (4u << 20)) madvise(area.memory, size, MADV_HUGEPAGE);
+  return true;
 }
 
-void* Team::own(int me, int area, size_t bytes) { return grow(own_[me][area], bytes); }
-void* Team::shared(int area, size_t bytes) { return grow(shared_[area], bytes); }
+bool Team::reserve_own(int area, size_t bytes) {
+  for (int me = 0; me < threads_; me++)
+    if (!grow(own_[me][area], bytes)) return false;
+  return true;
+}

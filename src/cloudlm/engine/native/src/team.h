@@ -24,10 +24,12 @@ class Team {
   int claim() { return next_.fetch_add(1, std::memory_order_relaxed); }
   void meet();
 
-  // Memory of at least `bytes`, aligned to 64, kept between calls: one area of each member, and
-  // areas that all share. Shared areas grow only outside of `run`.
-  void* own(int me, int area, size_t bytes);
-  void* shared(int area, size_t bytes);
+  // Memory aligned to 64 and kept between calls: areas that each member has for itself, and areas
+  // that all share. They are made large enough before `run`; false if the system has no more.
+  bool reserve_own(int area, size_t bytes);
+  bool reserve_shared(int area, size_t bytes) { return grow(shared_[area], bytes); }
+  void* own(int me, int area) { return own_[me][area].memory; }
+  void* shared(int area) { return shared_[area].memory; }
 
  private:
   struct Area { void* memory = nullptr; size_t bytes = 0; };
@@ -35,7 +37,7 @@ class Team {
   void serve(int me, int cpu, uint32_t seen);
   void wait_for_change(std::atomic<uint32_t>& word, uint32_t old);
   void wake(std::atomic<uint32_t>& word);
-  static void* grow(Area& area, size_t bytes);
+  static bool grow(Area& area, size_t bytes);
 
   int threads_ = 1;
   long spins_ = 2000;
