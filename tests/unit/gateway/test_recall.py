@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cloudlm.core.access import Grant, Principal, PrincipalKind, Project, Tenant
+from cloudlm.core.access import Grant, Limits, Principal, PrincipalKind, Project, Tenant
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Outcome, Role
 from cloudlm.gateway import flight
@@ -131,6 +132,48 @@ async def test_an_answer_ages(kit: Any) -> None:
         await rig.ask(_greedy(kit))
         await asyncio.sleep(0.06)
         assert (await rig.ask(_greedy(kit))).headers[HEADER] == "miss"
+
+
+async def test_what_is_known_is_billed_as_cached(kit: Any) -> None:
+    prices = f"{kit.MODEL}=1000/1/5000"
+    async with kit.open_rig(cache_models="*", prices=prices) as rig:
+        rig.replicas[0].default = kit.Plan(pause_s=0.02)
+        await asyncio.gather(rig.ask(_greedy(kit)), rig.ask(_greedy(kit)))
+        await rig.ask(_greedy(kit))
+        tag = (await rig.ask(_greedy(kit))).headers["etag"]
+        await rig.ask(_greedy(kit), headers={**rig.headers, "if-none-match": tag})
+        costs = sorted(row.cost for row in await rig.rows())
+        computed = 5 * 1_000_000 + 2 * 1_000 + 5 * 5_000_000
+        assert costs == [0, 12_000, 12_000, 12_000, computed]
+
+
+async def test_what_is_known_counts_against_limits(kit: Any) -> None:
+    async with kit.open_rig(cache_models="*") as rig:
+        record = rig.gateway.view.snapshot().keys[rig.key_id]
+        limited = replace(record, limits=Limits(requests_per_minute=2))
+        await rig.state.change_key(limited, replaces=record)
+        await rig.gateway.view.refresh()
+        said = [await rig.ask(_greedy(kit)) for _ in range(3)]
+        assert [one.status for one in said] == [200, 200, 429]
+        assert said[1].headers[HEADER] == "hit"
+        assert said[1].headers["x-ratelimit-remaining-requests"] == "0"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_dialects_keep_answers_in_their_own_words(
+    cached: Any, kit: Any, stream: bool
+) -> None:
+    openai = {**_greedy(kit, stream=stream), "max_tokens": 9}
+    ollama = {**kit.chat_body(stream=stream), "options": {"temperature": 0, "num_predict": 9}}
+    asked = {"/v1/chat/completions": openai, "/v1/messages": openai, "/api/chat": ollama}
+    first = [await cached.ask(body, path=path) for path, body in asked.items()]
+    again = [await cached.ask(body, path=path) for path, body in asked.items()]
+    assert [(one.status, one.headers[HEADER]) for one in first] == [(200, "miss")] * 3
+    assert len({one.body for one in first}) == 3
+    for one, other in zip(first, again, strict=True):
+        assert other.headers[HEADER] == "hit"
+        assert other.body == one.body
+        assert other.headers["content-type"] == one.headers["content-type"]
 
 
 # Conditions -------------------------------------------------------------------------------------

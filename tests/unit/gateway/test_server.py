@@ -283,3 +283,25 @@ def test_port_in_use_is_said_clearly() -> None:
         bound.close()
     with pytest.raises(BadSetting, match="cannot listen"):
         listen("192.0.2.1", 8000)
+
+
+async def test_a_known_answer_is_told_without_its_body_on_a_kept_connection(kit: Any) -> None:
+    async with served(kit, cache_models="*") as rig:
+        body = kit.chat_body(temperature=0)
+        status, headers, first = await talk(rig, wire(rig, body))
+        assert (status, headers["x-cloudlm-cache"]) == (200, "miss")
+        reader, writer = await connect(rig)
+        try:
+            writer.write(wire(rig, body, if_none_match=headers["etag"]))
+            head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().lower()
+            assert head.startswith("http/1.1 304")
+            assert "content-length" not in head and "transfer-encoding" not in head
+            assert f"etag: {headers['etag']}" in head
+            writer.write(wire(rig, {**body, "stream": True}))
+            head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().lower()
+            assert head.startswith("http/1.1 200")
+            assert "x-cloudlm-cache: miss" in head
+        finally:
+            await close(writer)
+        status, headers, again = await talk(rig, wire(rig, body))
+        assert (status, headers["x-cloudlm-cache"], again) == (200, "hit", first)
