@@ -34,6 +34,10 @@ class Price:
             fresh * self.prompt + cached * self.cached + usage.completion_tokens * self.completion
         )
 
+    def again(self, usage: Usage) -> int:
+        """What an answer costs, billionths, that was not computed again: every token as cached."""
+        return (usage.prompt_tokens + usage.completion_tokens) * self.cached
+
     def most(self, prompt_tokens: int, completion_tokens: int) -> int:
         """The most that so many tokens can cost, whether cached or not."""
         dearest = max(self.prompt, self.cached)

@@ -79,6 +79,13 @@ class GatewaySettings:
         "",
         "Tenants' shares of a replica under load, 'name=weight, …'; 1 for those not named.",
     )
+    cache_models: str = setting(
+        "",
+        "Models whose deterministic answers are used again within a tenant, 'name, begin*, …'; "
+        "empty for none.",
+    )
+    cache_mb: int = setting(64, "Memory for such answers, MiB.", low=1, high=1 << 20)
+    cache_ttl_s: float = setting(3600.0, "How long such an answer is used, seconds.", low=0.001)
     prices: str = setting(
         "",
         "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",

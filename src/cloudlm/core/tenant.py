@@ -83,12 +83,13 @@ class KeyRecord:
 
 
 class Outcome(StrEnum):
-    """How one attempt ended."""
+    """How one attempt ended; CACHED: the gateway knew the answer and sent it to no replica."""
 
     FINISHED = "finished"
     REFUSED = "refused"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    CACHED = "cached"
 
 
 @dataclass(frozen=True, slots=True)

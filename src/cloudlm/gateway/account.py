@@ -45,17 +45,18 @@ class Exchange:
         self.model = NO_MODEL
         self.replica = ""
         self.attempts = 0
+        self.revision = 0  # of the replica that answers
         self.price = FREE
-        self.tokens = 0  # of all attempts so far
+        self.usage = Usage()  # of all attempts so far
         self.cost = 0  # the same in billionths of the currency
         self.headers: dict[str, str] = {}  # for the answer, whatever it is
+        self.outcome: Outcome | None = None  # once it is over
         self.started_at = clock.now()
         self.started = clock.monotonic()
         self.answered = False
         self.prompt_keys: tuple[bytes, ...] = ()
         self.route = ""
         self._on_end: list[Callable[[], None]] = []
-        self._ended = False
 
     def at_end(self, action: Callable[[], None]) -> None:
         """Do something once when the exchange ends, last added first done."""
@@ -63,9 +64,9 @@ class Exchange:
 
     def end(self, outcome: Outcome, status: int) -> None:
         """The exchange is over. Only the first call counts."""
-        if self._ended:
+        if self.outcome is not None:
             return
-        self._ended = True
+        self.outcome = outcome
         while self._on_end:
             self._on_end.pop()()
         elapsed_s = self.clock.monotonic() - self.started
@@ -119,12 +120,17 @@ class Attempt:
         self._settled = True
         self._on_settled()
         exchange, usage = self._exchange, self._usage
-        exchange.tokens += usage.prompt_tokens + usage.completion_tokens
-        exchange.cost += exchange.price.cost(usage)
+        exchange.usage += usage
+        exchange.cost += self._cost(outcome)
         self._ledger.add(self._row(outcome, status))
         exchange.meter.attempt_ended(
             exchange.model, outcome, usage.prompt_tokens, usage.completion_tokens
         )
+
+    def _cost(self, outcome: Outcome) -> int:
+        price = self._exchange.price
+        again = outcome is Outcome.CACHED
+        return price.again(self._usage) if again else price.cost(self._usage)
 
     def row_so_far(self) -> LedgerRow:
         """The row that this attempt leaves if the gateway dies."""
@@ -150,5 +156,5 @@ class Attempt:
             duration_s=exchange.clock.monotonic() - self._started,
             first_token_s=self._first_token_s,
             project=exchange.key.project,
-            cost=exchange.price.cost(usage),
+            cost=self._cost(outcome),
         )

@@ -104,6 +104,11 @@ class Gateway:
         )
         self.stopping = False
         self.meter.watch(
+            "cloudlm_gateway_cache_bytes",
+            "Memory held by answers that may be used again.",
+            lambda: self.handler.recall.store.size_bytes,
+        )
+        self.meter.watch(
             "cloudlm_gateway_state_age_seconds",
             "Seconds since the state was last read.",
             lambda: self.view.age_s,

@@ -1,6 +1,6 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → reserve → admit → choose → send → relay → account.
+authorise → parse and validate → reserve → known? → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
@@ -46,6 +46,7 @@ from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.prefixes import block_keys
+from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget, full_jitter
@@ -92,6 +93,9 @@ class Handler:
         self._open: set[Exchange] = set()
         self._keys = KnownKeys()
         self._tenants = Tenants(rooms.pepper, rooms.weights)
+        self.recall = Recall(
+            rooms.settings, rooms.pepper, rooms.clock, rooms.view, rooms.ledger, self._headers
+        )
         rooms.view.on_change.append(self._follow)
 
     # The straight path ---------------------------------------------------------------------------
@@ -147,8 +151,12 @@ class Handler:
         ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
         ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
         ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
+        question = self.recall.question(exchange, request, call, model)
+        answer = question.known()
+        if answer is not None:
+            return answer
         await self._rooms.gate.enter(ticket, exchange)
-        return await self._serve(exchange, call)
+        return await question.ask(lambda: self._serve(exchange, call))
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
         """The key's record. Missing, malformed, unknown and revoked keys cost the same work and
@@ -229,6 +237,7 @@ class Handler:
         rooms, replica = self._rooms, endpoint.replica
         exchange.attempts += 1
         exchange.replica = replica
+        exchange.revision = endpoint.revision
         blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
         exchange.route = f"least-cost; known={len(exchange.prompt_keys) - blocks}"
         attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
@@ -286,6 +295,8 @@ class Handler:
         field = call.result_field
         if body is None or (field is not None and not isinstance(body.get(field), list)):
             raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
+        if openai.is_aborted(body):
+            raise UpstreamFailed("a replica gave up on the answer")
         usage = openai.usage_of(body)
         answer = openai.rendering(call).whole(body)
         if call.generates:
@@ -360,7 +371,7 @@ class Handler:
         headers = {"x-request-id": exchange.request_id, **exchange.headers, **more}
         if exchange.model:
             headers["x-cloudlm-model"] = header_safe(exchange.model)
-        if exchange.attempts:
+        if exchange.replica:
             headers["x-cloudlm-replica"] = header_safe(exchange.replica)
             headers["x-cloudlm-attempts"] = str(exchange.attempts)
             headers["x-cloudlm-route"] = exchange.route

@@ -100,9 +100,10 @@ class Limiter:
 
     def _settle(self, exchange: Exchange, lease: Lease) -> None:
         self._running.discard(lease.id)
+        used = exchange.usage
         self._counters.settle(
             lease,
-            tokens=exchange.tokens,
+            tokens=used.prompt_tokens + used.completion_tokens,
             spend=exchange.cost,
             counts=exchange.attempts > 0,
             month=self.month(),

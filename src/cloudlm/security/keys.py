@@ -130,6 +130,13 @@ def cache_salt(tenant: str, pepper: bytes, wanted: str = "") -> str:
     return hmac.new(pepper, parts, hashlib.sha256).hexdigest()[:32]
 
 
+def answer_key(tenant: str, pepper: bytes) -> bytes:
+    """What keys a tenant's answers in the gateway's cache, 32 bytes. It never leaves the gateway,
+    as salts and marks do."""
+    parts = f"answer-cache\0{tenant}".encode("utf-8", "surrogatepass")
+    return hmac.new(pepper, parts, hashlib.sha256).digest()
+
+
 def tenant_mark(tenant: str, pepper: bytes) -> str:
     """What a worker knows a tenant by, to share itself fairly: never its name."""
     parts = f"tenant\0{tenant}".encode("utf-8", "surrogatepass")

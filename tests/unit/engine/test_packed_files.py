@@ -257,5 +257,5 @@ def test_a_network_is_built_without_drawing_first_values(
 
     for name in ("normal_", "uniform_"):
         monkeypatch.setattr(torch.Tensor, name, drawn)
-    _, _, model = load._build(saved_model("qwen3").folder)
+    _, _, model = load.build_network(saved_model("qwen3").folder)
     assert all(parameter.is_meta for parameter in model.parameters())

@@ -118,8 +118,10 @@ class LeaderRunner(PartRunner):
         if self._source is None:
             raise NotSupported("this model was not loaded from files and cannot sleep")
         self.team.tell(Sleep(level))
-        super().sleep(level)
-        self._collect()
+        try:
+            super().sleep(level)
+        finally:
+            self._collect()
 
     def wake(self) -> None:
         """See ``Runner``: all wake up, or all sleep on."""

@@ -71,10 +71,10 @@ class VllmEngine:
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
         )
-        self._open: dict[str, aiohttp.ClientResponse | None] = {}
+        # What ends a request: its asking while vLLM has not begun to answer, then its answer.
+        self._open: dict[str, asyncio.Future[aiohttp.ClientResponse] | aiohttp.ClientResponse] = {}
         self._cancelled: set[str] = set()
         self._adapters: dict[str, str] = {}
-        self._stats = EngineStats()
         self._found: dict[str, float] = {}
         self._answered_at = clock.monotonic()
         self._dead = False
@@ -118,7 +118,11 @@ class VllmEngine:
         try:
             async with asyncio.timeout(_POLL_TIMEOUT_S):
                 async with self._session.get("/metrics") as answer:
-                    raw = await answer.content.read(_MAX_METRICS_BYTES)
+                    raw = bytearray()
+                    async for piece in answer.content.iter_any():
+                        raw += piece
+                        if len(raw) > _MAX_METRICS_BYTES:
+                            raise Unavailable("vLLM's metrics are too long", retry_after_s=1.0)
         except (aiohttp.ClientError, OSError):
             raise Unavailable("vLLM did not answer with its metrics", retry_after_s=1.0) from None
         return raw.decode("utf-8", "replace")
@@ -162,10 +166,11 @@ class VllmEngine:
             raise Overloaded(
                 f"{waiting} requests wait already (worker.max_waiting_requests)", retry_after_s=1.0
             )
-        self._open[request_id] = None
+        headers = {"content-type": "application/json"}
+        asking = asyncio.ensure_future(self._session.post(path, data=body, headers=headers))
+        self._open[request_id] = asking
         try:
-            headers = {"content-type": "application/json"}
-            async with self._session.post(path, data=body, headers=headers) as answer:
+            async with await asking as answer:
                 self._open[request_id] = answer
                 if answer.status >= 400:
                     raise _verdict(answer.status, await answer.read())
@@ -174,7 +179,9 @@ class VllmEngine:
                 finally:
                     if not answer.content.at_eof():
                         answer.close()
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and request_id not in self._cancelled:
+                raise  # whoever asked us is gone; the asking is cancelled with them
             raise self._broken(request_id, error) from None
         finally:
             self._open.pop(request_id, None)
@@ -182,12 +189,16 @@ class VllmEngine:
 
     def cancel(self, request_id: str) -> None:
         """End this request: whoever reads its answer gets Unavailable."""
-        answer = self._open.get(request_id)
-        if answer is not None:
-            self._cancelled.add(request_id)
-            answer.close()
+        opened = self._open.get(request_id)
+        if opened is None:
+            return
+        self._cancelled.add(request_id)
+        if isinstance(opened, asyncio.Future):
+            opened.cancel()
+        else:
+            opened.close()
 
-    def _broken(self, request_id: str, error: Exception) -> CloudlmError:
+    def _broken(self, request_id: str, error: BaseException) -> CloudlmError:
         if request_id in self._cancelled:
             return Unavailable("this replica is stopping", retry_after_s=1.0)
         return UpstreamFailed(f"vLLM broke off ({type(error).__name__})")

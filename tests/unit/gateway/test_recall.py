@@ -1,0 +1,379 @@
+"""The cache in the handler: hits, accounts, single flight, conditions, and what is never kept."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cloudlm.core.access import Grant, Principal, PrincipalKind, Project, Tenant
+from cloudlm.core.deployment import DeploymentSpec, Endpoint
+from cloudlm.core.tenant import Outcome, Role
+from cloudlm.gateway import flight
+from cloudlm.security.keys import mint
+
+HEADER = "x-cloudlm-cache"
+
+
+@pytest.fixture
+async def cached(kit: Any, tmp_path: Path) -> AsyncIterator[Any]:
+    async with kit.open_rig(home=tmp_path, cache_models=kit.MODEL) as one:
+        yield one
+
+
+def _greedy(kit: Any, **more: Any) -> dict[str, Any]:
+    return kit.chat_body(temperature=0, **more)
+
+
+async def _key_of(rig: Any, kit: Any, tenant: str) -> dict[str, str]:
+    """The headers of a new key of another tenant."""
+    grants = (Grant("user", tenant, "root"),)
+    holder = Principal("p", "p", PrincipalKind.SERVICE, tenant, grants=grants)
+    for fact in (Tenant(tenant), Project(tenant, "default"), holder):
+        await rig.state.put_identity(fact)
+    minted = mint("o", Role.USER, kit.PEPPER, 1.0, tenant=tenant, principal="p")
+    await rig.state.put_key(minted.record)
+    return {**rig.headers, "authorization": f"Bearer {minted.text}"}
+
+
+async def _rows(rig: Any) -> list[tuple[Any, ...]]:
+    return [
+        (r.outcome, r.status, r.attempt, r.prompt_tokens, r.completion_tokens, r.cached_tokens)
+        for r in await rig.rows()
+    ]
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 0.9, "seed": 5}])
+async def test_the_second_answer_is_the_first_one(
+    cached: Any, kit: Any, fields: dict[str, Any]
+) -> None:
+    first = await cached.ask(kit.chat_body(**fields))
+    second = await cached.ask(kit.chat_body(**fields))
+    assert (first.headers[HEADER], second.headers[HEADER]) == ("miss", "hit")
+    assert second.status == 200
+    assert second.body == first.body
+    assert second.headers["content-type"] == first.headers["content-type"]
+    assert second.headers["x-cloudlm-model"] == kit.MODEL
+    assert "x-cloudlm-replica" not in second.headers
+    assert len(cached.replicas[0].requests) == 1
+    assert await _rows(cached) == [
+        (Outcome.FINISHED, 200, 1, 7, 5, 2),
+        (Outcome.CACHED, 200, 1, 7, 5, 7),
+    ]
+    assert (await cached.rows())[1].request_id == second.headers["x-request-id"]
+    assert (await cached.rows())[1].replica == ""
+    cached.assert_nothing_open()
+    assert b'outcome="cached",status="200"} 1.0' in cached.gateway.meter.exposition()
+
+
+async def test_a_stream_is_replayed(cached: Any, kit: Any) -> None:
+    body = _greedy(kit, stream=True, stream_options={"include_usage": True})
+    first = await cached.ask(body)
+    second = await cached.ask(body)
+    assert second.headers[HEADER] == "hit"
+    assert second.body == first.body
+    assert second.events[-1] == "[DONE]"
+    assert second.headers["content-type"].startswith("text/event-stream")
+    without_usage = await cached.ask(_greedy(kit, stream=True))
+    assert without_usage.headers[HEADER] == "miss"
+    assert (await cached.ask(_greedy(kit))).headers[HEADER] == "miss"
+    assert (await _rows(cached))[1] == (Outcome.CACHED, 200, 1, 7, 5, 7)
+    cached.assert_nothing_open()
+
+
+async def test_embeddings_are_deterministic(cached: Any, kit: Any) -> None:
+    raw = b'{"data": [{"embedding": [1.0]}], "usage": {"prompt_tokens": 3}}'
+    cached.replicas[0].default = kit.Plan(body=raw)
+    ask = {"model": kit.MODEL, "input": "hello"}
+    first = await cached.ask(ask, path="/v1/embeddings")
+    second = await cached.ask(ask, path="/v1/embeddings")
+    assert (second.headers[HEADER], second.body) == ("hit", first.body)
+    assert (await _rows(cached))[1] == (Outcome.CACHED, 200, 1, 3, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "more"),
+    [
+        ({}, {}),
+        ({"temperature": 0.5}, {}),
+        ({"temperature": 0}, {"cache-control": "no-store"}),
+        ({"temperature": 0}, {"cache-control": "max-age=1, No-Cache"}),
+    ],
+)
+async def test_what_bypasses_the_cache(
+    cached: Any, kit: Any, fields: dict[str, Any], more: dict[str, str]
+) -> None:
+    for _ in range(2):
+        result = await cached.ask(kit.chat_body(**fields), headers={**cached.headers, **more})
+        assert (result.status, result.headers[HEADER]) == (200, "bypass")
+        assert "etag" not in result.headers
+    assert len(cached.replicas[0].requests) == 2
+    assert cached.gateway.handler.recall.store.size_bytes == 0
+
+
+@pytest.mark.parametrize(("names", "on"), [("", False), ("other", False), ("o, ti*", True)])
+async def test_models_are_cached_by_name_alone(kit: Any, names: str, on: bool) -> None:
+    async with kit.open_rig(cache_models=names) as rig:
+        for _ in range(2):
+            result = await rig.ask(_greedy(kit))
+            assert (HEADER in result.headers) is on
+        assert len(rig.replicas[0].requests) == (1 if on else 2)
+
+
+async def test_an_answer_ages(kit: Any) -> None:
+    async with kit.open_rig(cache_models="*", cache_ttl_s=0.05) as rig:
+        await rig.ask(_greedy(kit))
+        await asyncio.sleep(0.06)
+        assert (await rig.ask(_greedy(kit))).headers[HEADER] == "miss"
+
+
+# Conditions -------------------------------------------------------------------------------------
+
+
+async def test_a_condition_that_holds_gets_no_body(cached: Any, kit: Any) -> None:
+    first = await cached.ask(_greedy(kit))
+    assert first.headers["cache-control"] == "private, no-cache"
+    assert first.headers["vary"] == "authorization, x-api-key"
+    tag = first.headers["etag"]
+    again = await cached.ask(_greedy(kit), headers={**cached.headers, "if-none-match": tag})
+    assert (again.status, again.body, again.headers["etag"]) == (304, b"", tag)
+    assert again.headers[HEADER] == "hit"
+    assert again.headers["vary"] == "authorization, x-api-key"
+    other = await cached.ask(_greedy(kit), headers={**cached.headers, "if-none-match": '"x"'})
+    assert (other.status, other.body) == (200, first.body)
+    assert (await _rows(cached))[1:] == [
+        (Outcome.CACHED, 304, 1, 0, 0, 0),
+        (Outcome.CACHED, 200, 1, 7, 5, 7),
+    ]
+
+
+async def test_a_condition_on_what_is_not_known_is_answered(cached: Any, kit: Any) -> None:
+    headers = {**cached.headers, "if-none-match": '"long-gone"'}
+    assert (await cached.ask(_greedy(kit), headers=headers)).status == 200
+
+
+# Never across tenants or versions ---------------------------------------------------------------
+
+
+async def test_tenants_never_share_an_answer(cached: Any, kit: Any) -> None:
+    theirs = await _key_of(cached, kit, "other")
+    first = await cached.ask(_greedy(kit))
+    second = await cached.ask(_greedy(kit), headers=theirs)
+    assert second.headers[HEADER] == "miss"
+    assert len(cached.replicas[0].requests) == 2
+    tag = {"if-none-match": first.headers["etag"]}
+    assert (await cached.ask(_greedy(kit), headers={**theirs, **tag})).status == 200
+
+
+async def test_a_key_that_lost_its_rights_gets_nothing(cached: Any, kit: Any) -> None:
+    await cached.ask(_greedy(kit))
+    await cached.state.revoke_key(cached.key_id, now=2.0)
+    await cached.gateway.view.refresh()
+    refused = await cached.ask(_greedy(kit))
+    assert refused.status == 401
+    assert HEADER not in refused.headers
+
+
+async def _serve_revisions(rig: Any, kit: Any, *revisions: int) -> None:
+    url, name = rig.replicas[0].url, rig.replicas[0].name
+    found = [Endpoint(kit.MODEL, f"{name}-{r}", url, r) for r in revisions]
+    await rig.state.put_endpoints(kit.MODEL, found)
+    await rig.gateway.view.refresh()
+
+
+async def test_a_new_revision_answers_anew(cached: Any, kit: Any) -> None:
+    await cached.ask(_greedy(kit))
+    await _serve_revisions(cached, kit, 2)
+    assert (await cached.ask(_greedy(kit))).headers[HEADER] == "miss"
+    await _serve_revisions(cached, kit, 2, 3)
+    assert (await cached.ask(_greedy(kit))).headers[HEADER] == "bypass"
+
+
+async def test_a_deployment_made_again_answers_anew(cached: Any, kit: Any) -> None:
+    await cached.ask(_greedy(kit))
+    await cached.state.mark_deleting(kit.MODEL, now=2.0)
+    assert await cached.state.remove_deployment(kit.MODEL, generation=2)
+    await cached.state.put_deployment(DeploymentSpec(kit.MODEL, "models:/m/2"), now=1_800_000_000.0)
+    await _serve_revisions(cached, kit, 1)
+    assert (await cached.ask(_greedy(kit))).headers[HEADER] == "miss"
+
+
+async def test_an_answer_that_another_revision_gave_is_not_kept(cached: Any, kit: Any) -> None:
+    cached.replicas[0].plans.append(kit.Plan(pause_s=0.05))
+    asking = asyncio.create_task(cached.ask(_greedy(kit)))
+    await kit.until(lambda: cached.replicas[0].requests)
+    await _serve_revisions(cached, kit, 2)
+    assert "etag" not in (await asking).headers
+    assert cached.gateway.handler.recall.store.size_bytes == 0
+
+
+_requests = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from(["a", "b"]), st.booleans()),
+    min_size=2,
+    max_size=8,
+)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(_requests)
+async def test_a_hit_is_always_the_same_tenants_question_to_the_same_version(
+    kit: Any, asked: list[tuple[int, int, str, bool]]
+) -> None:
+    """Every answer tells who asked what of which version, as its replica knew it."""
+    async with kit.open_rig(cache_models="*") as rig:
+        tenants = [rig.headers, await _key_of(rig, kit, "other")]
+        seen: dict[Any, bytes] = {}
+        for tenant, revision, text, stream in asked:
+            await _serve_revisions(rig, kit, revision)
+            rig.replicas[0].default = kit.Plan(tokens=len(seen) + 1)  # no two answers are equal
+            body = _greedy(kit, stream=stream, user=text)
+            result = await rig.ask(body, headers=tenants[tenant])
+            question = (tenant, revision, text, stream)
+            assert result.headers[HEADER] == ("hit" if question in seen else "miss")
+            assert result.body == seen.setdefault(question, result.body)
+        assert len(set(seen.values())) == len(seen) == len(rig.replicas[0].requests)
+
+
+# What is never kept -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "stream"),
+    [
+        ({"kind": "status", "status": 400, "error": {"error": {"message": "no"}}}, False),
+        ({"kind": "close"}, False),
+        ({"body": b'{"choices": [{"index": 0, "finish_reason": "abort"}]}'}, False),
+        ({"kind": "close"}, True),
+        ({"cut_byte": 700}, True),
+        ({"garbage_at": 3}, True),
+        ({"done": False}, True),
+    ],
+)
+async def test_no_failure_is_kept(cached: Any, kit: Any, how: dict[str, Any], stream: bool) -> None:
+    cached.replicas[0].plans.append(kit.Plan(**how))
+    failed = await cached.ask(_greedy(kit, stream=stream))
+    assert failed.status != 200 or failed.error is not None
+    assert cached.gateway.handler.recall.store.size_bytes == 0
+    assert not cached.gateway.handler.recall.flights
+
+
+async def test_a_stream_whose_client_left_is_not_kept(cached: Any, kit: Any) -> None:
+    cached.replicas[0].plans.append(kit.Plan(pause_s=0.01))
+    response = await cached.gateway.handler.handle(cached.request(_greedy(kit, stream=True)))
+    await response.body.__anext__()
+    await response.body.aclose()
+    assert cached.gateway.handler.recall.store.size_bytes == 0
+    assert not cached.gateway.handler.recall.flights
+    assert (await cached.ask(_greedy(kit, stream=True))).headers[HEADER] == "miss"
+    cached.assert_nothing_open()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_too_large_is_not_kept(kit: Any, stream: bool) -> None:
+    async with kit.open_rig(cache_models="*", cache_mb=1) as rig:
+        rig.replicas[0].default = kit.Plan(tokens=50_000 if not stream else 40, pad=4000)
+        for _ in range(2):
+            result = await rig.ask(_greedy(kit, stream=stream))
+            assert result.headers[HEADER] == "miss"
+            assert len(result.body) > 128 * 1024
+        assert rig.gateway.handler.recall.store.size_bytes == 0
+        assert not rig.gateway.handler.recall.flights
+
+
+# One question for many --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_equal_questions_at_once_are_asked_once(cached: Any, kit: Any, stream: bool) -> None:
+    cached.replicas[0].default = kit.Plan(pause_s=0.02)
+    results = await asyncio.gather(*(cached.ask(_greedy(kit, stream=stream)) for _ in range(5)))
+    said = sorted(result.headers[HEADER] for result in results)
+    assert said == ["coalesced"] * 4 + ["miss"]
+    assert len({result.body for result in results}) == 1
+    assert len(cached.replicas[0].requests) == 1
+    rows = await _rows(cached)
+    assert rows.count((Outcome.CACHED, 200, 1, 7, 5, 7)) == 4
+    assert rows.count((Outcome.FINISHED, 200, 1, 7, 5, 2)) == 1
+    cached.assert_nothing_open()
+    assert not cached.gateway.handler.recall.flights
+
+
+async def _behind_a_leader(rig: Any, kit: Any, plan: Any) -> tuple[Any, Any, list[Any]]:
+    """A leader that got ``plan``, and two who wait for it."""
+    rig.replicas[0].plans.append(plan)
+    request = rig.request(_greedy(kit))
+    leading = asyncio.create_task(rig.gateway.handler.handle(request))
+    await kit.until(lambda: rig.replicas[0].requests)
+    waiting = [asyncio.create_task(rig.ask(_greedy(kit))) for _ in range(2)]
+    await kit.until(lambda: rig.gateway.admission.total == 3)
+    return request, leading, waiting
+
+
+async def test_a_leader_whose_client_leaves_hands_over(cached: Any, kit: Any) -> None:
+    request, leading, waiting = await _behind_a_leader(cached, kit, kit.Plan(kind="silence"))
+    request.disconnected.set_result(None)
+    await leading
+    results = await asyncio.gather(*waiting)
+    assert sorted(result.headers[HEADER] for result in results) == ["coalesced", "miss"]
+    assert {result.status for result in results} == {200}
+    assert len(cached.replicas[0].requests) == 2
+    cached.assert_nothing_open()
+
+
+async def test_a_leader_that_is_cancelled_hands_over(cached: Any, kit: Any) -> None:
+    _, leading, waiting = await _behind_a_leader(cached, kit, kit.Plan(kind="silence"))
+    leading.cancel()
+    results = await asyncio.gather(*waiting)
+    assert sorted(result.headers[HEADER] for result in results) == ["coalesced", "miss"]
+    assert len(cached.replicas[0].requests) == 2
+    cached.assert_nothing_open()
+
+
+async def test_nobody_gets_a_leaders_error(kit: Any) -> None:
+    """All go on by themselves at once: waiting for one another would add up their time limits."""
+    async with kit.open_rig(cache_models="*", first_token_timeout_s=0.3, max_attempts=1) as rig:
+        rig.replicas[0].default = kit.Plan(pause_s=0.05)
+        _, leading, waiting = await _behind_a_leader(rig, kit, kit.Plan(kind="silence"))
+        results = await asyncio.gather(*waiting)
+        assert (await leading).status == 504
+        assert [result.status for result in results] == [200, 200]
+        assert [result.headers[HEADER] for result in results] == ["miss", "miss"]
+        assert len(rig.replicas[0].requests) == 3
+        rig.assert_nothing_open()
+
+
+async def test_who_waits_can_leave(cached: Any, kit: Any) -> None:
+    _, leading, waiting = await _behind_a_leader(cached, kit, kit.Plan(pause_s=0.1))
+    request = cached.request(_greedy(kit))
+    leaving = asyncio.create_task(cached.gateway.handler.handle(request))
+    await kit.until(lambda: cached.gateway.admission.total == 4)
+    request.disconnected.set_result(None)
+    assert (await leaving).status == 499
+    assert cached.gateway.admission.total == 3
+    assert (await leading).status == 200
+    assert [r.headers[HEADER] for r in await asyncio.gather(*waiting)] == ["coalesced"] * 2
+    cached.assert_nothing_open()
+
+
+async def test_a_slow_leader_is_not_waited_for_for_ever(
+    cached: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flight, "LONGEST_WAIT_S", 0.02)
+    leader = await cached.gateway.handler.handle(cached.request(_greedy(kit, stream=True)))
+    follower = await cached.ask(_greedy(kit, stream=True))  # the leader's client reads nothing
+    assert follower.status == 200 and follower.headers[HEADER] == "miss"
+    assert (await cached.finish(leader)).body == follower.body
+    assert (await cached.ask(_greedy(kit, stream=True))).headers[HEADER] == "hit"
+
+
+async def test_nothing_of_a_question_outlives_it(cached: Any, kit: Any) -> None:
+    for _ in range(3):
+        await cached.ask(_greedy(kit))
+    gc.collect()
+    assert not [one for one in gc.get_objects() if isinstance(one, flight.Flight)]
