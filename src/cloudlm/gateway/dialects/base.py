@@ -68,7 +68,7 @@ class WholeRendering:
         raise InternalError("an answer that has no stream came as one")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one is made per request, and making frozen ones takes four times as long
 class Asker:
     """What a dialect may know of who asks. ``salted`` makes the cache salt out of the client's own,
     ``may_lead`` lets its ``priority`` push ahead. ``models`` are those that it may see, by name;
