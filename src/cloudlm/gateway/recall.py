@@ -94,7 +94,7 @@ class Recall:
             return None
         assert exchange.key is not None
         # Answers are kept as they were written for the client: what a replica is asked says it for
-        # OpenAI's own API but for the usage shown, for others nothing less than the whole body.
+        # OpenAI's own API but for the usage shown, for others nothing less than path and body.
         form = bytes((call.include_usage, call.continuous_usage))
         parts = (
             repr(version).encode(),
@@ -102,7 +102,7 @@ class Recall:
             request.path.encode("utf-8", "surrogatepass"),
             request.query.encode("utf-8", "surrogatepass"),
             cache.canonical(body),
-            form if request.path == call.path else request.body,
+            form if request.path == call.path else request.path.encode() + b"\0" + request.body,
         )
         return cache.question_key(self._tenant_key(exchange.key.tenant), parts)
 

@@ -149,3 +149,10 @@ async def test_the_rest_is_refused(rig: Any, path: str, status: int) -> None:
     result = await rig.ask({}, path=path)
     assert result.status == status
     assert result.json["error"]
+
+
+async def test_no_path_answers_in_the_form_of_another(rig: Any) -> None:
+    """Both ask the same of a replica, with the same body, so that a cache could mix them up."""
+    asked = {"inputs": "hello"}
+    assert isinstance((await rig.ask(asked, path="/generate")).json, dict)
+    assert isinstance((await rig.ask(asked, path="/")).json, list)
