@@ -81,7 +81,7 @@ class MockVllm:
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.engine_dead else 200)
 
-    async def metrics(self, request: web.Request) -> web.Response:
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
         labels = f'{{engine="0",model_name="{self.name}"}}'
         values = {
             "vllm:num_requests_running": self.running,
@@ -90,7 +90,13 @@ class MockVllm:
             "vllm:prompt_tokens_total": 3 * len(self.bodies),
         }
         lines = [f"{name}{labels} {value}.0" for name, value in values.items()]
-        return web.Response(text="# HELP of something\n" + "\n".join(lines) + "\n")
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"# HELP of something\n")
+        await asyncio.sleep(0)  # in two pieces, as long bodies come
+        await response.write(("\n".join(lines) + "\n").encode())
+        await response.write_eof()
+        return response
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": self.name, "max_model_len": CONTEXT}]})
@@ -117,6 +123,8 @@ class MockVllm:
         try:
             if body.get("stream"):
                 return await self._stream(request, body, prompt, tokens, said)
+            if "hang" in said:
+                await self.frozen.wait()
             return web.json_response(self._whole(body, prompt, tokens))
         except (ConnectionResetError, asyncio.CancelledError):
             self.aborted += 1

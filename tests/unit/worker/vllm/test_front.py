@@ -151,6 +151,16 @@ async def test_stopping_ends_a_stream_with_an_error(bench: VllmBench) -> None:
     assert len(found) in (2, 3)
 
 
+async def test_stopping_ends_a_whole_answer_that_has_not_begun(bench: VllmBench) -> None:
+    running = asyncio.create_task(bench.post("/v1/completions", prompt="hang a b"))
+    while not bench.mock.bodies:
+        await asyncio.sleep(0.001)
+    assert bench.replica.end_running() == 1
+    answer = await asyncio.wait_for(running, 5)
+    assert answer.status_code == 503
+    assert "stopping" in answer.json()["error"]["message"]
+
+
 async def test_a_client_that_leaves_ends_the_work(bench: VllmBench) -> None:
     for stream in (True, False):
         aborted = bench.mock.aborted
