@@ -17,6 +17,8 @@ from cloudlm.core.access import Grant, Limits, Principal, PrincipalKind, Project
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Outcome, Role
 from cloudlm.gateway import flight
+from cloudlm.gateway.account import Exchange
+from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.security.keys import mint
 
 HEADER = "x-cloudlm-cache"
@@ -254,6 +256,40 @@ async def test_an_answer_that_another_revision_gave_is_not_kept(cached: Any, kit
     await _serve_revisions(cached, kit, 2)
     assert "etag" not in (await asking).headers
     assert cached.gateway.handler.recall.store.size_bytes == 0
+
+
+async def test_an_answer_of_a_revision_that_came_and_went_is_not_kept(
+    cached: Any, kit: Any
+) -> None:
+    """Asked of revision 1, answered by 2 after a retry, and 1 is back before the end."""
+    plans = [kit.Plan(pause_s=0.05, body=b"{}"), kit.Plan(pause_s=0.05)]
+    cached.replicas[0].plans.extend(plans)
+    asking = asyncio.create_task(cached.ask(_greedy(kit)))
+    await kit.until(lambda: len(cached.replicas[0].requests) == 1)
+    await _serve_revisions(cached, kit, 2)
+    await kit.until(lambda: len(cached.replicas[0].requests) == 2)
+    await _serve_revisions(cached, kit, 1)
+    answer = await asking
+    assert (answer.status, answer.headers["x-cloudlm-attempts"]) == (200, "2")
+    assert "etag" not in answer.headers
+    assert cached.gateway.handler.recall.store.size_bytes == 0
+
+
+async def test_tenants_have_keys_of_their_own_for_the_very_same_call(cached: Any, kit: Any) -> None:
+    """Even where nothing that a replica is sent tells them apart, as its cache salt does."""
+    gateway = cached.gateway
+    record = gateway.view.snapshot().keys[cached.key_id]
+    model = gateway.view.snapshot().models[kit.MODEL]
+    request = cached.request(_greedy(kit))
+    call = Call(Operation.CHAT, kit.MODEL, request.body)
+
+    def key(tenant: str) -> bytes | None:
+        exchange = Exchange("r", gateway.handler.recall.clock, gateway.meter)
+        exchange.key = replace(record, tenant=tenant)
+        return gateway.handler.recall.question(exchange, request, call, model)._key
+
+    assert key("one") is not None
+    assert key("one") == key("one") != key("other")
 
 
 _requests = st.lists(
