@@ -176,7 +176,7 @@ async def test_a_crowd_gets_what_each_gets_alone(start: Any, lookup: Lookup | No
                 await asyncio.sleep(0.001)
         assert engine.stats().preemptions > 0
         assert engine.stats().prefix_hits > 0
-        assert (engine.stats().accepted_tokens > 0) == (lookup is not None)
+        assert (engine.stats().drafted_tokens > 0) == (lookup is not None)
     for request, got, expected in zip(requests, crowd, alone, strict=True):
         if request.request_id in leaving:
             assert got.tokens == expected.tokens[: len(got.tokens)]

@@ -1,6 +1,6 @@
 """Microbenchmarks of the engine's kernels: one JSON line per figure.
 
-    python bench/engine/kernels.py --ops linear,attention --tokens 1,16,512
+    python bench/engine/bench_kernels.py --ops linear,attention --tokens 1,16,512
 
 Weights cycle over enough copies (--megabytes in all) that none stays in a cache, as in decoding.
 Figures stand beside what this machine reads and multiplies in the same minute (the lines "read" and
