@@ -260,6 +260,8 @@ def run_all(a, engine, version, load_s, generate, rss, settings, prepare_w4w=Non
         except Exception as e:  # a failure is a result too
             out[w] = {"error": f"{type(e).__name__}: {e}"[:500]}
         print(w, json.dumps(out[w]), file=sys.stderr, flush=True)
+        out["peak_rss_gib"] = round(rss.peak / 2**30, 3)
+        print(json.dumps(out), flush=True)  # what is known already, should this run be cut short
     if not a.no_check:
         try:
             out["check"] = generate(check_prompts(), CHECK_NEW)[0]

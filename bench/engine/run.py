@@ -146,10 +146,20 @@ def _run(command: list[str], options: argparse.Namespace) -> dict[str, Any]:
             env=environment,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no result within {options.timeout:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {"failed": f"exit {done.returncode}"}
+    except subprocess.TimeoutExpired as error:
+        told = (error.stdout or b"").decode()  # bytes here, whatever ``text`` says
+        return _last(told) or {"failed": f"no result within {options.timeout:.0f} s"}
+    return _last(done.stdout) or {"failed": f"exit {done.returncode}"}
+
+
+def _last(told: str) -> dict[str, Any] | None:
+    """The last JSON line that was told whole; an engine that is cut short has told its first
+    workloads."""
+    for line in reversed(told.splitlines()):
+        if line.startswith("{") and line.endswith("}"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    return None
 
 
 def _machine(threads: int) -> dict[str, Any]:
