@@ -160,8 +160,8 @@ class Handler:
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
         """The key's record. Missing, malformed, unknown and revoked keys cost the same work and
-        get the same answer. Every well-formed key that fails is
-        looked up once more, known or not, so that the time says nothing either."""
+        get the same answer. Every well-formed key that fails is looked up once more, known or
+        not, so that the time says nothing either."""
         try:
             text = keys.bearer(
                 request.headers.get("authorization"), request.headers.get("x-api-key")
