@@ -11,6 +11,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -31,6 +32,7 @@ from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
+from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
@@ -41,6 +43,9 @@ from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from cloudlm.gateway.semantic.likeness import Likeness
 
 _PLAIN_PATHS = frozenset(
     {"/livez", "/readyz", "/health", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
@@ -85,6 +90,10 @@ class Gateway:
         name = f"{socket.gethostname()}:{settings.port}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
         self.refusals = Refusals(state, clock)
+        weights = read_weights(settings.tenant_weights)
+        likeness = None
+        if settings.semantic_models:
+            likeness = self._likeness(settings, home, weights, pepper, clock)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -98,7 +107,8 @@ class Gateway:
                 upstream=self.upstream,
                 ledger=self.ledger,
                 meter=self.meter,
-                weights=read_weights(settings.tenant_weights),
+                weights=weights,
+                likeness=likeness,
                 refused=self.refusals.note,
             )
         )
@@ -106,7 +116,7 @@ class Gateway:
         self.meter.watch(
             "cloudlm_gateway_cache_bytes",
             "Memory held by answers that may be used again.",
-            lambda: self.handler.recall.store.size_bytes,
+            lambda: self.handler.recall.answers.size_bytes,
         )
         self.meter.watch(
             "cloudlm_gateway_state_age_seconds",
@@ -129,6 +139,33 @@ class Gateway:
             lambda: self.ledger.rows_dropped,
         )
 
+    def _likeness(
+        self,
+        settings: GatewaySettings,
+        home: Path,
+        weights: dict[str, float],
+        pepper: bytes,
+        clock: Clock,
+    ) -> Likeness | None:
+        """The semantic cache. Raises BadSetting and MissingExtra."""
+        from cloudlm.gateway.semantic.deployed import Means
+        from cloudlm.gateway.semantic.open import open_likeness
+
+        means = Means(
+            view=self.view,
+            loads=self.loads,
+            upstream=self.upstream,
+            ledger=self.ledger,
+            tenants=Tenants(pepper, weights),
+            prices=read_prices(settings.prices),
+            clock=clock,
+            count=self.demand.count,
+        )
+        likeness = open_likeness(settings, home, weights, means)
+        if likeness is not None:
+            self.meter.registry.register(likeness)
+        return likeness
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The gateway's tasks, from start to a flushed ledger. Raises StorageFailed."""
@@ -142,6 +179,7 @@ class Gateway:
             for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
+        tasks.append(asyncio.create_task(self.handler.recall.answers.run(), name="answers"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
             yield

@@ -16,6 +16,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -56,6 +57,9 @@ from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
+if TYPE_CHECKING:
+    from cloudlm.gateway.semantic.likeness import Likeness
+
 NO_REPLICA_RETRY_AFTER_S = 2.0
 ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
@@ -80,6 +84,7 @@ class Rooms:
     ledger: Ledger
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
+    likeness: Likeness | None = None
     fraction: Callable[[], float] = random.random
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
@@ -94,7 +99,14 @@ class Handler:
         self._keys = KnownKeys()
         self._tenants = Tenants(rooms.pepper, rooms.weights)
         self.recall = Recall(
-            rooms.settings, rooms.pepper, rooms.clock, rooms.view, rooms.ledger, self._headers
+            rooms.settings,
+            rooms.pepper,
+            rooms.clock,
+            rooms.view,
+            rooms.ledger,
+            self._headers,
+            rooms.weights,
+            rooms.likeness,
         )
         rooms.view.on_change.append(self._follow)
 
@@ -137,6 +149,9 @@ class Handler:
             view = self._rooms.view.snapshot()  # a look again may have brought a newer one
         route.check(request)
         asker = self._asker(exchange.key, view)
+        if route.unfold is not None:
+            exchange.headers["cache-control"] = "no-store"  # unless what follows says better
+            request = route.unfold(request)
         if route.parse is None:
             return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
@@ -152,10 +167,12 @@ class Handler:
         ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
         ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
         question = self.recall.question(exchange, request, call, model)
-        answer = question.known()
+        answer = await question.known() if question is not None else None
         if answer is not None:
             return answer
         await self._rooms.gate.enter(ticket, exchange)
+        if question is None:
+            return await self._serve(exchange, call)
         return await question.ask(lambda: self._serve(exchange, call))
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:
