@@ -2,7 +2,7 @@
 
     python bench/gateway/semantic.py [--budget 0.01] [--vectors DIR] [--json]
 
-The rule is calibrated on the pairs that cloudlm ships, then judged on ``semantic_pairs.txt``, which
+The rule is calibrated on the pairs that cloudlm ships, then judged on those apart, which
 neither the guards nor the threshold were made with. Beside it, what a gateway does that compares
 vectors alone: on the same vectors, a threshold set so that it answers as many of the pairs that
 mean the same (never fewer), and the usual ones of such gateways (0.8 and 0.9); and a threshold set
@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from cloudlm.gateway.semantic import calibration
-from cloudlm.gateway.semantic.calibration import SAME, Choice, Judged, hits, interval, judge
+from cloudlm.gateway.semantic.calibration import Choice, Judged, hits, interval, judge
 from cloudlm.gateway.semantic.meaning import difference, read
+from cloudlm.gateway.semantic.pairs import SAME, SHIPPED_APART, SHIPPED_PAIRS, read_pairs
 from cloudlm.gateway.semantic.vectors import built_in, unit
 
-HELD_OUT = Path(__file__).with_name("semantic_pairs.txt")
 USUAL = (0.8, 0.9)
 
 
@@ -117,10 +117,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     likeness = likeness_of(wanted.vectors)
-    made = calibration.read_pairs(calibration.SHIPPED_PAIRS)
-    rule = calibration.calibrate(made, likeness, wanted.budget, "bench")
+    made = read_pairs(SHIPPED_PAIRS)
+    others = read_pairs(SHIPPED_APART)
+    rule = calibration.calibrate(made, likeness, wanted.budget, "bench", apart=others)
     choice = Choice(rule.threshold, rule.same_words)
-    apart = judge(calibration.read_pairs(HELD_OUT), likeness)
+    apart = judge(others, likeness)
     ours = count(apart, lambda one: hits(one, choice))
     equal = plain_at(apart, ours["hits"])
     rows = {

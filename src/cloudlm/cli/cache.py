@@ -24,7 +24,8 @@ from cloudlm.core.errors import (
 )
 
 if TYPE_CHECKING:
-    from cloudlm.gateway.semantic.calibration import Calibration, Pair
+    from cloudlm.gateway.semantic.calibration import Calibration
+    from cloudlm.gateway.semantic.pairs import Pair
 
 app = typer.Typer(no_args_is_help=True, help="The semantic cache: calibrate, show.")
 BUILT_IN = "built-in"
@@ -48,13 +49,15 @@ def calibrate(
 ) -> None:
     """Choose the threshold for a budget of false hits."""
     from cloudlm.gateway.semantic import calibration
+    from cloudlm.gateway.semantic.pairs import SHIPPED_APART, SHIPPED_PAIRS, read_pairs
     from cloudlm.state.home import Home, load_settings
 
     if not 0 < budget < 1:
         raise InvalidRequest("--budget must be between 0 and 1, such as 0.01", param="budget")
-    labelled = calibration.read_pairs(pairs or calibration.SHIPPED_PAIRS)
-    likeness, fingerprint = _likeness(embedder, labelled)
-    found = calibration.calibrate(labelled, likeness, budget, embedder, fingerprint)
+    labelled = read_pairs(pairs or SHIPPED_PAIRS)
+    apart = [] if pairs else read_pairs(SHIPPED_APART)
+    likeness, fingerprint = _likeness(embedder, [*labelled, *apart])
+    found = calibration.calibrate(labelled, likeness, budget, embedder, fingerprint, apart)
     settings, _ = load_settings()
     home = Home(settings.home).ensure()
     try:

@@ -29,6 +29,11 @@ class Answers(Protocol):
         """Memory held in this process."""
         ...
 
+    @property
+    def away(self) -> bool:
+        """Whether the place that is shared cannot be reached."""
+        ...
+
     def near(self, place: Place) -> Answer | None:
         """The answer, if this process has it."""
         ...
@@ -48,6 +53,8 @@ class Answers(Protocol):
 
 class LocalAnswers:
     """The answers of this process alone; see ``AnswerStore``."""
+
+    away = False
 
     def __init__(
         self, max_bytes: int, ttl_s: float, weights: Mapping[str, float], clock: Clock

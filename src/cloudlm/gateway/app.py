@@ -119,6 +119,11 @@ class Gateway:
             lambda: self.handler.recall.answers.size_bytes,
         )
         self.meter.watch(
+            "cloudlm_gateway_cache_shared_away",
+            "1 while the shared cache (gateway.cache_url) cannot be reached.",
+            lambda: self.handler.recall.answers.away,
+        )
+        self.meter.watch(
             "cloudlm_gateway_state_age_seconds",
             "Seconds since the state was last read.",
             lambda: self.view.age_s,

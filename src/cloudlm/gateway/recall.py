@@ -9,9 +9,9 @@ ask, nor choose, send or retry.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
@@ -20,12 +20,11 @@ from cloudlm.core.tenant import Outcome
 from cloudlm.gateway import cache
 from cloudlm.gateway.account import Attempt, Exchange
 from cloudlm.gateway.answers import Answers, LocalAnswers
+from cloudlm.gateway.asked import Asked, repeatable
 from cloudlm.gateway.cache import Answer
-from cloudlm.gateway.dialects import openai
 from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse
 from cloudlm.gateway.flight import Flight, Recorded, Turn
-from cloudlm.gateway.holdings import Place
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.version import Version, version_of
 from cloudlm.gateway.view import ServedModel, View
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from cloudlm.gateway.semantic.likeness import LastTurn, Likeness
 
 CACHE_HEADER = "x-cloudlm-cache"
-LARGEST_QUESTION_BYTES = 256 * 1024
 _VARY = {"vary": "authorization, x-api-key"}
 _NOT_KEPT = {"cache-control": "no-store", **_VARY}
 _PRIVATE = {"cache-control": "private, no-cache", **_VARY}
@@ -84,20 +82,16 @@ class Recall:
         if not (self._names and serves(self._names, model.name)):
             return None
         version = version_of(model)
-        body = None
-        if version is not None and not _unwanted(request.headers):
-            body = _repeatable(request, call)
+        body = None if version is None else repeatable(request, call)
         if version is None or body is None:
             exchange.headers[CACHE_HEADER] = "bypass"
             return None
         exchange.headers[CACHE_HEADER] = "miss"
-        asked = Asked(self, exchange, request, call, version, body)
+        assert exchange.key is not None
+        tenant_key = self._tenant_key(exchange.key.tenant)
+        asked = Asked(tenant_key, exchange, request, call, version, body)
         http = self._shared if request.method == "GET" else _PRIVATE
         return Question(self, exchange, request.headers.get("if-none-match", ""), asked, http)
-
-    def key(self, tenant: str, parts: Iterable[bytes]) -> bytes:
-        """The key of a tenant's question."""
-        return cache.question_key(self._tenant_key(tenant), parts)
 
     def compares(self, asked: Asked) -> Likeness | None:
         """The semantic cache, if it has a part in a question."""
@@ -116,39 +110,6 @@ class Recall:
         if self.flights.get(key) is flight:
             del self.flights[key]
         flight.end(how)
-
-
-class Asked:
-    """What one request asks, and the keys under which its answer may be."""
-
-    def __init__(
-        self,
-        recall: Recall,
-        exchange: Exchange,
-        request: GatewayRequest,
-        call: Call,
-        version: Version,
-        body: dict[str, Any],
-    ) -> None:
-        assert exchange.key is not None
-        self.call, self.version, self.path, self.body = call, version, request.path, body
-        self._recall = recall
-        self._tenant = exchange.key.tenant
-        # Answers are kept as they were written for the client: what a replica is asked says it for
-        # OpenAI's own API but for the usage shown, for others nothing less than path and body.
-        form = bytes((call.include_usage, call.continuous_usage))
-        self._parts = (
-            repr(version).encode(),
-            call.path.encode(),
-            request.path.encode("utf-8", "surrogatepass"),
-            request.query.encode("utf-8", "surrogatepass"),
-            form if request.path == call.path else request.path.encode() + b"\0" + request.body,
-        )
-        self.place = Place(self._tenant, self.key((b"exact", cache.canonical(body))))
-
-    def key(self, parts: Iterable[bytes]) -> bytes:
-        """The tenant's key of ``parts`` and of all that is no part of the body."""
-        return self._recall.key(self._tenant, (*parts, *self._parts))
 
 
 class Question:
@@ -280,24 +241,6 @@ class Question:
             return GatewayResponse(status, headers)
         headers["content-type"] = answer.content_type
         return GatewayResponse(status, headers, answer.body)
-
-
-def _repeatable(request: GatewayRequest, call: Call) -> dict[str, Any] | None:
-    """What a replica is asked, None if its answer must not be used again."""
-    if len(request.body) > LARGEST_QUESTION_BYTES:
-        return None
-    if not call.generates and call.operation is not Operation.EMBEDDING:
-        return None
-    body = openai.decode(call.body)
-    if body is None or (call.generates and not cache.deterministic(body)):
-        return None
-    return body
-
-
-def _unwanted(headers: Mapping[str, str]) -> bool:
-    """Whether the client wants a new answer, or none kept."""
-    wanted = {one.strip().lower() for one in headers.get("cache-control", "").split(",")}
-    return not wanted.isdisjoint({"no-cache", "no-store", "max-age=0"})
 
 
 def read_names(text: str) -> tuple[str, ...]:

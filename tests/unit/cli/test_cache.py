@@ -12,12 +12,6 @@ from cloudlm.cli import cache
 from cloudlm.gateway.semantic import calibration
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
-    return tmp_path
-
-
 def test_calibrate_keeps_what_show_shows(cli: Any, home: Path) -> None:
     nothing = cli("cache", "show")
     assert nothing.exit_code != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,19 @@ async def test_models_are_cached_by_name_alone(kit: Any, names: str, on: bool) -
             result = await rig.ask(_greedy(kit))
             assert (HEADER in result.headers) is on
         assert len(rig.replicas[0].requests) == (1 if on else 2)
+
+
+async def test_promise_26_a_shared_cache_that_is_away_costs_nobody_an_answer(kit: Any) -> None:
+    """Nothing listens at port 9 of this machine."""
+    pytest.importorskip("redis")
+    async with kit.open_rig(cache_models="*", cache_url="redis://127.0.0.1:9/0") as rig:
+        began = time.monotonic()
+        asked = [rig.ask(_greedy(kit, seed=number)) for number in range(20)]
+        assert {one.status for one in await asyncio.gather(*asked)} == {200}
+        assert time.monotonic() - began < 1.0
+        again = await rig.ask(_greedy(kit, seed=3))
+        assert again.headers[HEADER] == "hit"
+        assert b"cloudlm_gateway_cache_shared_away 1.0" in rig.gateway.meter.exposition()
 
 
 async def test_an_answer_ages(kit: Any) -> None:

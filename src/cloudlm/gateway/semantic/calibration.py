@@ -3,10 +3,10 @@
 A false hit is a pair of different questions of which one would be answered with the other's
 answer; its rate is counted over all pairs of different questions, which are made to be hard. The
 lowest threshold is taken whose rate is within the budget at the upper end of its 95 % interval
-(Clopper and Pearson 1934, exact for a binomial). The rate that is reported comes from groups that
-the threshold was not chosen on (cross-validation). Pairs of one group are not independent, so the
-interval is somewhat too narrow; the count of groups is told beside it. Pure but for the two
-functions that read and write files.
+(Clopper and Pearson 1934, exact for a binomial). The rate that is reported comes from pairs that
+the threshold was not chosen on: pairs apart, or groups left out in turn (cross-validation). Pairs
+of one group are not independent, so the interval is somewhat too narrow; the count of groups is
+told beside it. Pure but for the functions that read and write files.
 """
 
 from __future__ import annotations
@@ -22,23 +22,13 @@ import msgspec
 
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.gateway.semantic.meaning import difference, read
+from cloudlm.gateway.semantic.pairs import SAME, Pair
 
-SAME = "="
 CONFIDENCE = 0.95
 FOLDS = 5
-SHIPPED_PAIRS = Path(__file__).with_name("pairs.txt")
+LEAST_LIKENESS = 0.5
+"""No threshold is lower, for below it a vector says nothing, whatever the pairs at hand are."""
 FILE_NAME = "semantic.json"
-KINDS = ("negation", "number", "entity", "polarity", "language", "asked", "scope", "other")
-
-
-class Pair(NamedTuple):
-    """Two questions. ``kind`` is SAME or what turns one into the other; ``group`` is where they
-    come from."""
-
-    one: str
-    other: str
-    kind: str
-    group: int
 
 
 class Judged(NamedTuple):
@@ -78,47 +68,6 @@ class Calibration:
     groups: int
     rules: str
     fingerprint: tuple[float, ...] = ()
-
-
-# Pairs ------------------------------------------------------------------------------------------
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file in the form of ``pairs.txt``: within a group, each two that mean the
-    same, and each of these with each that does not. Raises InvalidRequest naming the line."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} cannot be read as pairs: {error}") from None
-    pairs: list[Pair] = []
-    same: list[str] = []
-    others: list[tuple[str, str]] = []
-    group = 0
-    for number, line in enumerate([*lines, ""], start=1):
-        kind, _, text = line.strip().partition(" ")
-        if kind.startswith("#"):
-            continue
-        if not kind:
-            pairs += _pairs_of(same, others, group)
-            group += bool(same)
-            same, others = [], []
-        elif kind == SAME and text.strip():
-            same.append(text.strip())
-        elif kind in KINDS and text.strip():
-            others.append((kind, text.strip()))
-        else:
-            raise InvalidRequest(
-                f"line {number} of {path} must begin with '=' or one of {', '.join(KINDS)}, then "
-                "a question"
-            )
-    if not pairs:
-        raise InvalidRequest(f"{path} holds no pairs")
-    return pairs
-
-
-def _pairs_of(same: list[str], others: list[tuple[str, str]], group: int) -> list[Pair]:
-    found = [Pair(a, b, SAME, group) for i, a in enumerate(same) for b in same[i + 1 :]]
-    return found + [Pair(a, b, kind, group) for a in same for kind, b in others]
 
 
 # Choosing ---------------------------------------------------------------------------------------
@@ -179,8 +128,9 @@ def _lowest(judged: Sequence[Judged], budget: float, same_words: bool) -> float:
     while allowed < len(false) and interval(allowed + 1, different)[1] <= budget:
         allowed += 1
     if allowed < len(false):
-        return math.nextafter(false[allowed] + 1e-4, 2.0)
-    return min((one.likeness for one in judged if _passes(one, same_words)), default=2.0)
+        return max(false[allowed] + 1e-4, LEAST_LIKENESS)
+    passing = [one.likeness for one in judged if _passes(one, same_words)]
+    return max(min(passing, default=2.0), LEAST_LIKENESS)
 
 
 def _passes(judged: Judged, same_words: bool) -> bool:
@@ -193,37 +143,58 @@ def calibrate(
     budget: float,
     embedder: str,
     fingerprint: tuple[float, ...] = (),
+    apart: Sequence[Pair] = (),
 ) -> Calibration:
-    """Choose a rule, and measure on groups apart what such a choice does. Raises as ``choose``."""
+    """Choose a rule on ``pairs``, and measure it on those ``apart``; where there are none, measure
+    on each group what a choice without it does. Raises as ``choose``, and InvalidRequest if the
+    rate that was measured is over the budget."""
     judged = judge(pairs, likeness)
     choice = choose(judged, budget)
-    false = found = 0
-    for fold in range(FOLDS):
-        apart = [one for one in judged if one.pair.group % FOLDS == fold]
-        rest = [one for one in judged if one.pair.group % FOLDS != fold]
-        if not apart or not rest:
-            raise InvalidRequest(f"pairs of at least {FOLDS} groups are needed")
-        rule = Choice(_lowest(rest, budget, choice.same_words), choice.same_words)
-        false += sum(hits(one, rule) for one in apart if one.pair.kind != SAME)
-        found += sum(hits(one, rule) for one in apart if one.pair.kind == SAME)
-    different = sum(one.pair.kind != SAME for one in judged)
-    low, high = interval(false, different)
+    if apart:
+        seen = [(one, choice) for one in judge(apart, likeness)]
+    else:
+        seen = _left_out(judged, budget, choice.same_words)
+    same = [hits(one, rule) for one, rule in seen if one.pair.kind == SAME]
+    different = [hits(one, rule) for one, rule in seen if one.pair.kind != SAME]
+    false = sum(different)
+    low, high = interval(false, len(different))
+    if not different or false / len(different) > budget:
+        raise InvalidRequest(
+            f"{false} of {len(different)} pairs that the threshold was not chosen on are false "
+            f"hits, more than the budget of {budget:g}; give a larger one or another embedder",
+            param="budget",
+        )
     return Calibration(
         embedder=embedder,
         threshold=round(choice.threshold, 6),
         same_words=choice.same_words,
         budget=budget,
         false_hits=false,
-        different_pairs=different,
-        false_hit_rate=false / different,
+        different_pairs=len(different),
+        false_hit_rate=false / len(different),
         false_hit_low=low,
         false_hit_high=high,
-        hits=found,
-        same_pairs=len(judged) - different,
-        groups=len({one.pair.group for one in judged}),
+        hits=sum(same),
+        same_pairs=len(same),
+        groups=len({one.pair.group for one, _ in seen}),
         rules=rules(),
         fingerprint=fingerprint,
     )
+
+
+def _left_out(
+    judged: Sequence[Judged], budget: float, same_words: bool
+) -> list[tuple[Judged, Choice]]:
+    """Each pair with the rule that pairs of other groups give."""
+    found: list[tuple[Judged, Choice]] = []
+    for fold in range(FOLDS):
+        rest = [one for one in judged if one.pair.group % FOLDS != fold]
+        left = [one for one in judged if one.pair.group % FOLDS == fold]
+        if not left or not rest:
+            raise InvalidRequest(f"pairs of at least {FOLDS} groups are needed")
+        rule = Choice(_lowest(rest, budget, same_words), same_words)
+        found += [(one, rule) for one in left]
+    return found
 
 
 # The interval -----------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ PARTICLES = _words("off out down away back only just-only alone too")
 
 SAME = (
     "reset change update modify edit alter",
+    "enable activate",
+    "disable deactivate",
     "delete remove erase",
     "buy purchase",
     "cancel terminate",

@@ -58,6 +58,7 @@ _MODALS = frozenset(
     (*_YES_OR_NO, "can", "could", "may", "might", "must", "shall", "should", "will", "would")
 )
 _KINDS = dict.fromkeys(_YES_OR_NO, "whether") | dict.fromkeys(("can", "could", "might"), "may")
+_ARTICLES = ("a", "an", "the")
 _DIRECTIONS = ("to", "from", "by")
 _WAYS = frozenset(("way", "ways", "steps", "step", "process", "procedure"))
 
@@ -138,6 +139,8 @@ def difference(one: Meaning, other: Meaning, *, same_words: bool) -> str | None:
         return "asked"
     if _other_slots(one, other):
         return "slot"
+    if _swapped(one, other):
+        return "order"
     return _other_words(one, other, same_words)
 
 
@@ -248,6 +251,16 @@ def _other_slots(one: Meaning, other: Meaning) -> bool:
         for there in _DIRECTIONS
         if here != there
     )
+
+
+def _swapped(one: Meaning, other: Meaning) -> bool:
+    """Whether the same words stand in another order, as where who does it and to whom change
+    places. A part that only went to the front is none: "on Monday, is it open?"."""
+    mine = [word for word in one.spelled if word not in _ARTICLES]
+    theirs = [word for word in other.spelled if word not in _ARTICLES]
+    if mine == theirs or sorted(mine) != sorted(theirs):
+        return False
+    return all(mine[cut:] + mine[:cut] != theirs for cut in range(1, len(mine)))
 
 
 def _same_names(one: Meaning, other: Meaning) -> bool:

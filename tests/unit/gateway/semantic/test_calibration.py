@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.gateway.semantic import calibration
 from cloudlm.gateway.semantic.calibration import (
-    SAME,
-    SHIPPED_PAIRS,
     Judged,
-    Pair,
     choose,
     hits,
     interval,
-    read_pairs,
 )
 from cloudlm.gateway.semantic.meaning import read
+from cloudlm.gateway.semantic.pairs import (
+    SAME,
+    SHIPPED_APART,
+    SHIPPED_PAIRS,
+    Pair,
+    read_pairs,
+)
 from cloudlm.gateway.semantic.vectors import built_in
 
 
@@ -74,6 +77,11 @@ def test_too_few_pairs_show_nothing() -> None:
     assert choose([_of("number", 0.1, False)] * 368 + [_of(SAME, 0.9)], 0.01).threshold == 0.9
 
 
+def test_a_threshold_is_never_so_low_that_vectors_say_nothing() -> None:
+    judged = [_of("number", 0.1, False)] * 368 + [_of(SAME, -0.2), _of(SAME, 0.7)]
+    assert choose(judged, 0.01).threshold == 0.5
+
+
 def test_an_embedder_that_tells_nothing_apart_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no threshold"):
         choose([_of("number", 1.0)] * 500 + [_of(SAME, 1.0)], 0.01)
@@ -89,6 +97,29 @@ def test_the_shipped_pairs_keep_the_usual_budget(tmp_path: Path) -> None:
     assert found.different_pairs > 900 and found.hits > 100
     calibration.write(found, tmp_path)
     assert calibration.load(tmp_path) == found
+
+
+def test_promise_of_the_guide_on_pairs_that_nothing_was_made_with() -> None:
+    pairs, apart = read_pairs(SHIPPED_PAIRS), read_pairs(SHIPPED_APART)
+    assert not {text for pair in pairs for text in pair[:2]} & {
+        text for pair in apart for text in pair[:2]
+    }
+    vectors = {text: built_in(read(text)) for pair in [*pairs, *apart] for text in pair[:2]}
+    found = calibration.calibrate(
+        pairs, lambda a, b: float(vectors[a] @ vectors[b]), 0.01, "built-in", (), apart
+    )
+    assert (found.false_hits, found.different_pairs) == (1, 580)
+    assert found.false_hit_high < 0.01
+    assert (found.hits, found.same_pairs) == (116, 171)
+
+
+def test_a_rate_over_the_budget_is_refused() -> None:
+    """Chosen where nothing is wrong, measured where all is."""
+    good = [Pair(f"w{n} a", f"x{n} b", "number", n) for n in range(400)]
+    good += [Pair("the book", "the book", SAME, n) for n in range(9)]
+    bad = [Pair("the book", "the book", "number", n) for n in range(9)]
+    with pytest.raises(InvalidRequest, match="9 of 9 pairs"):
+        calibration.calibrate(good, lambda a, b: float(a == b), 0.01, "e", (), bad)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cloudlm.gateway.semantic.calibration import SAME, SHIPPED_PAIRS, read_pairs
 from cloudlm.gateway.semantic.lexicon import NEGATIONS, OPPOSITES, stem
 from cloudlm.gateway.semantic.meaning import difference, read
+from cloudlm.gateway.semantic.pairs import SAME, SHIPPED_PAIRS, read_pairs
 
 _texts = st.text(max_size=120) | st.lists(
     st.sampled_from(
