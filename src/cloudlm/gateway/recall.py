@@ -138,7 +138,9 @@ class Question:
         if answer is not None:
             return self._give(answer, "hit")
         likeness = self._recall.compares(self._asked)
-        return None if likeness is None else await self._alike(likeness)
+        if likeness is None or self._place.key in self._recall.flights:  # its own answer comes
+            return None
+        return await self._alike(likeness)
 
     async def _alike(self, likeness: Likeness) -> GatewayResponse | None:
         asked = self._asked

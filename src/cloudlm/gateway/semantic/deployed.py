@@ -83,7 +83,7 @@ class DeployedEmbedder:
                     return None
                 return await self._ask(text, exchange)
         except (CloudlmError, TimeoutError) as error:
-            if isinstance(error, RequestCancelled):
+            if error is exchange.interrupt.error:  # not the embedder's fault
                 raise
             self._paused_until = self._means.clock.monotonic() + PAUSE_S
             _log.warning("embedder_unavailable", extra={"fields": {"reason": repr(error)[:200]}})

@@ -3,6 +3,7 @@ does."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -220,6 +221,17 @@ async def test_other_dialects_are_not_compared(semantic: Any, kit: Any) -> None:
         assert (await semantic.ask(asked, path="/v1/messages")).headers[HEADER] == "miss"
 
 
+async def test_equal_questions_at_once_are_compared_and_asked_once(semantic: Any, kit: Any) -> None:
+    semantic.replicas[0].default = kit.Plan(pause_s=0.05)
+    leading = asyncio.create_task(semantic.ask(_body(kit)))
+    await kit.until(lambda: semantic.replicas[0].requests)
+    others = await asyncio.gather(*(semantic.ask(_body(kit)) for _ in range(3)))
+    assert [one.headers[HEADER] for one in others] == ["coalesced"] * 3
+    assert (await leading).headers[HEADER] == "miss"
+    name = 'cloudlm_gateway_semantic_lookups_total{result="nothing like it"}'
+    assert _metric(semantic, name) == 1
+
+
 # Configuration ----------------------------------------------------------------------------------
 
 
@@ -303,6 +315,19 @@ async def test_another_embedder_than_the_calibrated_one_is_not_used(
         for _ in range(2):
             assert (await rig.ask(_body(kit, SAME + "?"))).status == 200
         assert len(embedder.requests) == 3  # asked once for its fingerprint, and not again
+
+
+async def test_a_client_that_leaves_is_no_fault_of_the_embedder(kit: Any, tmp_path: Path) -> None:
+    async with _embedded(kit, tmp_path) as (rig, embedder):
+        embedder.plans.append(kit.Plan(kind="silence"))
+        request = rig.request(_body(kit))
+        asking = asyncio.create_task(rig.gateway.handler.handle(request))
+        await kit.until(lambda: embedder.requests)
+        request.disconnected.set_result(None)
+        assert (await asking).status == 499
+        assert (await rig.ask(_body(kit))).headers[HEADER] == "miss"
+        assert (await rig.ask(_body(kit, SAME))).headers[HEADER] == "semantic"
+        rig.assert_nothing_open()
 
 
 @pytest.mark.parametrize(
