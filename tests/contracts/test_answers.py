@@ -178,10 +178,10 @@ async def test_promise_26_redis_goes_and_comes_back(shared: Any, redis_server: R
             began = time.monotonic()
             found = await asyncio.gather(*(answers.get(place) for place in places))
             assert found == [None] * 50
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 2.0  # one after another it would be five
             began = time.monotonic()
             assert [await answers.get(place) for place in places] == [None] * 50
-            assert time.monotonic() - began < 0.1  # nobody waits any more
+            assert time.monotonic() - began < 1.0  # nobody waits any more
             assert await answers.get(PLACE) == ANSWER  # what this process has
             answers.put(places[0], ANSWER)
             assert await answers.get(places[0]) == ANSWER
@@ -210,7 +210,7 @@ async def test_a_silent_redis_is_away_as_well(redis_server: RedisServer) -> None
     running = asyncio.create_task(answers.run())
     began = time.monotonic()
     assert await answers.get(PLACE) is None
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2.0
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     over.set()

@@ -137,7 +137,7 @@ async def test_promise_26_a_shared_cache_that_is_away_costs_nobody_an_answer(kit
         began = time.monotonic()
         asked = [rig.ask(_greedy(kit, seed=number)) for number in range(20)]
         assert {one.status for one in await asyncio.gather(*asked)} == {200}
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 3.0  # 0.2 on a quiet machine
         again = await rig.ask(_greedy(kit, seed=3))
         assert again.headers[HEADER] == "hit"
         assert b"cloudlm_gateway_cache_shared_away 1.0" in rig.gateway.meter.exposition()
