@@ -43,17 +43,19 @@ def least_cost(candidates: Sequence[Endpoint], loads: Loads, facts: Facts) -> En
     replica chosen least recently, and those of a long prompt that nobody knows to the replica that
     was given such a one longest ago.
     """
-    keys, now = facts.keys, facts.now
+    keys, now, of, known_of = facts.keys, facts.now, loads.of, loads.prefixes.known
     best = candidates[0]
-    best_rank = (math.inf, 0)
+    least, longest_ago = math.inf, 0
     for endpoint in candidates:
-        load = loads.of(endpoint.replica)
-        known = loads.prefixes.known(endpoint.replica, keys, now)
+        load = of(endpoint.replica)
+        known = known_of(endpoint.replica, keys, now) if keys else 0
         work = len(keys) - known + load.blocks + (load.ongoing + 1) * REQUEST_BLOCKS
+        cost = work / endpoint.weight
+        if cost > least:
+            continue
         last = load.chosen_at if known or not keys else load.cold_at
-        rank = (work / endpoint.weight, last)
-        if rank < best_rank:
-            best, best_rank = endpoint, rank
+        if cost < least or last < longest_ago:
+            best, least, longest_ago = endpoint, cost, last
     return best
 
 

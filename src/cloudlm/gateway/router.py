@@ -58,6 +58,25 @@ def eligible(
     request that was never sent is not a retry, and refusing it here would be a guess. One that
     failed lately is chosen only if no other is left, or in panic.
     """
+    well: list[Endpoint] = []
+    of = loads.of
+    for endpoint in endpoints:
+        if endpoint.weight > 0 and endpoint.replica not in tried:
+            load = of(endpoint.replica)
+            if load.failures or load.cooling_until > now:
+                return _ranked(endpoints, loads, now, tried, retrying)
+            well.append(endpoint)
+    return well
+
+
+def _ranked(
+    endpoints: Sequence[Endpoint],
+    loads: Loads,
+    now: float,
+    tried: Container[str],
+    retrying: bool,
+) -> list[Endpoint]:
+    """As ``eligible``, where not all are well."""
     best: list[Endpoint] = []
     best_rank = (True, True)
     panic: bool | None = None
