@@ -1,6 +1,6 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → reserve → known? → admit → choose → send → relay → account.
+authorise → parse, validate → reserve → screen → known? → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
@@ -16,6 +16,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -56,12 +57,23 @@ from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
+if TYPE_CHECKING:
+    from cloudlm.security.guardrails.config import Moderation
+
 NO_REPLICA_RETRY_AFTER_S = 2.0
 ASLEEP_RETRY_AFTER_S = 30.0
 LARGE_BODY_BYTES = 256 * 1024
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
+
+
+class Screen(Protocol):
+    """What looks at requests and answers between client and model: ``guardrails``."""
+
+    moderation: Moderation
+
+    async def screen(self, exchange: Exchange, call: Call, model: ServedModel) -> Call: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,7 @@ class Rooms:
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
     fraction: Callable[[], float] = random.random
+    guardrails: Screen | None = None
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
 
@@ -129,7 +142,8 @@ class Handler:
     async def _answer(
         self, exchange: Exchange, request: GatewayRequest, route: Route, name: str
     ) -> GatewayResponse:
-        view = self._rooms.view.snapshot()
+        rooms = self._rooms
+        view = rooms.view.snapshot()
         exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
@@ -137,12 +151,13 @@ class Handler:
             view = self._rooms.view.snapshot()  # a look again may have brought a newer one
         route.check(request)
         asker = self._asker(exchange.key, view)
-        if route.parse is None:
+        parse = route.parse or (route.perhaps and route.perhaps(request, asker))
+        if parse is None:
             return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
-            call = route.parse(request, name, asker)
+            call = parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(route.parse, request, name, asker)
+            call = await asyncio.to_thread(parse, request, name, asker)
         known = view.models.get(call.model)
         if known is None or not known.endpoints or known.asleep:
             view = await self._rooms.view.look_again()
@@ -150,7 +165,9 @@ class Handler:
         self._expect(exchange, model)
         ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
         ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
-        ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
+        ticket.cost = await rooms.limiter.reserve(exchange, call, view)
+        if rooms.guardrails is not None:
+            call = await rooms.guardrails.screen(exchange, call, model)
         question = self.recall.question(exchange, request, call, model)
         answer = question.known()
         if answer is not None:
@@ -345,6 +362,7 @@ class Handler:
             view.directory.may_infer(key, "", Verb.LEAD),
             lambda: sorted(view.models_of(key), key=lambda model: model.name),
             lambda name: view.model(name, key),
+            guardrails.moderation if (guardrails := self._rooms.guardrails) is not None else None,
         )
 
     def _listed(
