@@ -59,8 +59,12 @@ class _Choice:
                 self._pipe = self._make(_in_json if place[0] == _CALLS else str)
             assert self._pipe is not None
             self._add(out, self._pipe.feed(text))
+            if self.stopped:
+                break
         if last:
             self._end(out)
+        if self.stopped and not any(name == _CALLS for name, _ in out):
+            holder.pop(_CALLS, None)
         self._write(holder, out)
 
     def _texts(self, holder: dict[str, Any]) -> list[tuple[_Place, str]]:
@@ -75,9 +79,7 @@ class _Choice:
         for number, call in enumerate(calls if isinstance(calls, list) else ()):
             function = call.get("function") if isinstance(call, dict) else None
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                index = call.get("index")
-                place = (_CALLS, index if type(index) is int else number)
-                found.append((place, function["arguments"]))
+                found.append(((_CALLS, _number(call, number)), function["arguments"]))
                 function["arguments"] = ""
         return found
 
@@ -99,9 +101,9 @@ class _Choice:
                 holder[name] = text
                 continue
             calls = holder.setdefault(_CALLS, []) if not isinstance(calls, list) else calls
-            known = [c for n, c in enumerate(calls) if c.get("index", n) == number]
-            if known:
-                known[0]["function"]["arguments"] = text
+            own = [c for n, c in enumerate(calls) if _number(c, n) == number]
+            if own:
+                own[0]["function"]["arguments"] = text
             else:
                 calls.append({"index": number, "function": {"arguments": text}})
 
@@ -129,8 +131,6 @@ class FilteredRendering:
                 message = choice.get("message")
                 holder = message if isinstance(message, dict) else choice
                 self._pass(state, choice, holder, last=True)
-                if state.stopped and isinstance(message, dict):
-                    message.pop(_CALLS, None)
         return self._inner.whole(body)
 
     def chunk(self, chunk: dict[str, Any]) -> bytes:
@@ -197,10 +197,18 @@ def _says(holder: dict[str, Any]) -> bool:
     calls = holder.get(_CALLS)
     if isinstance(calls, list):
         for call in calls:
-            function = call.get("function")
-            if call.get("id") or (isinstance(function, dict) and any(function.values())):
+            function = call.get("function") if isinstance(call, dict) else None
+            if (function and call.get("id")) or (isinstance(function, dict) and any(function.values())):
                 return True
     return any(v for k, v in holder.items() if k not in (_CALLS, "index"))
+
+
+def _number(call: Any, place: int) -> int:
+    """A tool call's number, by its place in the list if it does not say; -1 if it is none."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return -1
+    index = call.get("index")
+    return index if type(index) is int else place
 
 
 def _in_json(text: str) -> str:

@@ -1,9 +1,9 @@
 """OpenAI's moderations: by the built-in classifiers, or by a deployment that moderates.
 
 Which is asked is said by ``model``: one of the deployments that the guardrails' file names, else
-its default, else the built-in ones. A deployment is asked in OpenAI's own form, or as Llama Guard is: a
-chat whose answer is ``safe``, or ``unsafe`` and the codes of the categories (its model card names
-them). Must not do I/O.
+its default, else the built-in ones. A deployment is asked in OpenAI's own form, or as Llama Guard
+is: a chat whose answer is ``safe``, or ``unsafe`` and the codes of the categories (its model card
+names them). Must not do I/O.
 """
 
 from __future__ import annotations

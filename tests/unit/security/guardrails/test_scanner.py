@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -46,7 +47,7 @@ def _reference(sources: list[str], text: str) -> str:
 
 def _cut(text: str, cuts: list[int]) -> list[str]:
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 def _streamed(scanner: Scanner, pieces: list[str], act=_named) -> str:  # type: ignore[no-untyped-def]
@@ -222,7 +223,7 @@ def test_no_text_takes_long() -> None:
             [
                 "123-45-6789",
                 "943 476 5919",
-                "046 454 286",
+                "130 692 544",
                 "12345678Z",
                 "X1234567L",
                 "1 84 12 76 451 089 46",
@@ -239,7 +240,7 @@ def test_no_text_takes_long() -> None:
             [
                 "000-45-6789",
                 "943 476 5918",
-                "046 454 287",
+                "130 692 545",
                 "12345678A",
                 "X1234567M",
                 "1 84 12 76 451 089 47",
