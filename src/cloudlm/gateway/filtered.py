@@ -198,7 +198,9 @@ def _says(holder: dict[str, Any]) -> bool:
     if isinstance(calls, list):
         for call in calls:
             function = call.get("function") if isinstance(call, dict) else None
-            if (function and call.get("id")) or (isinstance(function, dict) and any(function.values())):
+            if (function and call.get("id")) or (
+                isinstance(function, dict) and any(function.values())
+            ):
                 return True
     return any(v for k, v in holder.items() if k not in (_CALLS, "index"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from pathlib import Path
@@ -153,8 +154,8 @@ async def test_a_blocked_answer_ends_with_content_filter(
 ) -> None:
     lists = [{"name": "secrets", "regex": ["project [a-z]{4,8}x"], "on": ["out"]}]
     async with _open(kit, tmp_path, {"blocklists": lists}) as rig:
-        pieces = ["it ", "is pro", "ject phoen", "ix, ", *["and more "] * 2000]
-        script = _Script(rig, pieces)
+        pieces = ["it ", "is pro", "ject phoen", "ix, ", "and more "]
+        _Script(rig, pieces, stall_after=4)
         rig.replicas[0].default = kit.Plan() if stream else _says(kit, "".join(pieces[:5]))
         options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         result = await rig.ask(_ask(kit, "hi", **options))
@@ -173,7 +174,8 @@ async def test_a_blocked_answer_ends_with_content_filter(
         usage = result.events[-2]["usage"]
         assert result.events[-2]["choices"] == []
         assert usage["completion_tokens"] == row.completion_tokens == 4
-        assert script.sent < len(pieces)  # the replica was told to stop
+        await kit.until(lambda: rig.replicas[0].active == 0)  # it was told to stop
+        assert len(rig.replicas[0].dropped_at) == 1
         rig.assert_nothing_open()
 
 
@@ -230,6 +232,38 @@ async def test_blocked_answers_in_anthropics_words(kit: Any, tmp_path: Path) -> 
         assert b'"stop_reason":"refusal"' in result.body
         assert b"event: message_stop" in result.body
         assert b"hu" not in result.body.replace(b"thumb", b"")
+
+
+async def test_nothing_follows_what_was_blocked(kit: Any, tmp_path: Path) -> None:
+    """Neither another text nor a call, be it in the same chunk."""
+    lists = [{"name": "w", "words": ["hush"], "on": ["out"]}]
+    async with _open(kit, tmp_path, {"blocklists": lists}) as rig:
+        function = {"name": "f", "arguments": "{}"}
+        calls = [{"id": "1", "type": "function", "function": function}]
+        more = {"reasoning_content": "say hush now", "tool_calls": calls}
+        rig.replicas[0].default = _says(kit, "the answer", **more)
+        choice = (await rig.ask(_ask(kit, "hi"))).json["choices"][0]
+        assert choice["finish_reason"] == "content_filter"
+        assert choice["message"]["reasoning_content"] == "say "
+        assert choice["message"]["content"] == ""
+        assert "tool_calls" not in choice["message"]
+
+
+async def test_choices_end_each_by_itself(kit: Any, tmp_path: Path) -> None:
+    lists = [{"name": "w", "words": ["hush"], "on": ["out"]}]
+    async with _open(kit, tmp_path, {"blocklists": lists}) as rig:
+        texts = ["good", "hush hush"]
+        choices = [
+            {"index": n, "text": text, "logprobs": {"tokens": [text]}, "finish_reason": "stop"}
+            for n, text in enumerate(texts)
+        ]
+        body = {"id": "c", "object": "text_completion", "choices": choices}
+        rig.replicas[0].default = kit.Plan(body=json.dumps(body).encode())
+        ask = {"model": kit.MODEL, "prompt": "x", "n": 2}
+        result = await rig.ask(ask, path="/v1/completions")
+        found = [(c["text"], c["finish_reason"]) for c in result.json["choices"]]
+        assert found == [("good", "stop"), ("", "content_filter")]
+        assert b"hush" not in result.body
 
 
 async def test_refusals_name_rule_and_place(kit: Any, tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ _INVISIBLE = dict.fromkeys(
 )
 _TAGS = re.compile("[\U000e0000-\U000e007f]")
 _BEFORE = "(?:previous|prior|preceding|above|earlier|former|initial|original|existing|foregoing)"
-_ORDERS = "(?:instructions?|prompts?|rules?|directives?|guidelines?|commands?|orders?|constraints?|polic(?:y|ies)|restrictions?|safeguards?|programming|training)"
+_ORDERS = "(?:instructions?|prompts?|rules?|directives?|guidelines?|commands?|orders|constraints?|polic(?:y|ies)|restrictions?|safeguards?|programming|training)"
 _DROP = "(?:ignore|disregard|forget|override|bypass|discard|neglect|skip|drop|cancel|void|disobey|circumvent)"
 _TELL = "(?:reveal|show|print|repeat|output|display|disclose|leak|dump|tell me|give me|expose|recite|quote|write out|share|return|echo)"
 _SIGNS: tuple[tuple[float, str], ...] = (
     (
         0.75,
-        rf"\b{_DROP}\b.{{0,30}}\b(?:{_BEFORE}|all|any|your|every|these|those|system|safety|my)\b.{{0,25}}\b{_ORDERS}\b",
+        rf"\b{_DROP}\b.{{0,30}}\b(?:{_BEFORE}|all|any|your|every|these|those|system|safety)\b.{{0,25}}\b{_ORDERS}\b",
     ),
     (
         0.6,
