@@ -114,6 +114,11 @@ class GatewaySettings:
         "What then happens to requests under limits.",
         choices=("refuse", "allow"),
     )
+    guardrails: str = setting(
+        "",
+        "YAML file of guardrails: personal data, blocklists, sizes, injection, moderation; a "
+        "relative path begins in home. Empty for none.",
+    )
     reserved_answer_tokens: int = setting(
         1024,
         "Tokens reserved from limits for an answer whose request sets no max_tokens.",

@@ -24,7 +24,7 @@ from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
-from cloudlm.gateway.chat import Handler, Rooms, refusal
+from cloudlm.gateway.chat import Handler, Rooms, Screen, refusal
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
@@ -103,6 +103,7 @@ class Gateway:
                 weights=read_weights(settings.tenant_weights),
                 routes=routes,
                 refused=self.refusals.note,
+                guardrails=_guardrails(settings, home, self.meter),
             )
         )
         self.stopping = False
@@ -174,6 +175,14 @@ def _counters(settings: GatewaySettings, clock: Clock) -> Counters:
     refuse = settings.limits_after_outage == "refuse"
     outage = Outage(settings.limits_share, settings.limits_outage_s, refuse)
     return RedisCounters(settings.limits_url, clock, outage)
+
+
+def _guardrails(settings: GatewaySettings, home: Path, meter: Meter) -> Screen | None:
+    if not settings.guardrails:
+        return None
+    from cloudlm.gateway.guardrails import open_guardrails  # RE2 is for those who want it
+
+    return open_guardrails(home / Path(settings.guardrails).expanduser(), meter)
 
 
 def make_server(gateway: Gateway) -> GatewayServer:

@@ -1,6 +1,6 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → reserve → known? → admit → choose → send → relay → account.
+authorise → parse, validate → reserve → screen → known? → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -64,11 +64,22 @@ from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
+if TYPE_CHECKING:
+    from cloudlm.security.guardrails.config import Moderation
+
 NO_REPLICA_RETRY_AFTER_S = 2.0
 ASLEEP_RETRY_AFTER_S = 30.0
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
+
+
+class Screen(Protocol):
+    """What looks at requests and answers between client and model: ``guardrails``."""
+
+    moderation: Moderation
+
+    async def screen(self, exchange: Exchange, call: Call, model: ServedModel) -> Call: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,7 @@ class Rooms:
     weights: Mapping[str, float] = field(default_factory=dict)
     routes: Mapping[str, ModelRoute] = field(default_factory=dict)
     fraction: Callable[[], float] = random.random
+    guardrails: Screen | None = None
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
 
@@ -139,7 +151,8 @@ class Handler:
     async def _answer(
         self, exchange: Exchange, request: GatewayRequest, route: Route, name: str
     ) -> GatewayResponse:
-        view = self._rooms.view.snapshot()
+        rooms = self._rooms
+        view = rooms.view.snapshot()
         exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
@@ -147,12 +160,13 @@ class Handler:
             view = self._rooms.view.snapshot()  # a look again may have brought a newer one
         route.check(request)
         asker = self._asker(exchange.key, view)
-        if route.parse is None:
+        parse = route.parse or (route.perhaps and route.perhaps(request, asker))
+        if parse is None:
             return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
-            call = route.parse(request, name, asker)
+            call = parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(route.parse, request, name, asker)
+            call = await asyncio.to_thread(parse, request, name, asker)
         course = await self._courses.of(exchange, request.headers, call)
         while True:
             try:
@@ -180,6 +194,8 @@ class Handler:
         self._rooms.limiter.price(exchange, call.model)
         ticket.cost = course.tokens
         self._note_routing(exchange, request, call, model.routing)
+        if self._rooms.guardrails is not None:
+            call = course.screened(await self._rooms.guardrails.screen(exchange, call, model))
         question = self.recall.question(exchange, request, call, model)
         answer = question.known()
         if answer is not None:
@@ -445,6 +461,7 @@ class Handler:
             view.directory.may_infer(key, "", Verb.LEAD),
             lambda: sorted(view.models_of(key), key=lambda model: model.name),
             lambda name: view.model(name, key),
+            guardrails.moderation if (guardrails := self._rooms.guardrails) is not None else None,
         )
 
     def _listed(

@@ -71,6 +71,12 @@ class Course:
             body = await asyncio.to_thread(_named, call.body, self.model)
         return replace(call, model=self.model, body=body)
 
+    def screened(self, call: Call) -> Call:
+        """Remember what guardrails made of the call: a model that is asked later gets that too, so
+        that falling back leaves no policy behind."""
+        self._call = call
+        return call
+
     def next_after(self, error: CloudlmError) -> str | None:
         """The model that may do better after ``error``, None if there is none."""
         if is_too_long(error):

@@ -109,6 +109,7 @@ _GATEWAY = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/embeddings",
+    "POST /v1/moderations",
     "POST /tokenize",
     "POST /detokenize",
     "GET /v1/models",
