@@ -20,6 +20,7 @@ from cloudlm.cli import (
     deployments,
     drivers,
     keys,
+    login,
     models,
     principals,
     roles,
@@ -82,6 +83,7 @@ app.add_typer(tenants.tenants, name="tenants")
 app.add_typer(tenants.projects, name="projects")
 principals.add_to(app)
 app.add_typer(roles.app, name="roles")
+login.add_to(app)
 app.add_typer(keys.app, name="keys")
 usage.add_to(app)
 app.add_typer(audit.app, name="audit")

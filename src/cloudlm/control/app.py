@@ -21,6 +21,7 @@ from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import HttpTurner
+from cloudlm.control.people import open_people
 from cloudlm.control.probe import HttpProber
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import Progress
@@ -83,6 +84,7 @@ async def running(
     def importer(source: str, name: str | None, alias: str | None, progress: Progress) -> Manifest:
         return import_address(registry, source, name, alias=alias, progress=progress)
 
+    people = open_people(settings.oidc, state, clock)
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
     async with (
         HttpProber(settings.control.probe_timeout_s) as prober,
@@ -106,7 +108,8 @@ async def running(
                 metrics=metrics,
                 pepper=pepper,
                 clock=clock,
-                callers=Callers(state, pepper, clock),
+                callers=Callers(state, pepper, clock, people),
+                oidc=settings.oidc,
                 auditor=auditor,
             )
         finally:

@@ -34,11 +34,13 @@ from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
+from cloudlm.security.issuer import Issuer
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -51,7 +53,7 @@ _log = get_logger(__name__)
 
 class Gateway:
     """All parts of one gateway. ``home`` holds the ledger's journal, ``pepper`` opens key digests,
-    ``worker_token`` opens workers."""
+    ``worker_token`` opens workers, ``issuer`` knows the tokens of people who sign in."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Gateway:
         pepper: bytes,
         worker_token: str | None,
         clock: Clock | None = None,
+        issuer: Issuer | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
@@ -100,6 +103,7 @@ class Gateway:
                 meter=self.meter,
                 weights=read_weights(settings.tenant_weights),
                 refused=self.refusals.note,
+                people=None if issuer is None else People(issuer, self.view),
             )
         )
         self.stopping = False

@@ -45,6 +45,7 @@ from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.people import People
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
@@ -54,6 +55,7 @@ from cloudlm.gateway.router import Loads, choose
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
+from cloudlm.security.tokens import looks_signed
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
@@ -80,6 +82,7 @@ class Rooms:
     ledger: Ledger
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
+    people: People | None = None
     fraction: Callable[[], float] = random.random
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
@@ -168,6 +171,8 @@ class Handler:
             )
         except AuthenticationFailed:
             text = ""
+        if self._rooms.people is not None and looks_signed(text):
+            return await self._rooms.people.session(text)
         key_id = keys.key_id(text)
         if key_id is None:
             return keys.verify(text, None, self._rooms.pepper, 0.0)
@@ -390,7 +395,7 @@ class Handler:
         """Called when the state changed: cut what runs on revoked rights, forget what is gone."""
         for exchange in list(self._open):
             if exchange.key is not None:
-                record = view.keys.get(exchange.key.id)
+                record = view.holder(exchange.key.id)
                 if (
                     record is None
                     or not view.directory.stands(record)

@@ -132,7 +132,7 @@ class Limiter:
     def follow(self, view: Snapshot) -> None:
         """Called when the state changed: forget holders that are no more."""
         limits = self._counters.keep_only
-        limits({bound.scope for key in view.keys.values() for bound in self.bounds(key, view)})
+        limits({bound.scope for key in view.holders() for bound in self.bounds(key, view)})
 
     async def tend(self, view: Snapshot) -> None:
         """Keep the leases of what runs, and learn from the ledger what was spent elsewhere and
@@ -174,7 +174,7 @@ def spent_by_scope(rows: Iterable[UsageRow], view: Snapshot) -> dict[str, int]:
     """What every holder spent, out of sums by tenant, project and key."""
     spent: Counter[str] = Counter()
     for row in rows:
-        key = view.keys.get(row.key)
+        key = view.holder(row.key)
         spent[f"key:{row.key}"] += row.cost
         spent[f"project:{scope_of(row.tenant, row.project)}"] += row.cost
         spent[f"tenant:{row.tenant}"] += row.cost

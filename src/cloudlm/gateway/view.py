@@ -9,7 +9,7 @@ last good picture serves on, for a stated time. Must not write to the state.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cloudlm.core.access import Identities
@@ -17,7 +17,7 @@ from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
 from cloudlm.core.tenant import KeyRecord
-from cloudlm.security.access import Directory
+from cloudlm.security.access import Directory, session_of
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -58,6 +58,17 @@ class Snapshot:
     models: dict[str, ServedModel] = field(default_factory=dict)
     keys: dict[str, KeyRecord] = field(default_factory=dict)
     directory: Directory = field(default_factory=lambda: Directory(Identities()))
+
+    def holder(self, key_id: str) -> KeyRecord | None:
+        """The key of that id, or the session of who signed in under it."""
+        return self.keys.get(key_id) or self.directory.holder(key_id)
+
+    def holders(self) -> Iterator[KeyRecord]:
+        """All keys, and the sessions of all who may sign in."""
+        yield from self.keys.values()
+        for one in self.directory.identities.principals:
+            if one.subject:
+                yield session_of(one)
 
     def models_of(self, key: KeyRecord) -> list[ServedModel]:
         """The models that a key may use."""

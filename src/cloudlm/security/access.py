@@ -31,7 +31,7 @@ from cloudlm.core.access import (
     scope_of,
     tenant_of,
 )
-from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.tenant import SESSION, KeyRecord, Role
 from cloudlm.security.roles import BUILT_IN
 
 SELF = "@self"
@@ -138,6 +138,24 @@ def forbids(powers: Powers, ask: Ask, excused: Sequence[Ask] = ()) -> bool:
     return False
 
 
+def session_of(principal: Principal, expires_at: float | None = None) -> KeyRecord:
+    """What a person who signed in acts with, in place of a key: all that the principal may do, and
+    no more. It is made anew for each request; keys made with it descend from the principal."""
+    return KeyRecord(
+        id=SESSION + principal.id,
+        name="signed in",
+        role=Role.OWNER,
+        digest="",
+        last4="",
+        tenant=principal.tenant,
+        project=principal.project,
+        principal=principal.id,
+        scope=EVERYWHERE,
+        created_at=principal.created_at,
+        expires_at=expires_at,
+    )
+
+
 class Directory:
     """Who there is at one moment. Never changes; make another when the facts change."""
 
@@ -163,6 +181,13 @@ class Directory:
         return self._principals.get(principal_id)
 
     def key(self, key_id: str) -> KeyRecord | None:
+        return self._keys.get(key_id)
+
+    def holder(self, key_id: str) -> KeyRecord | None:
+        """The key of that id, or the session of whoever signed in under it."""
+        if key_id.startswith(SESSION):
+            principal = self._principals.get(key_id.removeprefix(SESSION))
+            return session_of(principal) if principal is not None else None
         return self._keys.get(key_id)
 
     @cached_property
@@ -265,7 +290,7 @@ class Directory:
                 return False
             if not link.made_with:
                 return True
-            link = self._keys.get(link.made_with)
+            link = self.holder(link.made_with)
         return False
 
     def _link_allows(self, link: KeyRecord, ask: Ask, excused: Sequence[Ask]) -> bool:

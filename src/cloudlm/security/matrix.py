@@ -171,6 +171,7 @@ PREFIX = "/api/v1"
 def _rows() -> Iterator[Row]:
     for server, paths in _OPEN.items():
         yield from (Row(server, "GET", path, Holder.OPEN) for path in paths)
+    yield Row(Server.CONTROL, "GET", f"{PREFIX}/signin", Holder.OPEN)
     for path in ("/openapi.json", "/whoami"):
         yield Row(Server.CONTROL, "GET", PREFIX + path, Holder.ANY_KEY)
     for line, verb, resource in _CONTROL:
