@@ -35,9 +35,7 @@ class SigningIssuer:
 
     def claims(self, **changes: Any) -> dict[str, Any]:
         said = {"iss": ISSUER, "aud": CLIENT, "sub": "ann", "iat": NOW, "exp": NOW + 600}
-        return {
-            name: value for name, value in {**said, **changes}.items() if value is not None
-        }
+        return {name: value for name, value in {**said, **changes}.items() if value is not None}
 
     def token(self, *, key: Any = None, header: Any = None, **changes: Any) -> str:
         key = key or self.key

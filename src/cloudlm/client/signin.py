@@ -97,6 +97,7 @@ class SignIn:
             code_challenge_method="S256",
             timeout=FETCH_TIMEOUT_S,
             follow_redirects=False,
+            trust_env=place.issuer.startswith("https:"),  # no proxy to this machine
         )
         self._document: Any = None
 
@@ -186,7 +187,9 @@ class SignIn:
         endpoint = self._endpoint("revocation_endpoint")
         with self._translated():
             answer = self._http.revoke_token(
-                endpoint, token=tokens.refresh_token, token_type_hint="refresh_token",  # noqa: S106
+                endpoint,
+                token=tokens.refresh_token,
+                token_type_hint="refresh_token",  # noqa: S106
             )
         return bool(answer.status_code == 200)
 
@@ -228,12 +231,12 @@ class SignIn:
 
     def _get(self, address: str) -> Any:
         with self._translated():
-            answer = self._http.get(address, withhold_token=True)
+            answer = self._http.request("GET", address, withhold_token=True)
         return _decoded(address, answer)
 
     def _post(self, address: str, form: Mapping[str, str]) -> Any:
         with self._translated():
-            answer = self._http.post(address, data=form, withhold_token=True)
+            answer = self._http.request("POST", address, data=form, withhold_token=True)
         return _decoded(address, answer)
 
     @contextlib.contextmanager

@@ -33,6 +33,7 @@ from cloudlm.drivers.base import DriverContext
 from cloudlm.drivers.guard import lock_file
 from cloudlm.registry.importer import import_address
 from cloudlm.registry.registry import Registry, open_registry
+from cloudlm.security.policies import load_policies
 from cloudlm.state.base import State
 from cloudlm.state.home import Home
 from cloudlm.state.open import open_state
@@ -85,6 +86,7 @@ async def running(
         return import_address(registry, source, name, alias=alias, progress=progress)
 
     people = open_people(settings.oidc, state, clock)
+    policies = load_policies(settings.access.policies)
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
     async with (
         HttpProber(settings.control.probe_timeout_s) as prober,
@@ -108,7 +110,7 @@ async def running(
                 metrics=metrics,
                 pepper=pepper,
                 clock=clock,
-                callers=Callers(state, pepper, clock, people),
+                callers=Callers(state, pepper, clock, people, policies),
                 oidc=settings.oidc,
                 auditor=auditor,
             )

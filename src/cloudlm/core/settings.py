@@ -279,6 +279,15 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class AccessSettings:
+    """Who may do what, besides the roles that are granted."""
+
+    policies: str = setting(
+        "", "Files of Cedar policies that hold beside roles, separated by commas."
+    )
+
+
+@dataclass(frozen=True)
 class OidcSettings:
     """People who sign in through an OpenID Connect issuer."""
 
@@ -343,6 +352,7 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
     oidc: OidcSettings = field(default_factory=OidcSettings)
     state: StateSettings = field(default_factory=StateSettings)
     log: LogSettings = field(default_factory=LogSettings)

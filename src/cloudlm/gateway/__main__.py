@@ -13,6 +13,7 @@ from cloudlm.core.settings import Settings
 from cloudlm.gateway.app import Gateway, make_server
 from cloudlm.gateway.server import listen
 from cloudlm.security.issuer import open_issuer
+from cloudlm.security.policies import load_policies
 from cloudlm.state.home import Home, load_settings
 from cloudlm.state.open import open_state
 from cloudlm.telemetry.logs import get_logger, setup_logging
@@ -35,6 +36,7 @@ async def serve(settings: Settings) -> None:
             pepper=home.pepper(),
             worker_token=home.worker_token(),
             issuer=open_issuer(settings.oidc, clock),
+            policies=load_policies(settings.access.policies),
             clock=clock,
         )
         server = make_server(gateway)

@@ -22,6 +22,7 @@ from cloudlm.core.errors import CloudlmError, Unavailable
 from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
+from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.chat import Handler, Rooms, refusal
@@ -40,12 +41,22 @@ from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
+from cloudlm.security.access import Policies
 from cloudlm.security.issuer import Issuer
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
 _PLAIN_PATHS = frozenset(
-    {"/livez", "/readyz", "/health", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+    {
+        "/livez",
+        "/readyz",
+        "/health",
+        "/metrics",
+        "/ping",
+        "/v2/health/live",
+        "/v2/health/ready",
+        openapi.PATH,
+    }
 )
 
 _log = get_logger(__name__)
@@ -53,7 +64,8 @@ _log = get_logger(__name__)
 
 class Gateway:
     """All parts of one gateway. ``home`` holds the ledger's journal, ``pepper`` opens key digests,
-    ``worker_token`` opens workers, ``issuer`` knows the tokens of people who sign in."""
+    ``worker_token`` opens workers, ``issuer`` knows the tokens of people who sign in,
+    ``policies`` hold beside roles."""
 
     def __init__(
         self,
@@ -65,10 +77,11 @@ class Gateway:
         worker_token: str | None,
         clock: Clock | None = None,
         issuer: Issuer | None = None,
+        policies: Policies | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
-        self.view = View(state, clock)
+        self.view = View(state, clock, policies=policies)
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
         self.view.on_change.append(self.gate.follow)
@@ -227,7 +240,11 @@ def make_app(gateway: Gateway) -> Starlette:
         status = (await readyz(request)).status_code
         return JSONResponse({"ready": status == 200}, status)
 
+    async def described(_: Request) -> Response:
+        return JSONResponse(openapi.document())
+
     routes = {
+        openapi.PATH: described,
         "/livez": livez,
         "/readyz": readyz,
         "/health": readyz,

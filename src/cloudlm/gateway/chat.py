@@ -399,7 +399,7 @@ class Handler:
                 if (
                     record is None
                     or not view.directory.stands(record)
-                    or (exchange.model and not view.directory.may_infer(record, exchange.model))
+                    or (exchange.model and not view.may_use(record, exchange.model))
                 ):
                     exchange.interrupt.cut(keys.invalid_key())
         self._rooms.loads.keep_only(

@@ -16,8 +16,9 @@ from cloudlm.core.access import Identities
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
+from cloudlm.core.price import Price
 from cloudlm.core.tenant import KeyRecord
-from cloudlm.security.access import Directory, session_of
+from cloudlm.security.access import Directory, Policies, session_of
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -33,12 +34,15 @@ _log = get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """A deployment as clients see it, or an adapter of one (``parent``). ``created_at`` is Unix
-    seconds."""
+    seconds; ``prices`` None leaves it to the gateway's table; ``tenant`` is whose it is, empty for
+    everybody's."""
 
     name: str
     created_at: float
     endpoints: tuple[Endpoint, ...] = ()
     parent: str | None = None
+    prices: Price | None = None
+    tenant: str = ""
 
     @property
     def asleep(self) -> bool:
@@ -72,14 +76,19 @@ class Snapshot:
 
     def models_of(self, key: KeyRecord) -> list[ServedModel]:
         """The models that a key may use."""
-        may = self.directory.may_infer
-        return [model for name, model in self.models.items() if may(key, name)]
+        return [model for name, model in self.models.items() if self.may_use(key, name)]
+
+    def may_use(self, key: KeyRecord, name: str) -> bool:
+        """Whether a key has the right to use a model and, if it is a tenant's own, is of it."""
+        found = self.models.get(name)
+        foreign = found is not None and found.tenant not in ("", key.tenant)
+        return not foreign and self.directory.may_infer(key, name)
 
     def model(self, name: str, key: KeyRecord) -> ServedModel:
         """The model of that name. Raises ModelNotFound naming those that this key may use: one that
         it may not is not there for it."""
         found = self.models.get(name)
-        if found is not None and self.directory.may_infer(key, name):
+        if found is not None and self.may_use(key, name):
             return found
         known = sorted(model.name for model in self.models_of(key))
         shown = ", ".join(known[:_NAMES_SHOWN]) + (" …" if len(known) > _NAMES_SHOWN else "")
@@ -104,9 +113,11 @@ class View:
         *,
         poll_interval_s: float = POLL_INTERVAL_S,
         last_good_view_s: float = LAST_GOOD_VIEW_S,
+        policies: Policies | None = None,
     ) -> None:
         self._state = state
         self._clock = clock
+        self._policies = policies
         self._poll_interval_s = poll_interval_s
         self._last_good_view_s = last_good_view_s
         self._snapshot: Snapshot | None = None
@@ -200,10 +211,12 @@ class View:
                 d.created_at,
                 tuple(e for e in endpoints if e.model == name),
                 None if name == d.spec.name else d.spec.name,
+                d.spec.prices,
+                d.spec.tenant,
             )
             for d in deployments
             if not d.deleting
             for name in (d.spec.name, *d.spec.adapters)
         }
-        directory = Directory(await self._state.list_identities(), keys)
+        directory = Directory(await self._state.list_identities(), keys, self._policies)
         return Snapshot(version, models, {record.id: record for record in keys}, directory)

@@ -196,7 +196,11 @@ async def fetch_json(address: str) -> Any:
 
     try:
         async with (
-            httpx2.AsyncClient(timeout=FETCH_TIMEOUT_S, follow_redirects=False) as client,
+            httpx2.AsyncClient(
+                timeout=FETCH_TIMEOUT_S,
+                follow_redirects=False,
+                trust_env=address.startswith("https:"),  # no proxy to this machine
+            ) as client,
             client.stream("GET", address, headers={"accept": "application/json"}) as answer,
         ):
             content = b""

@@ -27,6 +27,7 @@ from cloudlm.core.access import (
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.job import Job
+from cloudlm.core.price import Price
 
 DEMAND_KEPT_S = 3600.0
 """Reports this much older than the newest are dropped: their gateways are gone."""
@@ -50,7 +51,10 @@ def dump_spec(spec: DeploymentSpec) -> str:
 
 
 def load_spec(text: str) -> DeploymentSpec:
-    return DeploymentSpec(**_known(DeploymentSpec, load_object(text)))
+    body = load_object(text)
+    if body.get("prices") is not None:
+        body["prices"] = Price(**_known(Price, body["prices"]))
+    return DeploymentSpec(**_known(DeploymentSpec, body))
 
 
 def dump_replicas(replicas: Iterable[Replica]) -> str:

@@ -11,8 +11,12 @@ from cloudlm.security.claims import map_claims, name_of, read_rules, subject_of
 RULES = read_rules(
     [
         {"claims": {"groups": "admins"}, "tenant": "acme", "role": "admin", "scope": "acme"},
-        {"claims": {"groups": "devs", "mfa": True}, "tenant": "acme", "project": "web",
-         "role": "developer"},
+        {
+            "claims": {"groups": "devs", "mfa": True},
+            "tenant": "acme",
+            "project": "web",
+            "role": "developer",
+        },
         {"claims": {"email": "boss@acme.example"}, "role": "auditor", "scope": "*"},
     ],
     "rules.yaml",

@@ -117,7 +117,7 @@ def test_a_public_key_is_no_shared_secret() -> None:
 
 def test_hmac_cannot_be_allowed_by_mistake() -> None:
     for text in ("HS256", "RS256, HS512", "none", "RS256,none", "", " , "):
-        with pytest.raises(BadSetting, match="oidc.algorithms"):
+        with pytest.raises(BadSetting, match=r"oidc\.algorithms"):
             read_algorithms(text)
 
 

@@ -15,7 +15,7 @@ from cloudlm.core.access import Principal, Resource, Verb, scope_of
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, NotFound, PermissionDenied
 from cloudlm.core.tenant import KeyRecord
-from cloudlm.security.access import Ask, Directory, Powers, session_of
+from cloudlm.security.access import Ask, Directory, Policies, Powers, session_of
 from cloudlm.security.claims import subject_of
 from cloudlm.security.keys import bearer, invalid_key, key_id, verify
 from cloudlm.security.tokens import bad_token, looks_signed
@@ -31,12 +31,18 @@ class Callers:
     revoked key is refused by the very next request."""
 
     def __init__(
-        self, state: State, pepper: bytes, clock: Clock, people: People | None = None
+        self,
+        state: State,
+        pepper: bytes,
+        clock: Clock,
+        people: People | None = None,
+        policies: Policies | None = None,
     ) -> None:
         self._state = state
         self._pepper = pepper
         self._clock = clock
         self._people = people
+        self._policies = policies
         self._read: tuple[int, Directory] | None = None
         self._touched: dict[str, float] = {}
 
@@ -46,7 +52,8 @@ class Callers:
         if self._read is None or self._read[0] != version:
             # The version is read first: a change made meanwhile grows it and is read next time.
             identities = await self._state.list_identities()
-            self._read = version, Directory(identities, await self._state.list_keys())
+            keys = await self._state.list_keys()
+            self._read = version, Directory(identities, keys, self._policies)
         return self._read[1]
 
     async def of(self, authorization: str | None, api_key: str | None) -> Caller:
