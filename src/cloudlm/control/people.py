@@ -60,7 +60,9 @@ class People:
         if len(self._latest) >= _MAX_REMEMBERED:
             self._latest.clear()
         self._latest[subject] = claims["iat"]
-        wanted = _with_grants(found, mapped.grants if mapped is not None else ())
+        # Rules for one tenant give nothing to a principal that lies in another's hands.
+        applies = mapped is not None and mapped.tenant == found.tenant
+        wanted = _with_grants(found, mapped.grants if mapped is not None and applies else ())
         if wanted == found:
             return False
         try:

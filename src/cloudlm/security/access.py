@@ -182,6 +182,7 @@ class Directory:
         self._tenants = {one.name: one for one in identities.tenants}
         self._projects = {one.scope: one for one in identities.projects}
         self._principals = {one.id: one for one in identities.principals}
+        self._subjects = {one.subject: one for one in identities.principals if one.subject}
         self._roles = {(one.scope, one.name): one for one in identities.roles}
         self._keys = {one.id: one for one in keys}
         self._powers: dict[tuple[str, str, str], Powers] = {}
@@ -224,9 +225,7 @@ class Directory:
 
     def of_subject(self, subject: str) -> Principal | None:
         """The person with this ``issuer#sub``."""
-        return next(
-            (p for p in self.identities.principals if subject and p.subject == subject), None
-        )
+        return self._subjects.get(subject)
 
     # At use ---------------------------------------------------------------------------------------
 

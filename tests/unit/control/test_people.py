@@ -232,3 +232,17 @@ async def test_a_mapping_that_cannot_be_read_refuses_to_start(plane, tmp_path) -
             open_people(replace(OIDC, mapping=str(path)), plane.state, plane.clock)
         assert said in caught.value.message
     assert open_people(OidcSettings(), plane.state, plane.clock) is None
+
+
+async def test_no_tenant_claims_a_person_for_itself(control, plane, signing) -> None:
+    """A subject is given by whoever may make principals everywhere; and rules for one tenant give
+    nothing to a principal of another."""
+    admin = signing.token(groups=["admins"])
+    wanted = {"name": "boss", "subject": f"{ISSUER}#boss", "kind": "person"}
+    assert (await control(admin, "POST", "/principals", json=wanted)).status_code == 403
+    del wanted["subject"]
+    assert (await control(admin, "POST", "/principals", json=wanted)).status_code == 201
+    other = Principal("p-b", "b", PrincipalKind.PERSON, subject=f"{ISSUER}#boss")
+    await plane.state.put_identity(other)
+    assert (await control(signing.token(sub="boss", groups=["admins"]))).status_code == 200
+    assert (await person(plane, "boss")).grants == ()
