@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from installations import MODEL, Installation
 
-EXAMPLES_PER_ROUTE = "12"
+pytestmark = pytest.mark.timeout(300)
+
+EXAMPLES_PER_ROUTE = "3"
 CHECKS = ("not_a_server_error", "ignored_auth", "unsupported_method", "content_type_conformance")
-# 501 says that something is not offered, 503 and 507 that it cannot be had now.
+# 501 says that something is not offered, 503 that it cannot be had now.
 CONFIG = """
 [checks]
 not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "501", "503"]
@@ -31,7 +35,7 @@ def fuzz(location: str, url: str, key: str, folder: Path, *more: str) -> None:
         "--url": url,
         "--header": f"Authorization: Bearer {key}",
         "--checks": ",".join(CHECKS),
-        "--phases": "examples,coverage,fuzzing",
+        "--phases": "fuzzing",
         "--max-examples": EXAMPLES_PER_ROUTE,
         "--request-timeout": "20",
         "--seed": "7",
@@ -45,10 +49,12 @@ def fuzz(location: str, url: str, key: str, folder: Path, *more: str) -> None:
         env={**os.environ, "NO_PROXY": "*", "no_proxy": "*"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=200,
     )
     assert done.returncode == 0, done.stdout[-12_000:] + done.stderr[-2000:]
-    assert " generated" in done.stdout or "passed" in done.stdout, done.stdout[-2000:]
+    generated = re.search(r"(\d+) generated, \1 passed", done.stdout)
+    assert generated is not None, done.stdout[-2000:]
+    assert int(generated[1]) > 50
 
 
 def document(url: str, key: str, folder: Path) -> tuple[Path, dict[str, Any]]:
