@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from cloudlm.core.price import Price
+from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class DeploymentSpec:
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
     the address of each. ``prices`` is what its tokens cost (None: the gateway's own table), and
     ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
+    ``routing`` is how requests are spread over the replicas.
     """
 
     name: str
@@ -42,6 +44,7 @@ class DeploymentSpec:
     adapters: Mapping[str, str] = field(default_factory=dict)
     prices: Price | None = None
     tenant: str = ""
+    routing: Routing = DEFAULT_ROUTING
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Deployment:
                 asleep=self.spec.asleep,
                 prices=self.spec.prices,
                 tenant=self.spec.tenant,
+                routing=self.spec.routing,
             )
             == self.spec
         )

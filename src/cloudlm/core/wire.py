@@ -33,6 +33,7 @@ from cloudlm.core.model import (
     manifest_from_body,
 )
 from cloudlm.core.price import price_body, price_from_body
+from cloudlm.core.routing import routing_body, routing_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
     MAX_ADDRESS_LENGTH,
@@ -114,6 +115,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "adapters": [{"name": name, "model": model} for name, model in spec.adapters.items()],
         "prices": None if spec.prices is None else price_body(spec.prices),
         "tenant": spec.tenant,
+        "routing": routing_body(spec.routing),
     }
 
 
@@ -358,6 +360,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         adapters=_adapters(fields),
         prices=None if prices is None else price_from_body(prices, fields.param("prices")),
         tenant=fields.text("tenant", "", max_length=64),
+        routing=routing_from_body(fields.raw("routing", {})),
     )
 
 

@@ -70,6 +70,7 @@ class Limiter:
         self._asks_ledger_at = clock.monotonic()
         self._counters = counters
         self._prices = prices
+        self._own_prices: dict[str, Price] = {}
         self._clock = clock
         self._answer_tokens = answer_tokens
         self._view: Snapshot | None = None
@@ -78,15 +79,18 @@ class Limiter:
         self._month = (0.0, 0)  # until when, Unix seconds, and which
         self._day = 0.0  # when the present one began, Unix seconds
 
-    async def reserve(self, exchange: Exchange, call: Call, view: Snapshot) -> int:
-        """Take what the request may use, until the exchange ends; returns the tokens of it. Raises
+    async def reserve(
+        self, exchange: Exchange, call: Call, view: Snapshot, others: Iterable[str] = ()
+    ) -> int:
+        """Take what the request may use, until the exchange ends; returns the tokens of it.
+        ``others`` are models that may answer in place of the call's: the dearest counts. Raises
         LimitExceeded and BudgetExceeded, and Unavailable if the counts cannot be reached."""
         assert exchange.key is not None
-        model = view.models.get(call.model)
-        own = model.prices if model is not None else None
-        exchange.price = price_of(self._prices, call.model) if own is None else own
+        self.price(exchange, call.model)
         bounds = self.bounds(exchange.key, view)
         wanted = estimate(call, exchange.price, self._answer_tokens)
+        for other in others:
+            wanted = max(wanted, estimate(call, self._price(other), self._answer_tokens))
         if not bounds:
             return wanted.tokens
         month = self.month()
@@ -102,6 +106,14 @@ class Limiter:
         self._running.add(lease.id)
         exchange.at_end(lambda: self._settle(exchange, lease))
         return wanted.tokens
+
+    def price(self, exchange: Exchange, model: str) -> None:
+        """From now on the exchange's attempts cost what ``model`` costs."""
+        exchange.price = self._price(model)
+
+    def _price(self, model: str) -> Price:
+        """A deployment's own price goes before the gateway's table."""
+        return self._own_prices.get(model) or price_of(self._prices, model)
 
     def _settle(self, exchange: Exchange, lease: Lease) -> None:
         self._running.discard(lease.id)
@@ -136,7 +148,10 @@ class Limiter:
         return month
 
     def follow(self, view: Snapshot) -> None:
-        """Called when the state changed: forget holders that are no more."""
+        """Called when the state changed: forget holders that are no more, learn prices."""
+        self._own_prices = {
+            name: model.prices for name, model in view.models.items() if model.prices is not None
+        }
         limits = self._counters.keep_only
         limits({bound.scope for key in view.holders() for bound in self.bounds(key, view)})
 
