@@ -213,7 +213,7 @@ class LimitExceeded(CloudlmError):
 
 
 class BudgetExceeded(LimitExceeded):
-    """The month's money is used up; trying again this month does not help."""
+    """The month's or the day's money is used up; trying again before its end does not help."""
 
     type = "insufficient_quota"
     code = "insufficient_quota"

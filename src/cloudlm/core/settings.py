@@ -289,6 +289,46 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class AccessSettings:
+    """Who may do what, besides the roles that are granted."""
+
+    policies: str = setting(
+        "", "Files of Cedar policies that hold beside roles, separated by commas."
+    )
+
+
+@dataclass(frozen=True)
+class OidcSettings:
+    """People who sign in through an OpenID Connect issuer."""
+
+    issuer: str = setting(
+        "", "The issuer, exactly as its discovery document calls itself; empty: no sign-in."
+    )
+    client_id: str = setting("", "The id of this installation at the issuer.")
+    client_secret: str = setting(
+        "",
+        "What 'cloudlm login' sends besides, for issuers that demand it of programs too.",
+        secret=True,
+    )
+    audiences: str = setting("", "Audiences of good tokens besides client_id, separated by commas.")
+    algorithms: str = setting(
+        "RS256, ES256, PS256, Ed25519", "Algorithms of good tokens, separated by commas."
+    )
+    scopes: str = setting("openid email profile", "What 'cloudlm login' asks the issuer for.")
+    mapping: str = setting(
+        "",
+        "YAML file of rules: which claims give which role where. Without one nobody is let in "
+        "who was not made with 'cloudlm principals create --subject'.",
+    )
+    leeway_s: float = setting(
+        30.0, "How far the issuer's clock may be off, seconds.", low=0.0, high=600.0
+    )
+    max_token_age_s: float = setting(
+        86_400.0, "Tokens older than this are refused, whatever they say, seconds.", low=60.0
+    )
+
+
+@dataclass(frozen=True)
 class StateSettings:
     """Facts: what is asked and what runs."""
 
@@ -322,6 +362,8 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
+    oidc: OidcSettings = field(default_factory=OidcSettings)
     state: StateSettings = field(default_factory=StateSettings)
     log: LogSettings = field(default_factory=LogSettings)
 

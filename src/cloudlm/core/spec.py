@@ -48,6 +48,8 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         raise InvalidRequest(
             f"max_surge must be from 0 to {MAX_REPLICAS}, not {spec.max_surge}", param="max_surge"
         )
+    if spec.tenant:
+        check_name(spec.tenant, "tenant")
     _check_adapters(spec)
     _check_options(spec.options)
     if spec.engine == VLLM:

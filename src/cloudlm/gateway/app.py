@@ -22,6 +22,7 @@ from cloudlm.core.errors import CloudlmError, Unavailable
 from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
+from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.chat import Handler, Rooms, Screen, refusal
@@ -36,15 +37,27 @@ from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.model_routes import read_routes
+from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
+from cloudlm.security.access import Policies
+from cloudlm.security.issuer import Issuer
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
 _PLAIN_PATHS = frozenset(
-    {"/livez", "/readyz", "/health", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+    {
+        "/livez",
+        "/readyz",
+        "/health",
+        "/metrics",
+        "/ping",
+        "/v2/health/live",
+        "/v2/health/ready",
+        openapi.PATH,
+    }
 )
 
 _log = get_logger(__name__)
@@ -52,7 +65,8 @@ _log = get_logger(__name__)
 
 class Gateway:
     """All parts of one gateway. ``home`` holds the ledger's journal, ``pepper`` opens key digests,
-    ``worker_token`` opens workers."""
+    ``worker_token`` opens workers, ``issuer`` knows the tokens of people who sign in,
+    ``policies`` hold beside roles."""
 
     def __init__(
         self,
@@ -63,11 +77,13 @@ class Gateway:
         pepper: bytes,
         worker_token: str | None,
         clock: Clock | None = None,
+        issuer: Issuer | None = None,
+        policies: Policies | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
         routes = read_routes(settings.routes)
-        self.view = View(state, clock, routes=routes)
+        self.view = View(state, clock, routes=routes, policies=policies)
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
         self.view.on_change.append(self.gate.follow)
@@ -104,6 +120,7 @@ class Gateway:
                 routes=routes,
                 refused=self.refusals.note,
                 guardrails=_guardrails(settings, home, self.meter),
+                people=None if issuer is None else People(issuer, self.view),
             )
         )
         self.stopping = False
@@ -235,7 +252,11 @@ def make_app(gateway: Gateway) -> Starlette:
         status = (await readyz(request)).status_code
         return JSONResponse({"ready": status == 200}, status)
 
+    async def described(_: Request) -> Response:
+        return JSONResponse(openapi.document())
+
     routes = {
+        openapi.PATH: described,
         "/livez": livez,
         "/readyz": readyz,
         "/health": readyz,

@@ -52,6 +52,7 @@ from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.model_routes import ModelRoute
+from cloudlm.gateway.people import People
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
@@ -62,6 +63,7 @@ from cloudlm.gateway.sessions import session_of
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable, Upstream
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
+from cloudlm.security.tokens import looks_signed
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ class Rooms:
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
     routes: Mapping[str, ModelRoute] = field(default_factory=dict)
+    people: People | None = None
     fraction: Callable[[], float] = random.random
     guardrails: Screen | None = None
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
@@ -213,6 +216,8 @@ class Handler:
             )
         except AuthenticationFailed:
             text = ""
+        if self._rooms.people is not None and looks_signed(text):
+            return await self._rooms.people.session(text)
         key_id = keys.key_id(text)
         if key_id is None:
             return keys.verify(text, None, self._rooms.pepper, 0.0)
@@ -507,11 +512,11 @@ class Handler:
         """Called when the state changed: cut what runs on revoked rights, forget what is gone."""
         for exchange in list(self._open):
             if exchange.key is not None:
-                record = view.keys.get(exchange.key.id)
+                record = view.holder(exchange.key.id)
                 if (
                     record is None
                     or not view.directory.stands(record)
-                    or (exchange.model and not view.directory.may_infer(record, exchange.model))
+                    or (exchange.model and not view.may_use(record, exchange.model))
                     or (exchange.asked and not view.directory.may_infer(record, exchange.asked))
                 ):
                     exchange.interrupt.cut(keys.invalid_key())

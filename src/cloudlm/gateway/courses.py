@@ -111,8 +111,7 @@ class Courses:
         if call.model not in view.routed:
             view = await rooms.view.look_again()
         view.model(call.model, key)  # whether the key may use the route, and a model of it
-        may = view.directory.may_infer
-        route = route.only(lambda name: name in view.models and may(key, name))
+        route = route.only(lambda name: name in view.models and view.may_use(key, name))
         session = session_of(key.tenant, headers, SESSION_HEADER, call.body)
         draw = evenly(session) if session else rooms.fraction()
         models = order(route, self._health, draw) or route.longer[:1]

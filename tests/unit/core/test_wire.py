@@ -68,7 +68,7 @@ class TestSpec:
         with pytest.raises(InvalidRequest, match="another deployment than the path"):
             wire.spec_from_body(MINIMAL, name="other")
 
-    @pytest.mark.parametrize("field", ["generation", "revision", "status", "Name", "tenant", ""])
+    @pytest.mark.parametrize("field", ["generation", "revision", "status", "Name", "owner", ""])
     def test_no_other_field_can_be_assigned(self, field: str) -> None:
         with pytest.raises(UnprocessableRequest, match="has no field") as caught:
             wire.spec_from_body({**MINIMAL, field: 1})
