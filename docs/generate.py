@@ -98,6 +98,7 @@ def _gateway_routes() -> list[Row]:
         "/v1/chat/completions": "answer a conversation",
         "/v1/completions": "continue a text",
         "/v1/embeddings": "texts to vectors",
+        "/v1/moderations": "categories of texts, by the built-in classifiers or a deployment",
         "/v1/models": "list the deployed models",
         "/v1/models/{name}": "show one deployed model",
         "/tokenize": "a text or messages to token ids",
@@ -222,7 +223,8 @@ def errors_page() -> str:
     classes: list[type[CloudlmError]] = [CloudlmError]
     for cls in classes:
         classes.extend(cls.__subclasses__())
-    for cls in sorted((c for c in classes if c.code), key=lambda c: (c.status, str(c.code))):
+    named = (c for c in classes if c.code and "code" in vars(c))  # others share their base's
+    for cls in sorted(named, key=lambda c: (c.status, str(c.code))):
         meaning = re.sub(r"\s+", " ", (cls.__doc__ or "").strip())
         lines.append(f"| `{cls.code}` | {cls.status} | `{cls.type}` | {cls.retry} | {meaning} |\n")
     return "".join(lines)

@@ -21,6 +21,7 @@ from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import HttpTurner
+from cloudlm.control.people import open_people
 from cloudlm.control.probe import HttpProber
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import Progress
@@ -32,6 +33,7 @@ from cloudlm.drivers.base import DriverContext
 from cloudlm.drivers.guard import lock_file
 from cloudlm.registry.importer import import_address
 from cloudlm.registry.registry import Registry, open_registry
+from cloudlm.security.policies import load_policies
 from cloudlm.state.base import State
 from cloudlm.state.home import Home
 from cloudlm.state.open import open_state
@@ -83,6 +85,8 @@ async def running(
     def importer(source: str, name: str | None, alias: str | None, progress: Progress) -> Manifest:
         return import_address(registry, source, name, alias=alias, progress=progress)
 
+    people = open_people(settings.oidc, state, clock)
+    policies = load_policies(settings.access.policies)
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
     async with (
         HttpProber(settings.control.probe_timeout_s) as prober,
@@ -106,7 +110,8 @@ async def running(
                 metrics=metrics,
                 pepper=pepper,
                 clock=clock,
-                callers=Callers(state, pepper, clock),
+                callers=Callers(state, pepper, clock, people, policies),
+                oidc=settings.oidc,
                 auditor=auditor,
             )
         finally:

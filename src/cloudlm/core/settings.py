@@ -113,6 +113,11 @@ class GatewaySettings:
         "they must ask each time.",
         low=0.0,
     )
+    routes: str = setting(
+        "",
+        "Names that several models stand behind, 'name = model:weight + model | next priority "
+        "> fallback ^ larger window; …'.",
+    )
     prices: str = setting(
         "",
         "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",
@@ -135,6 +140,11 @@ class GatewaySettings:
         "refuse",
         "What then happens to requests under limits.",
         choices=("refuse", "allow"),
+    )
+    guardrails: str = setting(
+        "",
+        "YAML file of guardrails: personal data, blocklists, sizes, injection, moderation; a "
+        "relative path begins in home. Empty for none.",
     )
     reserved_answer_tokens: int = setting(
         1024,
@@ -306,6 +316,46 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class AccessSettings:
+    """Who may do what, besides the roles that are granted."""
+
+    policies: str = setting(
+        "", "Files of Cedar policies that hold beside roles, separated by commas."
+    )
+
+
+@dataclass(frozen=True)
+class OidcSettings:
+    """People who sign in through an OpenID Connect issuer."""
+
+    issuer: str = setting(
+        "", "The issuer, exactly as its discovery document calls itself; empty: no sign-in."
+    )
+    client_id: str = setting("", "The id of this installation at the issuer.")
+    client_secret: str = setting(
+        "",
+        "What 'cloudlm login' sends besides, for issuers that demand it of programs too.",
+        secret=True,
+    )
+    audiences: str = setting("", "Audiences of good tokens besides client_id, separated by commas.")
+    algorithms: str = setting(
+        "RS256, ES256, PS256, Ed25519", "Algorithms of good tokens, separated by commas."
+    )
+    scopes: str = setting("openid email profile", "What 'cloudlm login' asks the issuer for.")
+    mapping: str = setting(
+        "",
+        "YAML file of rules: which claims give which role where. Without one nobody is let in "
+        "who was not made with 'cloudlm principals create --subject'.",
+    )
+    leeway_s: float = setting(
+        30.0, "How far the issuer's clock may be off, seconds.", low=0.0, high=600.0
+    )
+    max_token_age_s: float = setting(
+        86_400.0, "Tokens older than this are refused, whatever they say, seconds.", low=60.0
+    )
+
+
+@dataclass(frozen=True)
 class StateSettings:
     """Facts: what is asked and what runs."""
 
@@ -339,6 +389,8 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
+    oidc: OidcSettings = field(default_factory=OidcSettings)
     state: StateSettings = field(default_factory=StateSettings)
     log: LogSettings = field(default_factory=LogSettings)
 

@@ -10,6 +10,7 @@ from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.fields import check_text, kind_of
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
+from cloudlm.core.routing import check_routing
 from cloudlm.core.vllm import read_vllm_options
 
 CLOUDLM = "cloudlm"
@@ -47,11 +48,14 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         raise InvalidRequest(
             f"max_surge must be from 0 to {MAX_REPLICAS}, not {spec.max_surge}", param="max_surge"
         )
+    if spec.tenant:
+        check_name(spec.tenant, "tenant")
     _check_adapters(spec)
     _check_options(spec.options)
     if spec.engine == VLLM:
         read_vllm_options(spec.options)
     _check_env(spec.env)
+    check_routing(spec.routing)
     return spec
 
 

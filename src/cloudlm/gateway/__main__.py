@@ -7,10 +7,13 @@ import asyncio
 import gc
 import sys
 
+from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.settings import Settings
 from cloudlm.gateway.app import Gateway, make_server
 from cloudlm.gateway.server import listen
+from cloudlm.security.issuer import open_issuer
+from cloudlm.security.policies import load_policies
 from cloudlm.state.home import Home, load_settings
 from cloudlm.state.open import open_state
 from cloudlm.telemetry.logs import get_logger, setup_logging
@@ -23,6 +26,7 @@ async def serve(settings: Settings) -> None:
     home = Home(settings.home).ensure()
     wanted = settings.gateway
     bound = listen(wanted.host, wanted.port)
+    clock = SystemClock()
     state = await open_state(home.state_url(settings))
     try:
         gateway = Gateway(
@@ -31,6 +35,9 @@ async def serve(settings: Settings) -> None:
             home=home.path,
             pepper=home.pepper(),
             worker_token=home.worker_token(),
+            issuer=open_issuer(settings.oidc, clock),
+            policies=load_policies(settings.access.policies),
+            clock=clock,
         )
         server = make_server(gateway)
         async with gateway.running():

@@ -38,6 +38,7 @@ class Asked:
         form = bytes((call.include_usage, call.continuous_usage))
         self._parts = (
             repr(version).encode(),
+            call.policy.encode(),
             call.path.encode(),
             request.path.encode("utf-8", "surrogatepass"),
             request.query.encode("utf-8", "surrogatepass"),
@@ -53,6 +54,8 @@ class Asked:
 def repeatable(request: GatewayRequest, call: Call) -> dict[str, Any] | None:
     """What a replica is asked, None if its answer must not be used again."""
     if len(request.body) > LARGEST_QUESTION_BYTES or _unwanted(request.headers):
+        return None
+    if call.private:
         return None
     if not call.generates and call.operation is not Operation.EMBEDDING:
         return None

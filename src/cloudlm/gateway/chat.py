@@ -1,6 +1,6 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → reserve → known? → admit → choose → send → relay → account.
+authorise → parse, validate → reserve → screen → known? → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
@@ -14,9 +14,9 @@ import asyncio
 import functools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -33,39 +33,56 @@ from cloudlm.core.errors import (
     Retry,
     UpstreamFailed,
 )
+from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
+from cloudlm.gateway.courses import LARGE_BODY_BYTES, Course, Courses
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.dialects import openai, routes
 from cloudlm.gateway.dialects.base import Asker, Dialect, Route
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
 from cloudlm.gateway.gate import Gate
+from cloudlm.gateway.hedge import Race, quickest
+from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
+from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.model_routes import ModelRoute
+from cloudlm.gateway.people import People
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
-from cloudlm.gateway.retry import RetryBudget, full_jitter
-from cloudlm.gateway.router import Loads, choose
-from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
+from cloudlm.gateway.retry import HedgeBudget, RetryBudget, full_jitter
+from cloudlm.gateway.router import choose
+from cloudlm.gateway.sessions import session_of
+from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable, Upstream
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
+from cloudlm.security.tokens import looks_signed
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 if TYPE_CHECKING:
     from cloudlm.gateway.semantic.likeness import Likeness
+    from cloudlm.security.guardrails.config import Moderation
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
 ASLEEP_RETRY_AFTER_S = 30.0
-LARGE_BODY_BYTES = 256 * 1024
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
+
+
+class Screen(Protocol):
+    """What looks at requests and answers between client and model: ``guardrails``."""
+
+    moderation: Moderation
+
+    async def screen(self, exchange: Exchange, call: Call, model: ServedModel) -> Call: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +102,10 @@ class Rooms:
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
     likeness: Likeness | None = None
+    routes: Mapping[str, ModelRoute] = field(default_factory=dict)
+    people: People | None = None
     fraction: Callable[[], float] = random.random
+    guardrails: Screen | None = None
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
 
@@ -95,6 +115,7 @@ class Handler:
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
         self._budgets: dict[str, RetryBudget] = {}
+        self._hedges: dict[str, HedgeBudget] = {}
         self._open: set[Exchange] = set()
         self._keys = KnownKeys()
         self._tenants = Tenants(rooms.pepper, rooms.weights)
@@ -108,6 +129,7 @@ class Handler:
             rooms.weights,
             rooms.likeness,
         )
+        self._courses = Courses(rooms, self._budget)
         rooms.view.on_change.append(self._follow)
 
     # The straight path ---------------------------------------------------------------------------
@@ -141,7 +163,8 @@ class Handler:
     async def _answer(
         self, exchange: Exchange, request: GatewayRequest, route: Route, name: str
     ) -> GatewayResponse:
-        view = self._rooms.view.snapshot()
+        rooms = self._rooms
+        view = rooms.view.snapshot()
         exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
@@ -152,20 +175,42 @@ class Handler:
         if route.unfold is not None:
             exchange.headers["cache-control"] = "no-store"  # unless what follows says better
             request = route.unfold(request)
-        if route.parse is None:
+        parse = route.parse or (route.perhaps and route.perhaps(request, asker))
+        if parse is None:
             return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
-            call = route.parse(request, name, asker)
+            call = parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(route.parse, request, name, asker)
+            call = await asyncio.to_thread(parse, request, name, asker)
+        course = await self._courses.of(exchange, request.headers, call)
+        while True:
+            try:
+                return await self._ask(exchange, request, course, asker)
+            except CloudlmError as error:
+                if not self._courses.turn(course, exchange, error):
+                    raise
+
+    async def _ask(
+        self, exchange: Exchange, request: GatewayRequest, course: Course, asker: Asker
+    ) -> GatewayResponse:
+        """Ask the model that the course is at."""
+        assert exchange.key is not None
+        call, view = await course.call(), self._rooms.view.snapshot()
         known = view.models.get(call.model)
-        if known is None or not known.endpoints or known.asleep:
+        if (known is None or not known.endpoints or known.asleep) and not course.others:
             view = await self._rooms.view.look_again()
-        model = view.model(call.model, exchange.key)
+        model = view.deployed(call.model, exchange.key)
         self._expect(exchange, model)
         ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
         ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
-        ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
+        if course.tokens is None:
+            reserve = self._rooms.limiter.reserve
+            course.tokens = await reserve(exchange, call, view, course.others)
+        self._rooms.limiter.price(exchange, call.model)
+        ticket.cost = course.tokens
+        self._note_routing(exchange, request, call, model.routing)
+        if self._rooms.guardrails is not None:
+            call = course.screened(await self._rooms.guardrails.screen(exchange, call, model))
         question = self.recall.question(exchange, request, call, model)
         answer = await question.known() if question is not None else None
         if answer is not None:
@@ -185,6 +230,8 @@ class Handler:
             )
         except AuthenticationFailed:
             text = ""
+        if self._rooms.people is not None and looks_signed(text):
+            return await self._rooms.people.session(text)
         key_id = keys.key_id(text)
         if key_id is None:
             return keys.verify(text, None, self._rooms.pepper, 0.0)
@@ -218,13 +265,26 @@ class Handler:
                 retry_after_s=ASLEEP_RETRY_AFTER_S,
             )
         rooms.meter.entered(model.name)
-        exchange.at_end(lambda: rooms.meter.left(model.name))
+        exchange.at_leave(lambda: rooms.meter.left(model.name))
+
+    def _note_routing(
+        self, exchange: Exchange, request: GatewayRequest, call: Call, routing: Routing
+    ) -> None:
+        exchange.routing = routing
+        if routing.policy is Policy.SESSION_AFFINITY and exchange.key is not None:
+            tenant, header = exchange.key.tenant, routing.session_header
+            exchange.session = session_of(tenant, request.headers, header, call.body)
+
+    def _budget(self, model: str) -> RetryBudget:
+        return self._budgets.setdefault(model, RetryBudget())
 
     async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
         """Try replicas until one answers, the attempts or the budget are used up, or none is
         left; then the last replica's verdict stands."""
-        budget = self._budgets.setdefault(call.model, RetryBudget())
+        budget = self._budget(call.model)
         budget.count_request(self._rooms.clock.monotonic())
+        if exchange.routing.hedge_after_s:
+            self._hedges.setdefault(call.model, HedgeBudget()).count_request()
         tried: set[str] = set()
         if exchange.key is not None:
             exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
@@ -237,7 +297,7 @@ class Handler:
         while True:
             tried.add(endpoint.replica)
             try:
-                return await self._attempt(exchange, call, endpoint)
+                return await self._try(exchange, call, endpoint, tried)
             except CloudlmError as error:
                 if not self._may_retry(exchange, call, error, tried, budget):
                     raise
@@ -250,19 +310,48 @@ class Handler:
                 raise last
             self._rooms.meter.retried(call.model)
 
-    async def _attempt(self, exchange: Exchange, call: Call, endpoint: Endpoint) -> GatewayResponse:
+    async def _try(
+        self, exchange: Exchange, call: Call, endpoint: Endpoint, tried: set[str]
+    ) -> GatewayResponse:
+        """One attempt, and another beside it if it is slow and the deployment wants that."""
+        after_s = exchange.routing.hedge_after_s
+        if not after_s:
+            return await self._attempt(exchange, call, endpoint)
+        race = Race()
+
+        def second() -> Coroutine[Any, Any, GatewayResponse] | None:
+            other = self._hedge(exchange, call, tried)
+            return None if other is None else self._attempt(exchange, call, other, race)
+
+        first = self._attempt(exchange, call, endpoint, race)
+        return await quickest(first, second, after_s, exchange.interrupt, _discard)
+
+    async def _attempt(
+        self, exchange: Exchange, call: Call, endpoint: Endpoint, race: Race | None = None
+    ) -> GatewayResponse:
         rooms, replica = self._rooms, endpoint.replica
         exchange.attempts += 1
         exchange.replica = replica
         exchange.revision = endpoint.revision
-        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
-        exchange.route = f"least-cost; known={len(exchange.prompt_keys) - blocks}"
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
+        turn = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        policy = exchange.routing.policy.replace("_", "-")
+        route = f"{policy}; known={len(exchange.prompt_keys) - turn.blocks}"
+        if exchange.asked:
+            route += f"; via={exchange.asked}"
+        exchange.route = route
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, turn))
         said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
+
+        def win() -> None:
+            if race is not None:
+                race.claim()
+            exchange.replica, exchange.revision = replica, endpoint.revision
+            exchange.route = route
+
         try:
             deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
-            with exchange.interrupt:
+            with exchange.interrupt if race is None else Interrupt():
                 answer = await rooms.upstream.send(
                     endpoint.url + call.path,
                     call.body,
@@ -276,18 +365,19 @@ class Handler:
                     resumer = Resumer(rooms, exchange, call, revision, said, self._judge)
                     relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
+                    win()
                     rooms.loads.answered(replica)
                     headers = {"content-type": relay.content_type, **_STREAM_HEADERS}
                     return GatewayResponse(200, self._headers(exchange, headers), relay)
                 raw = await answer.whole(max(deadline - rooms.clock.monotonic(), 0.0))
             answer.close()
-            return self._whole(exchange, attempt, call, raw)
+            return self._whole(exchange, attempt, call, raw, win)
         except BaseException as error:
             if answer is not None:
                 answer.close()
             known = error if isinstance(error, CloudlmError) else None
             if isinstance(error, asyncio.CancelledError):
-                known = RequestCancelled("the request was cancelled")
+                known = exchange.interrupt.error or RequestCancelled("the request was cancelled")
             if known is not None:
                 self._judge(replica, known)
             attempt.fail(known or InternalError("the gateway failed"))
@@ -302,12 +392,18 @@ class Handler:
             elif error.answered_status >= 500 and error.elsewhere:
                 self._rooms.loads.failed(replica, now)
         elif error.retry is Retry.ELSEWHERE:
-            self._rooms.loads.failed(replica, now)
+            away = isinstance(error, Unreachable)
+            self._rooms.loads.failed(replica, now, unreachable=away)
 
     def _whole(
-        self, exchange: Exchange, attempt: Attempt, call: Call, raw: bytes
+        self,
+        exchange: Exchange,
+        attempt: Attempt,
+        call: Call,
+        raw: bytes,
+        win: Callable[[], None],
     ) -> GatewayResponse:
-        """An answer that came in one piece."""
+        """An answer that came in one piece. It stands once ``win`` has not raised."""
         body = openai.decode(raw)
         field = call.result_field
         if body is None or (field is not None and not isinstance(body.get(field), list)):
@@ -316,6 +412,7 @@ class Handler:
             raise UpstreamFailed("a replica gave up on the answer")
         usage = openai.usage_of(body)
         answer = openai.rendering(call).whole(body)
+        win()
         if call.generates:
             attempt.first_content()
         if field is not None and usage is not None:
@@ -330,15 +427,36 @@ class Handler:
 
     def _choose(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
         """The replica for the next attempt, out of those that serve at this moment."""
-        model = self._rooms.view.snapshot().models.get(call.model)
+        rooms = self._rooms
+        model = rooms.view.snapshot().models.get(call.model)
+        policy = exchange.routing.policy
+        drawn = policy is Policy.POWER_OF_TWO
         return choose(
             model.endpoints if model is not None else (),
-            self._rooms.loads,
-            self._rooms.clock.monotonic(),
+            rooms.loads,
+            rooms.clock.monotonic(),
             tried=tried,
             retrying=bool(tried),
             keys=exchange.prompt_keys,
+            policy=policy,
+            session=exchange.session,
+            draws=(rooms.fraction(), rooms.fraction()) if drawn else (0.0, 0.0),
         )
+
+    def _hedge(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
+        """The replica for an attempt beside a slow one, if there may be one: a trusted one."""
+        rooms = self._rooms
+        if exchange.attempts >= rooms.settings.max_attempts:
+            return None
+        other = self._choose(exchange, call, tried)
+        if other is None or rooms.loads.of(other.replica).failures:
+            return None
+        budget = self._hedges.get(call.model)  # none once the model is gone
+        if budget is None or not budget.take():
+            return None
+        tried.add(other.replica)
+        rooms.meter.hedged(call.model)
+        return other
 
     def _may_retry(
         self,
@@ -362,6 +480,7 @@ class Handler:
             view.directory.may_infer(key, "", Verb.LEAD),
             lambda: sorted(view.models_of(key), key=lambda model: model.name),
             lambda name: view.model(name, key),
+            guardrails.moderation if (guardrails := self._rooms.guardrails) is not None else None,
         )
 
     def _listed(
@@ -407,11 +526,12 @@ class Handler:
         """Called when the state changed: cut what runs on revoked rights, forget what is gone."""
         for exchange in list(self._open):
             if exchange.key is not None:
-                record = view.keys.get(exchange.key.id)
+                record = view.holder(exchange.key.id)
                 if (
                     record is None
                     or not view.directory.stands(record)
-                    or (exchange.model and not view.directory.may_infer(record, exchange.model))
+                    or (exchange.model and not view.may_use(record, exchange.model))
+                    or (exchange.asked and not view.directory.may_infer(record, exchange.asked))
                 ):
                     exchange.interrupt.cut(keys.invalid_key())
         self._rooms.loads.keep_only(
@@ -419,6 +539,7 @@ class Handler:
         )
         for name in [name for name in self._budgets if name not in view.models]:
             del self._budgets[name]
+            self._hedges.pop(name, None)
 
     def cut_all(self, error: CloudlmError) -> int:
         """End every open exchange with ``error``; returns how many there were."""
@@ -426,6 +547,12 @@ class Handler:
         for exchange in exchanges:
             exchange.interrupt.cut(error)
         return len(exchanges)
+
+
+async def _discard(response: GatewayResponse) -> None:
+    """Nobody takes a response any more."""
+    if not isinstance(response.body, bytes):
+        await response.body.aclose()
 
 
 def refusal(

@@ -57,6 +57,8 @@ class _ModelNumbers:
         "attempts",
         "completion_tokens",
         "duration",
+        "fallbacks",
+        "hedges",
         "ongoing",
         "prompt_tokens",
         "resumes",
@@ -70,6 +72,8 @@ class _ModelNumbers:
         self.ongoing = 0
         self.retries = 0
         self.resumes = 0
+        self.hedges = 0
+        self.fallbacks = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.attempts: Counter[Outcome] = Counter()
@@ -84,6 +88,7 @@ class Meter:
         self.registry = CollectorRegistry()
         self._requests: Counter[tuple[str, Outcome, int]] = Counter()
         self._models: dict[str, _ModelNumbers] = {}
+        self._guarded: Counter[tuple[str, str, str, str]] = Counter()
         self.registry.register(self)
 
     def _of(self, model: str) -> _ModelNumbers:
@@ -112,6 +117,14 @@ class Meter:
         """A stream goes on at another replica."""
         self._of(model).resumes += 1
 
+    def hedged(self, model: str) -> None:
+        """A second attempt begins beside a slow one."""
+        self._of(model).hedges += 1
+
+    def fell_back(self, model: str) -> None:
+        """A request leaves a model that cannot answer it for another."""
+        self._of(model).fallbacks += 1
+
     def first_token(self, model: str, seconds: float) -> None:
         """The first content of an answer is about to be sent."""
         self._of(model).ttft.observe(seconds)
@@ -124,6 +137,10 @@ class Meter:
         numbers.attempts[outcome] += 1
         numbers.prompt_tokens += prompt_tokens
         numbers.completion_tokens += completion_tokens
+
+    def guarded(self, model: str, rule: str, direction: str, mode: str, count: int) -> None:
+        """A guardrail's rule matched; all four words come from the guardrails' file."""
+        self._guarded[model, rule, direction, mode] += count
 
     def request_ended(self, model: str, outcome: Outcome, status: int, seconds: float) -> None:
         """One request has its answer; ``model`` is NO_MODEL unless it is deployed."""
@@ -158,7 +175,17 @@ class Meter:
             "Attempts to go on with a broken stream.",
             labels=["model"],
         )
+        hedges = CounterMetricFamily(
+            "cloudlm_gateway_hedges", "Attempts beside a slow one.", labels=["model"]
+        )
+        fallbacks = CounterMetricFamily(
+            "cloudlm_gateway_fallbacks",
+            "Requests that left a model for another of their route.",
+            labels=["model"],
+        )
         for model, numbers in self._models.items():
+            hedges.add_metric([model], numbers.hedges)
+            fallbacks.add_metric([model], numbers.fallbacks)
             ongoing.add_metric([model], numbers.ongoing)
             resumes.add_metric([model], numbers.resumes)
             retries.add_metric([model], numbers.retries)
@@ -166,7 +193,11 @@ class Meter:
         yield self._attempt_counts()
         yield retries
         yield resumes
+        yield hedges
+        yield fallbacks
         yield self._token_counts()
+        if self._guarded:
+            yield self._guarded_counts()
 
     def _request_counts(self) -> Metric:
         family = CounterMetricFamily(
@@ -185,6 +216,16 @@ class Meter:
         for model, numbers in self._models.items():
             for outcome in Outcome:
                 family.add_metric([model, outcome.value], numbers.attempts[outcome])
+        return family
+
+    def _guarded_counts(self) -> Metric:
+        family = CounterMetricFamily(
+            "cloudlm_gateway_guardrail_matches",
+            "Matches of guardrails' rules, and what was done about them.",
+            labels=["model", "rule", "direction", "mode"],
+        )
+        for labels, count in self._guarded.items():
+            family.add_metric(list(labels), count)
         return family
 
     def _token_counts(self) -> Metric:

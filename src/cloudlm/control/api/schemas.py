@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.routing import MAX_HEDGE_AFTER_S, SESSION_HEADER, Policy
 from cloudlm.core.spec import CLOUDLM, ENGINES
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 1000}
+_RATE: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1_000_000}
 
 SPEC: dict[str, Any] = {
     "type": "object",
@@ -34,6 +36,32 @@ SPEC: dict[str, Any] = {
                 "properties": {
                     "name": _TEXT,
                     "model": {"type": "string", "examples": ["models:/polite/1"]},
+                },
+            },
+        },
+        "prices": {
+            "type": ["object", "null"],
+            "description": "Per million tokens; without them the gateway's own table holds.",
+            "additionalProperties": False,
+            "required": ["prompt", "completion"],
+            "properties": {"prompt": _RATE, "cached": _RATE, "completion": _RATE},
+        },
+        "tenant": {
+            "type": "string",
+            "description": "Whose it is: no other tenant sees or uses it. Empty: everybody's.",
+        },
+        "routing": {
+            "type": "object",
+            "description": "How requests are spread over the replicas.",
+            "additionalProperties": False,
+            "properties": {
+                "policy": {"enum": [one.value for one in Policy], "default": "least_cost"},
+                "session_header": {"type": "string", "default": SESSION_HEADER},
+                "hedge_after_s": {
+                    "type": "number",
+                    "minimum": 0,
+                    "maximum": MAX_HEDGE_AFTER_S,
+                    "default": 0,
                 },
             },
         },
@@ -73,6 +101,7 @@ _LIMITS: dict[str, Any] = {
         "tokens_per_minute": {"type": ["integer", "null"], "minimum": 0},
         "concurrent_streams": {"type": ["integer", "null"], "minimum": 0},
         "spend_per_month": {"type": ["number", "null"], "minimum": 0},
+        "spend_per_day": {"type": ["number", "null"], "minimum": 0},
     },
 }
 _SECONDS: dict[str, Any] = {"type": ["number", "null"], "minimum": 1}

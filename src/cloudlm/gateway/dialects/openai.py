@@ -52,12 +52,14 @@ class Operation(StrEnum):
     EMBEDDING = "/v1/embeddings"
     TOKENIZE = "/tokenize"
     DETOKENIZE = "/detokenize"
+    MODERATION = "/v1/moderations"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One validated request for a replica. ``body`` is what is sent there. ``translate`` makes what
-    says the answer in another dialect than OpenAI's."""
+    says the answer of the model of that name in another dialect than OpenAI's, or what a guardrail
+    lets through of it."""
 
     operation: Operation
     model: str
@@ -67,7 +69,9 @@ class Call:
     continuous_usage: bool = False
     max_tokens: int = 0  # of one answer; 0 if the request does not say
     choices: int = 1
-    translate: Callable[[], Rendering] | None = None
+    translate: Callable[[str], Rendering] | None = None
+    policy: str = ""  # what tells apart the guardrails that looked at it
+    private: bool = False  # its answer is nobody else's, and not its own asker's again
 
     @property
     def path(self) -> str:
@@ -302,7 +306,7 @@ class OpenAIRendering:
 
 def rendering(call: Call) -> Rendering:
     """What says one attempt's answer; a new one for each, because streams have a state."""
-    return OpenAIRendering(call) if call.translate is None else call.translate()
+    return OpenAIRendering(call) if call.translate is None else call.translate(call.model)
 
 
 def model_body(model: ServedModel) -> dict[str, Any]:

@@ -9,20 +9,20 @@ vectors are for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, InternalError, RequestCancelled, UpstreamFailed
-from cloudlm.core.price import Price, price_of
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway.account import Attempt, Exchange
 from cloudlm.gateway.dialects import openai
 from cloudlm.gateway.dialects.openai import Operation
 from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger
-from cloudlm.gateway.router import Loads, choose
+from cloudlm.gateway.loads import Loads
+from cloudlm.gateway.router import choose
 from cloudlm.gateway.semantic.meaning import Meaning
 from cloudlm.gateway.semantic.vectors import unit
 from cloudlm.gateway.upstream import Upstream
@@ -47,8 +47,8 @@ class Means:
     upstream: Upstream
     ledger: Ledger
     tenants: Tenants
-    prices: Mapping[str, Price]
     clock: Clock
+    price: Callable[[Exchange, str], None]
     count: Callable[[str], None]
 
 
@@ -117,9 +117,10 @@ class DeployedEmbedder:
             raise UpstreamFailed(f"no replica of {self.name!r} takes requests now")
         aside = Exchange(exchange.request_id, exchange.clock, exchange.meter)
         aside.key, aside.model, aside.replica = exchange.key, self.name, endpoint.replica
-        aside.attempts, aside.price = 1, price_of(means.prices, self.name)
-        blocks = means.loads.begin(endpoint.replica, (), now)
-        attempt = Attempt(aside, means.ledger, lambda: means.loads.end(endpoint.replica, blocks))
+        aside.attempts = 1
+        means.price(aside, self.name)
+        turn = means.loads.begin(endpoint.replica, (), now)
+        attempt = Attempt(aside, means.ledger, lambda: means.loads.end(endpoint.replica, turn))
         try:
             with exchange.interrupt:
                 vector = await self._send(endpoint.url, text, aside, attempt)

@@ -18,7 +18,9 @@ from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import Outcome, Role
+from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.app import Gateway
+from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.semantic import calibration
 from cloudlm.gateway.semantic.calibration import Calibration
 from cloudlm.security.keys import mint
@@ -230,6 +232,28 @@ async def test_equal_questions_at_once_are_compared_and_asked_once(semantic: Any
     assert (await leading).headers[HEADER] == "miss"
     name = 'cloudlm_gateway_semantic_lookups_total{result="nothing like it"}'
     assert _metric(semantic, name) == 1
+
+
+async def test_an_answer_of_other_guardrails_or_for_one_alone_is_none(
+    semantic: Any, kit: Any
+) -> None:
+    """What guardrails did to a request stands in its call."""
+    recall = semantic.gateway.handler.recall
+    snapshot = semantic.gateway.view.snapshot()
+    request = semantic.request(_body(kit))
+    exchange = Exchange("r", recall.clock, semantic.gateway.meter)
+    exchange.key = snapshot.keys[semantic.key_id]
+    model = snapshot.models[kit.MODEL]
+
+    def asked(**more: Any) -> Any:
+        call = Call(Operation.CHAT, kit.MODEL, request.body, **more)
+        return recall.question(exchange, request, call, model)
+
+    parts = [b"semantic"]
+    plain, other = asked()._asked, asked(policy="strict")._asked
+    assert plain.place != other.place
+    assert plain.key(parts) != other.key(parts) and plain.key(parts) == asked()._asked.key(parts)
+    assert asked(private=True) is None
 
 
 # Configuration ----------------------------------------------------------------------------------
