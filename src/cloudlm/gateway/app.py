@@ -28,6 +28,7 @@ from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
+from cloudlm.gateway.door import Door
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
@@ -39,6 +40,7 @@ from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
+from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -50,8 +52,8 @@ _log = get_logger(__name__)
 
 
 class Gateway:
-    """All parts of one gateway. ``home`` holds the ledger's journal, ``pepper`` opens key digests,
-    ``worker_token`` opens workers."""
+    """All parts of one gateway. ``home`` holds the ledger's journal and the certificates,
+    ``pepper`` opens key digests, ``worker_token`` opens workers."""
 
     def __init__(
         self,
@@ -81,7 +83,14 @@ class Gateway:
         self.loads = Loads()
         self.meter = Meter()
         self.ledger = Ledger(open_journal(home), state, clock)
-        self.upstream = Upstream(token=worker_token, connect_timeout_s=settings.connect_timeout_s)
+        self.door = Door(settings, home / "tls", clock)
+        self.replica_tls = replica_context(settings, home / "tls")
+        self.upstream = Upstream(
+            token=worker_token,
+            connect_timeout_s=settings.connect_timeout_s,
+            tls=self.replica_tls,
+            plaintext=settings.upstream_plaintext == "anywhere",
+        )
         name = f"{socket.gethostname()}:{settings.port}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
         self.refusals = Refusals(state, clock)
@@ -114,6 +123,11 @@ class Gateway:
             lambda: self.view.age_s,
         )
         self.meter.watch(
+            "cloudlm_gateway_certificate_expires_seconds",
+            "When the gateway's certificate ends, Unix seconds; 0 without TLS.",
+            lambda: self.door.expires_at,
+        )
+        self.meter.watch(
             "cloudlm_gateway_requests_queued",
             "Requests that wait in the gateway for a place at a replica.",
             lambda: self.gate.waiting,
@@ -141,6 +155,8 @@ class Gateway:
             asyncio.create_task(part(), name=part.__qualname__)
             for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
+        tasks.append(asyncio.create_task(self.door.run(), name="door"))
+        tasks.append(asyncio.create_task(self.replica_tls.follow(), name="replica_tls"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
@@ -189,7 +205,12 @@ def make_server(gateway: Gateway) -> GatewayServer:
         max_body_bytes=settings.max_body_bytes,
         stuck_after_s=settings.idle_timeout_s,
     )
-    return GatewayServer(site, drain_timeout_s=settings.drain_timeout_s, cut=gateway.cut)
+    return GatewayServer(
+        site,
+        drain_timeout_s=settings.drain_timeout_s,
+        cut=gateway.cut,
+        tls=gateway.door.context,
+    )
 
 
 def _refuse(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:

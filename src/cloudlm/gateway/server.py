@@ -8,10 +8,12 @@ import contextlib
 import errno
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 
 from cloudlm.core.errors import BadSetting
-from cloudlm.gateway.connection import Connection, Site
+from cloudlm.gateway.connection import LINGER_S, Connection, Site
+from cloudlm.security.tls import HANDSHAKE_TIMEOUT_S
 from cloudlm.telemetry.logs import get_logger
 
 _LISTEN_BACKLOG = 2048
@@ -27,10 +29,22 @@ _log = get_logger(__name__)
 class GatewayServer:
     """Ends on SIGTERM or SIGINT: takes no more connections, lets running requests finish for
     ``drain_timeout_s``, then calls ``cut`` so that streams end with a reason; returns normally. A
-    second signal cuts at once."""
+    second signal cuts at once. With ``tls`` nothing else is spoken."""
 
-    def __init__(self, site: Site, *, drain_timeout_s: float, cut: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        drain_timeout_s: float,
+        cut: Callable[[], object],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._site = site
+        self._tls = tls
+        self._tls_times = {
+            "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S if tls else None,
+            "ssl_shutdown_timeout": LINGER_S if tls else None,
+        }
         self._drain_timeout_s = drain_timeout_s
         self._cut = cut
         self._asked_to_stop = asyncio.Event()
@@ -92,15 +106,19 @@ class GatewayServer:
     async def _connect(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.connect_accepted_socket(lambda: Connection(self._site), accepted)
-        except OSError:  # gone already
+            await loop.connect_accepted_socket(
+                lambda: Connection(self._site), accepted, ssl=self._tls, **self._tls_times
+            )
+        except OSError:  # gone already, or no TLS
             accepted.close()
 
     async def _drain(self) -> None:
         site, loop = self._site, asyncio.get_running_loop()
         site.closing = True
         if self._connecting:
-            await asyncio.wait(self._connecting)
+            _, still = await asyncio.wait(self._connecting, timeout=_CUT_GRACE_S)
+            for handshake in still:
+                handshake.cancel()
         for connection in list(site.connections):
             connection.close_if_idle()
         timer = loop.call_later(self._drain_timeout_s, self._cut)
