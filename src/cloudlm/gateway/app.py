@@ -11,6 +11,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -24,10 +25,12 @@ from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
+from cloudlm.gateway.channel import Channel
 from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
+from cloudlm.gateway.desk import Numbers, SharedCounters
 from cloudlm.gateway.door import Door
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.gate import Gate
@@ -37,7 +40,7 @@ from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.router import Loads
-from cloudlm.gateway.server import GatewayServer
+from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.security.transport import replica_context
@@ -51,9 +54,17 @@ _PLAIN_PATHS = frozenset(
 _log = get_logger(__name__)
 
 
+class Place(NamedTuple):
+    """One of several processes on a port: its number, and the way to their parent."""
+
+    number: int
+    channel: Channel
+
+
 class Gateway:
     """All parts of one gateway. ``home`` holds the ledger's journal and the certificates,
-    ``pepper`` opens key digests, ``worker_token`` opens workers."""
+    ``pepper`` opens key digests, ``worker_token`` opens workers, ``place`` is given to one of
+    several processes."""
 
     def __init__(
         self,
@@ -64,6 +75,7 @@ class Gateway:
         pepper: bytes,
         worker_token: str | None,
         clock: Clock | None = None,
+        place: Place | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
@@ -71,7 +83,7 @@ class Gateway:
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
         self.view.on_change.append(self.gate.follow)
-        self.counters = _counters(settings, clock)
+        self.counters = _counters(settings, clock, place)
         self.limiter = Limiter(
             self.counters,
             read_prices(settings.prices),
@@ -82,6 +94,7 @@ class Gateway:
         self.view.on_change.append(self.limiter.follow)
         self.loads = Loads()
         self.meter = Meter()
+        self.numbers = Numbers(place.channel, self.meter.exposition, clock) if place else None
         self.ledger = Ledger(open_journal(home), state, clock)
         self.door = Door(settings, home / "tls", clock)
         self.replica_tls = replica_context(settings, home / "tls")
@@ -92,6 +105,8 @@ class Gateway:
             plaintext=settings.upstream_plaintext == "anywhere",
         )
         name = f"{socket.gethostname()}:{settings.port}"
+        if place is not None:
+            name += f"/{place.number}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
         self.refusals = Refusals(state, clock)
         self.handler = Handler(
@@ -157,6 +172,8 @@ class Gateway:
         ]
         tasks.append(asyncio.create_task(self.door.run(), name="door"))
         tasks.append(asyncio.create_task(self.replica_tls.follow(), name="replica_tls"))
+        if self.numbers is not None:
+            tasks.append(asyncio.create_task(self.numbers.run(), name="numbers"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
@@ -171,6 +188,13 @@ class Gateway:
             await self.ledger.close()
             await self.upstream.close()
 
+    async def exposition(self) -> bytes:
+        """The numbers of this gateway, of all its processes."""
+        if self.numbers is not None:
+            with contextlib.suppress(Unavailable):
+                return await self.numbers.exposition()
+        return self.meter.exposition()
+
     def cut(self) -> None:
         """End every running request, telling its client why."""
         count = self.handler.cut_all(Unavailable("the gateway is stopping", retry_after_s=1.0))
@@ -178,10 +202,10 @@ class Gateway:
             _log.warning("requests_cut", extra={"fields": {"count": count}})
 
 
-def _counters(settings: GatewaySettings, clock: Clock) -> Counters:
+def _counters(settings: GatewaySettings, clock: Clock, place: Place | None) -> Counters:
     """Where limits are counted. Raises BadSetting and MissingExtra."""
     if not settings.limits_url:
-        return LocalCounters(clock)
+        return LocalCounters(clock) if place is None else SharedCounters(place.channel)
     from cloudlm.gateway.counters_redis import Outage, RedisCounters
 
     refuse = settings.limits_after_outage == "refuse"
@@ -210,6 +234,7 @@ def make_server(gateway: Gateway) -> GatewayServer:
         drain_timeout_s=settings.drain_timeout_s,
         cut=gateway.cut,
         tls=gateway.door.context,
+        accepts_at_once=ACCEPTS_AT_ONCE if settings.workers == 1 else ACCEPTS_SHARED,
     )
 
 
@@ -229,7 +254,7 @@ def make_app(gateway: Gateway) -> Starlette:
         return Response(status_code=200 if ready else 503)
 
     async def metrics(_: Request) -> Response:
-        return Response(gateway.meter.exposition(), media_type=gateway.meter.content_type)
+        return Response(await gateway.exposition(), media_type=gateway.meter.content_type)
 
     async def ping(request: Request) -> Response:
         """As TorchServe and SageMaker ask for ``readyz``."""

@@ -19,7 +19,9 @@ from cloudlm.telemetry.logs import get_logger
 _LISTEN_BACKLOG = 2048
 _CUT_GRACE_S = 2.0
 _POLL_S = 0.02
-_ACCEPTS_AT_ONCE = 64
+ACCEPTS_AT_ONCE = 64
+ACCEPTS_SHARED = 4
+"""Where several processes accept: few, so that a burst is spread over them."""
 _ACCEPT_PAUSE_S = 0.2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -38,7 +40,9 @@ class GatewayServer:
         drain_timeout_s: float,
         cut: Callable[[], object],
         tls: ssl.SSLContext | None = None,
+        accepts_at_once: int = ACCEPTS_AT_ONCE,
     ) -> None:
+        self._accepts_at_once = accepts_at_once
         self._site = site
         self._tls = tls
         self._tls_times = {
@@ -84,7 +88,7 @@ class GatewayServer:
         """Take what waits. libuv's own listener takes one connection per turn of the loop, which
         under load lets new clients wait for seconds behind those that are served."""
         loop = asyncio.get_running_loop()
-        for _ in range(_ACCEPTS_AT_ONCE):
+        for _ in range(self._accepts_at_once):
             try:
                 accepted, _ = bound.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):

@@ -77,7 +77,7 @@ async def test_only_the_installations_gateway_gets_through(url: str, authority: 
     with pytest.raises(urllib.error.HTTPError, match="401"):
         ask(url, own, token="wrong")  # a certificate is no key
     nobody = client_context([(str(authority.certificate), "x")], None)
-    with pytest.raises(OSError, match=r"(?i)certificate required|reset|EOF"):
+    with pytest.raises(OSError, match=r"(?i)certificate required|reset|EOF|without response"):
         ask(url, nobody)
     with pytest.raises(OSError):
         ask(url.replace("https", "http"), own)
@@ -86,12 +86,10 @@ async def test_only_the_installations_gateway_gets_through(url: str, authority: 
         assert (await prober.probe(url)).ready
         assert not (await stranger.probe(url)).reachable
     async with HttpTurner("secret", own) as turner, HttpTurner("secret") as other:
-        with pytest.raises(CloudlmError) as known:
-            await turner.turn(url, asleep=True)
-        with pytest.raises(CloudlmError) as unknown:
+        with pytest.raises(CloudlmError, match="did not answer"):
             await other.turn(url, asleep=True)
-    assert "did not answer" not in known.value.message  # this engine cannot sleep, and says so
-    assert "did not answer" in unknown.value.message
+        await turner.turn(url, asleep=True)
+        await turner.turn(url, asleep=False)
 
 
 def test_flags_and_bad_files(
