@@ -228,6 +228,7 @@ def make_server(gateway: Gateway) -> GatewayServer:
         guard=HostGuard(settings.host),
         max_body_bytes=settings.max_body_bytes,
         stuck_after_s=settings.idle_timeout_s,
+        compress_min_bytes=settings.compress_min_bytes,
     )
     return GatewayServer(
         site,
