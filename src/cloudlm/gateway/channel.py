@@ -56,6 +56,8 @@ class Channel:
 
     async def ask(self, what: str, data: Any, kind: type[T]) -> T:
         """The parent's answer. Raises Unavailable if there is none."""
+        if self._listening.done():
+            raise _gone()
         number = next(self._numbers)
         future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -64,7 +66,7 @@ class Channel:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 raw = await future
         except (TimeoutError, OSError):
-            raise Unavailable("the gateway's parent process does not answer") from None
+            raise _gone() from None
         finally:
             self._waiting.pop(number, None)
         return msgspec.json.decode(raw, type=kind)
@@ -85,6 +87,9 @@ class Channel:
                 future = self._waiting.get(line.number)
                 if future is not None and not future.done():
                     future.set_result(line.data)
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(_gone())
 
     async def close(self) -> None:
         """Hang up."""
@@ -92,6 +97,10 @@ class Channel:
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
+
+
+def _gone() -> Unavailable:
+    return Unavailable("the gateway's parent process does not answer", retry_after_s=1.0)
 
 
 async def attend(end: socket.socket, hear: Callable[[str, msgspec.Raw], Awaitable[Any]]) -> None:

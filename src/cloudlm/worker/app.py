@@ -32,7 +32,7 @@ from cloudlm.security.tls import LiveContext
 from cloudlm.security.transport import worker_context
 from cloudlm.telemetry.logs import get_logger
 from cloudlm.worker import serve
-from cloudlm.worker.config import WorkerConfig, check
+from cloudlm.worker.config import WorkerConfig, check, is_loopback
 from cloudlm.worker.edge import Edge, error_response
 from cloudlm.worker.loading import load_model
 from cloudlm.worker.replica import Replica
@@ -149,6 +149,9 @@ def run_worker(
         if error.errno == errno.EADDRINUSE:
             return _fail(f"port in use: {where} is taken by another process", EXIT_PORT_IN_USE)
         return _fail(f"cannot listen on {where}: {error.strerror or error}")
+    if tls is None and not is_loopback(config.host):
+        fields = {"host": config.host, "remedy": "worker.tls_cert and worker.tls_client_ca"}
+        logger.warning("worker_without_tls", extra={"fields": fields})
     replica: Replica[Any] = Replica(config, clock or SystemClock())
     kind = Kind(load) if load is not None else kind_of(config)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=_new_loop) as runner:
