@@ -168,10 +168,11 @@ class TorchKernels:
         plans: Sequence[AttentionPlan],
         scale: float,
         *,
+        norm: Tensor | None = None,
         path: Path = "auto",
     ) -> Tensor:
         """See ``Kernels``."""
-        return run_layers(self, stack, hidden, rotary, slots, plans, scale, path=path)
+        return run_layers(self, stack, hidden, rotary, slots, plans, scale, norm=norm, path=path)
 
 
 def run_layers(
@@ -183,6 +184,7 @@ def run_layers(
     plans: Sequence[AttentionPlan],
     scale: float,
     *,
+    norm: Tensor | None = None,
     path: Path = "auto",
 ) -> Tensor:
     """``Kernels.run_stack`` in single steps, for any kernels."""
@@ -198,7 +200,7 @@ def run_layers(
         inner = hidden.new_empty(len(hidden), layer.gate_up.outputs, dtype=torch.bfloat16)
         kernels.linear(layer.gate_up, hidden, inner, norm=layer.post_norm, eps=eps, path=path)
         kernels.linear(layer.down, inner, hidden, add=True, path=path)
-    return hidden
+    return hidden if norm is None else kernels.rms_norm(hidden, norm, eps, hidden)
 
 
 def _head_dim(cache: LayerCache) -> int:

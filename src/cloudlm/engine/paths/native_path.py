@@ -179,8 +179,9 @@ class NativePath:
         ]
         hidden = functional.embedding(token_ids, self._embeddings).float()
         rotary = self._rotary(positions)
-        self._kernels.run_stack(self._stack, hidden, rotary, slots, plans, config.scale)
-        return self._kernels.rms_norm(hidden, self._norm, config.norm_eps, hidden)
+        return self._kernels.run_stack(
+            self._stack, hidden, rotary, slots, plans, config.scale, norm=self._norm
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``ComputePath``."""
