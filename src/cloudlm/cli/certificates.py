@@ -12,9 +12,7 @@ from cloudlm.cli.options import Json, date_text
 from cloudlm.cli.screen import print_json, print_table, print_text
 from cloudlm.state.home import Home, load_settings
 
-app = typer.Typer(
-    no_args_is_help=True, help="Certificates between gateway and workers, and the gateway's own."
-)
+app = typer.Typer(no_args_is_help=True, help="Certificates of gateways and workers.")
 
 
 @app.command("issue")
