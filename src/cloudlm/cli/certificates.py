@@ -26,7 +26,7 @@ def issue(
     days: Annotated[int, typer.Option("--days", min=1, max=825, help="How long it is good.")] = 90,
     json_output: Json = False,
 ) -> None:
-    """Make a certificate for another machine, signed by this installation."""
+    """Make a certificate for another machine."""
     from cloudlm.core.errors import InvalidRequest
     from cloudlm.security.authority import Authority, Purpose, expires_at
 
@@ -51,7 +51,7 @@ def issue(
 
 @app.command("list")
 def show(json_output: Json = False) -> None:
-    """List the certificates that this installation made for itself, with their ends."""
+    """List this installation's own certificates and their ends."""
     from cloudlm.security.authority import expires_at
 
     home = Home(load_settings()[0].home)
