@@ -15,6 +15,7 @@ import typer
 from cloudlm import __version__
 from cloudlm.cli import (
     audit,
+    certificates,
     config,
     demo,
     deployments,
@@ -89,6 +90,7 @@ login.add_to(app)
 app.add_typer(keys.app, name="keys")
 usage.add_to(app)
 app.add_typer(audit.app, name="audit")
+app.add_typer(certificates.app, name="certificates")
 config.add_to(app)
 drivers.add_to(app)
 
