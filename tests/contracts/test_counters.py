@@ -15,8 +15,10 @@ from redis_server import RedisServer
 from cloudlm.core.access import Limits
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import BadSetting, Unavailable
+from cloudlm.gateway.channel import Channel, attend
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.counters_redis import Outage, RedisCounters
+from cloudlm.gateway.desk import Desk, SharedCounters
 from cloudlm.gateway.limits import NANO, Bound, Kind, Verdict
 
 MONTH = 24_000
@@ -42,13 +44,28 @@ def shared(redis_server: RedisServer) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture(params=["local", pytest.param("redis", marks=pytest.mark.redis)])
+@contextlib.asynccontextmanager
+async def at_desk(desk: Desk, number: int = 0) -> AsyncIterator[SharedCounters]:
+    """The counters of one of several processes on a port."""
+    ours, theirs = socket.socketpair()
+    attending = asyncio.create_task(attend(ours, lambda what, data: desk.hear(number, what, data)))
+    channel = await Channel.open(theirs)
+    try:
+        yield SharedCounters(channel)
+    finally:
+        await channel.close()
+        await attending
+
+
+@pytest.fixture(params=["local", "desk", pytest.param("redis", marks=pytest.mark.redis)])
 async def make(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Any]]:
     """Make the counters under test; ``lease_s`` is how long leases last."""
     async with contextlib.AsyncExitStack() as stack:
         shared = request.getfixturevalue("shared") if request.param == "redis" else None
 
         async def build(lease_s: float = 30.0) -> Counters:
+            if request.param == "desk":
+                return await stack.enter_async_context(at_desk(Desk(SystemClock(), lease_s)))
             if shared is None:
                 return LocalCounters(SystemClock(), lease_s)
             made: Counters = await stack.enter_async_context(shared(lease_s=lease_s))
@@ -207,3 +224,24 @@ async def test_an_answer_that_was_lost_settles_nothing_twice(shared: Any) -> Non
 def test_an_address_that_cannot_be() -> None:
     with pytest.raises(BadSetting, match="limits_url"):
         RedisCounters("http://nowhere", SystemClock(), Outage())
+
+
+async def test_processes_on_one_port_count_together() -> None:
+    desk = Desk(SystemClock())
+    async with at_desk(desk, 0) as one, at_desk(desk, 1) as other:
+        limits = Limits(requests_per_minute=3)
+        taken = [await take(counters, limits) for counters in (one, other, one, other)]
+        assert [verdict.lease is not None for verdict in taken] == [True, True, True, False]
+        assert taken[3].refusal is not None
+        assert taken[3].refusal.kind is Kind.REQUESTS
+        # One has not read of the holder yet, the other has: it stays known.
+        other.keep_only({"scope:0"})
+        one.keep_only(set())
+        assert (await take(other, limits)).lease is None
+
+
+async def test_without_its_parent_a_process_refuses() -> None:
+    async with at_desk(Desk(SystemClock())) as counters:
+        await counters._channel.close()
+        with pytest.raises(Unavailable, match="parent"):
+            await take(counters, Limits(requests_per_minute=3))

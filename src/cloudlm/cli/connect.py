@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cloudlm.cli.stack import Addresses, running_addresses
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import AuthenticationFailed
-from cloudlm.core.settings import Settings
+from cloudlm.core.settings import GatewaySettings, Settings
 from cloudlm.state.home import Home, load_settings
 
 if TYPE_CHECKING:
@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from cloudlm.state.base import State
 
 
-def local_url(host: str, port: int) -> str:
+def local_url(host: str, port: int, *, tls: bool = False) -> str:
     """Where a process of this machine answers that listens on ``host``."""
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    place = f"[{reachable}]" if ":" in reachable else reachable
+    return f"{'https' if tls else 'http'}://{place}:{port}"
+
+
+def gateway_url(settings: GatewaySettings, port: int) -> str:
+    """Where the gateway of these settings answers on ``port``."""
+    given = settings.tls == "auto" and bool(settings.tls_cert)
+    return local_url(settings.host, port, tls=given or settings.tls == "self-signed")
 
 
 def control_client() -> Client:
@@ -48,7 +55,7 @@ def addresses(settings: Settings) -> Addresses:
     running = running_addresses(Home(settings.home))
     if running is None:
         running = Addresses(
-            gateway_url=local_url(settings.gateway.host, settings.gateway.port),
+            gateway_url=gateway_url(settings.gateway, settings.gateway.port),
             control_url=local_url(settings.control.host, settings.control.port),
         )
     control_url = os.environ.get("CLOUDLM_CONTROL_URL") or running.control_url

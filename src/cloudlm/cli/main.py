@@ -16,6 +16,7 @@ from cloudlm import __version__
 from cloudlm.cli import (
     audit,
     cache,
+    certificates,
     config,
     demo,
     deployments,
@@ -91,6 +92,7 @@ app.add_typer(keys.app, name="keys")
 usage.add_to(app)
 app.add_typer(audit.app, name="audit")
 app.add_typer(cache.app, name="cache")
+app.add_typer(certificates.app, name="certificates")
 config.add_to(app)
 drivers.add_to(app)
 

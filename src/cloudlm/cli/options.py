@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -98,3 +99,8 @@ def grants_text(grants: tuple[Grant, ...]) -> str:
 def date_text(stamp: float | None) -> str:
     """A date and time of day, empty for none."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp)) if stamp else ""
+
+
+def absolute(path: str | None) -> str | None:
+    """A file's path as another process understands it."""
+    return str(Path(path).expanduser().absolute()) if path else None

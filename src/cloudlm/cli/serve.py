@@ -42,6 +42,21 @@ def serve(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
+    tls_cert: Annotated[
+        str | None,
+        typer.Option("--tls-cert", "--ssl-certfile", help="PEM file of a certificate, for TLS."),
+    ] = None,
+    tls_key: Annotated[
+        str | None, typer.Option("--tls-key", "--ssl-keyfile", help="PEM file of its private key.")
+    ] = None,
+    tls_client_ca: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-client-ca",
+            "--ssl-ca-certs",
+            help="PEM file of authorities whose clients alone are let in.",
+        ),
+    ] = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -55,7 +70,13 @@ def serve(
         **read_options(option or []),
         **partition_options(tensor_parallel, pipeline_parallel),
     }
-    settings, _ = load_settings()
+    settings, _ = load_settings(
+        {
+            "worker.tls_cert": tls_cert,
+            "worker.tls_key": tls_key,
+            "worker.tls_client_ca": tls_client_ca,
+        }
+    )
     setup_logging(settings.log, "serve")
     home = Home(settings.home).ensure()
 
@@ -64,7 +85,7 @@ def serve(
 
         def on_ready(url: str) -> None:
             while_loading.close()
-            address = url or local_url(host, port)
+            address = url or local_url(host, port, tls=bool(settings.worker.tls_cert))
             if json_output:
                 print_json({"openai_base_url": f"{address}/v1", "model": name})
             else:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -153,13 +154,14 @@ class Stack:
         )
         self._guards[name] = start_guard(options, self._environment, self._lifeline_read)
 
-    def wait_ready(self, name: str, url: str) -> None:
-        """Wait until ``url`` answers 200. Raises Unavailable with the process's last words."""
+    def wait_ready(self, name: str, url: str, tls: ssl.SSLContext | None = None) -> None:
+        """Wait until ``url`` answers 200; ``tls`` is spoken to an https address. Raises Unavailable
+        with the process's last words."""
         import httpx2
 
         deadline = time.monotonic() + START_TIMEOUT_S
         # No proxy of the environment stands between us and our own processes.
-        with httpx2.Client(timeout=2.0, trust_env=False) as client:
+        with httpx2.Client(timeout=2.0, trust_env=False, verify=tls or True) as client:
             while time.monotonic() < deadline:
                 self.check(name)
                 with contextlib.suppress(httpx2.HTTPError):

@@ -9,17 +9,22 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cloudlm.cli import connect
 from cloudlm.cli.connect import local_url
+from cloudlm.cli.options import absolute
 from cloudlm.cli.screen import bytes_bar, out, print_json, print_marked, say, spinner
 from cloudlm.cli.stack import Addresses, Stack, demand_free_port, free_port
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.deployment import DeploymentPhase, DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import BadSetting, Unavailable
-from cloudlm.core.settings import Settings
+from cloudlm.core.settings import Settings, environment_name
+from cloudlm.security.tls import pinned_context
+from cloudlm.security.transport import SELF_SIGNED, gateway_context, gateway_pair
 from cloudlm.state.home import Home, load_settings
 
 READY_TIMEOUT_S = 300.0
@@ -35,6 +40,8 @@ class Running:
     admin_key: str | None
     starter: str | None
     status: DeploymentStatus | None
+    trust: Path | None = None
+    """The certificate that clients must be told to trust, if it is one for development."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,6 +56,24 @@ def up(
         int | None, typer.Option("--control-port", help="Port of the control API.")
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on.")] = None,
+    tls: Annotated[
+        str | None,
+        typer.Option(
+            "--tls",
+            metavar="self-signed|auto|off",
+            help="self-signed: TLS with a certificate for development, made in home.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        str | None,
+        typer.Option("--tls-cert", "--ssl-certfile", help="PEM file of the gateway's certificate."),
+    ] = None,
+    tls_key: Annotated[
+        str | None, typer.Option("--tls-key", "--ssl-keyfile", help="PEM file of its private key.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Gateway processes on the one port.")
+    ] = None,
     starter: Annotated[
         bool, typer.Option("--starter/--no-starter", help="Deploy the starter model.")
     ] = True,
@@ -59,6 +84,10 @@ def up(
         "gateway.port": gateway_port,
         "control.port": control_port,
         "gateway.host": host,
+        "gateway.tls": tls,
+        "gateway.tls_cert": absolute(tls_cert),
+        "gateway.tls_key": absolute(tls_key),
+        "gateway.workers": workers,
     }
     with running_stack(flags, starter=starter) as (running, stack):
         if json_output:
@@ -79,15 +108,21 @@ def running_stack(flags: dict[str, Any], *, starter: bool) -> Iterator[tuple[Run
     """
     settings, _ = load_settings(flags)
     home = Home(settings.home).ensure()
+    pair = gateway_pair(settings.gateway, home.tls, time.time())
+    if pair is not None:
+        _ = gateway_context(settings.gateway, pair)  # a bad file refuses before anything starts
     gateway_port, control_port = _choose_ports(settings)
+    given = {environment_name(name): str(value) for name, value in flags.items() if value}
     environment = {
         **os.environ,
+        **given,
         "CLOUDLM_HOME": str(home.path),
         "CLOUDLM_GATEWAY_HOST": settings.gateway.host,
         "CLOUDLM_GATEWAY_PORT": str(gateway_port),
         "CLOUDLM_CONTROL_PORT": str(control_port),
     }
-    gateway_url = local_url(settings.gateway.host, gateway_port)
+    gateway_url = connect.gateway_url(settings.gateway, gateway_port)
+    own = pinned_context(str(pair.files[0])) if pair is not None else None
     control_url = local_url(settings.control.host, control_port)
     with _terminate_as_interrupt(), Stack(home, environment) as stack:
         admin_key, name = asyncio.run(_prepare(settings, home, starter))
@@ -95,11 +130,12 @@ def running_stack(flags: dict[str, Any], *, starter: bool) -> Iterator[tuple[Run
             with spinner("starting gateway and control"):
                 stack.start("gateway", "cloudlm.gateway", settings.gateway.drain_timeout_s)
                 stack.start("control", "cloudlm.control", settings.control.drain_timeout_s)
-                stack.wait_ready("gateway", f"{gateway_url}/readyz")
+                stack.wait_ready("gateway", f"{gateway_url}/readyz", own)
                 stack.wait_ready("control", f"{control_url}/readyz")
             status = _wait_for_model(settings, home, stack, name) if name else None
             stack.announce(Addresses(gateway_url, control_url))
-        yield Running(gateway_url, control_url, admin_key, name, status), stack
+        trusted = home.tls / SELF_SIGNED if settings.gateway.tls == "self-signed" else None
+        yield Running(gateway_url, control_url, admin_key, name, status, trusted), stack
 
 
 @contextlib.contextmanager
@@ -236,8 +272,9 @@ def curl_line(running: Running, key: str) -> str:
         f'{{"model": "{running.starter}", '
         '"messages": [{"role": "user", "content": "My card has not arrived yet"}]}'
     )
+    trusting = f"--cacert {running.trust} " if running.trust else ""
     return (
-        f"curl {running.gateway_url}/v1/chat/completions \\\n"
+        f"curl {trusting}{running.gateway_url}/v1/chat/completions \\\n"
         f'  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\\n'
         f"  -d '{body}'"
     )
@@ -251,6 +288,7 @@ def _as_json(running: Running) -> dict[str, Any]:
         "admin_key": running.admin_key,
         "model": running.starter,
         "phase": running.status.phase if running.status else None,
+        "certificate": str(running.trust) if running.trust else None,
     }
 
 
@@ -258,6 +296,9 @@ def _print_running(running: Running) -> None:
     print_marked("cloudlm is up", "bold", "  (Ctrl-C stops it)")
     out.print(f"  OpenAI API   {running.gateway_url}/v1")
     out.print(f"  control API  {running.control_url}")
+    if running.trust:
+        out.print("  certificate  self-signed, for development; clients trust it with")
+        out.print(f"               export SSL_CERT_FILE={running.trust}")
     if running.starter and running.status:
         out.print(f"  model        {running.starter} ({running.status.phase})")
     if running.admin_key:

@@ -101,7 +101,8 @@ class AsyncClient:
 
         settings = self.connection.openai_options(options)
         if self.connection.gateway_is_local:
-            settings.setdefault("http_client", DefaultAsyncHttpx2Client(trust_env=False))
+            how = self.connection.local_options
+            settings.setdefault("http_client", DefaultAsyncHttpx2Client(**how))
         return AsyncOpenAI(**settings)
 
     async def close(self) -> None:

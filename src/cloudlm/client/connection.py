@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -78,6 +79,14 @@ class Connection:
     @property
     def gateway_is_local(self) -> bool:
         return _is_local(self.gateway_url)
+
+    @property
+    def local_options(self) -> dict[str, Any]:
+        """What the HTTP client of a gateway on this machine is made with: no proxy of the
+        environment, and OpenSSL's own authorities, which SSL_CERT_FILE replaces."""
+        if not self.gateway_url.startswith("https:"):
+            return {"trust_env": False}
+        return {"trust_env": False, "verify": ssl.create_default_context()}
 
     def openai_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the official clients are made with; ``options`` of the caller win."""

@@ -97,7 +97,8 @@ class Client:
 
         settings = self.connection.openai_options(options)
         if self.connection.gateway_is_local:
-            settings.setdefault("http_client", DefaultHttpx2Client(trust_env=False))
+            how = self.connection.local_options
+            settings.setdefault("http_client", DefaultHttpx2Client(**how))
         return OpenAI(**settings)
 
     def close(self) -> None:

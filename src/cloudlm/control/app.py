@@ -17,6 +17,7 @@ from cloudlm.control.api.app import build_api
 from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
 from cloudlm.control.audit import Auditor
+from cloudlm.control.certificates import Certificates
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
@@ -34,6 +35,7 @@ from cloudlm.drivers.guard import lock_file
 from cloudlm.registry.importer import import_address
 from cloudlm.registry.registry import Registry, open_registry
 from cloudlm.security.policies import load_policies
+from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
 from cloudlm.state.home import Home
 from cloudlm.state.open import open_state
@@ -72,11 +74,14 @@ async def running(
 ) -> AsyncIterator[Services]:
     """The loop and the jobs at work, and what the API needs."""
     clock: Clock = SystemClock()
+    certificates = Certificates(settings.worker, home, clock)
+    made = await asyncio.to_thread(certificates.ensure)
+    tls = replica_context(settings.gateway, home.tls)
     context = DriverContext(
         home=home.path,
         clock=clock,
         environment=dict(os.environ),
-        worker_environment=worker_environment(settings, rows, home),
+        worker_environment=worker_environment(settings, rows, home) | made,
         first_port=settings.worker.first_port,
     )
     drivers = Drivers(context)
@@ -89,8 +94,8 @@ async def running(
     policies = load_policies(settings.access.policies)
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
     async with (
-        HttpProber(settings.control.probe_timeout_s) as prober,
-        HttpTurner(home.worker_token()) as turner,
+        HttpProber(settings.control.probe_timeout_s, tls) as prober,
+        HttpTurner(home.worker_token(), tls) as turner,
     ):
         reconciler = Reconciler(
             state, drivers, registry, prober, clock, settings.control, metrics, turner
@@ -99,7 +104,9 @@ async def running(
         loop = asyncio.create_task(reconciler.run())
         pepper = home.pepper()
         auditor = Auditor(state, clock, home.audit_seed(), home.audit_checkpoints)
-        signing = asyncio.create_task(auditor.run())
+        tending = [
+            asyncio.create_task(run()) for run in (auditor.run, certificates.run, tls.follow)
+        ]
         try:
             yield Services(
                 state=state,
@@ -115,7 +122,7 @@ async def running(
                 auditor=auditor,
             )
         finally:
-            for task in (loop, signing):
+            for task in (loop, *tending):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task

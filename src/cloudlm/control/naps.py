@@ -9,6 +9,7 @@ long as running requests do, so it is done beside the loop. Must not restart or 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
@@ -35,15 +36,19 @@ class Turner(Protocol):
 
 
 class HttpTurner:
-    """Asks over HTTP, with the workers' token. An async context manager."""
+    """Asks over HTTP, with the workers' token. An async context manager. ``tls`` is spoken to
+    https addresses."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, tls: ssl.SSLContext | None = None) -> None:
         self._token = token
+        self._tls = tls
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> HttpTurner:
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=TURN_TIMEOUT_S, sock_connect=5.0), trust_env=False
+            connector=aiohttp.TCPConnector(ssl=self._tls or True),
+            timeout=aiohttp.ClientTimeout(total=TURN_TIMEOUT_S, sock_connect=5.0),
+            trust_env=False,
         )
         return self
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -102,15 +103,18 @@ class Prober(Protocol):
 
 class HttpProber:
     """Asks over HTTP: ``/health?verbose=1``, and ``/readyz`` of a server that knows no such thing.
-    An async context manager."""
+    An async context manager. ``tls`` is spoken to https addresses."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
         self._timeout_s = timeout_s
+        self._tls = tls
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> HttpProber:
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s), trust_env=False
+            connector=aiohttp.TCPConnector(ssl=self._tls or True),
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            trust_env=False,
         )
         return self
 

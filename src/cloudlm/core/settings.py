@@ -39,6 +39,46 @@ class GatewaySettings:
 
     host: str = setting("127.0.0.1", "Address the gateway listens on.")
     port: int = setting(8000, "Port of the gateway; 0 picks a free one.", low=0, high=65535)
+    workers: int = setting(
+        1,
+        "Processes that answer on this port; a dead one is replaced, limits hold for all together.",
+        low=1,
+        high=256,
+    )
+    tls: str = setting(
+        "auto",
+        "auto: TLS if tls_cert is set; self-signed: with a certificate for development, made in "
+        "home/tls; off: plain HTTP.",
+        choices=("auto", "self-signed", "off"),
+    )
+    tls_cert: str = setting(
+        "", "PEM file of the gateway's certificate, those of its issuers after it."
+    )
+    tls_key: str = setting("", "PEM file of its private key; empty if tls_cert holds it too.")
+    tls_min_version: str = setting(
+        "1.2", "Oldest TLS version that clients may speak.", choices=("1.2", "1.3")
+    )
+    upstream_ca: str = setting(
+        "", "PEM file of authorities that https replicas may have, besides the system's."
+    )
+    upstream_cert: str = setting(
+        "",
+        "PEM file of the certificate shown to replicas that ask for one; empty for that of the "
+        "installation, if it has one.",
+    )
+    upstream_key: str = setting("", "Its private key; empty if upstream_cert holds it too.")
+    upstream_plaintext: str = setting(
+        "loopback",
+        "Where replicas may be reached without TLS; anywhere trusts the network with prompts and "
+        "with the workers' token.",
+        choices=("loopback", "anywhere"),
+    )
+    compress_min_bytes: int = setting(
+        16_384,
+        "Whole answers of at least this size are compressed for clients that accept gzip, bytes; "
+        "0 compresses none. Streams never are.",
+        low=0,
+    )
     max_body_bytes: int = setting(4_000_000, "Largest request body, bytes.", low=1024, high=1 << 30)
     connect_timeout_s: float = setting(
         2.0, "Longest wait for a replica to accept, seconds.", low=0.01
@@ -183,6 +223,18 @@ class WorkerSettings:
 
     host: str = setting("127.0.0.1", "Address workers listen on.")
     first_port: int = setting(8100, "Workers take free ports from here upward.", low=1, high=65535)
+    tls: str = setting(
+        "off",
+        "mutual: replicas that control starts speak TLS and demand this installation's "
+        "certificate, which control makes and renews in home/tls.",
+        choices=("off", "mutual"),
+    )
+    tls_cert: str = setting("", "PEM file of the worker's certificate; empty serves plain HTTP.")
+    tls_key: str = setting("", "PEM file of its private key; empty if tls_cert holds it too.")
+    tls_client_ca: str = setting(
+        "",
+        "PEM file of the authorities whose clients alone are let in (mTLS); empty asks for none.",
+    )
     max_waiting_requests: int = setting(
         512, "Requests queued in a worker; more are refused with 503.", low=1
     )

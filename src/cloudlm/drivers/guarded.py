@@ -72,6 +72,9 @@ class GuardedReplicas:
         self._run = context.home / "run"
         self._logs = context.home / "logs"
         self._context = context
+        # The address must say what the worker is told to speak.
+        certificate = context.worker_environment.get("CLOUDLM_WORKER_TLS_CERT")
+        self._scheme = "https" if certificate else "http"
         self._command_builder = command_builder
         self._timing = timing
         self._lifeline = lifeline_from(context.environment)
@@ -316,7 +319,7 @@ class GuardedReplicas:
         return Replica(
             id=one.replica,
             state=state,
-            url=f"http://127.0.0.1:{port}" if port and child else None,
+            url=f"{self._scheme}://127.0.0.1:{port}" if port and child else None,
             pid=child.pid if child else None,
             restarts=int(body.get("restarts", 0)),
             message=str(body.get("message", "")),

@@ -11,7 +11,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -26,10 +26,13 @@ from cloudlm.core.tenant import read_weights
 from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
+from cloudlm.gateway.channel import Channel
 from cloudlm.gateway.chat import Handler, Rooms, Screen, refusal
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
+from cloudlm.gateway.desk import Numbers, SharedCounters
+from cloudlm.gateway.door import Door
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
@@ -41,11 +44,12 @@ from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.model_routes import read_routes
 from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
-from cloudlm.gateway.server import GatewayServer
+from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.security.access import Policies
 from cloudlm.security.issuer import Issuer
+from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -68,10 +72,18 @@ _PLAIN_PATHS = frozenset(
 _log = get_logger(__name__)
 
 
+class Place(NamedTuple):
+    """One of several processes on a port: its number, and the way to their parent."""
+
+    number: int
+    channel: Channel
+
+
 class Gateway:
-    """All parts of one gateway. ``home`` holds the ledger's journal, ``pepper`` opens key digests,
-    ``worker_token`` opens workers, ``issuer`` knows the tokens of people who sign in,
-    ``policies`` hold beside roles."""
+    """All parts of one gateway. ``home`` holds the ledger's journal and the certificates,
+    ``pepper`` opens key digests, ``worker_token`` opens workers, ``issuer`` knows the tokens of
+    people who sign in, ``policies`` hold beside roles, ``place`` is given to one of several
+    processes."""
 
     def __init__(
         self,
@@ -84,6 +96,7 @@ class Gateway:
         clock: Clock | None = None,
         issuer: Issuer | None = None,
         policies: Policies | None = None,
+        place: Place | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
@@ -92,7 +105,7 @@ class Gateway:
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
         self.view.on_change.append(self.gate.follow)
-        self.counters = _counters(settings, clock)
+        self.counters = _counters(settings, clock, place)
         self.limiter = Limiter(
             self.counters,
             read_prices(settings.prices),
@@ -103,9 +116,19 @@ class Gateway:
         self.view.on_change.append(self.limiter.follow)
         self.loads = Loads()
         self.meter = Meter()
+        self.numbers = Numbers(place.channel, self.meter.exposition, clock) if place else None
         self.ledger = Ledger(open_journal(home), state, clock)
-        self.upstream = Upstream(token=worker_token, connect_timeout_s=settings.connect_timeout_s)
+        self.door = Door(settings, home / "tls", clock)
+        self.replica_tls = replica_context(settings, home / "tls")
+        self.upstream = Upstream(
+            token=worker_token,
+            connect_timeout_s=settings.connect_timeout_s,
+            tls=self.replica_tls,
+            plaintext=settings.upstream_plaintext == "anywhere",
+        )
         name = f"{socket.gethostname()}:{settings.port}"
+        if place is not None:
+            name += f"/{place.number}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
         self.refusals = Refusals(state, clock)
         weights = read_weights(settings.tenant_weights)
@@ -148,6 +171,11 @@ class Gateway:
             "cloudlm_gateway_state_age_seconds",
             "Seconds since the state was last read.",
             lambda: self.view.age_s,
+        )
+        self.meter.watch(
+            "cloudlm_gateway_certificate_expires_seconds",
+            "When the gateway's certificate ends, Unix seconds; 0 without TLS.",
+            lambda: self.door.expires_at,
         )
         self.meter.watch(
             "cloudlm_gateway_requests_queued",
@@ -204,6 +232,10 @@ class Gateway:
             asyncio.create_task(part(), name=part.__qualname__)
             for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
         ]
+        tasks.append(asyncio.create_task(self.door.run(), name="door"))
+        tasks.append(asyncio.create_task(self.replica_tls.follow(), name="replica_tls"))
+        if self.numbers is not None:
+            tasks.append(asyncio.create_task(self.numbers.run(), name="numbers"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
         tasks.append(asyncio.create_task(self.handler.recall.answers.run(), name="answers"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
@@ -219,6 +251,13 @@ class Gateway:
             await self.ledger.close()
             await self.upstream.close()
 
+    async def exposition(self) -> bytes:
+        """The numbers of this gateway, of all its processes."""
+        if self.numbers is not None:
+            with contextlib.suppress(Unavailable):
+                return await self.numbers.exposition()
+        return self.meter.exposition()
+
     def cut(self) -> None:
         """End every running request, telling its client why."""
         count = self.handler.cut_all(Unavailable("the gateway is stopping", retry_after_s=1.0))
@@ -226,10 +265,10 @@ class Gateway:
             _log.warning("requests_cut", extra={"fields": {"count": count}})
 
 
-def _counters(settings: GatewaySettings, clock: Clock) -> Counters:
+def _counters(settings: GatewaySettings, clock: Clock, place: Place | None) -> Counters:
     """Where limits are counted. Raises BadSetting and MissingExtra."""
     if not settings.limits_url:
-        return LocalCounters(clock)
+        return LocalCounters(clock) if place is None else SharedCounters(place.channel)
     from cloudlm.gateway.counters_redis import Outage, RedisCounters
 
     refuse = settings.limits_after_outage == "refuse"
@@ -260,8 +299,15 @@ def make_server(gateway: Gateway) -> GatewayServer:
         guard=HostGuard(settings.host),
         max_body_bytes=settings.max_body_bytes,
         stuck_after_s=settings.idle_timeout_s,
+        compress_min_bytes=settings.compress_min_bytes,
     )
-    return GatewayServer(site, drain_timeout_s=settings.drain_timeout_s, cut=gateway.cut)
+    return GatewayServer(
+        site,
+        drain_timeout_s=settings.drain_timeout_s,
+        cut=gateway.cut,
+        tls=gateway.door.context,
+        accepts_at_once=ACCEPTS_AT_ONCE if settings.workers == 1 else ACCEPTS_SHARED,
+    )
 
 
 def _refuse(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:
@@ -280,7 +326,7 @@ def make_app(gateway: Gateway) -> Starlette:
         return Response(status_code=200 if ready else 503)
 
     async def metrics(_: Request) -> Response:
-        return Response(gateway.meter.exposition(), media_type=gateway.meter.content_type)
+        return Response(await gateway.exposition(), media_type=gateway.meter.content_type)
 
     async def ping(request: Request) -> Response:
         """As TorchServe and SageMaker ask for ``readyz``."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import httptools
 
 from cloudlm.core.errors import CloudlmError, InvalidRequest
+from cloudlm.gateway.compress import compressed
 from cloudlm.gateway.deadlines import NEVER, Sweep
 from cloudlm.gateway.exchange import BodyStream, GatewayRequest, GatewayResponse
 from cloudlm.gateway.head import (
@@ -55,6 +56,7 @@ class Site:
     guard: HostGuard
     max_body_bytes: int
     stuck_after_s: float
+    compress_min_bytes: int = 0
     connections: set[Connection] = field(default_factory=set)
     sweep: Sweep = field(default_factory=Sweep)
     closing: bool = False
@@ -263,6 +265,9 @@ class Connection(asyncio.Protocol):
                 and response.headers.get("connection") != "close"
             )
             if isinstance(response.body, bytes):
+                if 0 < self._site.compress_min_bytes <= len(response.body):
+                    accepted = turn.request.headers.get("accept-encoding", "")
+                    response = await compressed(response, accepted, self._site.compress_min_bytes)
                 self._write_whole(response, turn)
             else:
                 await self._write_stream(response, response.body, turn)

@@ -275,14 +275,14 @@ class Line(asyncio.Protocol):
 
 
 class Pool:
-    """All lines. Make it inside the event loop."""
+    """All lines. Make it inside the event loop. ``tls`` is spoken to https places."""
 
-    def __init__(self, *, connect_timeout_s: float) -> None:
+    def __init__(self, *, connect_timeout_s: float, tls: ssl.SSLContext) -> None:
+        self._tls = tls
         self.sweep = Sweep()
         self._connect_timeout_s = connect_timeout_s
         self._idle: dict[Place, list[Line]] = {}
         self._lines: set[Line] = set()
-        self._tls: ssl.SSLContext | None = None
 
     def take(self, place: Place) -> Line | None:
         """An idle line, if there is one."""
@@ -298,16 +298,11 @@ class Pool:
                 lambda: line,
                 place.host,
                 place.port,
-                ssl=self._context() if place.tls else None,
+                ssl=self._tls if place.tls else None,
                 server_hostname=place.host if place.tls else None,
             )
         self._lines.add(line)
         return line
-
-    def _context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls
 
     def keep(self, line: Line) -> None:
         """``line`` may be used again."""

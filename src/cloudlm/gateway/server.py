@@ -8,16 +8,20 @@ import contextlib
 import errno
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 
 from cloudlm.core.errors import BadSetting
-from cloudlm.gateway.connection import Connection, Site
+from cloudlm.gateway.connection import LINGER_S, Connection, Site
+from cloudlm.security.tls import HANDSHAKE_TIMEOUT_S
 from cloudlm.telemetry.logs import get_logger
 
 _LISTEN_BACKLOG = 2048
 _CUT_GRACE_S = 2.0
 _POLL_S = 0.02
-_ACCEPTS_AT_ONCE = 64
+ACCEPTS_AT_ONCE = 64
+ACCEPTS_SHARED = 4
+"""Where several processes accept: few, so that a burst is spread over them."""
 _ACCEPT_PAUSE_S = 0.2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -27,10 +31,24 @@ _log = get_logger(__name__)
 class GatewayServer:
     """Ends on SIGTERM or SIGINT: takes no more connections, lets running requests finish for
     ``drain_timeout_s``, then calls ``cut`` so that streams end with a reason; returns normally. A
-    second signal cuts at once."""
+    second signal cuts at once. With ``tls`` nothing else is spoken."""
 
-    def __init__(self, site: Site, *, drain_timeout_s: float, cut: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        drain_timeout_s: float,
+        cut: Callable[[], object],
+        tls: ssl.SSLContext | None = None,
+        accepts_at_once: int = ACCEPTS_AT_ONCE,
+    ) -> None:
+        self._accepts_at_once = accepts_at_once
         self._site = site
+        self._tls = tls
+        self._tls_times = {
+            "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S if tls else None,
+            "ssl_shutdown_timeout": LINGER_S if tls else None,
+        }
         self._drain_timeout_s = drain_timeout_s
         self._cut = cut
         self._asked_to_stop = asyncio.Event()
@@ -70,7 +88,7 @@ class GatewayServer:
         """Take what waits. libuv's own listener takes one connection per turn of the loop, which
         under load lets new clients wait for seconds behind those that are served."""
         loop = asyncio.get_running_loop()
-        for _ in range(_ACCEPTS_AT_ONCE):
+        for _ in range(self._accepts_at_once):
             try:
                 accepted, _ = bound.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -92,15 +110,19 @@ class GatewayServer:
     async def _connect(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.connect_accepted_socket(lambda: Connection(self._site), accepted)
-        except OSError:  # gone already
+            await loop.connect_accepted_socket(
+                lambda: Connection(self._site), accepted, ssl=self._tls, **self._tls_times
+            )
+        except OSError:  # gone already, or no TLS
             accepted.close()
 
     async def _drain(self) -> None:
         site, loop = self._site, asyncio.get_running_loop()
         site.closing = True
         if self._connecting:
-            await asyncio.wait(self._connecting)
+            _, still = await asyncio.wait(self._connecting, timeout=_CUT_GRACE_S)
+            for handshake in still:
+                handshake.cancel()
         for connection in list(site.connections):
             connection.close_if_idle()
         timer = loop.call_later(self._drain_timeout_s, self._cut)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -20,7 +21,9 @@ from cloudlm.core.errors import (
     UpstreamTimeout,
     error_from_body,
 )
+from cloudlm.gateway.head import is_loopback
 from cloudlm.gateway.pool import Broken, Line, Place, Pool, Silent, header_lines, read_url
+from cloudlm.security.tls import LiveContext, client_context
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
@@ -107,9 +110,20 @@ class Unreachable(UpstreamFailed):
 
 
 class Upstream:
-    """The client of all replicas. ``token`` opens workers; never shown to clients."""
+    """The client of all replicas. ``token`` opens workers; never shown to clients. ``tls`` is
+    spoken to https addresses (without it, the system's authorities count); over plain HTTP only
+    this machine is asked, unless ``plaintext`` trusts the network."""
 
-    def __init__(self, *, token: str | None, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        token: str | None,
+        connect_timeout_s: float,
+        tls: ssl.SSLContext | None = None,
+        plaintext: bool = False,
+    ) -> None:
+        self._tls = tls or LiveContext(lambda: client_context((), None), ())
+        self._plaintext = plaintext
         self._connect_timeout_s = connect_timeout_s
         self._pool: Pool | None = None
         fixed = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -119,7 +133,7 @@ class Upstream:
 
     async def open(self) -> None:
         """Make the connection pool; call inside the event loop."""
-        self._pool = Pool(connect_timeout_s=self._connect_timeout_s)
+        self._pool = Pool(connect_timeout_s=self._connect_timeout_s, tls=self._tls)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -195,8 +209,19 @@ class Upstream:
 
     async def _connected(self, place: Place, replica: str) -> Line:
         assert self._pool is not None
+        if not (place.tls or self._plaintext or is_loopback(place.host)):
+            raise UpstreamFailed(
+                f"replica {replica} is on another machine and speaks plain HTTP, which would show "
+                "prompts and the workers' token to the network: give it TLS, or trust the network "
+                "with gateway.upstream_plaintext=anywhere"
+            )
         try:
             return await self._pool.connect(place)
+        except ssl.SSLError as error:
+            reason = getattr(error, "verify_message", "") or error.reason or "no TLS"
+            raise UpstreamFailed(f"no trusted TLS with replica {replica}: {reason}") from None
+        except CloudlmError as error:
+            raise UpstreamFailed(f"no TLS with replica {replica}: {error.message}") from None
         except TimeoutError:
             raise Unreachable(f"replica {replica} did not accept a connection") from None
         except OSError:

@@ -97,6 +97,11 @@ class Home:
         """Output of replicas and of the processes that ``cloudlm up`` starts."""
         return self.path / "logs"
 
+    @property
+    def tls(self) -> Path:
+        """Certificates and keys that the installation makes for itself."""
+        return self.path / "tls"
+
     def ensure(self) -> Home:
         """Create the folders, readable by their owner alone. Raises StorageFailed."""
         for folder in (self.path, self.run, self.logs, self._secrets):

@@ -20,11 +20,13 @@ from cloudlm.worker.app import EXIT_FAILED, run_worker
 from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.options import named_adapters, split_options
 
+TLS_OPTIONS = ("tls_cert", "tls_key", "tls_client_ca")
+
 
 def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> WorkerConfig:
     """Flags over environment over defaults. Raises BadSetting; argparse exits on misuse."""
     given = _parser().parse_args(arguments)
-    settings, _ = read_settings(environment=environment)
+    settings, _ = read_settings(environment=environment, flags=_tls(given))
     return WorkerConfig(
         model=given.model,
         served_model_name=given.served_model_name or given.model,
@@ -50,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", help="Bearer token that callers must send")
+    for name, other, what in (
+        ("--tls-cert", "--ssl-certfile", "PEM file of the certificate to serve TLS with"),
+        ("--tls-key", "--ssl-keyfile", "its private key, if the certificate's file has none"),
+        ("--tls-client-ca", "--ssl-ca-certs", "let in only clients with these authorities' word"),
+    ):
+        parser.add_argument(name, other, metavar="FILE", help=what)
     for short, kind, what in (
         ("-tp", "tensor", "processes that share every layer"),
         ("-pp", "pipeline", "stages of layers in processes of their own"),
@@ -70,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 def _partition(given: argparse.Namespace) -> dict[str, str]:
     names = ("tensor_parallel", "pipeline_parallel")
     return {name: value for name in names if (value := getattr(given, name)) is not None}
+
+
+def _tls(given: argparse.Namespace) -> dict[str, str | None]:
+    return {f"worker.{name}": getattr(given, name) for name in TLS_OPTIONS}
 
 
 def main() -> int:

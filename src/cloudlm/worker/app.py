@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +28,11 @@ from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, MethodNotAllowed, NotFound
 from cloudlm.core.resuming import RESUME_PATH
 from cloudlm.core.spec import VLLM
+from cloudlm.security.tls import LiveContext
+from cloudlm.security.transport import worker_context
 from cloudlm.telemetry.logs import get_logger
 from cloudlm.worker import serve
-from cloudlm.worker.config import WorkerConfig, check
+from cloudlm.worker.config import WorkerConfig, check, is_loopback
 from cloudlm.worker.edge import Edge, error_response
 from cloudlm.worker.loading import load_model
 from cloudlm.worker.replica import Replica
@@ -137,6 +140,7 @@ def run_worker(
     """
     try:
         check(config)
+        tls = worker_context(config.settings.worker)
         listener = _listen(config.host, config.port)
     except CloudlmError as error:
         return _fail(error.message)
@@ -145,10 +149,13 @@ def run_worker(
         if error.errno == errno.EADDRINUSE:
             return _fail(f"port in use: {where} is taken by another process", EXIT_PORT_IN_USE)
         return _fail(f"cannot listen on {where}: {error.strerror or error}")
+    if tls is None and not is_loopback(config.host):
+        fields = {"host": config.host, "remedy": "worker.tls_cert and worker.tls_client_ca"}
+        logger.warning("worker_without_tls", extra={"fields": fields})
     replica: Replica[Any] = Replica(config, clock or SystemClock())
     kind = Kind(load) if load is not None else kind_of(config)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=_new_loop) as runner:
-        fault = runner.run(_Life(replica, listener, kind).run())
+        fault = runner.run(_Life(replica, listener, kind, tls).run())
     return EXIT_OK if fault is None else _fail(fault)
 
 
@@ -198,18 +205,27 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Life:
     """One run: open the port, load, serve, stop."""
 
-    def __init__(self, replica: Replica[Any], listener: socket.socket, kind: Kind) -> None:
+    def __init__(
+        self,
+        replica: Replica[Any],
+        listener: socket.socket,
+        kind: Kind,
+        tls: LiveContext | None,
+    ) -> None:
         self._replica = replica
         self._listener = listener
         self._kind = kind
-        self._url = _url(listener)
+        self._tls = tls
+        self._url = _url(listener, "http" if tls is None else "https")
         self._fault: str | None = None
 
     async def run(self) -> str | None:
         """Returns why the worker failed, None if it was asked to stop."""
-        server = _Server(self._replica, self._kind.routes)
+        server = _Server(self._replica, self._kind.routes, self._tls)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         minders = [asyncio.create_task(self._bring_up()), asyncio.create_task(self._mind())]
+        if self._tls is not None:
+            minders.append(asyncio.create_task(self._tls.follow()))
         try:
             while not serving.done():
                 done, _ = await asyncio.wait(
@@ -258,17 +274,19 @@ class _Life:
         self._fault = f"{fault}; the worker ends so that it can be restarted"
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - as one reaches it
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class _Server(uvicorn.Server):
     """uvicorn, quiet, with our way of stopping: no new requests, a grace for the running ones, then
     they are ended with an error that says so."""
 
-    def __init__(self, replica: Replica[Any], entries: Sequence[Entry]) -> None:
+    def __init__(
+        self, replica: Replica[Any], entries: Sequence[Entry], tls: ssl.SSLContext | None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 build_app(replica, entries),
@@ -280,6 +298,7 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 timeout_graceful_shutdown=int(replica.config.grace_s) + 5,
                 timeout_keep_alive=75,
+                ssl_context_factory=None if tls is None else lambda *_: tls,
             )
         )
         self._replica = replica
