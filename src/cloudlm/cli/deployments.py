@@ -14,6 +14,7 @@ import yaml
 
 from cloudlm.cli.connect import control_client
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
+from cloudlm.cli.precision import Precision, precision_options
 from cloudlm.cli.screen import (
     age_text,
     print_json,
@@ -70,6 +71,7 @@ def deploy(
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=ADDRESS", help="LoRA adapter to serve as NAME."),
     ] = None,
+    precision: Precision = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     wait: Wait = True,
@@ -88,6 +90,7 @@ def deploy(
             max_replicas=high,
             options={
                 **read_options(option or []),
+                **precision_options(precision, engine),
                 **partition_options(tensor_parallel, pipeline_parallel),
             },
             adapters=read_adapters(adapter or []),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cloudlm.core.errors import BadSetting
-from cloudlm.core.settings import EngineSettings
+from cloudlm.core.settings import FLOATS, EngineSettings
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.native import load_kernels
 from cloudlm.engine.native.contract import Kernels
@@ -111,12 +111,13 @@ def _choose_on_gpu(model: Decoder, settings: EngineSettings, dtype: torch.dtype)
 def _asked_dtype(settings: EngineSettings) -> str:
     if settings.precision == "auto":
         return settings.dtype
-    if settings.dtype not in ("auto", "bfloat16"):
+    numbers = settings.precision if settings.precision in FLOATS else "bfloat16"
+    if settings.dtype not in ("auto", numbers):
         raise BadSetting(
             f"precision is {settings.precision} and dtype is {settings.dtype}: set one of them",
             param="precision",
         )
-    return "bfloat16"
+    return numbers
 
 
 def _obstacle(model: Decoder, device: torch.device, dtype: str) -> str | None:
