@@ -98,8 +98,6 @@ def load_runner(
         from cloudlm.engine.parallel.loading import load_leader
 
         return load_leader(folder, settings, eos_token_ids, tell, stored_precision)
-    if settings.deterministic:
-        settings = replace(settings, kernels=_kernels_when_deterministic(settings))
     name, config, model = build_network(folder)
     checkpoint = open_checkpoint(folder)
     device = pick_device(settings.device)
@@ -161,6 +159,7 @@ def load_runner(
             progress=lambda share: tell(0.6 + 0.3 * share, "packing the weights"),
             stored=choice.stored,
             kept=_packed_file(folder, checkpoint, choice, settings.packed_cache_mb),
+            deterministic=settings.deterministic,
         )
 
     facts = RunnerFacts(
@@ -296,17 +295,6 @@ def lookup_of(settings: EngineSettings) -> Lookup | None:
     return Lookup(
         settings.num_speculative_tokens, settings.prompt_lookup_min, settings.prompt_lookup_max
     )
-
-
-def _kernels_when_deterministic(settings: EngineSettings) -> str:
-    """Batches of one shape exist on PyTorch's path alone. Raises BadSetting."""
-    if settings.kernels == "native" or settings.precision.startswith("int"):
-        raise BadSetting(
-            "deterministic = true is not possible with kernels = native or a quantised precision; "
-            "leave both at auto",
-            param="deterministic",
-        )
-    return "torch"
 
 
 def pick_threads(asked: int, parameters: int) -> int:

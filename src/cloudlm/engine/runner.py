@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import BadSetting, BrokenModel, NotSupported, Unavailable
-from cloudlm.engine.adapters import Adapter, Adapters, read_adapter, sites
+from cloudlm.engine.adapter_files import Adapter, read_adapter, sites
+from cloudlm.engine.adapters import Adapters, Adapting
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.modules import SparseMLP
@@ -82,7 +84,6 @@ class Runner:
         self.block_size = facts.block_size
         self._dtype = first.dtype
         self._sites = sites(model)
-        self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
         self._deterministic = facts.deterministic
         if facts.deterministic and any(isinstance(one, SparseMLP) for one in model.modules()):
@@ -98,6 +99,8 @@ class Runner:
         self._device = first.device
         self._pool = self._make_pool()
         self._device = self._pool.blocks.device  # a path may have moved the network
+        self._loaded: dict[str, Adapter] = {}
+        self._adapters = self._make_adapters()
         self.info = EngineInfo(
             architecture=facts.architecture,
             parameters=parameters,
@@ -124,6 +127,14 @@ class Runner:
             self._dtype,
             self._device,
         )
+
+    def _make_adapters(self) -> Adapting | None:
+        """What adds the loaded adapters from now on; None if nothing here can."""
+        adapters = Adapters(self.model) if self._path is None else self._path.adapters
+        if adapters is not None:
+            for key, adapter in self._loaded.items():
+                adapters.add(key, adapter)
+        return adapters
 
     @torch.inference_mode()
     def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
@@ -167,29 +178,40 @@ class Runner:
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         attend = PagedAttention(chunks, self._pool, self._windows)
         tokens = to_device(np.array(token_ids, dtype=np.int64), self._device)
-        with self._adapters.applied(chunks, self._device):
+        with self._adapted(chunks):
             hidden: Tensor = self.model(tokens, attend.positions, attend)
         return hidden
 
     def read_adapter(self, folder: Path) -> Adapter:
         """The LoRA adapter of ``folder``; from any thread. See ``adapters.read_adapter``."""
-        if self._make_path is not None:
-            raise NotSupported("adapters are not possible on native kernels; set kernels=torch")
         model: Decoder | None = getattr(self, "model", None)
         if model is None:
             raise Unavailable("the model is asleep; wake it first")
+        if self._adapters is None:
+            raise NotSupported("adapters are not possible on these kernels; set kernels=torch")
         return read_adapter(folder, self._sites, model.parameter_name, self._dtype, self._device)
 
     def add_adapter(self, key: str, adapter: Adapter) -> None:
         """From the next step on chunks may name ``key``. Raises NotSupported in deterministic
-        mode, whose batches do not tell adapters apart."""
-        if self._deterministic:
-            raise NotSupported("adapters are not possible with deterministic = true")
-        self._adapters.add(key, adapter)
+        mode on PyTorch's modules, whose batches do not tell adapters apart."""
+        if self._deterministic and self._make_path is None:
+            raise NotSupported(
+                "adapters with deterministic = true need the native kernels (kernels = native)"
+            )
+        self._loaded[key] = adapter
+        if self._adapters is not None:  # or the model sleeps
+            self._adapters.add(key, adapter)
 
     def remove_adapter(self, key: str) -> None:
         """No chunk names ``key`` any more."""
-        self._adapters.remove(key)
+        del self._loaded[key]
+        if self._adapters is not None:
+            self._adapters.remove(key)
+
+    def _adapted(self, chunks: Sequence[Chunk]) -> AbstractContextManager[None]:
+        """While the network's own modules compute ``chunks``."""
+        assert isinstance(self._adapters, Adapters)
+        return self._adapters.applied(chunks, self._device)
 
     def _hidden_in_tiles(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """``hidden``, in batches that are all of the same shape."""
@@ -262,7 +284,7 @@ class Runner:
         system is also asked to forget the weights' files."""
         if self._source is None:
             raise NotSupported("this model was not loaded from files and cannot sleep")
-        self._adapters.detach()
+        self._adapters = None
         del self.model, self._pool
         self._path = None
         give_back()
@@ -276,13 +298,13 @@ class Runner:
         try:
             self._path = None if self._make_path is None else self._make_path(self.model)
             self._pool = self._make_pool()
+            self._adapters = self._make_adapters()
             self.check()
         except BaseException:
             self.__dict__.pop("_pool", None)
-            self._path = None
+            self._path = self._adapters = None
             del self.model
             raise
-        self._adapters.attach(self.model)
 
     def when_lost(self, call: Callable[[str], None]) -> None:
         """Have ``call`` told, from any thread, what this runner cannot go on without and lost:
@@ -290,7 +312,7 @@ class Runner:
 
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
-        for name in ("model", "_pool", "_adapters", "_path"):
+        for name in ("model", "_pool", "_adapters", "_loaded", "_path"):
             self.__dict__.pop(name, None)  # asleep it has two of them no more
 
     def _choices(

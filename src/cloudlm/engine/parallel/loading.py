@@ -13,7 +13,7 @@ import torch
 
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import EngineSettings
-from cloudlm.engine.adapters import Site, sites
+from cloudlm.engine.adapter_files import Site, sites
 from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.formats.opening import open_checkpoint
 from cloudlm.engine.load import (

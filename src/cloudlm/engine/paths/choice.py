@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,7 +56,7 @@ def choose_path(
     quantised = settings.precision.startswith("int")
     asked = _asked_dtype(settings)
     if device.type == "cuda":
-        return _choose_on_gpu(model, settings, pick_dtype(asked))
+        return _choose_on_gpu(model, _alike_on_gpu(settings), pick_dtype(asked))
     wanted = settings.kernels == "native" or quantised
     obstacle = _obstacle(model, device, asked)
     if wanted and obstacle is not None:
@@ -84,6 +84,13 @@ def choose_path(
             )
         if not quantised:
             return Choice(dtype, precision)
+        if settings.deterministic:
+            raise BadSetting(
+                f"deterministic = true with precision = {settings.precision} needs the native "
+                "library, which is refused or cannot be had here (the log says why); install a C++ "
+                "compiler, or set one of them to its default",
+                param="deterministic",
+            )
         _logger.warning("quantised_without_library", extra={"fields": {"precision": precision}})
     fields = {"name": kernels.name, "precision": precision, "stored": kept}
     _logger.info("kernels", extra={"fields": fields})
@@ -106,6 +113,19 @@ def _choose_on_gpu(model: Decoder, settings: EngineSettings, dtype: torch.dtype)
     if operations != "triton":
         _logger.warning("triton_not_used", extra={"fields": {"obstacle": obstacle}})
     return Choice(dtype, precision, operations=operations)
+
+
+def _alike_on_gpu(settings: EngineSettings) -> EngineSettings:
+    """On GPUs batches of one shape exist on PyTorch's modules alone. Raises BadSetting."""
+    if not settings.deterministic:
+        return settings
+    if settings.kernels == "native" or settings.precision.startswith("int"):
+        raise BadSetting(
+            "deterministic = true is not possible on a GPU with kernels = native or a quantised "
+            "precision; leave both at auto",
+            param="deterministic",
+        )
+    return replace(settings, kernels="torch")
 
 
 def _asked_dtype(settings: EngineSettings) -> str:
