@@ -474,7 +474,7 @@ def test_alike_tokens_attend_alike_however_their_prompts_are_cut(
         """The answers of parts of one sequence, each as a sequence of its own."""
         queries = [Query(start, count, table, alike=True) for start, count in parts]
         asked = torch.cat([query[start : start + count] for start, count in parts])
-        plan = plan_attention(queries, 32, window=window, share=False)
+        plan = plan_attention(queries, 32, window=window)
         return kernels.attention(asked, cache, plan, torch.empty_like(asked), 0.1)
 
     alone = {position: attend([(position, 1)])[0] for position in positions}
@@ -484,11 +484,31 @@ def test_alike_tokens_attend_alike_however_their_prompts_are_cut(
             (begin, position - begin + chance.randint(1, 50))
             for begin, position in zip(begins, positions, strict=True)
         ]
+        if chance.random() < 0.3:  # single tokens, which share what stands before them
+            parts = [(position, 1) for position in positions]
         order = chance.sample(range(len(parts)), chance.randint(1, len(parts)))
         answers = attend([parts[at] for at in order]).split([parts[at][1] for at in order])
         for at, answer in zip(order, answers, strict=True):
             place = positions[at] - parts[at][0]
             assert torch.equal(answer[place], alone[positions[at]])
+
+
+def test_alike_tokens_share_whole_stretches_only(kernels: Kernels) -> None:
+    """Sixteen behind the same 2,080 tokens read 2,048 of them once, and get what each gets alone."""
+    cache = layer_cache(120, 2, 64, 32)
+    head, start = list(range(65)), 2 * MAX_KEYS + 33
+    queries = [Query(start, 1, [*head, 65 + i], alike=True) for i in range(16)]
+    plan = plan_attention(queries, 32)
+    shared = [piece[3:5] for piece in plan.pieces.tolist() if piece[1] == 16]
+    assert shared == [[0, MAX_KEYS], [MAX_KEYS, 2 * MAX_KEYS]]
+    query = torch.randn(16, 4 * 64).bfloat16()
+    together = kernels.attention(query, cache, plan, torch.empty_like(query), 0.1)
+    for row, one in enumerate(queries):
+        asked = query[row : row + 1]
+        alone = kernels.attention(
+            asked, cache, plan_attention([one], 32), torch.empty_like(asked), 0.1
+        )
+        assert torch.equal(together[row], alone[0])
 
 
 def test_slots_beyond_the_limit_are_never_seen(kernels: Kernels) -> None:

@@ -30,7 +30,7 @@ class Query:
     """The tokens of one sequence in the step: ``count`` of them from position ``start``, in
     consecutive rows of the batch. ``table`` covers all positions up to the last. ``alike``: each
     token is to get to the bit what it would get as the only one of its sequence. If all queries
-    are, and nothing is shared, a token's answer depends on its position alone."""
+    are, a token's answer depends on its position alone, not on who shares its keys."""
 
     start: int
     count: int
@@ -61,7 +61,7 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan of one step; the rows of the batch are the tokens of ``queries`` in order.
     ``window``: a token sees so many positions at most, its own included. ``share=False`` gives
-    every sequence its own pieces: then no answer depends on the others in the batch."""
+    every sequence its own pieces."""
     plan = _Draft(block_size, window or 0)
     row, rows = 0, []
     for query in queries:
@@ -177,6 +177,9 @@ def _groups(queries: Sequence[Query], block_size: int) -> list[tuple[list[int], 
         tables = np.array([queries[i].table[:full] for i in members])
         alike = (tables == tables[0]).all(axis=0)
         blocks = full if alike.all() else int(alike.argmin())
-        if blocks * block_size >= MIN_SHARED_KEYS:
-            groups.append((members, blocks * block_size))
+        keys = blocks * block_size
+        if any(queries[i].alike for i in members):
+            keys -= keys % MAX_KEYS  # as they are cut where nothing is shared
+        if keys >= MIN_SHARED_KEYS:
+            groups.append((members, keys))
     return groups

@@ -51,6 +51,7 @@ class NativeAdapters:
         self._places = places
         self._way = way
         self._adapters: dict[str, _Shares] = {}
+        self._ungated = [kernels.ungated(layer.gate_up) for layer in layers]
 
     def add(self, key: str, adapter: Adapter) -> None:
         """See ``Adapting``."""
@@ -59,7 +60,7 @@ class NativeAdapters:
             place = self._places[path]
             fused.setdefault((place.layer, place.matrix), []).append((place.first, pair))
         self._adapters[key] = {
-            (layer, matrix): self._share(getattr(self._layers[layer], matrix), parts)
+            (layer, matrix): self._share(layer, matrix, parts)
             for (layer, matrix), parts in fused.items()
         }
 
@@ -73,12 +74,14 @@ class NativeAdapters:
         if not rows:
             return None
         active = [(self._adapters[key], places) for key, places in rows]
-        return AdapterAdditions(self._kernels, self._layers, active, eps, self._way)
+        ungated = [weight for weight, _ in self._ungated]
+        return AdapterAdditions(self._kernels, ungated, active, eps, self._way)
 
     @torch.inference_mode()
-    def _share(self, weight: Packed, parts: Sequence[tuple[int, Pair]]) -> _Share:
+    def _share(self, layer: int, matrix: str, parts: Sequence[tuple[int, Pair]]) -> _Share:
         """Parts of a fused matrix, from their first rows on: downs below each other, ups each in
         its own rows and columns."""
+        weight: Packed = getattr(self._layers[layer], matrix)
         down = torch.cat([pair.down for _, pair in parts])
         up = down.new_zeros((1 + weight.gated) * weight.outputs, len(down))
         rank = 0
@@ -87,7 +90,7 @@ class NativeAdapters:
             up[first : first + outputs, rank : rank + own] = pair.up
             rank += own
         if weight.gated:
-            _, order = self._kernels.ungated(weight)
+            order = self._ungated[layer][1]
             up = torch.where(order[:, None] >= 0, up[order], 0.0)
         pack = self._kernels.pack
         return _Share(pack(down.bfloat16().contiguous()), pack(up.bfloat16().contiguous()))
@@ -99,13 +102,13 @@ class AdapterAdditions:
     def __init__(
         self,
         kernels: Kernels,
-        layers: Sequence[StackLayer],
+        ungated: Sequence[Packed],
         active: Sequence[tuple[_Shares, Rows]],
         eps: float,
         way: Path,
     ) -> None:
         self._kernels = kernels
-        self._layers = layers
+        self._ungated = ungated
         self._active = active
         self._eps = eps
         self._way = way
@@ -114,7 +117,7 @@ class AdapterAdditions:
         """See ``Additions``."""
         if not any((layer, "gate_up") in shares for shares, _ in self._active):
             return None
-        return self._kernels.ungated(self._layers[layer].gate_up)[0]
+        return self._ungated[layer]
 
     def add(
         self, layer: int, matrix: str, x: Tensor, out: Tensor, norm: Tensor | None = None

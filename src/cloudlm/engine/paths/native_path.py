@@ -198,10 +198,7 @@ class NativePath:
             for chunk in chunks
         ]
         plans = [
-            plan_attention(
-                queries, self.pool.block_size, window=window, share=not self._deterministic
-            )
-            for window in self._windows
+            plan_attention(queries, self.pool.block_size, window=window) for window in self._windows
         ]
         hidden = functional.embedding(token_ids, self._embeddings).float()
         rotary = self._rotary(positions)
