@@ -49,13 +49,18 @@ def _of_precision(bits: str, rows: list[dict[str, Any]]) -> str:
     out.append(
         "| *limit* | " + " | ".join(f"*{limits[name]:.4g}*" for name in COLUMNS) + " | | | |"
     )
-    ours = next((line for line in rows if line["name"] == "cloudlm"), None)
-    if ours:
-        peers = [line for line in rows if line["name"] != "cloudlm"]
-        out.append(_compared("share of the limit", ours, lambda name: limits[name]))
+    peers = [line for line in rows if not _is_ours(line)]
+    for ours in filter(_is_ours, rows):
+        name = ours["name"]
+        out.append(_compared(f"{name}: share of the limit", ours, lambda name: limits[name]))
         if peers:
-            out.append(_compared("against the best peer", ours, lambda name: _best(peers, name)))
+            best = _compared(f"{name}: against the best peer", ours, lambda w: _best(peers, w))
+            out.append(best)
     return "\n".join(out) + "\n"
+
+
+def _is_ours(line: dict[str, Any]) -> bool:
+    return str(line["name"]).startswith("cloudlm")
 
 
 def _same_work(lines: list[dict[str, Any]]) -> str:

@@ -46,8 +46,8 @@ def test_ratios_are_above_one_where_ours_is_ahead(report: Any, tmp_path: Path) -
     failed = {"name": "broken", "bits": "bf16", "state": lines[0]["state"], "failed": "exit 1"}
     results.write_bytes(b"\n".join(msgspec.json.encode(line) for line in [*lines, failed]))
     table = report.table(results, Namespace(threads=2, runs=1), ["vllm is not installed"])
-    assert "| against the best peer | **2.00** | - | - | **1.50** | - |" in table
-    assert "| share of the limit | **0.81** |" in table  # 24.78 tokens/s at 24 GB/s
+    assert "| cloudlm: against the best peer | **2.00** | - | - | **1.50** | - |" in table
+    assert "| cloudlm: share of the limit | **0.81** |" in table  # 24.78 tokens/s at 24 GB/s
     assert "broken | exit 1" in table
     assert "vllm is not installed" in table
 

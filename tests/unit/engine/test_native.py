@@ -592,14 +592,18 @@ def test_a_stack_is_its_layers_one_by_one(
         ]
 
     own = layers(kernels)
-    whole = kernels.run_stack(kernels.stack(own), hidden.clone(), rotary, slots, plans, 0.1)
-    again = run_layers(kernels, layers(kernels), hidden.clone(), rotary, slots, plans, 0.1)
+    norm = torch.rand(size)
+    stack, others = kernels.stack(own), layers(kernels)
+    whole = kernels.run_stack(stack, hidden.clone(), rotary, slots, plans, 0.1, norm=norm)
+    again = run_layers(kernels, others, hidden.clone(), rotary, slots, plans, 0.1, norm=norm)
     assert torch.equal(whole, again)
     right = layers(reference)
     expected = reference.run_stack(
-        reference.stack(right), hidden.clone(), rotary, slots, plans, 0.1
+        reference.stack(right), hidden.clone(), rotary, slots, plans, 0.1, norm=norm
     )
     assert off(whole, expected) < 2 * UNIT  # two layers, each rounding its activations to bf16
+    with pytest.raises(ValueError, match="norm is"):
+        kernels.run_stack(stack, hidden, rotary, slots, plans, 0.1, norm=norm[1:])
     for one, other in zip(own, right, strict=True):
         assert off(one.cache.keys, other.cache.keys) < 4 * UNIT
 

@@ -176,8 +176,10 @@ class Kernels(Protocol):
         plans: Sequence[AttentionPlan],
         scale: float,
         *,
+        norm: Tensor | None = None,
         path: Path = "auto",
     ) -> Tensor:
         """All layers, one behind the other: ``hidden`` float32 [tokens, size] is changed in place.
-        ``rotary.eps`` is every norm's; the norms of ``rotary`` are left to the layers."""
+        ``norm`` float32 [size] is the RMS norm of what comes out, if there is one. ``rotary.eps``
+        is every norm's; the norms of ``rotary`` are left to the layers."""
         ...

@@ -174,10 +174,11 @@ class TorchKernels:
         plans: Sequence[AttentionPlan],
         scale: float,
         *,
+        norm: Tensor | None = None,
         path: Path = "auto",
     ) -> Tensor:
         """See ``Kernels``."""
-        return run_layers(self, stack, hidden, rotary, slots, plans, scale, path=path)
+        return run_layers(self, stack, hidden, rotary, slots, plans, scale, norm=norm, path=path)
 
 
 def run_layers(
@@ -189,6 +190,7 @@ def run_layers(
     plans: Sequence[AttentionPlan],
     scale: float,
     *,
+    norm: Tensor | None = None,
     path: Path = "auto",
     more: Additions | None = None,
 ) -> Tensor:
@@ -219,7 +221,7 @@ def run_layers(
         kernels.linear(layer.down, inner, hidden, add=True, path=path)
         if more is not None:
             more.add(number, "down", inner, hidden)
-    return hidden
+    return hidden if norm is None else kernels.rms_norm(hidden, norm, eps, hidden)
 
 
 def _head_dim(cache: LayerCache) -> int:

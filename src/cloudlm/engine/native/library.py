@@ -209,6 +209,7 @@ class NativeKernels:
         plans: Sequence[AttentionPlan],
         scale: float,
         *,
+        norm: Tensor | None = None,
         path: Path = "auto",
     ) -> Tensor:
         """See ``Kernels``."""
@@ -221,13 +222,15 @@ class NativeKernels:
             raise ValueError("hidden must be contiguous float32")
         if len(slots) != tokens or any(plan.tokens != tokens for plan in plans):
             raise ValueError(f"slots and plans must be those of {tokens} tokens")
+        if norm is not None and norm.shape != hidden.shape[1:]:
+            raise ValueError(f"norm is {tuple(norm.shape)}, expected ({hidden.shape[1]},)")
         width = rotary.heads * dim
         sizes = (first.qkv.outputs, width, first.gate_up.outputs)
         rooms = [torch.empty(tokens, size, dtype=torch.bfloat16) for size in sizes]
         structs = [_attention_struct(plan, cache, rotary.heads, scale) for plan in plans]
         array = (c.AttentionStruct * len(plans))(*structs)
         struct = c.StackStruct(
-            hidden.data_ptr(), tokens, hidden.shape[1], c.PATHS[path], rotary.eps,
+            hidden.data_ptr(), tokens, hidden.shape[1], c.PATHS[path], rotary.eps, _at(norm),
             *(room.data_ptr() for room in rooms),
             c.RopeStruct(
                 None, sizes[0], rotary.heads, rotary.kv_heads, dim,

@@ -93,7 +93,7 @@ class StackStruct(ctypes.Structure):
         ("hidden", c_void_p),
         *_fields(c_int32, "tokens size path"),
         ("eps", c_float),
-        *_fields(c_void_p, "qkv seen inner"),
+        *_fields(c_void_p, "norm qkv seen inner"),
         ("rope", RopeStruct),
         ("plans", c_void_p),
     ]

@@ -205,10 +205,10 @@ class NativePath:
         step = (hidden, rotary, slots, plans, config.scale)
         more = self._adapters.additions(chunks, config.norm_eps)
         if more is None:
-            self._kernels.run_stack(self._stack, *step, path=self._way)
-        else:
-            run_layers(self._kernels, self._layers, *step, path=self._way, more=more)
-        return self._kernels.rms_norm(hidden, self._norm, config.norm_eps, hidden)
+            return self._kernels.run_stack(self._stack, *step, norm=self._norm, path=self._way)
+        return run_layers(
+            self._kernels, self._layers, *step, norm=self._norm, path=self._way, more=more
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``ComputePath``."""

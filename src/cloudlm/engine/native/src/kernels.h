@@ -92,6 +92,7 @@ struct Stack {
   float* hidden;                 // [tokens][size], contiguous
   int32_t tokens, size, path;
   float eps;
+  const float* norm;             // of what comes out, or null
   uint16_t *qkv, *seen, *inner;  // bf16 room: [tokens][(heads + 2 kv_heads) * dim], [heads * dim], [mlp]
   Rope rope;                     // all but qkv, norms and cache
   const Attention* plans;        // all but q, out and cache

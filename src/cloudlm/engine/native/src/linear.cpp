@@ -565,6 +565,24 @@ Cut cut(const Linear& w, int tokens, int members) {
   return c;
 }
 
+// The next piece of `total` in a row for a member: half of a fair share of what is left, so that
+// most of it is read in long stretches (what is prefetched beyond an end is read by nobody) while
+// the last pieces, whose ends everybody waits for, are short. False: all is dealt out.
+bool deal(Team& team, int total, int& first, int& last) {
+  const int twice = 2 * team.size();
+  int left = total;
+  for (int i = team.claim(); left > 0; i--) {
+    const int size = ceil_div(left, twice);
+    if (!i) {
+      first = total - left;
+      last = first + size;
+      return true;
+    }
+    left -= size;
+  }
+  return false;
+}
+
 bool prepare_alone(const Linear& w, int tokens, int members) {
   return size_t(tokens) * w.k <= PRIVATE_LIMIT || members == 1;
 }
@@ -597,8 +615,8 @@ void linear(Team& team, int me, const Linear& w, const Input& in, const Output& 
   }
   const bool tiles = HAS_TILES && (path == PATH_TILES || (path == PATH_AUTO && (w.kind == BF16 || tokens > 4)));
   if (!tiles) {
-    for (int panel; (panel = team.claim()) < w.panels;)
-      panel_by_dots(w, p, out, panel, 0, tokens);
+    for (int first, last; deal(team, w.panels, first, last);)
+      for (int panel = first; panel < last; panel++) panel_by_dots(w, p, out, panel, 0, tokens);
     return team.meet();
   }
   configure_tiles(w.kind == INT4 && w.group == 32 ? 32 : 64);
@@ -606,12 +624,13 @@ void linear(Team& team, int me, const Linear& w, const Input& in, const Output& 
   const Cut c = cut(w, tokens, team.size());
   char* room = (char*)team.own(me, 2);
   float* sums = (float*)team.own(me, 4);
-  for (int i; (i = team.claim()) < c.chunks * c.spans;) {
-    const int first = i / c.spans * c.chunk, last = first + c.chunk < w.panels ? first + c.chunk : w.panels;
-    const int begin = i % c.spans * c.span, end = begin + c.span < strips ? begin + c.span : strips;
-    if (c.square) square_by_tiles(w, p, out, first, last, begin, end, tokens, room, sums);
-    else panels_by_tiles(w, p, out, first, last, begin, end, tokens, room);
-  }
+  for (int from, to; deal(team, c.chunks * c.spans, from, to);)
+    for (int i = from; i < to; i++) {
+      const int first = i / c.spans * c.chunk, last = first + c.chunk < w.panels ? first + c.chunk : w.panels;
+      const int begin = i % c.spans * c.span, end = begin + c.span < strips ? begin + c.span : strips;
+      if (c.square) square_by_tiles(w, p, out, first, last, begin, end, tokens, room, sums);
+      else panels_by_tiles(w, p, out, first, last, begin, end, tokens, room);
+    }
   release_tiles();
   team.meet();
 }

@@ -32,4 +32,7 @@ void run_stack(Team& team, int me, const Layer* layers, int count, const Stack& 
     linear(team, me, layer.gate_up, after, {s.inner, TYPE_BF16, inner}, s.tokens, s.path);
     linear(team, me, layer.down, {s.inner, TYPE_BF16, inner, nullptr, 0}, add, s.tokens, s.path);
   }
+  if (s.norm)
+    rms_norm(team, me, {s.hidden, TYPE_F32, s.size, s.norm, s.eps}, nullptr,
+             {s.hidden, TYPE_F32, s.size}, s.tokens, s.size);
 }
