@@ -12,7 +12,7 @@ from cloudlm.engine.sequence import Sequence
 
 
 class Prefixes:
-    """Sequences as blocks of ``pool``, which are found by the hash of all tokens up to their end."""
+    """Sequences as blocks of ``pool``; a block is found by the hash of all tokens up to its end."""
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool

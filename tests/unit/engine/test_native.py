@@ -494,7 +494,7 @@ def test_alike_tokens_attend_alike_however_their_prompts_are_cut(
 
 
 def test_alike_tokens_share_whole_stretches_only(kernels: Kernels) -> None:
-    """Sixteen behind the same 2,080 tokens read 2,048 of them once, and get what each gets alone."""
+    """Sixteen behind the same 2,080 tokens read 2,048 of them once, with each one's own answers."""
     cache = layer_cache(120, 2, 64, 32)
     head, start = list(range(65)), 2 * MAX_KEYS + 33
     queries = [Query(start, 1, [*head, 65 + i], alike=True) for i in range(16)]
