@@ -222,7 +222,8 @@ def errors_page() -> str:
     classes: list[type[CloudlmError]] = [CloudlmError]
     for cls in classes:
         classes.extend(cls.__subclasses__())
-    for cls in sorted((c for c in classes if c.code), key=lambda c: (c.status, str(c.code))):
+    named = (c for c in classes if c.code and "code" in vars(c))  # others share their base's
+    for cls in sorted(named, key=lambda c: (c.status, str(c.code))):
         meaning = re.sub(r"\s+", " ", (cls.__doc__ or "").strip())
         lines.append(f"| `{cls.code}` | {cls.status} | `{cls.type}` | {cls.retry} | {meaning} |\n")
     return "".join(lines)

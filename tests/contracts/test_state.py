@@ -50,6 +50,7 @@ from cloudlm.core.deployment import (
 )
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from cloudlm.core.job import Job, JobState
+from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.core.usage import UsageQuery
 from cloudlm.state.base import State
@@ -57,7 +58,12 @@ from cloudlm.state.migrations import VERSION_TABLE
 from cloudlm.state.open import open_state
 from cloudlm.state.tables import metadata
 
-SPEC = DeploymentSpec("bank", "models:/starter/1", options={"dtype": "float32", "kv_cache_mb": 64})
+SPEC = DeploymentSpec(
+    "bank",
+    "models:/starter/1",
+    options={"dtype": "float32", "kv_cache_mb": 64},
+    routing=Routing(Policy.POWER_OF_TWO, "x-user-id", 0.5),
+)
 ODD = "odd \0 \\u0041 \\ \ud800 ü 猫 '; DROP TABLE jobs; --"
 
 

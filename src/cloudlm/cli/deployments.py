@@ -29,6 +29,7 @@ from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
+from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
 from cloudlm.state.home import yaml_fault
@@ -72,6 +73,9 @@ def deploy(
         typer.Option("--adapter", metavar="NAME=ADDRESS", help="LoRA adapter to serve as NAME."),
     ] = None,
     precision: Precision = None,
+    policy: Annotated[
+        Policy, typer.Option("--policy", help="How requests are spread over the replicas.")
+    ] = Policy.LEAST_COST,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     wait: Wait = True,
@@ -94,6 +98,7 @@ def deploy(
                 **partition_options(tensor_parallel, pipeline_parallel),
             },
             adapters=read_adapters(adapter or []),
+            routing=Routing(policy),
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output)

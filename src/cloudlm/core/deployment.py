@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from cloudlm.core.routing import DEFAULT_ROUTING, Routing
+
 
 @dataclass(frozen=True, slots=True)
 class DeploymentSpec:
@@ -22,7 +24,7 @@ class DeploymentSpec:
     (``max_model_len``, ``dtype`` …) and ``env`` extra environment of the replica.
     ``asleep`` puts the replicas to sleep (true) or keeps them awake (false); None leaves each as
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
-    the address of each.
+    the address of each. ``routing`` is how requests are spread over the replicas.
     """
 
     name: str
@@ -37,6 +39,7 @@ class DeploymentSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     asleep: bool | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
+    routing: Routing = DEFAULT_ROUTING
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Deployment:
                 target_ongoing_requests=self.spec.target_ongoing_requests,
                 max_surge=self.spec.max_surge,
                 asleep=self.spec.asleep,
+                routing=self.spec.routing,
             )
             == self.spec
         )

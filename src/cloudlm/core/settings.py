@@ -88,6 +88,11 @@ class GatewaySettings:
     )
     cache_mb: int = setting(64, "Memory for such answers, MiB.", low=1, high=1 << 20)
     cache_ttl_s: float = setting(3600.0, "How long such an answer is used, seconds.", low=0.001)
+    routes: str = setting(
+        "",
+        "Names that several models stand behind, 'name = model:weight + model | next priority "
+        "> fallback ^ larger window; …'.",
+    )
     prices: str = setting(
         "",
         "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",

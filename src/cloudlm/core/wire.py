@@ -32,6 +32,7 @@ from cloudlm.core.model import (
     check_name,
     manifest_from_body,
 )
+from cloudlm.core.routing import routing_body, routing_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
     MAX_ADDRESS_LENGTH,
@@ -111,6 +112,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "env": dict(spec.env),
         "asleep": spec.asleep,
         "adapters": [{"name": name, "model": model} for name, model in spec.adapters.items()],
+        "routing": routing_body(spec.routing),
     }
 
 
@@ -352,6 +354,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         env=env,
         asleep=None if fields.raw("asleep", None) is None else fields.flag("asleep"),
         adapters=_adapters(fields),
+        routing=routing_from_body(fields.raw("routing", {})),
     )
 
 

@@ -12,6 +12,7 @@ from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, InternalError, RequestCancelled
 from cloudlm.core.price import FREE
+from cloudlm.core.routing import DEFAULT_ROUTING
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.gateway.exchange import unique
 from cloudlm.gateway.interrupt import Interrupt
@@ -56,17 +57,31 @@ class Exchange:
         self.answered = False
         self.prompt_keys: tuple[bytes, ...] = ()
         self.route = ""
+        self.asked = ""  # the route that the client named, if it is not the model
+        self.routing = DEFAULT_ROUTING  # the model's
+        self.session = b""  # empty: none, or nobody needs to know
         self._on_end: list[Callable[[], None]] = []
+        self._on_leave: list[Callable[[], None]] = []
 
     def at_end(self, action: Callable[[], None]) -> None:
         """Do something once when the exchange ends, last added first done."""
         self._on_end.append(action)
+
+    def at_leave(self, action: Callable[[], None]) -> None:
+        """Do something once when the exchange leaves its model: for another one, or at its end."""
+        self._on_leave.append(action)
+
+    def leave(self) -> None:
+        """The exchange gives back what it holds of its model."""
+        while self._on_leave:
+            self._on_leave.pop()()
 
     def end(self, outcome: Outcome, status: int) -> None:
         """The exchange is over. Only the first call counts."""
         if self.outcome is not None:
             return
         self.outcome = outcome
+        self.leave()
         while self._on_end:
             self._on_end.pop()()
         elapsed_s = self.clock.monotonic() - self.started

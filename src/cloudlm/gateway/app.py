@@ -33,9 +33,10 @@ from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
+from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.model_routes import read_routes
 from cloudlm.gateway.refusals import Refusals
-from cloudlm.gateway.router import Loads
 from cloudlm.gateway.server import GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
@@ -65,7 +66,8 @@ class Gateway:
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
-        self.view = View(state, clock)
+        routes = read_routes(settings.routes)
+        self.view = View(state, clock, routes=routes)
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
         self.view.on_change.append(self.gate.follow)
@@ -99,6 +101,7 @@ class Gateway:
                 ledger=self.ledger,
                 meter=self.meter,
                 weights=read_weights(settings.tenant_weights),
+                routes=routes,
                 refused=self.refusals.note,
             )
         )

@@ -14,8 +14,9 @@ import asyncio
 import functools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -32,33 +33,39 @@ from cloudlm.core.errors import (
     Retry,
     UpstreamFailed,
 )
+from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
+from cloudlm.gateway.courses import LARGE_BODY_BYTES, Course, Courses
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.dialects import openai, routes
 from cloudlm.gateway.dialects.base import Asker, Dialect, Route
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
 from cloudlm.gateway.gate import Gate
+from cloudlm.gateway.hedge import Race, quickest
+from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
+from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.model_routes import ModelRoute
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
-from cloudlm.gateway.retry import RetryBudget, full_jitter
-from cloudlm.gateway.router import Loads, choose
-from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
+from cloudlm.gateway.retry import HedgeBudget, RetryBudget, full_jitter
+from cloudlm.gateway.router import choose
+from cloudlm.gateway.sessions import session_of
+from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable, Upstream
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
 ASLEEP_RETRY_AFTER_S = 30.0
-LARGE_BODY_BYTES = 256 * 1024
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
@@ -80,6 +87,7 @@ class Rooms:
     ledger: Ledger
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
+    routes: Mapping[str, ModelRoute] = field(default_factory=dict)
     fraction: Callable[[], float] = random.random
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
@@ -90,12 +98,14 @@ class Handler:
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
         self._budgets: dict[str, RetryBudget] = {}
+        self._hedges: dict[str, HedgeBudget] = {}
         self._open: set[Exchange] = set()
         self._keys = KnownKeys()
         self._tenants = Tenants(rooms.pepper, rooms.weights)
         self.recall = Recall(
             rooms.settings, rooms.pepper, rooms.clock, rooms.view, rooms.ledger, self._headers
         )
+        self._courses = Courses(rooms, self._budget)
         rooms.view.on_change.append(self._follow)
 
     # The straight path ---------------------------------------------------------------------------
@@ -143,14 +153,33 @@ class Handler:
             call = route.parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
             call = await asyncio.to_thread(route.parse, request, name, asker)
+        course = await self._courses.of(exchange, request.headers, call)
+        while True:
+            try:
+                return await self._ask(exchange, request, course, asker)
+            except CloudlmError as error:
+                if not self._courses.turn(course, exchange, error):
+                    raise
+
+    async def _ask(
+        self, exchange: Exchange, request: GatewayRequest, course: Course, asker: Asker
+    ) -> GatewayResponse:
+        """Ask the model that the course is at."""
+        assert exchange.key is not None
+        call, view = await course.call(), self._rooms.view.snapshot()
         known = view.models.get(call.model)
-        if known is None or not known.endpoints or known.asleep:
+        if (known is None or not known.endpoints or known.asleep) and not course.others:
             view = await self._rooms.view.look_again()
-        model = view.model(call.model, exchange.key)
+        model = view.deployed(call.model, exchange.key)
         self._expect(exchange, model)
         ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
         ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
-        ticket.cost = await self._rooms.limiter.reserve(exchange, call, view)
+        if course.tokens is None:
+            reserve = self._rooms.limiter.reserve
+            course.tokens = await reserve(exchange, call, view, course.others)
+        self._rooms.limiter.price(exchange, call.model)
+        ticket.cost = course.tokens
+        self._note_routing(exchange, request, call, model.routing)
         question = self.recall.question(exchange, request, call, model)
         answer = question.known()
         if answer is not None:
@@ -201,13 +230,26 @@ class Handler:
                 retry_after_s=ASLEEP_RETRY_AFTER_S,
             )
         rooms.meter.entered(model.name)
-        exchange.at_end(lambda: rooms.meter.left(model.name))
+        exchange.at_leave(lambda: rooms.meter.left(model.name))
+
+    def _note_routing(
+        self, exchange: Exchange, request: GatewayRequest, call: Call, routing: Routing
+    ) -> None:
+        exchange.routing = routing
+        if routing.policy is Policy.SESSION_AFFINITY and exchange.key is not None:
+            tenant, header = exchange.key.tenant, routing.session_header
+            exchange.session = session_of(tenant, request.headers, header, call.body)
+
+    def _budget(self, model: str) -> RetryBudget:
+        return self._budgets.setdefault(model, RetryBudget())
 
     async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
         """Try replicas until one answers, the attempts or the budget are used up, or none is
         left; then the last replica's verdict stands."""
-        budget = self._budgets.setdefault(call.model, RetryBudget())
+        budget = self._budget(call.model)
         budget.count_request(self._rooms.clock.monotonic())
+        if exchange.routing.hedge_after_s:
+            self._hedges.setdefault(call.model, HedgeBudget()).count_request()
         tried: set[str] = set()
         if exchange.key is not None:
             exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
@@ -220,7 +262,7 @@ class Handler:
         while True:
             tried.add(endpoint.replica)
             try:
-                return await self._attempt(exchange, call, endpoint)
+                return await self._try(exchange, call, endpoint, tried)
             except CloudlmError as error:
                 if not self._may_retry(exchange, call, error, tried, budget):
                     raise
@@ -233,19 +275,48 @@ class Handler:
                 raise last
             self._rooms.meter.retried(call.model)
 
-    async def _attempt(self, exchange: Exchange, call: Call, endpoint: Endpoint) -> GatewayResponse:
+    async def _try(
+        self, exchange: Exchange, call: Call, endpoint: Endpoint, tried: set[str]
+    ) -> GatewayResponse:
+        """One attempt, and another beside it if it is slow and the deployment wants that."""
+        after_s = exchange.routing.hedge_after_s
+        if not after_s:
+            return await self._attempt(exchange, call, endpoint)
+        race = Race()
+
+        def second() -> Coroutine[Any, Any, GatewayResponse] | None:
+            other = self._hedge(exchange, call, tried)
+            return None if other is None else self._attempt(exchange, call, other, race)
+
+        first = self._attempt(exchange, call, endpoint, race)
+        return await quickest(first, second, after_s, exchange.interrupt, _discard)
+
+    async def _attempt(
+        self, exchange: Exchange, call: Call, endpoint: Endpoint, race: Race | None = None
+    ) -> GatewayResponse:
         rooms, replica = self._rooms, endpoint.replica
         exchange.attempts += 1
         exchange.replica = replica
         exchange.revision = endpoint.revision
-        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
-        exchange.route = f"least-cost; known={len(exchange.prompt_keys) - blocks}"
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
+        turn = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        policy = exchange.routing.policy.replace("_", "-")
+        route = f"{policy}; known={len(exchange.prompt_keys) - turn.blocks}"
+        if exchange.asked:
+            route += f"; via={exchange.asked}"
+        exchange.route = route
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, turn))
         said = self._said(exchange) | (RESUMABLE if call.stream else {})
         answer: Answer | None = None
+
+        def win() -> None:
+            if race is not None:
+                race.claim()
+            exchange.replica, exchange.revision = replica, endpoint.revision
+            exchange.route = route
+
         try:
             deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
-            with exchange.interrupt:
+            with exchange.interrupt if race is None else Interrupt():
                 answer = await rooms.upstream.send(
                     endpoint.url + call.path,
                     call.body,
@@ -259,18 +330,19 @@ class Handler:
                     resumer = Resumer(rooms, exchange, call, revision, said, self._judge)
                     relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
+                    win()
                     rooms.loads.answered(replica)
                     headers = {"content-type": relay.content_type, **_STREAM_HEADERS}
                     return GatewayResponse(200, self._headers(exchange, headers), relay)
                 raw = await answer.whole(max(deadline - rooms.clock.monotonic(), 0.0))
             answer.close()
-            return self._whole(exchange, attempt, call, raw)
+            return self._whole(exchange, attempt, call, raw, win)
         except BaseException as error:
             if answer is not None:
                 answer.close()
             known = error if isinstance(error, CloudlmError) else None
             if isinstance(error, asyncio.CancelledError):
-                known = RequestCancelled("the request was cancelled")
+                known = exchange.interrupt.error or RequestCancelled("the request was cancelled")
             if known is not None:
                 self._judge(replica, known)
             attempt.fail(known or InternalError("the gateway failed"))
@@ -285,12 +357,18 @@ class Handler:
             elif error.answered_status >= 500 and error.elsewhere:
                 self._rooms.loads.failed(replica, now)
         elif error.retry is Retry.ELSEWHERE:
-            self._rooms.loads.failed(replica, now)
+            away = isinstance(error, Unreachable)
+            self._rooms.loads.failed(replica, now, unreachable=away)
 
     def _whole(
-        self, exchange: Exchange, attempt: Attempt, call: Call, raw: bytes
+        self,
+        exchange: Exchange,
+        attempt: Attempt,
+        call: Call,
+        raw: bytes,
+        win: Callable[[], None],
     ) -> GatewayResponse:
-        """An answer that came in one piece."""
+        """An answer that came in one piece. It stands once ``win`` has not raised."""
         body = openai.decode(raw)
         field = call.result_field
         if body is None or (field is not None and not isinstance(body.get(field), list)):
@@ -299,6 +377,7 @@ class Handler:
             raise UpstreamFailed("a replica gave up on the answer")
         usage = openai.usage_of(body)
         answer = openai.rendering(call).whole(body)
+        win()
         if call.generates:
             attempt.first_content()
         if field is not None and usage is not None:
@@ -313,15 +392,36 @@ class Handler:
 
     def _choose(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
         """The replica for the next attempt, out of those that serve at this moment."""
-        model = self._rooms.view.snapshot().models.get(call.model)
+        rooms = self._rooms
+        model = rooms.view.snapshot().models.get(call.model)
+        policy = exchange.routing.policy
+        drawn = policy is Policy.POWER_OF_TWO
         return choose(
             model.endpoints if model is not None else (),
-            self._rooms.loads,
-            self._rooms.clock.monotonic(),
+            rooms.loads,
+            rooms.clock.monotonic(),
             tried=tried,
             retrying=bool(tried),
             keys=exchange.prompt_keys,
+            policy=policy,
+            session=exchange.session,
+            draws=(rooms.fraction(), rooms.fraction()) if drawn else (0.0, 0.0),
         )
+
+    def _hedge(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
+        """The replica for an attempt beside a slow one, if there may be one: a trusted one."""
+        rooms = self._rooms
+        if exchange.attempts >= rooms.settings.max_attempts:
+            return None
+        other = self._choose(exchange, call, tried)
+        if other is None or rooms.loads.of(other.replica).failures:
+            return None
+        budget = self._hedges.get(call.model)  # none once the model is gone
+        if budget is None or not budget.take():
+            return None
+        tried.add(other.replica)
+        rooms.meter.hedged(call.model)
+        return other
 
     def _may_retry(
         self,
@@ -395,6 +495,7 @@ class Handler:
                     record is None
                     or not view.directory.stands(record)
                     or (exchange.model and not view.directory.may_infer(record, exchange.model))
+                    or (exchange.asked and not view.directory.may_infer(record, exchange.asked))
                 ):
                     exchange.interrupt.cut(keys.invalid_key())
         self._rooms.loads.keep_only(
@@ -402,6 +503,7 @@ class Handler:
         )
         for name in [name for name in self._budgets if name not in view.models]:
             del self._budgets[name]
+            self._hedges.pop(name, None)
 
     def cut_all(self, error: CloudlmError) -> int:
         """End every open exchange with ``error``; returns how many there were."""
@@ -409,6 +511,12 @@ class Handler:
         for exchange in exchanges:
             exchange.interrupt.cut(error)
         return len(exchanges)
+
+
+async def _discard(response: GatewayResponse) -> None:
+    """Nobody takes a response any more."""
+    if not isinstance(response.body, bytes):
+        await response.body.aclose()
 
 
 def refusal(

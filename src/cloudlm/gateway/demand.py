@@ -13,7 +13,7 @@ from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Demand
 from cloudlm.core.errors import CloudlmError
 from cloudlm.gateway.admission import Admission
-from cloudlm.gateway.router import Loads
+from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.view import View
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger

@@ -59,11 +59,11 @@ class Gate:
         )
 
     async def enter(self, ticket: Ticket, exchange: Exchange) -> None:
-        """Come in, at once or when it is this request's turn; leaves when the exchange ends. Raises
-        Overloaded, or what the exchange was cut with."""
+        """Come in, at once or when it is this request's turn; leaves when the exchange leaves the
+        model. Raises Overloaded, or what the exchange was cut with."""
         now = self._clock.monotonic()
         victim = self._admission.enter(ticket, self._capacity(ticket.model), now)
-        exchange.at_end(lambda: self._leave(ticket))
+        exchange.at_leave(lambda: self._leave(ticket))
         if victim is not None:
             self._tell(victim, turned_away())
         if ticket.waits:

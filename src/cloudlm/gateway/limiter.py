@@ -75,13 +75,19 @@ class Limiter:
         self._running: set[str] = set()
         self._month = (0.0, 0)  # until when, Unix seconds, and which
 
-    async def reserve(self, exchange: Exchange, call: Call, view: Snapshot) -> int:
-        """Take what the request may use, until the exchange ends; returns the tokens of it. Raises
+    async def reserve(
+        self, exchange: Exchange, call: Call, view: Snapshot, others: Iterable[str] = ()
+    ) -> int:
+        """Take what the request may use, until the exchange ends; returns the tokens of it.
+        ``others`` are models that may answer in place of the call's: the dearest counts. Raises
         LimitExceeded and BudgetExceeded, and Unavailable if the counts cannot be reached."""
         assert exchange.key is not None
-        exchange.price = price_of(self._prices, call.model)
+        self.price(exchange, call.model)
         bounds = self.bounds(exchange.key, view)
         wanted = estimate(call, exchange.price, self._answer_tokens)
+        for other in others:
+            price = price_of(self._prices, other)
+            wanted = max(wanted, estimate(call, price, self._answer_tokens))
         if not bounds:
             return wanted.tokens
         month = self.month()
@@ -97,6 +103,10 @@ class Limiter:
         self._running.add(lease.id)
         exchange.at_end(lambda: self._settle(exchange, lease))
         return wanted.tokens
+
+    def price(self, exchange: Exchange, model: str) -> None:
+        """From now on the exchange's attempts cost what ``model`` costs."""
+        exchange.price = price_of(self._prices, model)
 
     def _settle(self, exchange: Exchange, lease: Lease) -> None:
         self._running.discard(lease.id)

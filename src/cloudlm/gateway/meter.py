@@ -57,6 +57,8 @@ class _ModelNumbers:
         "attempts",
         "completion_tokens",
         "duration",
+        "fallbacks",
+        "hedges",
         "ongoing",
         "prompt_tokens",
         "resumes",
@@ -70,6 +72,8 @@ class _ModelNumbers:
         self.ongoing = 0
         self.retries = 0
         self.resumes = 0
+        self.hedges = 0
+        self.fallbacks = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.attempts: Counter[Outcome] = Counter()
@@ -111,6 +115,14 @@ class Meter:
     def resumed(self, model: str) -> None:
         """A stream goes on at another replica."""
         self._of(model).resumes += 1
+
+    def hedged(self, model: str) -> None:
+        """A second attempt begins beside a slow one."""
+        self._of(model).hedges += 1
+
+    def fell_back(self, model: str) -> None:
+        """A request leaves a model that cannot answer it for another."""
+        self._of(model).fallbacks += 1
 
     def first_token(self, model: str, seconds: float) -> None:
         """The first content of an answer is about to be sent."""
@@ -158,7 +170,17 @@ class Meter:
             "Attempts to go on with a broken stream.",
             labels=["model"],
         )
+        hedges = CounterMetricFamily(
+            "cloudlm_gateway_hedges", "Attempts beside a slow one.", labels=["model"]
+        )
+        fallbacks = CounterMetricFamily(
+            "cloudlm_gateway_fallbacks",
+            "Requests that left a model for another of their route.",
+            labels=["model"],
+        )
         for model, numbers in self._models.items():
+            hedges.add_metric([model], numbers.hedges)
+            fallbacks.add_metric([model], numbers.fallbacks)
             ongoing.add_metric([model], numbers.ongoing)
             resumes.add_metric([model], numbers.resumes)
             retries.add_metric([model], numbers.retries)
@@ -166,6 +188,8 @@ class Meter:
         yield self._attempt_counts()
         yield retries
         yield resumes
+        yield hedges
+        yield fallbacks
         yield self._token_counts()
 
     def _request_counts(self) -> Metric:

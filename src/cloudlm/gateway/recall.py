@@ -161,7 +161,7 @@ class Question:
         self, key: bytes, serve: Callable[[], Awaitable[GatewayResponse]]
     ) -> GatewayResponse:
         flight = self._recall.flights[key] = Flight()
-        self._exchange.at_end(lambda: self._left(key, flight))
+        self._exchange.at_leave(lambda: self._left(key, flight))
         response = await serve()
         headers = {**response.headers, **_PRIVATE}
         if not isinstance(response.body, bytes):
@@ -183,10 +183,10 @@ class Question:
     def _left(self, key: bytes, flight: Flight) -> None:
         """The leader's exchange ended. If not with an answer, then either for reasons of its own
         (the client, its key, a limit), which are not those of the next, or because replicas
-        failed, and each may try for itself."""
+        failed, and each may try for itself; so too if it asks another model (no outcome yet)."""
         outcome = self._exchange.outcome
         if outcome is not Outcome.FINISHED:
-            how = Turn.ALONE if outcome is Outcome.FAILED else Turn.NEXT
+            how = Turn.ALONE if outcome in (Outcome.FAILED, None) else Turn.NEXT
             self._recall.end(key, flight, how)
 
     def _land(

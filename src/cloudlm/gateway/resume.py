@@ -110,8 +110,8 @@ class Resumer:
         exchange.attempts += 1
         exchange.replica = replica
         rooms.meter.resumed(exchange.model)
-        blocks = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, blocks))
+        turn = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
+        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, turn))
         try:
             answer = await rooms.upstream.send(
                 endpoint.url + RESUME_PATH,

@@ -1,4 +1,4 @@
-"""When a request may be tried again, and how long to wait before: budget and full jitter.
+"""When a request may be tried again or twice at once, and how long to wait: budgets and jitter.
 
 Pure: ``now`` and the random fraction are arguments. A budget bounds what retries can add to a
 failing fleet (Google SRE book, "Handling Overload": a retry budget per client); full jitter
@@ -12,6 +12,9 @@ from collections import deque
 BUDGET_SHARE = 0.2
 BUDGET_FLOOR = 3
 WINDOW_S = 60.0
+REQUESTS_PER_HEDGE = 20
+"""Hedges are at most 5 % of requests."""
+MOST_HEDGES_SAVED = 10
 _SLICE_S = 5.0
 _BASE_WAIT_S = 0.05
 _LONGEST_WAIT_S = 1.0
@@ -47,6 +50,25 @@ class RetryBudget:
         if not self._slices or self._slices[-1][0] <= now - _SLICE_S:
             self._slices.append([now, 0, 0])
         return self._slices[-1]
+
+
+class HedgeBudget:
+    """Hedges of one model: each request earns a twentieth of one, and at most ten are saved up."""
+
+    def __init__(self) -> None:
+        self._twentieths = 0
+
+    def count_request(self) -> None:
+        """Count a request (not its hedge)."""
+        most = MOST_HEDGES_SAVED * REQUESTS_PER_HEDGE
+        self._twentieths = min(self._twentieths + 1, most)
+
+    def take(self) -> bool:
+        """Take one hedge and return True if the budget allows one."""
+        if self._twentieths < REQUESTS_PER_HEDGE:
+            return False
+        self._twentieths -= REQUESTS_PER_HEDGE
+        return True
 
 
 def full_jitter(retry: int, fraction: float) -> float:

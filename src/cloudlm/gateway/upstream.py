@@ -102,6 +102,10 @@ class Answer:
             line.release()
 
 
+class Unreachable(UpstreamFailed):
+    """A replica took no connection."""
+
+
 class Upstream:
     """The client of all replicas. ``token`` opens workers; never shown to clients."""
 
@@ -135,9 +139,9 @@ class Upstream:
     ) -> Answer:
         """Post ``body`` and wait for a good answer's head.
 
-        ``now`` is wall time, for a ``Retry-After`` that is a date. Raises UpstreamFailed (not
-        reachable, nonsense), UpstreamTimeout (no head within ``timeout_s``), ReplicaRefused (an
-        error status).
+        ``now`` is wall time, for a ``Retry-After`` that is a date. Raises Unreachable,
+        UpstreamFailed (nonsense), UpstreamTimeout (no head within ``timeout_s``), ReplicaRefused
+        (an error status).
         """
         try:
             place, host, target = read_url(url)
@@ -194,9 +198,9 @@ class Upstream:
         try:
             return await self._pool.connect(place)
         except TimeoutError:
-            raise UpstreamFailed(f"replica {replica} did not accept a connection") from None
+            raise Unreachable(f"replica {replica} did not accept a connection") from None
         except OSError:
-            raise UpstreamFailed(f"replica {replica} cannot be reached") from None
+            raise Unreachable(f"replica {replica} cannot be reached") from None
 
 
 async def _refusal(answer: Answer, replica: str, now: float) -> CloudlmError:

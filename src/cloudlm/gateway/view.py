@@ -9,14 +9,16 @@ last good picture serves on, for a stated time. Must not write to the state.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cloudlm.core.access import Identities
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
+from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 from cloudlm.core.tenant import KeyRecord
+from cloudlm.gateway.model_routes import ModelRoute
 from cloudlm.security.access import Directory
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
@@ -25,6 +27,7 @@ POLL_INTERVAL_S = 0.2
 LOOK_INTERVAL_S = 0.05
 READ_TIMEOUT_S = 2.0
 LAST_GOOD_VIEW_S = 3600.0
+NO_ROUTES: Mapping[str, ModelRoute] = {}
 _NAMES_SHOWN = 20
 
 _log = get_logger(__name__)
@@ -32,13 +35,15 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A deployment as clients see it, or an adapter of one (``parent``). ``created_at`` is Unix
-    seconds."""
+    """A deployment as clients see it, or an adapter of one (``parent``), or the models
+    ``behind`` a route. ``created_at`` is Unix seconds."""
 
     name: str
     created_at: float
     endpoints: tuple[Endpoint, ...] = ()
     parent: str | None = None
+    routing: Routing = DEFAULT_ROUTING
+    behind: tuple[str, ...] = ()
 
     @property
     def asleep(self) -> bool:
@@ -52,23 +57,36 @@ class HiddenModel(ModelNotFound):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One consistent reading of the state."""
+    """One consistent reading of the state. ``routed`` are the names that several models stand
+    behind (``gateway.routes``), as clients see them."""
 
     version: int
     models: dict[str, ServedModel] = field(default_factory=dict)
+    routed: dict[str, ServedModel] = field(default_factory=dict)
     keys: dict[str, KeyRecord] = field(default_factory=dict)
     directory: Directory = field(default_factory=lambda: Directory(Identities()))
 
     def models_of(self, key: KeyRecord) -> list[ServedModel]:
         """The models that a key may use."""
-        may = self.directory.may_infer
-        return [model for name, model in self.models.items() if may(key, name)]
+        return [one for one in {**self.models, **self.routed}.values() if self._may(key, one)]
 
     def model(self, name: str, key: KeyRecord) -> ServedModel:
         """The model of that name. Raises ModelNotFound naming those that this key may use: one that
         it may not is not there for it."""
-        found = self.models.get(name)
-        if found is not None and self.directory.may_infer(key, name):
+        return self._allowed(name, key, self.routed.get(name) or self.models.get(name))
+
+    def deployed(self, name: str, key: KeyRecord) -> ServedModel:
+        """As ``model``, but never a route."""
+        return self._allowed(name, key, self.models.get(name))
+
+    def _may(self, key: KeyRecord, model: ServedModel) -> bool:
+        may = self.directory.may_infer
+        return may(key, model.name) and (
+            not model.behind or any(may(key, name) for name in model.behind)
+        )
+
+    def _allowed(self, name: str, key: KeyRecord, found: ServedModel | None) -> ServedModel:
+        if found is not None and self._may(key, found):
             return found
         known = sorted(model.name for model in self.models_of(key))
         shown = ", ".join(known[:_NAMES_SHOWN]) + (" …" if len(known) > _NAMES_SHOWN else "")
@@ -93,8 +111,10 @@ class View:
         *,
         poll_interval_s: float = POLL_INTERVAL_S,
         last_good_view_s: float = LAST_GOOD_VIEW_S,
+        routes: Mapping[str, ModelRoute] = NO_ROUTES,
     ) -> None:
         self._state = state
+        self._routes = routes
         self._clock = clock
         self._poll_interval_s = poll_interval_s
         self._last_good_view_s = last_good_view_s
@@ -189,10 +209,27 @@ class View:
                 d.created_at,
                 tuple(e for e in endpoints if e.model == name),
                 None if name == d.spec.name else d.spec.name,
+                d.spec.routing,
             )
             for d in deployments
             if not d.deleting
             for name in (d.spec.name, *d.spec.adapters)
         }
         directory = Directory(await self._state.list_identities(), keys)
-        return Snapshot(version, models, {record.id: record for record in keys}, directory)
+        routed = {
+            name: found
+            for name, route in self._routes.items()
+            if (found := _routed(route, models)) is not None
+        }
+        return Snapshot(version, models, routed, {record.id: record for record in keys}, directory)
+
+
+def _routed(route: ModelRoute, models: Mapping[str, ServedModel]) -> ServedModel | None:
+    """A route as clients see it, None if nothing that it names is deployed."""
+    behind = [models[name] for name in route.models if name in models]
+    if not behind:
+        return None
+    endpoints = (endpoint for model in behind for endpoint in model.endpoints)
+    created_at = max(model.created_at for model in behind)
+    names = tuple(model.name for model in behind)
+    return ServedModel(route.name, created_at, tuple(endpoints), behind=names)

@@ -27,6 +27,7 @@ from cloudlm.core.access import (
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.job import Job
+from cloudlm.core.routing import Policy, Routing
 
 DEMAND_KEPT_S = 3600.0
 """Reports this much older than the newest are dropped: their gateways are gone."""
@@ -50,7 +51,17 @@ def dump_spec(spec: DeploymentSpec) -> str:
 
 
 def load_spec(text: str) -> DeploymentSpec:
-    return DeploymentSpec(**_known(DeploymentSpec, load_object(text)))
+    body = _known(DeploymentSpec, load_object(text))
+    if "routing" in body:
+        body["routing"] = _load_routing(body["routing"])
+    return DeploymentSpec(**body)
+
+
+def _load_routing(body: Any) -> Routing:
+    known = _known(Routing, body)
+    if "policy" in known:
+        known["policy"] = Policy(known["policy"])
+    return Routing(**known)
 
 
 def dump_replicas(replicas: Iterable[Replica]) -> str:

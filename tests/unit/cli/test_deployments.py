@@ -126,6 +126,12 @@ def test_a_precision_that_is_not_known(
     assert not control.requests
 
 
+def test_deploy_says_how_requests_are_spread(control: Any, ok: Ok, deployment: Any) -> None:
+    control.answers = {f"PUT {PATH}": deployment(), f"GET {PATH}": deployment()}
+    ok("deploy", "models:/bank/1", "--name", "helper", "--policy", "session_affinity")
+    assert control.sent(f"PUT {PATH}")["routing"]["policy"] == "session_affinity"
+
+
 def test_deploy_waits_until_it_is_ready(control: Any, ok: Ok, deployment: Any) -> None:
     starting, ready = deployment(phase="starting", message="loading"), deployment()
     control.answers = {f"PUT {PATH}": starting, f"GET {PATH}": deque([starting, ready])}

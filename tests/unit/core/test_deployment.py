@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from cloudlm.core.deployment import Deployment, DeploymentSpec
+from cloudlm.core.routing import Policy, Routing
 
 SPEC = DeploymentSpec(name="bank", model="models:/bank/1")
 
@@ -16,6 +17,12 @@ def test_scaling_makes_a_generation_but_no_revision() -> None:
     scaled = replace(SPEC, min_replicas=2, max_replicas=5, target_ongoing_requests=3, max_surge=2)
     changed = Deployment(SPEC).changed(scaled, now=5.0)
     assert (changed.generation, changed.revision, changed.updated_at) == (2, 1, 5.0)
+
+
+def test_other_routing_makes_a_generation_but_no_revision() -> None:
+    routed = replace(SPEC, routing=Routing(Policy.ROUND_ROBIN))
+    changed = Deployment(SPEC).changed(routed, now=5.0)
+    assert (changed.generation, changed.revision) == (2, 1)
 
 
 def test_what_a_replica_runs_makes_a_revision() -> None:

@@ -23,6 +23,7 @@ from cloudlm.core.deployment import (
 from cloudlm.core.errors import CloudlmError, InvalidRequest, UnprocessableRequest
 from cloudlm.core.job import Job, JobState
 from cloudlm.core.model import Manifest, ModelFile
+from cloudlm.core.routing import Policy, Routing
 
 SPEC = DeploymentSpec(
     name="bank",
@@ -32,6 +33,7 @@ SPEC = DeploymentSpec(
     target_ongoing_requests=2.5,
     options={"dtype": "float32", "kv_cache_mb": 64, "eager": True, "share": 0.5},
     env={"TZ": "UTC"},
+    routing=Routing(Policy.SESSION_AFFINITY, "x-user-id", 0.25),
 )
 STATUS = DeploymentStatus(
     name="bank",
@@ -112,6 +114,13 @@ class TestSpec:
             ({"options": {"share": float("nan")}}, "options.share"),
             ({"options": {"share": 10**400}}, "options.share"),
             ({"options": {f"o{n}": 1 for n in range(65)}}, "options"),
+            ({"routing": []}, "routing"),
+            ({"routing": {"policy": "random"}}, "routing.policy"),
+            ({"routing": {"session_header": "X-Session"}}, "routing.session_header"),
+            ({"routing": {"session_header": "authorization"}}, "routing.session_header"),
+            ({"routing": {"hedge_after_s": -1}}, "routing.hedge_after_s"),
+            ({"routing": {"hedge_after_s": float("nan")}}, "routing.hedge_after_s"),
+            ({"routing": {"hedge_after_s": True}}, "routing.hedge_after_s"),
             ({"env": {"A=B": "x"}}, "env"),
             ({"env": {"A": 1}}, "env.A"),
             ({"env": {"A": "x\0"}}, "env.A"),

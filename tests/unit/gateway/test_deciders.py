@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudlm.core.deployment import Endpoint
+from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.retry import RetryBudget, full_jitter
-from cloudlm.gateway.router import Loads, choose
+from cloudlm.gateway.router import choose
 
 
 def endpoints(*weights: float) -> list[Endpoint]:

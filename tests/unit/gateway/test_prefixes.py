@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudlm.core.deployment import Endpoint
+from cloudlm.gateway.loads import Loads
+from cloudlm.gateway.policies import REQUEST_BLOCKS
 from cloudlm.gateway.prefixes import BLOCK_BYTES, Prefixes, block_keys
-from cloudlm.gateway.router import REQUEST_BLOCKS, Loads, choose
+from cloudlm.gateway.router import choose
 
 LONG = random.Random(1).randbytes(40 * BLOCK_BYTES)
 

@@ -13,8 +13,8 @@ from cloudlm.core.errors import ModelNotFound, Unavailable
 from cloudlm.core.tenant import Role
 from cloudlm.gateway.admission import Admission, Ticket
 from cloudlm.gateway.demand import DemandReporter
+from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
-from cloudlm.gateway.router import Loads
 from cloudlm.gateway.view import LOOK_INTERVAL_S, View
 from cloudlm.security.keys import mint
 from cloudlm.state.memory import MemoryState

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.routing import MAX_HEDGE_AFTER_S, SESSION_HEADER, Policy
 from cloudlm.core.spec import CLOUDLM, ENGINES
 
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -34,6 +35,21 @@ SPEC: dict[str, Any] = {
                 "properties": {
                     "name": _TEXT,
                     "model": {"type": "string", "examples": ["models:/polite/1"]},
+                },
+            },
+        },
+        "routing": {
+            "type": "object",
+            "description": "How requests are spread over the replicas.",
+            "additionalProperties": False,
+            "properties": {
+                "policy": {"enum": [one.value for one in Policy], "default": "least_cost"},
+                "session_header": {"type": "string", "default": SESSION_HEADER},
+                "hedge_after_s": {
+                    "type": "number",
+                    "minimum": 0,
+                    "maximum": MAX_HEDGE_AFTER_S,
+                    "default": 0,
                 },
             },
         },

@@ -6,7 +6,6 @@ Anthropic's public API reference. How a stream is said is in ``anthropic_stream`
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -78,7 +77,7 @@ def parse_messages(request: GatewayRequest, _: str, asker: Asker) -> Call:
             body["stream"] = stream
         thinks = _shows_thinking(fields.raw("thinking", None))
         call = openai.parse_body(Operation.CHAT, body, asker.salted, may_lead=asker.may_lead)
-    return replace(call, translate=functools.partial(MessageRendering, call.model, thinks))
+    return replace(call, translate=lambda model: MessageRendering(model, thinks))
 
 
 def parse_count(request: GatewayRequest, _: str, asker: Asker) -> Call:
@@ -92,8 +91,8 @@ def parse_count(request: GatewayRequest, _: str, asker: Asker) -> Call:
     asked = ("model", "messages", "tools", "tool_choice")
     kept: dict[str, Any] = {name: body[name] for name in asked if name in body}
     call = openai.parse_body(Operation.TOKENIZE, kept, asker.salted)
-    say = functools.partial(WholeRendering, lambda said: {"input_tokens": said.get("count")})
-    return replace(call, translate=say)
+    say = WholeRendering(lambda said: {"input_tokens": said.get("count")})
+    return replace(call, translate=lambda _: say)
 
 
 def read_models(request: GatewayRequest, _: str, asker: Asker) -> dict[str, Any]:

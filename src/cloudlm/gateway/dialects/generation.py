@@ -64,7 +64,7 @@ def texts_call(
     with renamed({"prompt": param}):
         call = openai.parse_body(Operation.COMPLETION, body, asker.salted, may_lead=asker.may_lead)
     made = functools.partial(_texts, say, len(prompts))
-    return replace(call, translate=functools.partial(WholeRendering, made))
+    return replace(call, translate=lambda _: WholeRendering(made))
 
 
 def chat_call(
@@ -74,7 +74,7 @@ def chat_call(
     body = {"model": model, "messages": messages, **sampling}
     call = openai.parse_body(Operation.CHAT, body, asker.salted, may_lead=asker.may_lead)
     made = functools.partial(_texts, say, 1)
-    return replace(call, translate=functools.partial(WholeRendering, made))
+    return replace(call, translate=lambda _: WholeRendering(made))
 
 
 def vectors_call(model: str, texts: list[Any], asker: Asker, say: SayVectors, param: str) -> Call:
@@ -83,7 +83,7 @@ def vectors_call(model: str, texts: list[Any], asker: Asker, say: SayVectors, pa
         body = {"model": model, "input": texts}
         call = openai.parse_body(Operation.EMBEDDING, body, asker.salted)
     made = functools.partial(_vectors, say, len(texts))
-    return replace(call, translate=functools.partial(WholeRendering, made))
+    return replace(call, translate=lambda _: WholeRendering(made))
 
 
 def wants_vectors(task: Any, param: str) -> bool:

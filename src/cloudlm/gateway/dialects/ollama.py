@@ -117,8 +117,12 @@ def parse_embed(request: GatewayRequest, _: str, asker: Asker) -> Call:
     fields.end()
     with renamed({"input": "prompt"} if older else {}):
         call = openai.parse_body(Operation.EMBEDDING, body, asker.salted)
-    say = functools.partial(embeddings, call.model, Clocked(), older)
-    return replace(call, translate=functools.partial(WholeRendering, say))
+    clocked = Clocked()
+
+    def say(model: str) -> WholeRendering:
+        return WholeRendering(functools.partial(embeddings, model, clocked, older))
+
+    return replace(call, translate=say)
 
 
 def read_tags(request: GatewayRequest, _: str, asker: Asker) -> dict[str, Any]:
@@ -195,8 +199,8 @@ def _call(
     fields.end()
     with renamed(_RENAMED):
         call = openai.parse_body(operation, body, asker.salted, may_lead=asker.may_lead)
-    make = functools.partial(LineRendering, call.model, Clocked(), said_in, thinks)
-    return replace(call, translate=make)
+    clocked = Clocked()
+    return replace(call, translate=lambda model: LineRendering(model, clocked, said_in, thinks))
 
 
 def _messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ class Operation(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Call:
     """One validated request for a replica. ``body`` is what is sent there. ``translate`` makes what
-    says the answer in another dialect than OpenAI's."""
+    says the answer of the model of that name in another dialect than OpenAI's."""
 
     operation: Operation
     model: str
@@ -67,7 +67,7 @@ class Call:
     continuous_usage: bool = False
     max_tokens: int = 0  # of one answer; 0 if the request does not say
     choices: int = 1
-    translate: Callable[[], Rendering] | None = None
+    translate: Callable[[str], Rendering] | None = None
 
     @property
     def path(self) -> str:
@@ -302,7 +302,7 @@ class OpenAIRendering:
 
 def rendering(call: Call) -> Rendering:
     """What says one attempt's answer; a new one for each, because streams have a state."""
-    return OpenAIRendering(call) if call.translate is None else call.translate()
+    return OpenAIRendering(call) if call.translate is None else call.translate(call.model)
 
 
 def model_body(model: ServedModel) -> dict[str, Any]:

@@ -7,7 +7,6 @@ reference. How answers are said is in ``responses_stream``. Must not do I/O.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -83,7 +82,7 @@ def parse(request: GatewayRequest, _: str, asker: Asker) -> Call:
         name: default if given.get(name) is None else given[name]
         for name, default in _ECHOED.items()
     }
-    return replace(call, translate=functools.partial(ResponseRendering, call.model, echoed))
+    return replace(call, translate=lambda model: ResponseRendering(model, echoed))
 
 
 def _check_rest(fields: Fields) -> None:

@@ -7,7 +7,6 @@ Must not do I/O.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -105,8 +104,8 @@ def _call(fields: Fields, asker: Asker, *, stream: bool, listed: bool = False) -
     with renamed(_RENAMED):
         call = openai.parse_body(Operation.COMPLETION, body, asker.salted)
     before = prompt if full else ""
-    make = functools.partial(TgiRendering, before, details, listed, body.get("seed"))
-    return replace(call, translate=make)
+    seed = body.get("seed")
+    return replace(call, translate=lambda _: TgiRendering(before, details, listed, seed))
 
 
 def _flag(fields: Fields, name: str) -> bool:

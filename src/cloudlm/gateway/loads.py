@@ -1,0 +1,131 @@
+"""What this gateway knows of each replica: its load, what it cached, and how far to trust it.
+
+Pure: facts and ``now`` come as arguments. A replica that fails is *ejected* for a while that
+doubles with each failure in a row. After it the replica is *half-open*: one request at a time goes
+there, and the first good answer makes it trusted again (outlier ejection and circuit breakers, as
+service meshes have them). Must not choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cloudlm.gateway.prefixes import Prefixes
+
+FIRST_DISTRUST_S = 1.0
+LONGEST_DISTRUST_S = 16.0
+
+
+class Turn(NamedTuple):
+    """One request that ``begin`` counted: the ``blocks`` it must compute, and its number."""
+
+    blocks: int
+    number: int
+
+
+NO_TURN = Turn(0, 0)
+
+
+@dataclass(slots=True)
+class ReplicaLoad:
+    """What is known of one replica; times are monotonic seconds.
+
+    ``cooling_until`` is the end of the last ``Retry-After`` that it sent, ``suspect_until`` the end
+    of the distrust that its last ``failures`` in a row earned it, ``probe`` the number of the
+    request that tries it since (0: none). ``unreachable`` means that it took no connection.
+    ``blocks`` of prompts that it had not cached are in flight there. ``chosen_at`` and ``cold_at``
+    number the last choice of it, and the last for a prompt of which it knew nothing.
+    """
+
+    ongoing: int = 0
+    blocks: int = 0
+    chosen_at: int = 0
+    cold_at: int = 0
+    cooling_until: float = float("-inf")
+    suspect_until: float = float("-inf")
+    failures: int = 0
+    probe: int = 0
+    unreachable: bool = False
+
+    def suspect(self, now: float) -> bool:
+        """Whether it failed lately and nothing may be sent there but in need: its distrust has not
+        ended, or a request is finding out."""
+        return self.failures > 0 and (self.suspect_until > now or self.probe > 0)
+
+
+_UNKNOWN = ReplicaLoad()
+
+
+class Loads:
+    """Requests ongoing per replica. Every ``begin`` is matched by one ``end``."""
+
+    def __init__(self) -> None:
+        self._loads: dict[str, ReplicaLoad] = {}
+        self._choices = 0
+        self.prefixes = Prefixes()
+
+    def of(self, replica: str) -> ReplicaLoad:
+        """The load of a replica; nothing is remembered of one never chosen."""
+        return self._loads.get(replica, _UNKNOWN)
+
+    def begin(self, replica: str, keys: Sequence[bytes] = (), now: float = 0.0) -> Turn:
+        """Count a request sent to ``replica``; ``keys`` are its prompt's blocks. Returns what
+        ``end`` is to be told."""
+        load = self._loads.setdefault(replica, ReplicaLoad())
+        self._choices += 1
+        known = self.prefixes.known(replica, keys, now)
+        self.prefixes.note(replica, keys, now)
+        blocks = len(keys) - known
+        load.ongoing += 1
+        load.blocks += blocks
+        load.chosen_at = self._choices
+        if keys and not known:
+            load.cold_at = self._choices
+        if load.failures and not load.probe:
+            load.probe = self._choices
+        return Turn(blocks, self._choices)
+
+    def end(self, replica: str, turn: Turn = NO_TURN) -> None:
+        """Count the end of a request that ``begin`` counted."""
+        load = self._loads[replica]
+        assert load.ongoing > 0, f"request ended twice on {replica}"
+        load.ongoing -= 1
+        load.blocks -= turn.blocks
+        if load.probe == turn.number:
+            load.probe = 0
+
+    def cool(self, replica: str, until: float) -> None:
+        """Avoid ``replica`` until ``until`` while there is another."""
+        load = self._loads.setdefault(replica, ReplicaLoad())
+        load.cooling_until = max(load.cooling_until, until)
+
+    def failed(self, replica: str, now: float, *, unreachable: bool = False) -> None:
+        """Distrust ``replica`` for a while, twice as long with each failure in a row."""
+        load = self._loads.setdefault(replica, ReplicaLoad())
+        distrust_s = min(FIRST_DISTRUST_S * 2.0 ** min(load.failures, 30), LONGEST_DISTRUST_S)
+        load.failures += 1
+        load.unreachable = unreachable
+        self.prefixes.forget(replica)
+        load.suspect_until = max(load.suspect_until, now + distrust_s)
+
+    def answered(self, replica: str) -> None:
+        """Trust ``replica`` again: it answered."""
+        load = self._loads.get(replica)
+        if load is not None and load.failures:
+            load.failures = 0
+            load.probe = 0
+            load.unreachable = False
+            load.suspect_until = float("-inf")
+
+    def keep_only(self, replicas: Container[str]) -> None:
+        """Forget idle replicas that are no longer endpoints."""
+        self.prefixes.keep_only(replicas)
+        gone = [r for r, load in self._loads.items() if r not in replicas and not load.ongoing]
+        for replica in gone:
+            del self._loads[replica]
+
+    def total(self, replicas: Iterable[str]) -> int:
+        """Requests ongoing on these replicas together."""
+        return sum(self.of(replica).ongoing for replica in replicas)
