@@ -1,4 +1,4 @@
-"""What the contract suites share: a throw-away PostgreSQL server, started once if it is found."""
+"""What the contract suites share: throw-away PostgreSQL and Redis, where found."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis_server import RedisServer
 
 _PR_SET_PDEATHSIG = 1
 _START_TIMEOUT_S = 60
@@ -198,3 +199,15 @@ def shared_state_url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Calla
         return server.url(server.new_database(request.getfixturevalue("postgres_template")))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Skips where neither Redis nor Valkey is installed."""
+    binary = shutil.which("redis-server") or shutil.which("valkey-server")
+    if binary is None:
+        pytest.skip("neither redis-server nor valkey-server is installed")
+    server = RedisServer(binary, tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()

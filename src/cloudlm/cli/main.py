@@ -15,6 +15,7 @@ import typer
 from cloudlm import __version__
 from cloudlm.cli import (
     audit,
+    cache,
     certificates,
     config,
     demo,
@@ -90,6 +91,7 @@ login.add_to(app)
 app.add_typer(keys.app, name="keys")
 usage.add_to(app)
 app.add_typer(audit.app, name="audit")
+app.add_typer(cache.app, name="cache")
 app.add_typer(certificates.app, name="certificates")
 config.add_to(app)
 drivers.add_to(app)

@@ -128,6 +128,33 @@ class GatewaySettings:
     )
     cache_mb: int = setting(64, "Memory for such answers, MiB.", low=1, high=1 << 20)
     cache_ttl_s: float = setting(3600.0, "How long such an answer is used, seconds.", low=0.001)
+    cache_url: str = setting(
+        "",
+        "Redis or Valkey that keeps such answers for several gateways, encrypted, redis://…; empty "
+        "keeps them in each.",
+        secret=True,
+    )
+    semantic_models: str = setting(
+        "",
+        "Models whose answers may also serve questions that mean the same, 'name, begin*, …'; "
+        "needs 'cloudlm cache calibrate'.",
+    )
+    semantic_embedder: str = setting(
+        "built-in", "What compares questions: built-in, or a deployment that serves embeddings."
+    )
+    semantic_threshold: float = setting(
+        0.0, "Least likeness; only what is above the calibrated one counts.", low=0.0, high=1.0
+    )
+    semantic_timeout_s: float = setting(
+        0.25, "Longest wait for a deployment's embedding of a question, seconds.", low=0.001
+    )
+    semantic_mb: int = setting(64, "Memory for questions to compare with, MiB.", low=1, high=65536)
+    cache_max_age_s: float = setting(
+        0.0,
+        "How long HTTP caches may use an answer to a GET without asking the gateway, seconds; 0: "
+        "they must ask each time.",
+        low=0.0,
+    )
     routes: str = setting(
         "",
         "Names that several models stand behind, 'name = model:weight + model | next priority "

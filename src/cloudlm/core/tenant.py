@@ -88,13 +88,15 @@ class KeyRecord:
 
 
 class Outcome(StrEnum):
-    """How one attempt ended; CACHED: the gateway knew the answer and sent it to no replica."""
+    """How one attempt ended; CACHED: the gateway knew the answer and sent it to no replica;
+    SEMANTIC: it knew that of a question that means the same."""
 
     FINISHED = "finished"
     REFUSED = "refused"
     FAILED = "failed"
     CANCELLED = "cancelled"
     CACHED = "cached"
+    SEMANTIC = "semantic"
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ class Attempt:
 
     def _cost(self, outcome: Outcome) -> int:
         price = self._exchange.price
-        again = outcome is Outcome.CACHED
+        again = outcome in (Outcome.CACHED, Outcome.SEMANTIC)
         return price.again(self._usage) if again else price.cost(self._usage)
 
     def row_so_far(self) -> LedgerRow:

@@ -11,7 +11,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -36,6 +36,7 @@ from cloudlm.gateway.door import Door
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
+from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
@@ -51,6 +52,9 @@ from cloudlm.security.issuer import Issuer
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from cloudlm.gateway.semantic.likeness import Likeness
 
 _PLAIN_PATHS = frozenset(
     {
@@ -127,6 +131,10 @@ class Gateway:
             name += f"/{place.number}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
         self.refusals = Refusals(state, clock)
+        weights = read_weights(settings.tenant_weights)
+        likeness = None
+        if settings.semantic_models:
+            likeness = self._likeness(settings, home, weights, pepper, clock)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -140,7 +148,8 @@ class Gateway:
                 upstream=self.upstream,
                 ledger=self.ledger,
                 meter=self.meter,
-                weights=read_weights(settings.tenant_weights),
+                weights=weights,
+                likeness=likeness,
                 routes=routes,
                 refused=self.refusals.note,
                 guardrails=_guardrails(settings, home, self.meter),
@@ -151,7 +160,12 @@ class Gateway:
         self.meter.watch(
             "cloudlm_gateway_cache_bytes",
             "Memory held by answers that may be used again.",
-            lambda: self.handler.recall.store.size_bytes,
+            lambda: self.handler.recall.answers.size_bytes,
+        )
+        self.meter.watch(
+            "cloudlm_gateway_cache_shared_away",
+            "1 while the shared cache (gateway.cache_url) cannot be reached.",
+            lambda: self.handler.recall.answers.away,
         )
         self.meter.watch(
             "cloudlm_gateway_state_age_seconds",
@@ -179,6 +193,33 @@ class Gateway:
             lambda: self.ledger.rows_dropped,
         )
 
+    def _likeness(
+        self,
+        settings: GatewaySettings,
+        home: Path,
+        weights: dict[str, float],
+        pepper: bytes,
+        clock: Clock,
+    ) -> Likeness | None:
+        """The semantic cache. Raises BadSetting and MissingExtra."""
+        from cloudlm.gateway.semantic.deployed import Means
+        from cloudlm.gateway.semantic.open import open_likeness
+
+        means = Means(
+            view=self.view,
+            loads=self.loads,
+            upstream=self.upstream,
+            ledger=self.ledger,
+            tenants=Tenants(pepper, weights),
+            clock=clock,
+            price=self.limiter.price,
+            count=self.demand.count,
+        )
+        likeness = open_likeness(settings, home, weights, means)
+        if likeness is not None:
+            self.meter.registry.register(likeness)
+        return likeness
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The gateway's tasks, from start to a flushed ledger. Raises StorageFailed."""
@@ -196,6 +237,7 @@ class Gateway:
         if self.numbers is not None:
             tasks.append(asyncio.create_task(self.numbers.run(), name="numbers"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
+        tasks.append(asyncio.create_task(self.handler.recall.answers.run(), name="answers"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
             yield

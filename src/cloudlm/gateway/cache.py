@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from cloudlm.core.chat import Usage
+from cloudlm.gateway.holdings import Holdings, Place
 
 ENTRY_BYTES = 512
 """What an entry costs besides its body: its key, its place, its small fields."""
@@ -83,44 +83,34 @@ def matches(condition: str, tag: str) -> bool:
 
 
 class AnswerStore:
-    """Answers by key, at most ``max_bytes`` together, each for ``ttl_s``; those that were not asked
-    for the longest go first."""
+    """Answers by place in ``Holdings``: at most ``max_bytes`` together, each for ``ttl_s``."""
 
-    def __init__(self, max_bytes: int, ttl_s: float) -> None:
+    def __init__(
+        self, max_bytes: int, ttl_s: float, weights: Mapping[str, float] | None = None
+    ) -> None:
         self._max_bytes = max_bytes
         self._ttl_s = ttl_s
-        self._entries: OrderedDict[bytes, tuple[Answer, float]] = OrderedDict()
-        self.size_bytes = 0
+        self._holdings: Holdings[Answer] = Holdings(max_bytes, weights or {})
+
+    @property
+    def size_bytes(self) -> int:
+        """What is held."""
+        return self._holdings.size_bytes
 
     @property
     def largest_bytes(self) -> int:
         """The largest body that is kept."""
         return max(self._max_bytes // LARGEST_SHARE - ENTRY_BYTES, 0)
 
-    def get(self, key: bytes, now: float) -> Answer | None:
-        """The answer under ``key`` that is still good at ``now``."""
-        entry = self._entries.get(key)
-        if entry is None:
-            return None
-        answer, until = entry
-        if now >= until:
-            self._drop(key)
-            return None
-        self._entries.move_to_end(key)
-        return answer
+    def get(self, place: Place, now: float) -> Answer | None:
+        """The answer at ``place`` that is still good at ``now``."""
+        return self._holdings.get(place, now)
 
-    def put(self, key: bytes, answer: Answer, now: float) -> bool:
-        """Keep an answer from ``now`` on; False if it is too large."""
+    def put(self, place: Place, answer: Answer, now: float, ttl_s: float | None = None) -> bool:
+        """Keep an answer from ``now`` on, for ``ttl_s`` if that is less than usual; False if it is
+        too large."""
         if len(answer.body) > self.largest_bytes:
             return False
-        if key in self._entries:
-            self._drop(key)
-        self._entries[key] = (answer, now + self._ttl_s)
-        self.size_bytes += len(answer.body) + ENTRY_BYTES
-        while self.size_bytes > self._max_bytes:
-            self._drop(next(iter(self._entries)))
+        until = now + (self._ttl_s if ttl_s is None else min(ttl_s, self._ttl_s))
+        self._holdings.put(place, answer, len(answer.body) + ENTRY_BYTES, until, now)
         return True
-
-    def _drop(self, key: bytes) -> None:
-        answer, _ = self._entries.pop(key)
-        self.size_bytes -= len(answer.body) + ENTRY_BYTES

@@ -67,6 +67,7 @@ from cloudlm.security.tokens import looks_signed
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 if TYPE_CHECKING:
+    from cloudlm.gateway.semantic.likeness import Likeness
     from cloudlm.security.guardrails.config import Moderation
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
@@ -100,6 +101,7 @@ class Rooms:
     ledger: Ledger
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
+    likeness: Likeness | None = None
     routes: Mapping[str, ModelRoute] = field(default_factory=dict)
     people: People | None = None
     fraction: Callable[[], float] = random.random
@@ -118,7 +120,14 @@ class Handler:
         self._keys = KnownKeys()
         self._tenants = Tenants(rooms.pepper, rooms.weights)
         self.recall = Recall(
-            rooms.settings, rooms.pepper, rooms.clock, rooms.view, rooms.ledger, self._headers
+            rooms.settings,
+            rooms.pepper,
+            rooms.clock,
+            rooms.view,
+            rooms.ledger,
+            self._headers,
+            rooms.weights,
+            rooms.likeness,
         )
         self._courses = Courses(rooms, self._budget)
         rooms.view.on_change.append(self._follow)
@@ -163,6 +172,9 @@ class Handler:
             view = self._rooms.view.snapshot()  # a look again may have brought a newer one
         route.check(request)
         asker = self._asker(exchange.key, view)
+        if route.unfold is not None:
+            exchange.headers["cache-control"] = "no-store"  # unless what follows says better
+            request = route.unfold(request)
         parse = route.parse or (route.perhaps and route.perhaps(request, asker))
         if parse is None:
             return self._listed(exchange, route, request, name, asker)
@@ -200,10 +212,12 @@ class Handler:
         if self._rooms.guardrails is not None:
             call = course.screened(await self._rooms.guardrails.screen(exchange, call, model))
         question = self.recall.question(exchange, request, call, model)
-        answer = question.known()
+        answer = await question.known() if question is not None else None
         if answer is not None:
             return answer
         await self._rooms.gate.enter(ticket, exchange)
+        if question is None:
+            return await self._serve(exchange, call)
         return await question.ask(lambda: self._serve(exchange, call))
 
     async def _authorise(self, request: GatewayRequest, view: Snapshot) -> KeyRecord:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
@@ -19,31 +19,29 @@ from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway import cache
 from cloudlm.gateway.account import Attempt, Exchange
-from cloudlm.gateway.cache import Answer, AnswerStore
-from cloudlm.gateway.dialects import openai
+from cloudlm.gateway.answers import Answers, LocalAnswers
+from cloudlm.gateway.asked import Asked, repeatable
+from cloudlm.gateway.cache import Answer
 from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse
 from cloudlm.gateway.flight import Flight, Recorded, Turn
 from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.version import Version, version_of
 from cloudlm.gateway.view import ServedModel, View
 from cloudlm.security import keys
 
+if TYPE_CHECKING:
+    from cloudlm.gateway.semantic.likeness import LastTurn, Likeness
+
 CACHE_HEADER = "x-cloudlm-cache"
-LARGEST_QUESTION_BYTES = 256 * 1024
-_PRIVATE = {"cache-control": "private, no-cache", "vary": "authorization, x-api-key"}
-
-
-class Version(NamedTuple):
-    """What answers under a model's name: a deployment, told by its birth too from an earlier one of
-    the same name, and its revision."""
-
-    model: str
-    created_at: float
-    revision: int
+_VARY = {"vary": "authorization, x-api-key"}
+_NOT_KEPT = {"cache-control": "no-store", **_VARY}
+_PRIVATE = {"cache-control": "private, no-cache", **_VARY}
 
 
 class Recall:
-    """The answers of one gateway. ``headers`` makes an exchange's headers with some more."""
+    """The answers of one gateway. ``headers`` makes an exchange's headers with some more,
+    ``weights`` are the tenants' shares of the memory."""
 
     def __init__(
         self,
@@ -53,61 +51,54 @@ class Recall:
         view: View,
         ledger: Ledger,
         headers: Callable[[Exchange, dict[str, str]], dict[str, str]],
+        weights: Mapping[str, float],
+        likeness: Likeness | None = None,
     ) -> None:
         self.clock = clock
         self.ledger = ledger
         self.headers = headers
-        self.store = AnswerStore(settings.cache_mb * 1024 * 1024, settings.cache_ttl_s)
         self.flights: dict[bytes, Flight] = {}
         self._view = view
-        self._names = tuple(filter(None, map(str.strip, settings.cache_models.split(","))))
+        self.likeness = likeness
+        self._semantic = read_names(settings.semantic_models)
+        self._names = read_names(settings.cache_models) + self._semantic
         self._tenant_key = lru_cache(4096)(lambda tenant: keys.answer_key(tenant, pepper))
+        self._shared = _shared_headers(settings)
+        self.answers = self._open(settings, weights)
+
+    def _open(self, settings: GatewaySettings, weights: Mapping[str, float]) -> Answers:
+        max_bytes, ttl_s = settings.cache_mb * 1024 * 1024, settings.cache_ttl_s
+        local = LocalAnswers(max_bytes, ttl_s, weights, self.clock)
+        if not settings.cache_url:
+            return local
+        from cloudlm.gateway.answers_redis import RedisAnswers, Seal
+
+        return RedisAnswers(settings.cache_url, local, Seal(self._tenant_key), ttl_s, self.clock)
 
     def question(
         self, exchange: Exchange, request: GatewayRequest, call: Call, model: ServedModel
-    ) -> Question:
-        """What the cache knows of a request that may use ``model``."""
-        key = version = None
-        if self._serves(model.name):
-            version = version_of(model)
-            if version is not None and not _unwanted(request.headers):
-                key = self._key(exchange, request, call, version)
-            exchange.headers[CACHE_HEADER] = "bypass" if key is None else "miss"
-        return Question(self, exchange, request.headers.get("if-none-match", ""), key, version)
-
-    def _serves(self, model: str) -> bool:
-        return any(
-            model.startswith(name[:-1]) if name.endswith("*") else model == name
-            for name in self._names
-        )
-
-    def _key(
-        self, exchange: Exchange, request: GatewayRequest, call: Call, version: Version
-    ) -> bytes | None:
-        """The question's key, None if its answer must not be used again."""
-        if len(request.body) > LARGEST_QUESTION_BYTES:
+    ) -> Question | None:
+        """What the cache knows of a request that may use ``model``, None if it has no part."""
+        if not (self._names and serves(self._names, model.name)):
             return None
-        if call.private:
+        version = version_of(model)
+        body = None if version is None else repeatable(request, call)
+        if version is None or body is None:
+            exchange.headers[CACHE_HEADER] = "bypass"
             return None
-        if not call.generates and call.operation is not Operation.EMBEDDING:
-            return None
-        body = openai.decode(call.body)
-        if body is None or (call.generates and not cache.deterministic(body)):
-            return None
+        exchange.headers[CACHE_HEADER] = "miss"
         assert exchange.key is not None
-        # Answers are kept as they were written for the client: what a replica is asked says it for
-        # OpenAI's own API but for the usage shown, for others nothing less than path and body.
-        form = bytes((call.include_usage, call.continuous_usage))
-        parts = (
-            repr(version).encode(),
-            call.policy.encode(),
-            call.path.encode(),
-            request.path.encode("utf-8", "surrogatepass"),
-            request.query.encode("utf-8", "surrogatepass"),
-            cache.canonical(body),
-            form if request.path == call.path else request.path.encode() + b"\0" + request.body,
-        )
-        return cache.question_key(self._tenant_key(exchange.key.tenant), parts)
+        tenant_key = self._tenant_key(exchange.key.tenant)
+        asked = Asked(tenant_key, exchange, request, call, version, body)
+        http = self._shared if request.method == "GET" else _PRIVATE
+        return Question(self, exchange, request.headers.get("if-none-match", ""), asked, http)
+
+    def compares(self, asked: Asked) -> Likeness | None:
+        """The semantic cache, if it has a part in a question."""
+        if self.likeness is None or not serves(self._semantic, asked.version.model):
+            return None
+        chat = asked.call.operation is Operation.CHAT and asked.path == asked.call.path
+        return self.likeness if chat else None
 
     def version_now(self, model: str) -> Version | None:
         """What serves under a name at this moment, see ``version_of``."""
@@ -122,43 +113,62 @@ class Recall:
 
 
 class Question:
-    """One request beside the cache; without a ``key`` the cache has no part in it."""
+    """One request that the cache has a part in. ``http`` says what other caches may do."""
 
     def __init__(
         self,
         recall: Recall,
         exchange: Exchange,
         condition: str,
-        key: bytes | None,
-        version: Version | None,
+        asked: Asked,
+        http: Mapping[str, str],
     ) -> None:
         self._recall = recall
         self._exchange = exchange
         self._condition = condition
-        self._key = key
-        self._version = version
+        self._asked = asked
+        self._place, self._version = asked.place, asked.version
+        self._http = http
+        self._turn: LastTurn | None = None
 
-    def known(self) -> GatewayResponse | None:
-        """The response out of the store, if it has the answer."""
-        if self._key is None:
+    async def known(self) -> GatewayResponse | None:
+        """The response out of what is kept, if it has the answer, or that of a question that means
+        the same. Raises what cuts the exchange."""
+        answer = await self._recall.answers.get(self._place)
+        if answer is not None:
+            return self._give(answer, "hit")
+        likeness = self._recall.compares(self._asked)
+        if likeness is None or self._place.key in self._recall.flights:  # its own answer comes
             return None
-        answer = self._recall.store.get(self._key, self._recall.clock.monotonic())
-        return None if answer is None else self._give(answer, "hit")
+        return await self._alike(likeness)
+
+    async def _alike(self, likeness: Likeness) -> GatewayResponse | None:
+        asked = self._asked
+        self._turn = await likeness.turn(asked.body, asked.key, self._exchange)
+        place = likeness.find(self._turn) if self._turn is not None else None
+        if place is None:
+            return None
+        answer = await self._recall.answers.get(place)
+        likeness.found(place, answer is not None)
+        if answer is None:
+            return None
+        self._condition = ""  # what is known of another question is for now alone
+        self._http = _NOT_KEPT
+        return self._give(answer, "semantic")
 
     async def ask(self, serve: Callable[[], Awaitable[GatewayResponse]]) -> GatewayResponse:
         """The response of ``serve``, or of another one that asks the same now. Raises what
         ``serve`` raises and what cuts the exchange."""
-        recall, key = self._recall, self._key
-        if key is None:
-            return await serve()
+        recall, key = self._recall, self._place.key
         while (flight := recall.flights.get(key)) is not None:
             end = await flight.wait(self._exchange)
             if isinstance(end, Answer):
                 return self._give(end, "coalesced")
             if end is Turn.ALONE:
                 response = await serve()
-                return GatewayResponse(200, {**response.headers, **_PRIVATE}, response.body)
-        return self.known() or await self._lead(key, serve)
+                return GatewayResponse(200, {**response.headers, **self._http}, response.body)
+        answer = recall.answers.near(self._place)
+        return self._give(answer, "hit") if answer is not None else await self._lead(key, serve)
 
     async def _lead(
         self, key: bytes, serve: Callable[[], Awaitable[GatewayResponse]]
@@ -166,9 +176,9 @@ class Question:
         flight = self._recall.flights[key] = Flight()
         self._exchange.at_leave(lambda: self._left(key, flight))
         response = await serve()
-        headers = {**response.headers, **_PRIVATE}
+        headers = {**response.headers, **self._http}
         if not isinstance(response.body, bytes):
-            limit = self._recall.store.largest_bytes
+            limit = self._recall.answers.largest_bytes
             content_type = response.headers["content-type"]
 
             def whole(body: bytes | None) -> None:
@@ -201,13 +211,14 @@ class Question:
         answer = None
         if body is not None and self._same_version():
             answer = Answer(body, content_type, exchange.usage, cache.entity_tag(key, body))
-            recall.store.put(key, answer, recall.clock.monotonic())
+            recall.answers.put(self._place, answer)
+            if self._turn is not None and recall.likeness is not None:
+                recall.likeness.keep(self._turn, self._place)
         recall.end(key, flight, answer or Turn.ALONE)
         return answer
 
     def _same_version(self) -> bool:
         asked, answered = self._version, self._exchange.revision
-        assert asked is not None
         return answered == asked.revision and self._recall.version_now(asked.model) == asked
 
     def _give(self, answer: Answer, how: str) -> GatewayResponse:
@@ -222,25 +233,32 @@ class Question:
             attempt.first_content()
             prompt = usage.prompt_tokens
             attempt.relayed(Usage(prompt, usage.completion_tokens, prompt))
-        attempt.settle(Outcome.CACHED, status)
-        exchange.end(Outcome.CACHED, status)
-        headers = {**self._recall.headers(exchange, {}), **_PRIVATE, "etag": answer.tag}
+        outcome = Outcome.SEMANTIC if how == "semantic" else Outcome.CACHED
+        attempt.settle(outcome, status)
+        exchange.end(outcome, status)
+        headers = {**self._recall.headers(exchange, {}), **self._http}
+        if how != "semantic":
+            headers["etag"] = answer.tag
         if known:
             return GatewayResponse(status, headers)
         headers["content-type"] = answer.content_type
         return GatewayResponse(status, headers, answer.body)
 
 
-def version_of(model: ServedModel) -> Version | None:
-    """What serves a model. None while no revision does or several do: then each answers its share,
-    and no answer is for all."""
-    revisions = {endpoint.revision for endpoint in model.endpoints}
-    if len(revisions) != 1:
-        return None
-    return Version(model.name, model.created_at, revisions.pop())
+def read_names(text: str) -> tuple[str, ...]:
+    """The names in ``name, begin*, …``."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
-def _unwanted(headers: Mapping[str, str]) -> bool:
-    """Whether the client wants a new answer, or none kept."""
-    wanted = {one.strip().lower() for one in headers.get("cache-control", "").split(",")}
-    return not wanted.isdisjoint({"no-cache", "no-store", "max-age=0"})
+def serves(names: tuple[str, ...], model: str) -> bool:
+    """Whether ``names`` hold a model's name or its beginning."""
+    return any(
+        model.startswith(name[:-1]) if name.endswith("*") else model == name for name in names
+    )
+
+
+def _shared_headers(settings: GatewaySettings) -> dict[str, str]:
+    """What caches between gateway and clients may do with the answer to a GET."""
+    longest_s = int(min(settings.cache_max_age_s, settings.cache_ttl_s))
+    how = f"max-age={longest_s}, must-revalidate" if longest_s else "no-cache"
+    return {"cache-control": f"public, {how}", **_VARY}

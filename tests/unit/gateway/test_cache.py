@@ -22,6 +22,7 @@ from cloudlm.gateway.cache import (
     question_key,
 )
 from cloudlm.gateway.dialects.openai import decode
+from cloudlm.gateway.holdings import Holdings, Place
 from cloudlm.security.keys import answer_key, cache_salt, tenant_mark
 
 PEPPER = b"p" * 32
@@ -119,32 +120,36 @@ def test_entity_tags() -> None:
     assert not matches("", tag)
 
 
+def _at(key: bytes, tenant: str = "t") -> Place:
+    return Place(tenant, key)
+
+
 def _answer(size_bytes: int, mark: int = 0) -> Answer:
     return Answer(bytes([mark]) * size_bytes, "application/json", Usage(1, 2, 0), f'"{mark}"')
 
 
 def test_an_answer_ages() -> None:
     store = AnswerStore(1_000_000, 10.0)
-    assert store.put(b"k", _answer(5), 100.0)
-    assert store.get(b"k", 109.9) == _answer(5)
-    assert store.get(b"k", 110.0) is None
+    assert store.put(_at(b"k"), _answer(5), 100.0)
+    assert store.get(_at(b"k"), 109.9) == _answer(5)
+    assert store.get(_at(b"k"), 110.0) is None
     assert store.size_bytes == 0
 
 
 def test_the_one_not_asked_for_longest_goes_first() -> None:
     store = AnswerStore(LARGEST_SHARE * 1024, 10.0)
     for number in range(LARGEST_SHARE):
-        assert store.put(bytes([number]), _answer(1024 - ENTRY_BYTES, number), 0.0)
-    assert store.get(b"\0", 0.0) is not None
-    store.put(b"new", _answer(1024 - ENTRY_BYTES), 0.0)
-    assert store.get(b"\1", 0.0) is None
-    assert store.get(b"\0", 0.0) is not None
+        assert store.put(_at(bytes([number])), _answer(1024 - ENTRY_BYTES, number), 0.0)
+    assert store.get(_at(b"\0"), 0.0) is not None
+    store.put(_at(b"new"), _answer(1024 - ENTRY_BYTES), 0.0)
+    assert store.get(_at(b"\1"), 0.0) is None
+    assert store.get(_at(b"\0"), 0.0) is not None
 
 
 def test_one_answer_cannot_take_the_store() -> None:
     store = AnswerStore(LARGEST_SHARE * 1024, 10.0)
-    assert not store.put(b"k", _answer(1024 - ENTRY_BYTES + 1), 0.0)
-    assert store.get(b"k", 0.0) is None and store.size_bytes == 0
+    assert not store.put(_at(b"k"), _answer(1024 - ENTRY_BYTES + 1), 0.0)
+    assert store.get(_at(b"k"), 0.0) is None and store.size_bytes == 0
 
 
 @given(
@@ -157,8 +162,81 @@ def test_the_store_keeps_its_bound_and_never_mixes(asked: list[tuple[int, int, f
     store, now = AnswerStore(16 * 1024, 8.0), 0.0
     for mark, size_bytes, later in asked:
         now += later
-        store.put(bytes([mark]), _answer(size_bytes, mark), now)
-        held = [store.get(bytes([n]), now) for n in range(6)]
+        store.put(_at(bytes([mark])), _answer(size_bytes, mark), now)
+        held = [store.get(_at(bytes([n])), now) for n in range(6)]
         assert all(one is None or one.tag == f'"{n}"' for n, one in enumerate(held))
         assert store.size_bytes == sum(len(one.body) + ENTRY_BYTES for one in held if one)
         assert store.size_bytes <= 16 * 1024
+
+
+# Shares -----------------------------------------------------------------------------------------
+
+
+def test_promise_23_a_tenant_with_many_questions_empties_nobody_elses_share() -> None:
+    held: Holdings[int] = Holdings(100, {})
+    for number in range(5):
+        held.put(Place("quiet", bytes([number])), number, 10, 10.0, 0.0)
+    for number in range(200):
+        held.put(Place("loud", bytes([number])), number, 10, 10.0, 0.0)
+    assert [held.get(Place("quiet", bytes([n])), 0.0) for n in range(5)] == [0, 1, 2, 3, 4]
+    assert held.get(Place("loud", bytes([199])), 0.0) == 199
+    assert held.get(Place("loud", bytes([0])), 0.0) is None
+
+
+def test_who_comes_late_gets_a_share_too() -> None:
+    held: Holdings[int] = Holdings(100, {"big": 3.0})
+    for number in range(10):
+        held.put(Place("big", bytes([number])), number, 10, 10.0, 0.0)
+    for number in range(10):
+        held.put(Place("small", bytes([number])), number, 10, 10.0, 0.0)
+    left = {
+        t: sum(held.get(Place(t, bytes([n])), 0.0) is not None for n in range(10))
+        for t in ("big", "small")
+    }
+    assert left == {"big": 8, "small": 2}
+
+
+def test_what_is_too_old_makes_room_first() -> None:
+    dropped: list[int] = []
+    held: Holdings[int] = Holdings(30, {}, lambda _, value: dropped.append(value))
+    held.put(Place("a", b"1"), 1, 10, 5.0, 0.0)
+    held.put(Place("b", b"1"), 2, 20, 50.0, 0.0)
+    held.put(Place("b", b"2"), 3, 10, 50.0, 6.0)
+    assert dropped == [1]
+    assert held.size_bytes == 30
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(0, 6), st.integers(1, 40), st.floats(0, 3)),
+        max_size=60,
+    )
+)
+def test_who_is_not_over_its_share_loses_nothing(
+    asked: list[tuple[str, int, int, float]],
+) -> None:
+    weights = {"a": 2.0}
+    now, sizes = 0.0, dict[Place, tuple[int, float]]()
+
+    def gone(place: Place, value: int) -> None:
+        del sizes[place]
+
+    held: Holdings[int] = Holdings(100, weights, gone)
+    for tenant, key, size_bytes, later in asked:
+        now += later
+        place = Place(tenant, bytes([key]))
+        held.drop(place)
+        of = {t: sum(s for p, (s, _) in sizes.items() if p.tenant == t) for t in "abc"}
+        tenants = {t for t in "abc" if of[t]} | {tenant}
+        share = {
+            t: 100 * weights.get(t, 1.0) / sum(weights.get(o, 1.0) for o in tenants)
+            for t in tenants
+        }
+        before = {p for p, (_, until) in sizes.items() if until > now}
+        sizes[place] = (size_bytes, now + 8.0)
+        held.put(place, key, size_bytes, now + 8.0, now)
+        for lost in before - sizes.keys():
+            assert (
+                of[lost.tenant] + (size_bytes if lost.tenant == tenant else 0) > share[lost.tenant]
+            )
+        assert held.size_bytes == sum(size for size, _ in sizes.values()) <= 100

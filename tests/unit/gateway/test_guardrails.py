@@ -127,7 +127,7 @@ async def test_two_requests_never_share_what_was_hidden(kit: Any, tmp_path: Path
             result = await rig.ask(_ask(kit, f"i am {mail}", temperature=0))
             assert result.json["choices"][0]["message"]["content"] == f"hello {mail}"
             assert result.headers["x-cloudlm-cache"] == "bypass"
-        assert rig.gateway.handler.recall.store.size_bytes == 0
+        assert rig.gateway.handler.recall.answers.size_bytes == 0
         assert len(rig.replicas[0].requests) == 3
         for expected in ("miss", "hit"):  # without personal data the cache works as ever
             result = await rig.ask(_ask(kit, "i am nobody", temperature=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +118,7 @@ async def test_what_bypasses_the_cache(
         assert (result.status, result.headers[HEADER]) == (200, "bypass")
         assert "etag" not in result.headers
     assert len(cached.replicas[0].requests) == 2
-    assert cached.gateway.handler.recall.store.size_bytes == 0
+    assert cached.gateway.handler.recall.answers.size_bytes == 0
 
 
 @pytest.mark.parametrize(("names", "on"), [("", False), ("other", False), ("o, ti*", True)])
@@ -127,6 +128,19 @@ async def test_models_are_cached_by_name_alone(kit: Any, names: str, on: bool) -
             result = await rig.ask(_greedy(kit))
             assert (HEADER in result.headers) is on
         assert len(rig.replicas[0].requests) == (1 if on else 2)
+
+
+async def test_promise_26_a_shared_cache_that_is_away_costs_nobody_an_answer(kit: Any) -> None:
+    """Nothing listens at port 9 of this machine."""
+    pytest.importorskip("redis")
+    async with kit.open_rig(cache_models="*", cache_url="redis://127.0.0.1:9/0") as rig:
+        began = time.monotonic()
+        asked = [rig.ask(_greedy(kit, seed=number)) for number in range(20)]
+        assert {one.status for one in await asyncio.gather(*asked)} == {200}
+        assert time.monotonic() - began < 3.0  # 0.2 on a quiet machine
+        again = await rig.ask(_greedy(kit, seed=3))
+        assert again.headers[HEADER] == "hit"
+        assert b"cloudlm_gateway_cache_shared_away 1.0" in rig.gateway.meter.exposition()
 
 
 async def test_an_answer_ages(kit: Any) -> None:
@@ -255,7 +269,7 @@ async def test_an_answer_that_another_revision_gave_is_not_kept(cached: Any, kit
     await kit.until(lambda: cached.replicas[0].requests)
     await _serve_revisions(cached, kit, 2)
     assert "etag" not in (await asking).headers
-    assert cached.gateway.handler.recall.store.size_bytes == 0
+    assert cached.gateway.handler.recall.answers.size_bytes == 0
 
 
 async def test_an_answer_of_a_revision_that_came_and_went_is_not_kept(
@@ -272,7 +286,7 @@ async def test_an_answer_of_a_revision_that_came_and_went_is_not_kept(
     answer = await asking
     assert (answer.status, answer.headers["x-cloudlm-attempts"]) == (200, "2")
     assert "etag" not in answer.headers
-    assert cached.gateway.handler.recall.store.size_bytes == 0
+    assert cached.gateway.handler.recall.answers.size_bytes == 0
 
 
 async def test_tenants_have_keys_of_their_own_for_the_very_same_call(cached: Any, kit: Any) -> None:
@@ -283,12 +297,11 @@ async def test_tenants_have_keys_of_their_own_for_the_very_same_call(cached: Any
     request = cached.request(_greedy(kit))
     call = Call(Operation.CHAT, kit.MODEL, request.body)
 
-    def key(tenant: str) -> bytes | None:
+    def key(tenant: str) -> bytes:
         exchange = Exchange("r", gateway.handler.recall.clock, gateway.meter)
         exchange.key = replace(record, tenant=tenant)
-        return gateway.handler.recall.question(exchange, request, call, model)._key
+        return gateway.handler.recall.question(exchange, request, call, model)._place.key
 
-    assert key("one") is not None
     assert key("one") == key("one") != key("other")
 
 
@@ -338,7 +351,7 @@ async def test_no_failure_is_kept(cached: Any, kit: Any, how: dict[str, Any], st
     cached.replicas[0].plans.append(kit.Plan(**how))
     failed = await cached.ask(_greedy(kit, stream=stream))
     assert failed.status != 200 or failed.error is not None
-    assert cached.gateway.handler.recall.store.size_bytes == 0
+    assert cached.gateway.handler.recall.answers.size_bytes == 0
     assert not cached.gateway.handler.recall.flights
 
 
@@ -347,7 +360,7 @@ async def test_a_stream_whose_client_left_is_not_kept(cached: Any, kit: Any) -> 
     response = await cached.gateway.handler.handle(cached.request(_greedy(kit, stream=True)))
     await response.body.__anext__()
     await response.body.aclose()
-    assert cached.gateway.handler.recall.store.size_bytes == 0
+    assert cached.gateway.handler.recall.answers.size_bytes == 0
     assert not cached.gateway.handler.recall.flights
     assert (await cached.ask(_greedy(kit, stream=True))).headers[HEADER] == "miss"
     cached.assert_nothing_open()
@@ -361,7 +374,7 @@ async def test_what_is_too_large_is_not_kept(kit: Any, stream: bool) -> None:
             result = await rig.ask(_greedy(kit, stream=stream))
             assert result.headers[HEADER] == "miss"
             assert len(result.body) > 128 * 1024
-        assert rig.gateway.handler.recall.store.size_bytes == 0
+        assert rig.gateway.handler.recall.answers.size_bytes == 0
         assert not rig.gateway.handler.recall.flights
 
 

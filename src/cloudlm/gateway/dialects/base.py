@@ -120,15 +120,16 @@ class Dialect:
 @dataclass(frozen=True, slots=True)
 class Route:
     """What a path asks for. One of three: ``parse`` makes a call for a replica, ``read`` answers
-    out of what the gateway knows (unless ``perhaps`` finds that a replica is asked),
-    ``fault`` says why there is nothing. The first two get the
-    model's name where the path holds one."""
+    out of what the gateway knows (unless ``perhaps`` finds that a replica is asked), ``fault``
+    says why there is nothing. The first two get the model's name where the path holds one.
+    ``unfold`` makes the request that a shorter one stands for."""
 
     dialect: Dialect
     method: str = "POST"
     parse: Parse | None = None
     read: Read | None = None
     fault: Callable[[str], CloudlmError] | None = None
+    unfold: Callable[[GatewayRequest], GatewayRequest] | None = None
     perhaps: Callable[[GatewayRequest, Asker], Parse | None] | None = None
 
     def check(self, request: GatewayRequest) -> None:

@@ -15,6 +15,7 @@ from cloudlm.gateway.dialects import (
     moderations,
     ollama,
     openai,
+    openai_get,
     predict,
     responses,
     sagemaker,
@@ -84,6 +85,7 @@ _EXACT = {
     "/invocations": Route(sagemaker.DIALECT, parse=sagemaker.parse),
     "/v2": Route(infer.DIALECT, "GET", read=infer.read_server),
 }
+_GET = {path: openai_get.route(operation) for path, operation in openai_get.OPERATIONS.items()}
 _NAMED = (  # what stands before the model's name and after it
     ("/v1/models/", ":predict", Route(predict.DIALECT, parse=predict.parse)),
     ("/v1/models/", ":classify", Route(predict.DIALECT, fault=predict.no_such_verb)),
@@ -108,7 +110,7 @@ _FAULTS: tuple[tuple[str, Dialect, Callable[[str], CloudlmError]], ...] = (
 
 def served() -> set[tuple[str, str]]:
     """All methods and paths; ``{name}`` stands for a model's name."""
-    exact = {(route.method, path) for path, route in _EXACT.items()}
+    exact = {(route.method, path) for routes in (_EXACT, _GET) for path, route in routes.items()}
     named = {
         (route.method, f"{before}{{name}}{after}")
         for before, after, route in _NAMED
@@ -122,6 +124,8 @@ def find(request: GatewayRequest) -> tuple[Route, str]:
     a route too, whose ``check`` raises."""
     path = request.path
     route = _EXACT.get(path)
+    if request.method == "GET" and request.query and path in _GET:
+        return _GET[path], ""
     if route is not None and (route.read is None or "anthropic-version" not in request.headers):
         return route, ""
     return _search(path, "anthropic-version" in request.headers)
