@@ -17,6 +17,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from cloudlm.core.errors import BadSetting
 
 S = TypeVar("S")
+FLOATS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("auto", *FLOATS, "int8", "int8-a8", "int4", "int4-a8")
 
 
 def setting(
@@ -247,12 +249,13 @@ class EngineSettings:
     dtype: str = setting(
         "auto",
         "Precision of the weights in memory.",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", *FLOATS),
     )
     precision: str = setting(
         "auto",
-        "Numbers that the weights are held in; auto is dtype's. a8, on CPUs: inputs in 8 bits too.",
-        choices=("auto", "bfloat16", "int8", "int8-a8", "int4", "int4-a8"),
+        "Numbers that the weights are held in; auto is dtype's, and if that is auto too the "
+        "version's own. a8, on CPUs: inputs in 8 bits too.",
+        choices=PRECISIONS,
     )
     kernels: str = setting(
         "auto",
@@ -457,6 +460,15 @@ class SettingRow:
     environment: str
     doc: str
     secret: bool
+
+
+def check_precision(value: Any, source: str) -> None:
+    """Raise BadSetting, naming the known ones, unless ``value`` is an engine's ``precision``."""
+    if value not in PRECISIONS:
+        shown = repr(value)[:80]
+        raise BadSetting(
+            f"{source} = {shown} is not known; there is: {', '.join(PRECISIONS)}", param="precision"
+        )
 
 
 def environment_name(name: str) -> str:

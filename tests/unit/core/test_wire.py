@@ -109,6 +109,8 @@ class TestSpec:
             ({"options": {"dtype": None}}, "options.dtype"),
             ({"options": {"dtype": ["a"]}}, "options.dtype"),
             ({"options": {"dtype": "x" * 1025}}, "options.dtype"),
+            ({"options": {"precision": "int3"}}, "options.precision"),
+            ({"options": {"precision": 8}}, "options.precision"),
             ({"options": {"share": float("nan")}}, "options.share"),
             ({"options": {"share": 10**400}}, "options.share"),
             ({"options": {f"o{n}": 1 for n in range(65)}}, "options"),
