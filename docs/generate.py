@@ -98,6 +98,7 @@ def _gateway_routes() -> list[Row]:
         "/v1/chat/completions": "answer a conversation",
         "/v1/completions": "continue a text",
         "/v1/embeddings": "texts to vectors",
+        "/v1/moderations": "categories of texts, by the built-in classifiers or a deployment",
         "/v1/models": "list the deployed models",
         "/v1/models/{name}": "show one deployed model",
         "/tokenize": "a text or messages to token ids",

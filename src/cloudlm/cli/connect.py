@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cloudlm.cli.stack import Addresses, running_addresses
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import AuthenticationFailed
-from cloudlm.core.settings import GatewaySettings
+from cloudlm.core.settings import GatewaySettings, Settings
 from cloudlm.state.home import Home, load_settings
 
 if TYPE_CHECKING:
@@ -31,29 +31,37 @@ def gateway_url(settings: GatewaySettings, port: int) -> str:
 
 
 def control_client() -> Client:
-    """A client of the control API: the one that CLOUDLM_CONTROL_URL names, else that of the
-    installation running in this home, else that of the settings. Raises AuthenticationFailed
-    when no key is set."""
+    """A client of the control API at ``addresses``, with the key of the environment, else with the
+    sign-in of 'cloudlm login' there. Raises AuthenticationFailed when there is neither."""
+    from cloudlm.cli.session import token_for
     from cloudlm.client import Client
     from cloudlm.client.connection import key_of
 
-    key = key_of(os.environ)
+    settings, _ = load_settings()
+    where = addresses(settings)
+    key = key_of(os.environ) or token_for(where.control_url, Home(settings.home).path, settings)
     if not key:
         raise AuthenticationFailed(
             "no API key: set CLOUDLM_API_KEY to the key that 'cloudlm up' showed at its "
-            "first start, or make one with 'cloudlm keys create --local --role owner'"
+            "first start, sign in with 'cloudlm login', or make a key with 'cloudlm keys create "
+            "--local --role owner'"
         )
-    settings, _ = load_settings()
+    return Client(api_key=key, control_url=where.control_url, gateway_url=where.gateway_url)
+
+
+def addresses(settings: Settings) -> Addresses:
+    """Where control and gateway are: what CLOUDLM_CONTROL_URL and CLOUDLM_GATEWAY_URL name, else
+    the installation running in this home, else what the settings say."""
     running = running_addresses(Home(settings.home))
     if running is None:
         running = Addresses(
             gateway_url=gateway_url(settings.gateway, settings.gateway.port),
             control_url=local_url(settings.control.host, settings.control.port),
         )
-    return Client(
-        api_key=key,
-        control_url=os.environ.get("CLOUDLM_CONTROL_URL") or running.control_url,
+    control_url = os.environ.get("CLOUDLM_CONTROL_URL") or running.control_url
+    return Addresses(
         gateway_url=os.environ.get("CLOUDLM_GATEWAY_URL") or running.gateway_url,
+        control_url=control_url.rstrip("/"),
     )
 
 

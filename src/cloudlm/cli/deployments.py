@@ -14,6 +14,7 @@ import yaml
 
 from cloudlm.cli.connect import control_client
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
+from cloudlm.cli.precision import Precision, precision_options
 from cloudlm.cli.screen import (
     age_text,
     print_json,
@@ -71,6 +72,7 @@ def deploy(
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=ADDRESS", help="LoRA adapter to serve as NAME."),
     ] = None,
+    precision: Precision = None,
     policy: Annotated[
         Policy, typer.Option("--policy", help="How requests are spread over the replicas.")
     ] = Policy.LEAST_COST,
@@ -92,6 +94,7 @@ def deploy(
             max_replicas=high,
             options={
                 **read_options(option or []),
+                **precision_options(precision, engine),
                 **partition_options(tensor_parallel, pipeline_parallel),
             },
             adapters=read_adapters(adapter or []),

@@ -21,6 +21,7 @@ from cloudlm.cli.options import (
     Json,
     RequestsPerMinute,
     Spend,
+    SpendDay,
     TokensPerMinute,
     date_text,
     limits_of,
@@ -69,6 +70,7 @@ def create(
     tokens_per_minute: TokensPerMinute = None,
     concurrent_streams: Concurrent = None,
     spend_per_month: Spend = None,
+    spend_per_day: SpendDay = None,
     local: Local = False,
     json_output: Json = False,
 ) -> None:
@@ -81,7 +83,11 @@ def create(
         project=project,
         models=tuple(model or ("*",)),
         limits=limits_of(
-            requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month
+            requests_per_minute,
+            tokens_per_minute,
+            concurrent_streams,
+            spend_per_month,
+            spend_per_day,
         ),
         expires_in_s=seconds_of(expires),
     )
@@ -140,10 +146,13 @@ def change(
     tokens_per_minute: TokensPerMinute = None,
     concurrent_streams: Concurrent = None,
     spend_per_month: Spend = None,
+    spend_per_day: SpendDay = None,
     json_output: Json = False,
 ) -> None:
     """Change a key; its limits are given together."""
-    limits = limits_of(requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month)
+    limits = limits_of(
+        requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month, spend_per_day
+    )
     given = {
         "name": name,
         "models": tuple(model) if model else None,

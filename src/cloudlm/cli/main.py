@@ -21,7 +21,9 @@ from cloudlm.cli import (
     deployments,
     drivers,
     keys,
+    login,
     models,
+    policies,
     principals,
     roles,
     run,
@@ -83,6 +85,8 @@ app.add_typer(tenants.tenants, name="tenants")
 app.add_typer(tenants.projects, name="projects")
 principals.add_to(app)
 app.add_typer(roles.app, name="roles")
+app.add_typer(policies.app, name="policies")
+login.add_to(app)
 app.add_typer(keys.app, name="keys")
 usage.add_to(app)
 app.add_typer(audit.app, name="audit")

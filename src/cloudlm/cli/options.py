@@ -30,6 +30,10 @@ Spend = Annotated[
     float | None,
     typer.Option("--spend-per-month", min=0.0, help="Limit of money, in the prices' currency."),
 ]
+SpendDay = Annotated[
+    float | None,
+    typer.Option("--spend-per-day", min=0.0, help="The same for each day (UTC)."),
+]
 Tenant = Annotated[
     str | None, typer.Option("--tenant", help="The tenant; the key's own if not given.")
 ]
@@ -46,9 +50,12 @@ def limits_of(
     tokens_per_minute: int | None = None,
     concurrent_streams: int | None = None,
     spend_per_month: float | None = None,
+    spend_per_day: float | None = None,
 ) -> Limits:
     """Limits of what the options gave."""
-    return Limits(requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month)
+    return Limits(
+        requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month, spend_per_day
+    )
 
 
 def limits_text(limits: Limits) -> str:
@@ -58,6 +65,7 @@ def limits_text(limits: Limits) -> str:
         (limits.tokens_per_minute, "tok/min"),
         (limits.concurrent_streams, "at once"),
         (limits.spend_per_month, "/month"),
+        (limits.spend_per_day, "/day"),
     )
     return ", ".join(f"{value:g} {unit}" for value, unit in parts if value is not None)
 

@@ -10,6 +10,7 @@ from cloudlm.cli.connect import control_client
 from cloudlm.cli.options import Grants, Json, Tenant, date_text, grants_of, grants_text
 from cloudlm.cli.screen import out, print_json, print_table, say
 from cloudlm.core.access import DEFAULT_PROJECT, Principal, PrincipalKind
+from cloudlm.core.tenant import SESSION
 from cloudlm.core.wire_access import key_body, principal_body
 
 app = typer.Typer(no_args_is_help=True, help="People and services: create, list, change, remove.")
@@ -29,7 +30,10 @@ def whoami(json_output: Json = False) -> None:
         print_json({"key": key_body(key), "principal": principal_body(principal)})
         return
     out.print(f"{principal.name} ({principal.id}), tenant {principal.tenant}")
-    out.print(f"key {key.id} ({key.name}): {key.role}@{key.scope}")
+    if key.id.startswith(SESSION):
+        out.print(f"signed in until {date_text(key.expires_at)}: {grants_text(principal.grants)}")
+    else:
+        out.print(f"key {key.id} ({key.name}): {key.role}@{key.scope}")
 
 
 @app.command("create")

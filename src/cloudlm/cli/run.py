@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
+from cloudlm.cli.precision import Precision, precision_options
 from cloudlm.cli.screen import fail, print_json_line, print_text, say, spinner, talk
 from cloudlm.cli.serve import default_name
 from cloudlm.core.errors import (
@@ -31,6 +32,7 @@ from cloudlm.core.errors import (
     UpstreamFailed,
     error_from_body,
 )
+from cloudlm.core.spec import CLOUDLM
 from cloudlm.drivers.launch import GuardOptions, start_guard
 from cloudlm.state.home import Home, load_settings
 
@@ -54,6 +56,7 @@ def run(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
+    precision: Precision = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     json_output: Annotated[
@@ -63,7 +66,10 @@ def run(
     """Chat with a model in the terminal. Questions may also be piped in."""
     from openai import DefaultHttpx2Client, OpenAI
 
-    flags = partition_options(tensor_parallel, pipeline_parallel)
+    flags = {
+        **precision_options(precision, CLOUDLM),
+        **partition_options(tensor_parallel, pipeline_parallel),
+    }
     options = [*(option or []), *(f"{name}={value}" for name, value in flags.items())]
     with (
         private_worker(model, options) as (url, key),

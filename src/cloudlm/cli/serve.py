@@ -12,6 +12,7 @@ import typer
 from cloudlm.cli.connect import local_url
 from cloudlm.cli.deployments import ENGINE_HELP, read_options
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
+from cloudlm.cli.precision import Precision, precision_options
 from cloudlm.cli.screen import print_json, print_text, share_bar
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
 from cloudlm.core.spec import CLOUDLM
@@ -57,6 +58,7 @@ def serve(
             help="PEM file of authorities whose clients alone are let in.",
         ),
     ] = None,
+    precision: Precision = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -68,6 +70,7 @@ def serve(
     name = served_model_name or default_name(model)
     options = {
         **read_options(option or []),
+        **precision_options(precision, engine),
         **partition_options(tensor_parallel, pipeline_parallel),
     }
     settings, _ = load_settings(

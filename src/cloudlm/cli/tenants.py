@@ -12,6 +12,7 @@ from cloudlm.cli.options import (
     Json,
     RequestsPerMinute,
     Spend,
+    SpendDay,
     Tenant,
     TokensPerMinute,
     date_text,
@@ -36,10 +37,13 @@ def create_tenant(
     tokens_per_minute: TokensPerMinute = None,
     concurrent_streams: Concurrent = None,
     spend_per_month: Spend = None,
+    spend_per_day: SpendDay = None,
     json_output: Json = False,
 ) -> None:
     """Make a tenant, with a project 'default'."""
-    limits = limits_of(requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month)
+    limits = limits_of(
+        requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month, spend_per_day
+    )
     with control_client() as client:
         made = client.tenants.create(name, title=title, limits=limits)
     _tell("made", made, tenant_body(made), json_output)
@@ -78,10 +82,13 @@ def change_tenant(
     tokens_per_minute: TokensPerMinute = None,
     concurrent_streams: Concurrent = None,
     spend_per_month: Spend = None,
+    spend_per_day: SpendDay = None,
     json_output: Json = False,
 ) -> None:
     """Change a tenant; limits are given together."""
-    limits = limits_of(requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month)
+    limits = limits_of(
+        requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month, spend_per_day
+    )
     changes: dict[str, Any] = {} if title is None else {"title": title}
     if disabled is not None:
         changes["disabled"] = disabled
@@ -109,10 +116,13 @@ def create_project(
     tokens_per_minute: TokensPerMinute = None,
     concurrent_streams: Concurrent = None,
     spend_per_month: Spend = None,
+    spend_per_day: SpendDay = None,
     json_output: Json = False,
 ) -> None:
     """Make a project."""
-    limits = limits_of(requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month)
+    limits = limits_of(
+        requests_per_minute, tokens_per_minute, concurrent_streams, spend_per_month, spend_per_day
+    )
     with control_client() as client:
         made = client.projects.create(name, tenant=tenant, title=title, limits=limits)
     _tell("made", made, project_body(made), json_output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cloudlm.client.calls import Call, NewKey, all_of, nothing, path_of
@@ -25,6 +26,24 @@ class Whoami(NamedTuple):
 
     key: KeyRecord
     principal: Principal
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where people of a control API sign in: an OpenID Connect issuer, the installation's id there
+    and the scopes to ask for."""
+
+    issuer: str
+    client_id: str
+    scopes: str
+
+
+def signin_place() -> Call[Place]:
+    def read(body: Any) -> Place:
+        fields = Fields(body, "where to sign in")
+        return Place(fields.text("issuer"), fields.text("client_id"), fields.text("scopes"))
+
+    return Call("GET", path_of("signin"), read, needs_key=False)
 
 
 def whoami() -> Call[Whoami]:

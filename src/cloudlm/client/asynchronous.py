@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx2
 
 from cloudlm.client import access_calls, calls
-from cloudlm.client.access_calls import Whoami
+from cloudlm.client.access_calls import Place, Whoami
 from cloudlm.client.asynchronous_access import (
     AsyncKeys,
     AsyncPrincipals,
@@ -77,6 +77,10 @@ class AsyncClient:
         ``model``, between two UTC dates (2026-01-31, the last included); else the last 30 days."""
         given = {"since": since, "until": until, "tenant": tenant, "project": project}
         return await self.send(calls.usage({"group_by": ",".join(group_by), **given}))
+
+    async def signin_place(self) -> Place:
+        """Where people sign in; needs no key. Raises NotFound if nobody does here."""
+        return await self.send(access_calls.signin_place())
 
     async def whoami(self) -> Whoami:
         """The key in use and the principal that it speaks for."""

@@ -37,6 +37,7 @@ class Call(Generic[T]):
     body: Mapping[str, Any] | None = None
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    needs_key: bool = True
 
 
 @dataclass(frozen=True, slots=True)

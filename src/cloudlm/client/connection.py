@@ -95,11 +95,9 @@ class Connection:
 
     def request_options(self, call: Call[Any]) -> dict[str, Any]:
         """What httpx2's ``request`` and ``stream`` take."""
-        headers = {
-            **call.headers,
-            "Authorization": f"Bearer {self._required_key()}",
-            "User-Agent": f"cloudlm/{__version__}",
-        }
+        headers = {**call.headers, "User-Agent": f"cloudlm/{__version__}"}
+        if call.needs_key:
+            headers["Authorization"] = f"Bearer {self._required_key()}"
         options: dict[str, Any] = {
             "method": call.method,
             "url": self.control_url + call.path,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx2
 
 from cloudlm.client import access_calls, calls
-from cloudlm.client.access_calls import Whoami
+from cloudlm.client.access_calls import Place, Whoami
 from cloudlm.client.calls import Call, Pause, Program
 from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
 from cloudlm.client.sync_access import Keys, Principals, Projects, Roles, Tenants
@@ -73,6 +73,10 @@ class Client:
         ``model``, between two UTC dates (2026-01-31, the last included); else the last 30 days."""
         given = {"since": since, "until": until, "tenant": tenant, "project": project}
         return self.send(calls.usage({"group_by": ",".join(group_by), **given}))
+
+    def signin_place(self) -> Place:
+        """Where people sign in; needs no key. Raises NotFound if nobody does here."""
+        return self.send(access_calls.signin_place())
 
     def whoami(self) -> Whoami:
         """The key in use and the principal that it speaks for."""

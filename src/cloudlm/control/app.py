@@ -22,6 +22,7 @@ from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import HttpTurner
+from cloudlm.control.people import open_people
 from cloudlm.control.probe import HttpProber
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import Progress
@@ -33,6 +34,7 @@ from cloudlm.drivers.base import DriverContext
 from cloudlm.drivers.guard import lock_file
 from cloudlm.registry.importer import import_address
 from cloudlm.registry.registry import Registry, open_registry
+from cloudlm.security.policies import load_policies
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
 from cloudlm.state.home import Home
@@ -88,6 +90,8 @@ async def running(
     def importer(source: str, name: str | None, alias: str | None, progress: Progress) -> Manifest:
         return import_address(registry, source, name, alias=alias, progress=progress)
 
+    people = open_people(settings.oidc, state, clock)
+    policies = load_policies(settings.access.policies)
     jobs = Jobs(state, clock, {"import": import_kind(importer)})
     async with (
         HttpProber(settings.control.probe_timeout_s, tls) as prober,
@@ -113,7 +117,8 @@ async def running(
                 metrics=metrics,
                 pepper=pepper,
                 clock=clock,
-                callers=Callers(state, pepper, clock),
+                callers=Callers(state, pepper, clock, people, policies),
+                oidc=settings.oidc,
                 auditor=auditor,
             )
         finally:

@@ -35,8 +35,9 @@ class Verb(StrEnum):
 
 
 class Resource(StrEnum):
-    """Kinds of things. Models, deployments, jobs, drivers and logs belong to the installation and
-    are guarded in the scope of the default tenant; ``inference`` is named by the model used."""
+    """Kinds of things. Models, jobs, drivers, and deployments that name no tenant belong to the
+    installation and are guarded in the scope of the default tenant; ``inference`` is named by the
+    model used."""
 
     TENANTS = "tenants"
     PROJECTS = "projects"
@@ -86,14 +87,15 @@ class Limits:
     each have theirs, and all of them hold at once.
 
     ``requests_per_minute`` counts accepted requests, ``tokens_per_minute`` prompt and completion
-    tokens, ``concurrent_streams`` requests in flight (streamed or not), ``spend_per_month`` is
-    money in the price table's currency per calendar month (UTC).
+    tokens, ``concurrent_streams`` requests in flight (streamed or not), ``spend_per_month`` and
+    ``spend_per_day`` are money in the price table's currency per calendar month and day (UTC).
     """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrent_streams: int | None = None
     spend_per_month: float | None = None
+    spend_per_day: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

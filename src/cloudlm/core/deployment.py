@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from cloudlm.core.price import Price
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 
 
@@ -24,7 +25,9 @@ class DeploymentSpec:
     (``max_model_len``, ``dtype`` …) and ``env`` extra environment of the replica.
     ``asleep`` puts the replicas to sleep (true) or keeps them awake (false); None leaves each as
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
-    the address of each. ``routing`` is how requests are spread over the replicas.
+    the address of each. ``prices`` is what its tokens cost (None: the gateway's own table), and
+    ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
+    ``routing`` is how requests are spread over the replicas.
     """
 
     name: str
@@ -39,6 +42,8 @@ class DeploymentSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     asleep: bool | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
+    prices: Price | None = None
+    tenant: str = ""
     routing: Routing = DEFAULT_ROUTING
 
 
@@ -70,6 +75,8 @@ class Deployment:
                 target_ongoing_requests=self.spec.target_ongoing_requests,
                 max_surge=self.spec.max_surge,
                 asleep=self.spec.asleep,
+                prices=self.spec.prices,
+                tenant=self.spec.tenant,
                 routing=self.spec.routing,
             )
             == self.spec

@@ -7,6 +7,7 @@ errors are translated into this tree once, at the seam where they enter.
     CloudlmError 500
     ├── InvalidRequest 400
     │   ├── ContextLengthExceeded 400
+    │   ├── ContentFiltered 400       (a guardrail's rule)
     │   ├── PayloadTooLarge 413
     │   ├── HeadTooLarge 431
     │   ├── UnprocessableRequest 422
@@ -96,6 +97,12 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and answer together do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class ContentFiltered(InvalidRequest):
+    """A guardrail refused the text; the message names the rule, never the text."""
+
+    code = "content_filter"
 
 
 class PayloadTooLarge(InvalidRequest):
@@ -206,7 +213,7 @@ class LimitExceeded(CloudlmError):
 
 
 class BudgetExceeded(LimitExceeded):
-    """The month's money is used up; trying again this month does not help."""
+    """The month's or the day's money is used up; trying again before its end does not help."""
 
     type = "insufficient_quota"
     code = "insufficient_quota"

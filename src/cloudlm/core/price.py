@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cloudlm.core.chat import Usage
-from cloudlm.core.errors import BadSetting
+from cloudlm.core.errors import BadSetting, InvalidRequest
+from cloudlm.core.fields import Fields
 
 NANO = 1_000_000_000
 MAX_PRICE = 1_000_000.0
@@ -65,7 +67,35 @@ def read_prices(text: str) -> dict[str, Price]:
     return prices
 
 
-def _rate(number: str) -> int | None:
+def price_from_body(body: Any, param: str) -> Price:
+    """A price out of ``{"prompt", "completion", "cached"?}``, each per million tokens; a cached
+    token costs what others of a prompt do unless it is given. Raises InvalidRequest."""
+    fields = Fields(body, param, path=f"{param}.")
+    found = {}
+    for name in ("prompt", "cached", "completion"):
+        default = {"default": fields.raw("prompt")} if name == "cached" else {}
+        given = fields.number(name, low=0.0, high=MAX_PRICE, **default)
+        rate = _rate(given)
+        if rate is None:
+            raise InvalidRequest(
+                f"{param}.{name} must have at most three decimals, not {given!r}",
+                param=f"{param}.{name}",
+            )
+        found[name] = rate
+    fields.end()
+    return Price(**found)
+
+
+def price_body(price: Price) -> dict[str, float]:
+    """A price as JSON, per million tokens."""
+    return {
+        "prompt": price.prompt / 1000,
+        "cached": price.cached / 1000,
+        "completion": price.completion / 1000,
+    }
+
+
+def _rate(number: str | float) -> int | None:
     """Billionths per token of a price per million tokens, None if it is not one."""
     try:
         price = float(number)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from cloudlm.core.errors import BadSetting
 
 S = TypeVar("S")
+FLOATS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("auto", *FLOATS, "int8", "int8-a8", "int4", "int4-a8")
 
 
 def setting(
@@ -154,6 +156,11 @@ class GatewaySettings:
         "What then happens to requests under limits.",
         choices=("refuse", "allow"),
     )
+    guardrails: str = setting(
+        "",
+        "YAML file of guardrails: personal data, blocklists, sizes, injection, moderation; a "
+        "relative path begins in home. Empty for none.",
+    )
     reserved_answer_tokens: int = setting(
         1024,
         "Tokens reserved from limits for an answer whose request sets no max_tokens.",
@@ -215,12 +222,13 @@ class EngineSettings:
     dtype: str = setting(
         "auto",
         "Precision of the weights in memory.",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", *FLOATS),
     )
     precision: str = setting(
         "auto",
-        "Numbers that the weights are held in; auto is dtype's. a8, on CPUs: inputs in 8 bits too.",
-        choices=("auto", "bfloat16", "int8", "int8-a8", "int4", "int4-a8"),
+        "Numbers that the weights are held in; auto is dtype's, and if that is auto too the "
+        "version's own. a8, on CPUs: inputs in 8 bits too.",
+        choices=PRECISIONS,
     )
     kernels: str = setting(
         "auto",
@@ -336,6 +344,46 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True)
+class AccessSettings:
+    """Who may do what, besides the roles that are granted."""
+
+    policies: str = setting(
+        "", "Files of Cedar policies that hold beside roles, separated by commas."
+    )
+
+
+@dataclass(frozen=True)
+class OidcSettings:
+    """People who sign in through an OpenID Connect issuer."""
+
+    issuer: str = setting(
+        "", "The issuer, exactly as its discovery document calls itself; empty: no sign-in."
+    )
+    client_id: str = setting("", "The id of this installation at the issuer.")
+    client_secret: str = setting(
+        "",
+        "What 'cloudlm login' sends besides, for issuers that demand it of programs too.",
+        secret=True,
+    )
+    audiences: str = setting("", "Audiences of good tokens besides client_id, separated by commas.")
+    algorithms: str = setting(
+        "RS256, ES256, PS256, Ed25519", "Algorithms of good tokens, separated by commas."
+    )
+    scopes: str = setting("openid email profile", "What 'cloudlm login' asks the issuer for.")
+    mapping: str = setting(
+        "",
+        "YAML file of rules: which claims give which role where. Without one nobody is let in "
+        "who was not made with 'cloudlm principals create --subject'.",
+    )
+    leeway_s: float = setting(
+        30.0, "How far the issuer's clock may be off, seconds.", low=0.0, high=600.0
+    )
+    max_token_age_s: float = setting(
+        86_400.0, "Tokens older than this are refused, whatever they say, seconds.", low=60.0
+    )
+
+
+@dataclass(frozen=True)
 class StateSettings:
     """Facts: what is asked and what runs."""
 
@@ -369,6 +417,8 @@ class Settings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
+    oidc: OidcSettings = field(default_factory=OidcSettings)
     state: StateSettings = field(default_factory=StateSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -383,6 +433,15 @@ class SettingRow:
     environment: str
     doc: str
     secret: bool
+
+
+def check_precision(value: Any, source: str) -> None:
+    """Raise BadSetting, naming the known ones, unless ``value`` is an engine's ``precision``."""
+    if value not in PRECISIONS:
+        shown = repr(value)[:80]
+        raise BadSetting(
+            f"{source} = {shown} is not known; there is: {', '.join(PRECISIONS)}", param="precision"
+        )
 
 
 def environment_name(name: str) -> str:

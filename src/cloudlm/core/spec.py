@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloudlm.core.deployment import DeploymentSpec
-from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.errors import BadSetting, InvalidRequest
 from cloudlm.core.fields import check_text, kind_of
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
 from cloudlm.core.routing import check_routing
+from cloudlm.core.settings import check_precision
 from cloudlm.core.vllm import read_vllm_options
 
 CLOUDLM = "cloudlm"
@@ -48,10 +49,14 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         raise InvalidRequest(
             f"max_surge must be from 0 to {MAX_REPLICAS}, not {spec.max_surge}", param="max_surge"
         )
+    if spec.tenant:
+        check_name(spec.tenant, "tenant")
     _check_adapters(spec)
     _check_options(spec.options)
     if spec.engine == VLLM:
         read_vllm_options(spec.options)
+    elif "precision" in spec.options:
+        _check_precision(spec.options["precision"])
     _check_env(spec.env)
     check_routing(spec.routing)
     return spec
@@ -107,6 +112,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
             )
         elif not -(2**53) <= value <= 2**53:  # NaN and the infinities fail here too
             raise InvalidRequest(f"{param} is not a number that can be used", param=param)
+
+
+def _check_precision(value: Any) -> None:
+    try:
+        check_precision(value, "options.precision")
+    except BadSetting as error:
+        raise InvalidRequest(error.message, param="options.precision") from None
 
 
 def _check_env(env: Mapping[str, Any]) -> None:

@@ -50,6 +50,11 @@ class Role(StrEnum):
     AUDITOR = "auditor"
 
 
+SESSION = "@"
+"""What the id of a signed-in person's session begins with, before the principal's id. No key has
+such an id, and nothing is stored under it."""
+
+
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
     """An API key as it is stored: never its secret, only a digest of the whole key.

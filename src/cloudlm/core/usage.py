@@ -139,6 +139,11 @@ def span_of(since: str | None, until: str | None, now: float) -> tuple[float, fl
     return _stamp(first), _stamp(last) + DAY_S
 
 
+def day_start(now: float) -> float:
+    """The moment at which the UTC day of ``now`` began."""
+    return now - now % DAY_S
+
+
 def month_of(now: float) -> float:
     """The moment at which the UTC month of ``now`` began."""
     return _stamp(datetime.fromtimestamp(now, UTC).date().replace(day=1))

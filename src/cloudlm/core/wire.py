@@ -32,6 +32,7 @@ from cloudlm.core.model import (
     check_name,
     manifest_from_body,
 )
+from cloudlm.core.price import price_body, price_from_body
 from cloudlm.core.routing import routing_body, routing_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
@@ -112,6 +113,8 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "env": dict(spec.env),
         "asleep": spec.asleep,
         "adapters": [{"name": name, "model": model} for name, model in spec.adapters.items()],
+        "prices": None if spec.prices is None else price_body(spec.prices),
+        "tenant": spec.tenant,
         "routing": routing_body(spec.routing),
     }
 
@@ -341,6 +344,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
     """Read a spec's fields by type; ``check_spec`` looks at the values."""
     options = fields.mapping("options", {}, max_entries=MAX_ENTRIES)
     env = fields.mapping("env", {}, max_entries=MAX_ENTRIES)
+    prices = fields.raw("prices", None)
     return DeploymentSpec(
         name=fields.text("name") if name is None else fields.text("name", name),
         model=fields.text("model"),
@@ -354,6 +358,8 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         env=env,
         asleep=None if fields.raw("asleep", None) is None else fields.flag("asleep"),
         adapters=_adapters(fields),
+        prices=None if prices is None else price_from_body(prices, fields.param("prices")),
+        tenant=fields.text("tenant", "", max_length=64),
         routing=routing_from_body(fields.raw("routing", {})),
     )
 

@@ -327,12 +327,15 @@ def _limits(fields: Fields) -> Limits:
     def count(name: str) -> int | None:
         return None if inner.raw(name, None) is None else inner.integer(name, high=10**12)
 
-    spend = inner.raw("spend_per_month", None)
+    def money(name: str) -> float | None:
+        return None if inner.raw(name, None) is None else inner.number(name, low=0.0, high=1e12)
+
     limits = Limits(
         count("requests_per_minute"),
         count("tokens_per_minute"),
         count("concurrent_streams"),
-        None if spend is None else inner.number("spend_per_month", low=0.0, high=1e12),
+        money("spend_per_month"),
+        money("spend_per_day"),
     )
     inner.end()
     return limits

@@ -1,253 +1,81 @@
-"""LoRA adapters over a loaded network: reading them, and adding them to some rows of a batch.
+"""Adds LoRA adapters to what a network's modules answer for some rows of a batch.
 
-An adapter adds ``scale * B(A(x))`` to what some projections answer (Hu et al., "LoRA", 2021). The
-rows of a batch that ask for it get that sum, all others stay untouched; so adapters and the base
-share one pass. Nothing is hooked while no adapter is loaded. Files are those of PEFT:
-``adapter_config.json`` and ``adapter_model.safetensors``, which cannot run code.
+The rows that ask for an adapter get its sum, all others stay untouched; so adapters and the base
+share one pass. Nothing is hooked while no adapter is loaded. Knows no files.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cloudlm.core.errors import BrokenModel, UnsafeModel, UnsupportedModel
+from cloudlm.engine.adapter_files import Adapter
 from cloudlm.engine.architectures.base import Decoder
-from cloudlm.engine.architectures.config import ModelConfig, read_json
-from cloudlm.engine.architectures.gpt2 import Projection
-from cloudlm.engine.formats.safetensors_files import StoredTensor, read_header
 from cloudlm.engine.step import Chunk
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-MAX_RANK = 512
-_MAX_CONFIG_BYTES = 2**20
-_FLOATS = ("F32", "F16", "BF16")
-_TENSOR = re.compile(r"base_model\.model\.(.{1,400})\.lora_([AB])(?:\.default)?\.weight")
-# Fields that say nothing about the sum, or that are read below.
-_KNOWN = frozenset(
-    (
-        *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
-        *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout"),
-        *("bias", "init_lora_weights", "fan_in_fan_out", "auto_mapping", "peft_version"),
-        *("layers_to_transform", "layers_pattern", "qalora_group_size", "ensure_weight_tying"),
-    )
-)
-# Other ways to begin change the base's weights as well, which are not in the adapter's files.
-_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva")
+Rows = slice | Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """What is added to one projection: ``down`` [rank, inputs] and ``up`` [outputs, rank], which
-    has the scale in it."""
-
-    down: Tensor
-    up: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """Pairs by the path of their projection in the network."""
-
-    pairs: Mapping[str, Pair]
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A projection that can be adapted."""
-
-    inputs: int
-    outputs: int
-
-
-def sites(model: Decoder) -> dict[str, Site]:
-    """The projections of ``model`` by path. Not the output projection, and no experts, whose rows
-    are not those of the batch."""
-    found: dict[str, Site] = {}
-    for path, module in model.named_modules():
-        if path == "lm_head" or ".experts." in path:
-            continue
-        if isinstance(module, nn.Linear):
-            found[path] = Site(module.in_features, module.out_features)
-        elif isinstance(module, Projection):
-            found[path] = Site(module.weight.shape[0], module.weight.shape[1])
-    return found
-
-
-def read_adapter(
-    folder: Path,
-    known: Mapping[str, Site],
-    parameter_name: Callable[[str], str | None],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Adapter:
-    """The adapter of ``folder``, checked against the projections ``known``.
-
-    ``parameter_name`` is the network's (``Decoder``). Raises BrokenModel, UnsafeModel and
-    UnsupportedModel naming file and fault.
-    """
-    weights = _weights_file(folder)
-    scale, rank, targets = _read_config(folder)
-    found: dict[str, dict[str, StoredTensor]] = {}
-    for tensor in read_header(weights).values():
-        path, side = _place(tensor, known, parameter_name, targets)
-        found.setdefault(path, {})[side] = tensor
-    if not found:
-        raise BrokenModel(f"{WEIGHTS} holds no tensors")
-    for path, sides in found.items():
-        _check_shapes(path, sides, known[path], rank)
-    pairs: dict[str, Pair] = {}
-    try:
-        with safe_open(weights, framework="pt") as opened:
-            for path, sides in found.items():
-                down, up = (opened.get_tensor(sides[side].name).float() for side in "AB")
-                if not bool(down.isfinite().all() and up.isfinite().all()):
-                    raise BrokenModel(f"{WEIGHTS}: the tensors of {path} are not finite numbers")
-                pairs[path] = Pair(
-                    down.to(device, dtype, copy=True), (up * scale).to(device, dtype, copy=True)
-                )
-    except (SafetensorError, OSError) as error:
-        raise BrokenModel(f"{WEIGHTS} cannot be read: {error}") from error
-    return Adapter(pairs)
-
-
-def _weights_file(folder: Path) -> Path:
-    """The two files must be plain ones that lie in the folder (or in the hub's cache)."""
-    if not folder.is_dir():
-        raise BrokenModel(f"{folder} is not a folder: expected {CONFIG} and {WEIGHTS} in it")
-    root = folder.resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    for name in (CONFIG, WEIGHTS):
-        file = folder / name
-        if not file.is_file():
-            pickled = sorted(one.name for one in folder.glob("adapter_model.*") if one.is_file())
-            if name == WEIGHTS and pickled:
-                raise UnsafeModel(
-                    f"{pickled[0]} may hold pickled data, which could run code, and is not read; "
-                    "save the adapter as safetensors"
-                )
-            raise BrokenModel(f"{name} is missing in {folder}")
-        if not any(file.resolve().is_relative_to(home) for home in homes):
-            raise UnsafeModel(f"{name}: is a symbolic link that leaves the adapter's folder")
-    return folder / WEIGHTS
-
-
-def _read_config(folder: Path) -> tuple[float, int, tuple[str, ...] | None]:
-    """Scale, rank, and the last parts of the names that are adapted (None: any)."""
-    values = read_json(folder / CONFIG, max_bytes=_MAX_CONFIG_BYTES)
-    config = ModelConfig(values, CONFIG)
-    if config.raw("peft_type") != "LORA":
-        raise UnsupportedModel(f"{CONFIG}: peft_type is {_shown(values, 'peft_type')}, not LORA")
-    for name in sorted(values):
-        if name not in _KNOWN and values[name]:
-            raise UnsupportedModel(f"{CONFIG}: {name[:80]} = {_shown(values, name)} is not run")
-    if config.raw("bias") not in (None, "none"):
-        raise UnsupportedModel(f"{CONFIG}: bias = {_shown(values, 'bias')} is not run, only none")
-    if config.raw("init_lora_weights") not in _PLAIN_BEGINNINGS:
-        raise UnsupportedModel(
-            f"{CONFIG}: init_lora_weights = {_shown(values, 'init_lora_weights')} changes the "
-            "base's weights, too; convert the adapter to a plain LoRA"
-        )
-    rank = config.integer("r", high=MAX_RANK)
-    scale = config.number("lora_alpha") / (
-        math.sqrt(rank) if config.flag("use_rslora", False) else rank
-    )
-    targets = config.raw("target_modules")
-    if isinstance(targets, list) and all(isinstance(one, str) for one in targets):
-        return scale, rank, tuple(targets)
-    if targets is not None and not isinstance(targets, str):
-        raise config.fault("target_modules", "a list of names or a pattern")
-    return scale, rank, None
-
-
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    return repr(values.get(name))[:80]
-
-
-def _place(
-    tensor: StoredTensor,
-    known: Mapping[str, Site],
-    parameter_name: Callable[[str], str | None],
-    targets: tuple[str, ...] | None,
-) -> tuple[str, str]:
-    """The projection that a tensor belongs to, and which side of it the tensor is."""
-    where = f"{WEIGHTS}: tensor {tensor.name[:120]!r}"
-    match = _TENSOR.fullmatch(tensor.name)
-    if match is None:
-        raise UnsupportedModel(f"{where} is not a projection's lora_A or lora_B")
-    stored, side = match[1], match[2]
-    name = parameter_name(f"{stored}.weight") or ""
-    path = name.removesuffix(".weight")
-    if path not in known:
-        raise UnsupportedModel(
-            f"{where}: {stored[-80:]} is not a projection of this model that can be adapted"
-        )
-    if targets is not None and not any(
-        stored == target or stored.endswith(f".{target}") for target in targets
-    ):
-        raise BrokenModel(f"{where} is not among the target_modules of {CONFIG}")
-    if tensor.dtype not in _FLOATS:
-        raise UnsupportedModel(
-            f"{where} is of type {tensor.dtype[:20]}; supported: {', '.join(_FLOATS)}"
-        )
-    return path, side
-
-
-def _check_shapes(path: str, sides: Mapping[str, StoredTensor], site: Site, rank: int) -> None:
-    for side, wanted in (("A", (rank, site.inputs)), ("B", (site.outputs, rank))):
-        if side not in sides:
-            raise BrokenModel(f"{WEIGHTS}: {path} has no lora_{side}")
-        if sides[side].shape != wanted:
-            raise BrokenModel(
-                f"{WEIGHTS}: lora_{side} of {path} has shape {list(sides[side].shape)}, this "
-                f"model and {CONFIG} ask for {list(wanted)}"
-            )
-
-
-class Adapters:
-    """The adapters of one runner, by key. Used by the thread that runs the network."""
-
-    def __init__(self, model: Decoder) -> None:
-        self._adapters: dict[str, Adapter] = {}
-        self._modules: dict[str, nn.Module] = {}
-        self._hooks: dict[str, RemovableHandle] = {}
-        self._active: list[tuple[Adapter, Tensor | None]] = []
-        self.attach(model)
-
-    def attach(self, model: Decoder) -> None:
-        """Apply what is loaded to ``model`` from now on."""
-        self._modules = dict(model.named_modules())
-        for adapter in self._adapters.values():
-            self._hook(adapter)
-
-    def detach(self) -> None:
-        """Let go of the network; the adapters stay."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
-        self._modules.clear()
+class Adapting(Protocol):
+    """Whoever computes a network with adapters. Used by the thread that runs the network."""
 
     def add(self, key: str, adapter: Adapter) -> None:
         """From the next step on chunks may name ``key``."""
-        self._adapters[key] = adapter
-        if self._modules:
-            self._hook(adapter)
+        ...
 
     def remove(self, key: str) -> None:
         """Forget an adapter; no chunk may name it any more."""
+        ...
+
+
+def rows_by_adapter(chunks: Sequence[Chunk], device: torch.device) -> list[tuple[str, Rows]]:
+    """Each adapter that is asked for with its rows of the batch: a slice if they lie behind each
+    other, their numbers int64 otherwise."""
+    found: dict[str, list[range]] = {}
+    end = 0
+    for chunk in chunks:
+        begin, end = end, end + len(chunk.token_ids)
+        if not chunk.adapter:
+            continue
+        spans = found.setdefault(chunk.adapter, [])
+        if spans and spans[-1].stop == begin:
+            spans[-1] = range(spans[-1].start, end)
+        else:
+            spans.append(range(begin, end))
+    return [(key, _rows(spans, device)) for key, spans in found.items()]
+
+
+def _rows(spans: list[range], device: torch.device) -> Rows:
+    if len(spans) == 1:
+        return slice(spans[0].start, spans[0].stop)
+    places = [row for span in spans for row in span]
+    return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+class Adapters:
+    """``Adapting`` by hooks on the network's own modules."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._adapters: dict[str, Adapter] = {}
+        self._modules = dict(model.named_modules())
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._active: list[tuple[Adapter, Rows]] = []
+
+    def add(self, key: str, adapter: Adapter) -> None:
+        """See ``Adapting``."""
+        self._adapters[key] = adapter
+        for path in adapter.pairs:
+            if path not in self._hooks:
+                module = self._modules[path]
+                self._hooks[path] = module.register_forward_hook(self._sum_for(path))
+
+    def remove(self, key: str) -> None:
+        """See ``Adapting``."""
         del self._adapters[key]
         wanted = {path for adapter in self._adapters.values() for path in adapter.pairs}
         for path in self._hooks.keys() - wanted:
@@ -256,37 +84,13 @@ class Adapters:
     @contextmanager
     def applied(self, chunks: Sequence[Chunk], device: torch.device) -> Iterator[None]:
         """While the network computes ``chunks``, one behind the other."""
-        self._active = self._groups(chunks, device)
+        self._active = [
+            (self._adapters[key], rows) for key, rows in rows_by_adapter(chunks, device)
+        ]
         try:
             yield
         finally:
             self._active = []
-
-    def _groups(
-        self, chunks: Sequence[Chunk], device: torch.device
-    ) -> list[tuple[Adapter, Tensor | None]]:
-        """Each adapter that is asked for with its rows, None for all."""
-        keys = {chunk.adapter for chunk in chunks}
-        if keys == {""}:
-            return []
-        if len(keys) == 1:
-            return [(self._adapters[keys.pop()], None)]
-        rows: dict[str, list[int]] = {}
-        end = 0
-        for chunk in chunks:
-            begin, end = end, end + len(chunk.token_ids)
-            if chunk.adapter:
-                rows.setdefault(chunk.adapter, []).extend(range(begin, end))
-        return [
-            (self._adapters[key], torch.tensor(places, dtype=torch.int64, device=device))
-            for key, places in rows.items()
-        ]
-
-    def _hook(self, adapter: Adapter) -> None:
-        for path in adapter.pairs:
-            if path not in self._hooks:
-                module = self._modules[path]
-                self._hooks[path] = module.register_forward_hook(self._sum_for(path))
 
     def _sum_for(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -294,10 +98,9 @@ class Adapters:
                 pair = adapter.pairs.get(path)
                 if pair is None:
                     continue
-                x = inputs[0] if rows is None else inputs[0].index_select(0, rows)
-                share = (x @ pair.down.T) @ pair.up.T
-                if rows is None:
-                    output += share
+                share = (inputs[0][rows] @ pair.down.T) @ pair.up.T
+                if isinstance(rows, slice):
+                    output[rows] += share
                 else:
                     output.index_add_(0, rows, share)
 

@@ -56,11 +56,14 @@ def load_engine(
     *,
     max_waiting: int,
     progress: Progress | None = None,
+    stored_precision: str = "",
 ) -> LocalEngine:
     """Load the model of ``folder`` (Hugging Face layout, safetensors) and start its engine.
 
     ``max_waiting`` is the longest queue. ``progress`` is told the share that is done (0 to 1) and
-    what is being done. Raises BrokenModel and its kinds naming file and fault, BadSetting.
+    what is being done. ``stored_precision`` is what the manifest says that the weights are held in:
+    it decides where the settings leave ``precision`` and ``dtype`` at auto; empty leaves it to
+    config.json. Raises BrokenModel and its kinds naming file and fault, BadSetting.
     """
     from cloudlm.engine.engine import LocalEngine
 
@@ -68,7 +71,7 @@ def load_engine(
     lookup = lookup_of(settings)
     tell(0.0, "reading the configuration")
     tokenizer = Tokenizer(folder)
-    runner = load_runner(folder, settings, tokenizer.eos_token_ids, tell)
+    runner = load_runner(folder, settings, tokenizer.eos_token_ids, tell, stored_precision)
     engine = LocalEngine.start(
         runner,
         tokenizer,
@@ -88,14 +91,13 @@ def load_runner(
     settings: EngineSettings,
     eos_token_ids: tuple[int, ...],
     tell: Progress,
+    stored_precision: str = "",
 ) -> Runner:
-    """The model of ``folder`` with its cache, tried out once. Raises as ``load_engine``."""
+    """The model of ``folder`` with its cache, tried out once. See ``load_engine``."""
     if settings.tensor_parallel * settings.pipeline_parallel > 1:
         from cloudlm.engine.parallel.loading import load_leader
 
-        return load_leader(folder, settings, eos_token_ids, tell)
-    if settings.deterministic:
-        settings = replace(settings, kernels=_kernels_when_deterministic(settings))
+        return load_leader(folder, settings, eos_token_ids, tell, stored_precision)
     name, config, model = build_network(folder)
     checkpoint = open_checkpoint(folder)
     device = pick_device(settings.device)
@@ -108,7 +110,7 @@ def load_runner(
         settings,
         parameters=parameters,
         device=device,
-        pick_dtype=lambda asked: pick_dtype(asked, config, parameters, device),
+        pick_dtype=lambda asked: pick_dtype(asked, config, parameters, device, stored_precision),
         threads=threads,
         stored=checkpoint.precision,
     )
@@ -157,6 +159,7 @@ def load_runner(
             progress=lambda share: tell(0.6 + 0.3 * share, "packing the weights"),
             stored=choice.stored,
             kept=_packed_file(folder, checkpoint, choice, settings.packed_cache_mb),
+            deterministic=settings.deterministic,
         )
 
     facts = RunnerFacts(
@@ -294,17 +297,6 @@ def lookup_of(settings: EngineSettings) -> Lookup | None:
     )
 
 
-def _kernels_when_deterministic(settings: EngineSettings) -> str:
-    """Batches of one shape exist on PyTorch's path alone. Raises BadSetting."""
-    if settings.kernels == "native" or settings.precision.startswith("int"):
-        raise BadSetting(
-            "deterministic = true is not possible with kernels = native or a quantised precision; "
-            "leave both at auto",
-            param="deterministic",
-        )
-    return "torch"
-
-
 def pick_threads(asked: int, parameters: int) -> int:
     """CPU threads of a step; 0 is all cores, but one for a very small model."""
     if asked:
@@ -325,13 +317,17 @@ def pick_device(asked: str) -> torch.device:
 
 
 def pick_dtype(
-    asked: str, config: ModelConfig, parameters: int, device: torch.device
+    asked: str, config: ModelConfig, parameters: int, device: torch.device, stored: str = ""
 ) -> torch.dtype:
-    """``auto`` is the type that the configuration names, but float32 for a small model on a CPU."""
+    """``auto`` is the type that the weights are stored in; where that is none (they are quantised,
+    or ``stored`` is empty), the one that the configuration names. But float32 for a small model on
+    a CPU."""
     if asked != "auto":
         return _DTYPES[asked]
     if device.type == "cpu" and parameters < _SMALL_PARAMETERS:
         return torch.float32
+    if stored in _DTYPES:
+        return _DTYPES[stored]
     name = "dtype" if "dtype" in config else "torch_dtype"
     return _DTYPES[config.choice(name, "float32", _DTYPES)]
 

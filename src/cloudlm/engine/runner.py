@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,23 +14,20 @@ from torch import Tensor
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import BadSetting, BrokenModel, NotSupported, Unavailable
-from cloudlm.engine.adapters import Adapter, Adapters, read_adapter, sites
+from cloudlm.engine.adapter_files import Adapter, read_adapter, sites
+from cloudlm.engine.adapters import Adapters, Adapting
 from cloudlm.engine.api import EngineInfo
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.modules import SparseMLP
+from cloudlm.engine.fixed_batches import FIXED_ROWS, hidden_in_batches, logits_in_batches
 from cloudlm.engine.masks import StepMasks
 from cloudlm.engine.memory import drop_from_page_cache, give_back
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.ops.cache import BlockPool
-from cloudlm.engine.ops.invariant import InvariantAttention, Rows
 from cloudlm.engine.ops.transfer import to_device
 from cloudlm.engine.paths.base import ComputePath
 from cloudlm.engine.sampler import Choice, Mask, sample, token_logprobs
 from cloudlm.engine.step import Chunk, Pooling, Sampled, Step
-
-# Rows of every batch in deterministic mode. A CPU with matrix units computes about so many rows of
-# a linear layer in the time in which it reads the layer's weights.
-DETERMINISTIC_ROWS = 32
 
 # Prompt log probabilities need the whole vocabulary per position: so many positions at a time.
 _SCORED_ROWS = 128
@@ -63,9 +61,9 @@ class Runner:
     what computes in its place (native kernels); without it the network's own modules do.
 
     The network must be loaded, all parameters of one type on one device. In ``deterministic`` mode
-    a sequence's tokens depend on nothing else in the batch, nor on how it was cut into chunks: all
-    is computed in batches of DETERMINISTIC_ROWS rows, and attention by ``ops.invariant``. Raises
-    BadSetting if the pool does not fit into memory, or the network cannot be run that way.
+    a sequence's tokens depend on nothing else in the batch, nor on how it was cut into chunks: a
+    path that was made so sees to it, or ``fixed_batches``. Raises BadSetting if the pool does not
+    fit into memory, or the network cannot be run that way.
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class Runner:
         self.block_size = facts.block_size
         self._dtype = first.dtype
         self._sites = sites(model)
-        self._adapters = Adapters(model)
         self._windows = frozenset(shape.windows)
         self._deterministic = facts.deterministic
         if facts.deterministic and any(isinstance(one, SparseMLP) for one in model.modules()):
@@ -98,6 +95,8 @@ class Runner:
         self._device = first.device
         self._pool = self._make_pool()
         self._device = self._pool.blocks.device  # a path may have moved the network
+        self._loaded: dict[str, Adapter] = {}
+        self._adapters = self._make_adapters()
         self.info = EngineInfo(
             architecture=facts.architecture,
             parameters=parameters,
@@ -124,6 +123,14 @@ class Runner:
             self._dtype,
             self._device,
         )
+
+    def _make_adapters(self) -> Adapting | None:
+        """What adds the loaded adapters from now on; None if nothing here can."""
+        adapters = Adapters(self.model) if self._path is None else self._path.adapters
+        if adapters is not None:
+            for key, adapter in self._loaded.items():
+                adapters.add(key, adapter)
+        return adapters
 
     @torch.inference_mode()
     def run(self, step: Step, masks: StepMasks | None = None) -> list[Sampled]:
@@ -163,65 +170,52 @@ class Runner:
         if self._path is not None:
             return self._path.hidden(chunks)
         if self._deterministic:
-            return self._hidden_in_tiles(chunks)
+            return hidden_in_batches(self.model, chunks, self._pool, self._windows)
         token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         attend = PagedAttention(chunks, self._pool, self._windows)
         tokens = to_device(np.array(token_ids, dtype=np.int64), self._device)
-        with self._adapters.applied(chunks, self._device):
+        with self._adapted(chunks):
             hidden: Tensor = self.model(tokens, attend.positions, attend)
         return hidden
 
     def read_adapter(self, folder: Path) -> Adapter:
         """The LoRA adapter of ``folder``; from any thread. See ``adapters.read_adapter``."""
-        if self._make_path is not None:
-            raise NotSupported("adapters are not possible on native kernels; set kernels=torch")
         model: Decoder | None = getattr(self, "model", None)
         if model is None:
             raise Unavailable("the model is asleep; wake it first")
+        if self._adapters is None:
+            raise NotSupported("adapters are not possible on these kernels; set kernels=torch")
         return read_adapter(folder, self._sites, model.parameter_name, self._dtype, self._device)
 
     def add_adapter(self, key: str, adapter: Adapter) -> None:
         """From the next step on chunks may name ``key``. Raises NotSupported in deterministic
-        mode, whose batches do not tell adapters apart."""
-        if self._deterministic:
-            raise NotSupported("adapters are not possible with deterministic = true")
-        self._adapters.add(key, adapter)
+        mode on PyTorch's modules, whose batches do not tell adapters apart."""
+        if self._deterministic and self._make_path is None:
+            raise NotSupported(
+                "adapters with deterministic = true need the native kernels (kernels = native)"
+            )
+        self._loaded[key] = adapter
+        if self._adapters is not None:  # or the model sleeps
+            self._adapters.add(key, adapter)
 
     def remove_adapter(self, key: str) -> None:
         """No chunk names ``key`` any more."""
-        self._adapters.remove(key)
+        del self._loaded[key]
+        if self._adapters is not None:
+            self._adapters.remove(key)
 
-    def _hidden_in_tiles(self, chunks: tuple[Chunk, ...]) -> Tensor:
-        """``hidden``, in batches that are all of the same shape."""
-        answers: list[Tensor] = []
-        for owned in _tiles(chunks, DETERMINISTIC_ROWS):
-            token_ids, positions = [0] * DETERMINISTIC_ROWS, [0] * DETERMINISTIC_ROWS
-            for rows in owned:
-                end = rows.start + rows.end - rows.begin
-                first = rows.start - rows.chunk.start
-                token_ids[rows.begin : rows.end] = rows.chunk.token_ids[
-                    first : first + end - rows.start
-                ]
-                positions[rows.begin : rows.end] = range(rows.start, end)
-            attend = InvariantAttention(owned, self._pool, self._windows)
-            tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-            places = torch.tensor(positions, dtype=torch.int64, device=self._device)
-            answers.append(self.model(tokens, places, attend)[: owned[-1].end])
-        return torch.cat(answers)
+    def _adapted(self, chunks: Sequence[Chunk]) -> AbstractContextManager[None]:
+        """While the network's own modules compute ``chunks``."""
+        assert isinstance(self._adapters, Adapters)
+        return self._adapters.applied(chunks, self._device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of some rows; in deterministic mode in batches of one shape too."""
         if self._path is not None:
             return self._path.logits(hidden)
-        if not self._deterministic:
-            return self.model.logits(hidden)
-        rows = []
-        for begin in range(0, len(hidden), DETERMINISTIC_ROWS):
-            part = hidden[begin : begin + DETERMINISTIC_ROWS]
-            padded = hidden.new_zeros((DETERMINISTIC_ROWS, hidden.shape[1]))
-            padded[: len(part)] = part
-            rows.append(self.model.logits(padded)[: len(part)])
-        return torch.cat(rows)
+        if self._deterministic:
+            return logits_in_batches(self.model, hidden)
+        return self.model.logits(hidden)
 
     def _sample(self, logits: Tensor, chunks: list[Chunk], masks: list[Mask]) -> list[Choice]:
         if not self._deterministic:
@@ -248,7 +242,7 @@ class Runner:
         """Deterministic mode needs products of one shape to treat all rows alike, which kernels do
         without promising it: the same token in every row must give the same numbers everywhere."""
         trial = Chunk(0, (0,), 0, (0,), samples=True, sampling=Sampling())
-        hidden = self.hidden((trial,) * DETERMINISTIC_ROWS)
+        hidden = self.hidden((trial,) * FIXED_ROWS)
         logits = self.logits(hidden)
         if not all(bool((rows == rows[:1]).all()) for rows in (hidden, logits)):
             raise BadSetting(
@@ -262,7 +256,7 @@ class Runner:
         system is also asked to forget the weights' files."""
         if self._source is None:
             raise NotSupported("this model was not loaded from files and cannot sleep")
-        self._adapters.detach()
+        self._adapters = None
         del self.model, self._pool
         self._path = None
         give_back()
@@ -276,13 +270,13 @@ class Runner:
         try:
             self._path = None if self._make_path is None else self._make_path(self.model)
             self._pool = self._make_pool()
+            self._adapters = self._make_adapters()
             self.check()
         except BaseException:
             self.__dict__.pop("_pool", None)
-            self._path = None
+            self._path = self._adapters = None
             del self.model
             raise
-        self._adapters.attach(self.model)
 
     def when_lost(self, call: Callable[[str], None]) -> None:
         """Have ``call`` told, from any thread, what this runner cannot go on without and lost:
@@ -290,7 +284,7 @@ class Runner:
 
     def close(self) -> None:
         """Give the memory of weights and cache back; the runner cannot run any more."""
-        for name in ("model", "_pool", "_adapters", "_path"):
+        for name in ("model", "_pool", "_adapters", "_loaded", "_path"):
             self.__dict__.pop(name, None)  # asleep it has two of them no more
 
     def _choices(
@@ -360,20 +354,3 @@ def _pooled(chunk: Chunk, hidden: Tensor) -> array[float] | None:
     else:
         return None
     return array("f", row.cpu().numpy().tobytes())
-
-
-def _tiles(chunks: tuple[Chunk, ...], size: int) -> Iterator[list[Rows]]:
-    """All tokens of the chunks in their order, cut into batches of at most ``size`` rows."""
-    owned: list[Rows] = []
-    used = 0
-    for chunk in chunks:
-        position, end = chunk.start, chunk.start + len(chunk.token_ids)
-        while position < end:
-            count = min(size - used, end - position)
-            owned.append(Rows(chunk, used, used + count, position))
-            position, used = position + count, used + count
-            if used == size:
-                yield owned
-                owned, used = [], 0
-    if owned:
-        yield owned

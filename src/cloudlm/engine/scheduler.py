@@ -22,20 +22,16 @@ later ones of its own tenant, and while it is its tenant's next one, of all tena
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
 from cloudlm.core.chat import FinishReason
+from cloudlm.engine.admission import Admission
 from cloudlm.engine.blocks import BlockPool
 from cloudlm.engine.drafts import Drafts
-from cloudlm.engine.fairness import (
-    ANSWER_TOKEN_COST,
-    MAX_BYPASSES,
-    PROMPT_TOKEN_COST,
-    Lines,
-)
+from cloudlm.engine.fairness import ANSWER_TOKEN_COST, PROMPT_TOKEN_COST, Lines
 from cloudlm.engine.limits import Limits
+from cloudlm.engine.prefixes import Prefixes, awaits
 from cloudlm.engine.sequence import Sequence, Status
 from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Chunk, Sampled, Step
@@ -43,11 +39,6 @@ from cloudlm.engine.step import Chunk, Sampled, Step
 FAIRNESS_LAG_STEPS = 1
 """How far a tenant may be ahead before its sequences give way to one that waits for a place: so
 many full steps, and all that may be lost by it."""
-
-# Sequences of a tenant, and of all, that do not fit and are looked past in one step: bounds its
-# cost.
-_SCAN_WINDOW = 32
-_WHOLE_SCAN_WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +59,7 @@ class Scheduler:
     def __init__(self, limits: Limits, lookup: Lookup | None = None) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.blocks_total, limits.block_size)
+        self.prefixes = Prefixes(self.pool, limits.block_size)
         self.waiting = Lines()
         self.running: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
@@ -163,7 +155,7 @@ class Scheduler:
         if chunk.start + count >= len(sequence.prompt):
             sequence.prompt_scored = True
         if not chunk.samples:
-            self._publish(sequence, count)
+            self.prefixes.publish(sequence, count)
             reason = None if sequence.remaining > 1 else sequence.ended_by_tokens()
             return [Advance(sequence, chunk, sampled[0] if sampled else None, reason)]
         assert sampled, "the runner sampled nothing"
@@ -175,7 +167,7 @@ class Scheduler:
             advances.append(Advance(sequence, chunk, one, sequence.ended_by_tokens()))
             if advances[-1].finish_reason is not None:
                 break
-        self._publish(sequence, count + len(advances) - 1)
+        self.prefixes.publish(sequence, count + len(advances) - 1)
         return advances
 
     def _decoding(self) -> list[Sequence]:
@@ -214,12 +206,11 @@ class Scheduler:
         outranked = [] if sequence is None else self._outranked(sequence)
         if sequence is None or not outranked:
             return  # the usual case
-        wanted = self._reusable_hashes(sequence)
-        matched = self.pool.match_prefix(wanted)
-        if self._awaits(wanted, matched, self._hashes_underway()):
+        wanted, matched = self.prefixes.found(sequence)
+        if awaits(wanted, matched, self.prefixes.underway(self.running)):
             return
         growing = sum(self._grows(one) for one in self.running)
-        needed = self._fresh_cost(sequence, matched) + self._headroom_blocks + growing
+        needed = self.prefixes.cost(sequence, matched) + self._headroom_blocks + growing
         places, free = self._max_running - len(self.running), self.pool.free_blocks
         victims: list[Sequence] = []
         for victim in sorted(outranked, key=self._yielding, reverse=True):
@@ -255,7 +246,15 @@ class Scheduler:
         """Spend the budget on prompts by rank; see the module's text for who may pass whom. What
         is left of it."""
         prefilling = [sequence for sequence in self.running if sequence.remaining > 1]
-        admission = _Admission(self)
+        admission = Admission(
+            self.waiting,
+            self.running,
+            self.pool,
+            self.prefixes,
+            self._max_running,
+            self._headroom_blocks,
+            self._start,
+        )
         if budget <= 0 or not (prefilling or admission.open):
             return budget  # the usual case under load: ends before anything is looked at
         for sequence in self.waiting.ranked(prefilling, admission.open):
@@ -267,22 +266,8 @@ class Scheduler:
                 break
         return budget
 
-    def _awaits(self, wanted: list[bytes], matched: list[int], underway: set[bytes]) -> bool:
-        """Whether another sequence is computing the very block that this one needs next: it then
-        waits for it and shares it."""
-        return len(matched) < len(wanted) and wanted[len(matched)] in underway
-
-    def _fits(self, sequence: Sequence, matched: list[int]) -> bool:
-        headroom = self._headroom_blocks if self.running else 0
-        return self._fresh_cost(sequence, matched) + headroom <= self.pool.free_blocks
-
-    def _fresh_cost(self, sequence: Sequence, matched: list[int]) -> int:
-        """Free blocks that its admission takes."""
-        fresh = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
-        return self.pool.cost(matched, fresh)
-
     def _start(self, sequence: Sequence, matched: list[int]) -> None:
-        fresh = self.pool.blocks_for(len(sequence.tokens)) - len(matched)
+        fresh = self.prefixes.fresh(sequence, matched)
         sequence.block_table = self.pool.allocate(matched, fresh)
         sequence.computed = len(matched) * self.limits.block_size
         sequence.status = Status.RUNNING
@@ -293,28 +278,6 @@ class Scheduler:
             self.prompt_tokens += len(sequence.prompt)
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += sequence.computed
-
-    def _reusable_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the blocks that may come from the cache: all full ones, but never the one of
-        the last token, whose logits are needed."""
-        if sequence.needs_every_position:
-            return []
-        size = self.limits.block_size
-        return sequence.block_hashes((len(sequence.tokens) - 1) // size, size)
-
-    def _full_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of all blocks that are full of known tokens."""
-        size = self.limits.block_size
-        return sequence.block_hashes(len(sequence.tokens) // size, size)
-
-    def _hashes_underway(self) -> set[bytes]:
-        """Hashes of the blocks that running sequences are about to compute."""
-        underway: set[bytes] = set()
-        for sequence in self.running:
-            if sequence.remaining > 1:
-                done = sequence.computed // self.limits.block_size
-                underway.update(self._full_hashes(sequence)[done:])
-        return underway
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         start, end = sequence.computed, sequence.computed + count
@@ -337,17 +300,6 @@ class Scheduler:
             adapter=sequence.adapter,
         )
 
-    def _publish(self, sequence: Sequence, count: int) -> None:
-        """Count so many tokens more as computed and make the blocks they filled findable."""
-        size = self.limits.block_size
-        before = sequence.computed // size
-        sequence.computed += count
-        after = sequence.computed // size
-        if after > before:
-            hashes = sequence.block_hashes(after, size)
-            for position in range(before, after):
-                self.pool.publish(sequence.block_table[position], hashes[position])
-
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
@@ -357,54 +309,6 @@ class Scheduler:
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         del self._sequences[sequence.sequence_id]
-
-
-class _Admission:
-    """Who may start in one step. ``open`` turns False when nobody can any more."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self.open = bool(scheduler.waiting) and self._has_room()
-        self._underway = scheduler._hashes_underway() if self.open else set()
-        self._unfit: list[Sequence] = []
-        self._unfit_of: Counter[str] = Counter()
-        self._closed: set[str] = set()  # tenants whose next ones wait for an earlier one
-
-    def _has_room(self) -> bool:
-        scheduler = self._scheduler
-        return len(scheduler.running) < scheduler._max_running and scheduler.pool.free_blocks > 0
-
-    def admit(self, sequence: Sequence) -> bool:
-        """Start the sequence, or look past it and return False."""
-        scheduler = self._scheduler
-        if not self.open or sequence.tenant in self._closed:
-            return False
-        wanted = scheduler._reusable_hashes(sequence)
-        matched = scheduler.pool.match_prefix(wanted)
-        if scheduler._awaits(wanted, matched, self._underway):
-            return False
-        if not scheduler._fits(sequence, matched):
-            self._look_past(sequence)
-            return False
-        scheduler.waiting.passed(sequence, self._unfit)
-        scheduler._start(sequence, matched)
-        self._underway.update(scheduler._full_hashes(sequence)[len(matched) :])
-        self._close()
-        return True
-
-    def _look_past(self, sequence: Sequence) -> None:
-        self._unfit.append(sequence)
-        self._unfit_of[sequence.tenant] += 1
-        if self._unfit_of[sequence.tenant] >= _SCAN_WINDOW:
-            self._closed.add(sequence.tenant)
-        self._close()
-        self.open = self.open and len(self._unfit) < _WHOLE_SCAN_WINDOW
-
-    def _close(self) -> None:
-        """Let nobody pass those that were passed often enough."""
-        self._closed.update(one.tenant for one in self._unfit if one.bypasses >= MAX_BYPASSES)
-        overdue = any(self._scheduler.waiting.overdue(one) for one in self._unfit)
-        self.open = self._has_room() and not overdue
 
 
 def _arrival(sequence: Sequence) -> int:

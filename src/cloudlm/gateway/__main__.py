@@ -19,6 +19,8 @@ from cloudlm.gateway.channel import Channel
 from cloudlm.gateway.crew import Crew, Seat
 from cloudlm.gateway.desk import Desk
 from cloudlm.gateway.server import GatewayServer, listen
+from cloudlm.security.issuer import open_issuer
+from cloudlm.security.policies import load_policies
 from cloudlm.state.home import Home, load_settings
 from cloudlm.state.open import open_state
 from cloudlm.telemetry.logs import get_logger, setup_logging
@@ -36,6 +38,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
     else:
         bound = socket.socket(fileno=seat.listener)
         channel = await Channel.open(socket.socket(fileno=seat.channel))
+    clock = SystemClock()
     state = await open_state(home.state_url(settings))
     try:
         gateway = Gateway(
@@ -44,6 +47,9 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
             home=home.path,
             pepper=home.pepper(),
             worker_token=home.worker_token(),
+            issuer=open_issuer(settings.oidc, clock),
+            policies=load_policies(settings.access.policies),
+            clock=clock,
             place=Place(seat.number, channel) if seat is not None and channel is not None else None,
         )
         server = make_server(gateway)

@@ -23,10 +23,11 @@ from cloudlm.core.errors import CloudlmError, Unavailable
 from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import read_weights
+from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.channel import Channel
-from cloudlm.gateway.chat import Handler, Rooms, refusal
+from cloudlm.gateway.chat import Handler, Rooms, Screen, refusal
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
@@ -40,16 +41,28 @@ from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.model_routes import read_routes
+from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
+from cloudlm.security.access import Policies
+from cloudlm.security.issuer import Issuer
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
 _PLAIN_PATHS = frozenset(
-    {"/livez", "/readyz", "/health", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+    {
+        "/livez",
+        "/readyz",
+        "/health",
+        "/metrics",
+        "/ping",
+        "/v2/health/live",
+        "/v2/health/ready",
+        openapi.PATH,
+    }
 )
 
 _log = get_logger(__name__)
@@ -64,8 +77,9 @@ class Place(NamedTuple):
 
 class Gateway:
     """All parts of one gateway. ``home`` holds the ledger's journal and the certificates,
-    ``pepper`` opens key digests, ``worker_token`` opens workers, ``place`` is given to one of
-    several processes."""
+    ``pepper`` opens key digests, ``worker_token`` opens workers, ``issuer`` knows the tokens of
+    people who sign in, ``policies`` hold beside roles, ``place`` is given to one of several
+    processes."""
 
     def __init__(
         self,
@@ -76,12 +90,14 @@ class Gateway:
         pepper: bytes,
         worker_token: str | None,
         clock: Clock | None = None,
+        issuer: Issuer | None = None,
+        policies: Policies | None = None,
         place: Place | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
         routes = read_routes(settings.routes)
-        self.view = View(state, clock, routes=routes)
+        self.view = View(state, clock, routes=routes, policies=policies)
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
         self.view.on_change.append(self.gate.follow)
@@ -127,6 +143,8 @@ class Gateway:
                 weights=read_weights(settings.tenant_weights),
                 routes=routes,
                 refused=self.refusals.note,
+                guardrails=_guardrails(settings, home, self.meter),
+                people=None if issuer is None else People(issuer, self.view),
             )
         )
         self.stopping = False
@@ -216,6 +234,14 @@ def _counters(settings: GatewaySettings, clock: Clock, place: Place | None) -> C
     return RedisCounters(settings.limits_url, clock, outage)
 
 
+def _guardrails(settings: GatewaySettings, home: Path, meter: Meter) -> Screen | None:
+    if not settings.guardrails:
+        return None
+    from cloudlm.gateway.guardrails import open_guardrails  # RE2 is for those who want it
+
+    return open_guardrails(home / Path(settings.guardrails).expanduser(), meter)
+
+
 def make_server(gateway: Gateway) -> GatewayServer:
     """The server of a gateway: inference on the straight path, the rest through ASGI. Serve inside
     ``gateway.running()``."""
@@ -273,7 +299,11 @@ def make_app(gateway: Gateway) -> Starlette:
         status = (await readyz(request)).status_code
         return JSONResponse({"ready": status == 200}, status)
 
+    async def described(_: Request) -> Response:
+        return JSONResponse(openapi.document())
+
     routes = {
+        openapi.PATH: described,
         "/livez": livez,
         "/readyz": readyz,
         "/health": readyz,

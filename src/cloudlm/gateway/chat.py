@@ -1,6 +1,6 @@
 """The one handler of the inference API, to be read from top to bottom.
 
-authorise → parse and validate → reserve → known? → admit → choose → send → relay → account.
+authorise → parse, validate → reserve → screen → known? → admit → choose → send → relay → account.
 
 Knows no web framework: it takes a ``GatewayRequest`` and returns a ``GatewayResponse``. Every
 request ends exactly once, every attempt leaves exactly one ledger row. Must not decide how to
@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -52,6 +52,7 @@ from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.model_routes import ModelRoute
+from cloudlm.gateway.people import People
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
@@ -62,13 +63,25 @@ from cloudlm.gateway.sessions import session_of
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable, Upstream
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
+from cloudlm.security.tokens import looks_signed
 from cloudlm.telemetry.logs import get_logger, request_id_var
+
+if TYPE_CHECKING:
+    from cloudlm.security.guardrails.config import Moderation
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
 ASLEEP_RETRY_AFTER_S = 30.0
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
+
+
+class Screen(Protocol):
+    """What looks at requests and answers between client and model: ``guardrails``."""
+
+    moderation: Moderation
+
+    async def screen(self, exchange: Exchange, call: Call, model: ServedModel) -> Call: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +101,9 @@ class Rooms:
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
     routes: Mapping[str, ModelRoute] = field(default_factory=dict)
+    people: People | None = None
     fraction: Callable[[], float] = random.random
+    guardrails: Screen | None = None
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
 
 
@@ -139,7 +154,8 @@ class Handler:
     async def _answer(
         self, exchange: Exchange, request: GatewayRequest, route: Route, name: str
     ) -> GatewayResponse:
-        view = self._rooms.view.snapshot()
+        rooms = self._rooms
+        view = rooms.view.snapshot()
         exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
@@ -147,12 +163,13 @@ class Handler:
             view = self._rooms.view.snapshot()  # a look again may have brought a newer one
         route.check(request)
         asker = self._asker(exchange.key, view)
-        if route.parse is None:
+        parse = route.parse or (route.perhaps and route.perhaps(request, asker))
+        if parse is None:
             return self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
-            call = route.parse(request, name, asker)
+            call = parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
-            call = await asyncio.to_thread(route.parse, request, name, asker)
+            call = await asyncio.to_thread(parse, request, name, asker)
         course = await self._courses.of(exchange, request.headers, call)
         while True:
             try:
@@ -180,6 +197,8 @@ class Handler:
         self._rooms.limiter.price(exchange, call.model)
         ticket.cost = course.tokens
         self._note_routing(exchange, request, call, model.routing)
+        if self._rooms.guardrails is not None:
+            call = course.screened(await self._rooms.guardrails.screen(exchange, call, model))
         question = self.recall.question(exchange, request, call, model)
         answer = question.known()
         if answer is not None:
@@ -197,6 +216,8 @@ class Handler:
             )
         except AuthenticationFailed:
             text = ""
+        if self._rooms.people is not None and looks_signed(text):
+            return await self._rooms.people.session(text)
         key_id = keys.key_id(text)
         if key_id is None:
             return keys.verify(text, None, self._rooms.pepper, 0.0)
@@ -445,6 +466,7 @@ class Handler:
             view.directory.may_infer(key, "", Verb.LEAD),
             lambda: sorted(view.models_of(key), key=lambda model: model.name),
             lambda name: view.model(name, key),
+            guardrails.moderation if (guardrails := self._rooms.guardrails) is not None else None,
         )
 
     def _listed(
@@ -490,11 +512,11 @@ class Handler:
         """Called when the state changed: cut what runs on revoked rights, forget what is gone."""
         for exchange in list(self._open):
             if exchange.key is not None:
-                record = view.keys.get(exchange.key.id)
+                record = view.holder(exchange.key.id)
                 if (
                     record is None
                     or not view.directory.stands(record)
-                    or (exchange.model and not view.directory.may_infer(record, exchange.model))
+                    or (exchange.model and not view.may_use(record, exchange.model))
                     or (exchange.asked and not view.directory.may_infer(record, exchange.asked))
                 ):
                     exchange.interrupt.cut(keys.invalid_key())

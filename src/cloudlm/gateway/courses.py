@@ -71,6 +71,12 @@ class Course:
             body = await asyncio.to_thread(_named, call.body, self.model)
         return replace(call, model=self.model, body=body)
 
+    def screened(self, call: Call) -> Call:
+        """Remember what guardrails made of the call: a model that is asked later gets that too, so
+        that falling back leaves no policy behind."""
+        self._call = call
+        return call
+
     def next_after(self, error: CloudlmError) -> str | None:
         """The model that may do better after ``error``, None if there is none."""
         if is_too_long(error):
@@ -105,8 +111,7 @@ class Courses:
         if call.model not in view.routed:
             view = await rooms.view.look_again()
         view.model(call.model, key)  # whether the key may use the route, and a model of it
-        may = view.directory.may_infer
-        route = route.only(lambda name: name in view.models and may(key, name))
+        route = route.only(lambda name: name in view.models and view.may_use(key, name))
         session = session_of(key.tenant, headers, SESSION_HEADER, call.body)
         draw = evenly(session) if session else rooms.fraction()
         models = order(route, self._health, draw) or route.longer[:1]

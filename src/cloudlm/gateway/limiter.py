@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from cloudlm.core.access import Limits, scope_of
@@ -18,7 +19,7 @@ from cloudlm.core.clock import Clock
 from cloudlm.core.errors import BudgetExceeded, CloudlmError, LimitExceeded
 from cloudlm.core.price import Price, price_of
 from cloudlm.core.tenant import KeyRecord
-from cloudlm.core.usage import DAY_S, UsageQuery, UsageRow, month_of
+from cloudlm.core.usage import DAY_S, UsageQuery, UsageRow, day_start, month_of
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.counters import Counters
 from cloudlm.gateway.dialects.openai import Call
@@ -36,6 +37,7 @@ _TEND_EVERY_S = LEASE_S / 3
 _LEDGER_EVERY_S = 60.0
 _LEDGER_TIMEOUT_S = 10.0
 _NO_LIMITS = Limits()
+_DAY_MARK = "|day "  # in no name and no id
 _WORDS = {
     Kind.REQUESTS: "requests per minute",
     Kind.TOKENS: "tokens per minute",
@@ -68,12 +70,14 @@ class Limiter:
         self._asks_ledger_at = clock.monotonic()
         self._counters = counters
         self._prices = prices
+        self._own_prices: dict[str, Price] = {}
         self._clock = clock
         self._answer_tokens = answer_tokens
         self._view: Snapshot | None = None
         self._bounds: dict[str, tuple[Bound, ...]] = {}
         self._running: set[str] = set()
         self._month = (0.0, 0)  # until when, Unix seconds, and which
+        self._day = 0.0  # when the present one began, Unix seconds
 
     async def reserve(
         self, exchange: Exchange, call: Call, view: Snapshot, others: Iterable[str] = ()
@@ -86,8 +90,7 @@ class Limiter:
         bounds = self.bounds(exchange.key, view)
         wanted = estimate(call, exchange.price, self._answer_tokens)
         for other in others:
-            price = price_of(self._prices, other)
-            wanted = max(wanted, estimate(call, price, self._answer_tokens))
+            wanted = max(wanted, estimate(call, self._price(other), self._answer_tokens))
         if not bounds:
             return wanted.tokens
         month = self.month()
@@ -106,7 +109,11 @@ class Limiter:
 
     def price(self, exchange: Exchange, model: str) -> None:
         """From now on the exchange's attempts cost what ``model`` costs."""
-        exchange.price = price_of(self._prices, model)
+        exchange.price = self._price(model)
+
+    def _price(self, model: str) -> Price:
+        """A deployment's own price goes before the gateway's table."""
+        return self._own_prices.get(model) or price_of(self._prices, model)
 
     def _settle(self, exchange: Exchange, lease: Lease) -> None:
         self._running.discard(lease.id)
@@ -121,12 +128,13 @@ class Limiter:
 
     def bounds(self, key: KeyRecord, view: Snapshot) -> tuple[Bound, ...]:
         """The limits that a key stands under, widest last; holders without any are left out."""
-        if view is not self._view:
-            self._view = view
+        day = day_start(self._clock.now())
+        if view is not self._view or day != self._day:
+            self._view, self._day = view, day
             self._bounds.clear()
         found = self._bounds.get(key.id)
         if found is None:
-            found = self._bounds[key.id] = bounds_of(key, view.directory)
+            found = self._bounds[key.id] = bounds_of(key, view.directory, day)
         return found
 
     def month(self) -> int:
@@ -140,9 +148,12 @@ class Limiter:
         return month
 
     def follow(self, view: Snapshot) -> None:
-        """Called when the state changed: forget holders that are no more."""
+        """Called when the state changed: forget holders that are no more, learn prices."""
+        self._own_prices = {
+            name: model.prices for name, model in view.models.items() if model.prices is not None
+        }
         limits = self._counters.keep_only
-        limits({bound.scope for key in view.keys.values() for bound in self.bounds(key, view)})
+        limits({bound.scope for key in view.holders() for bound in self.bounds(key, view)})
 
     async def tend(self, view: Snapshot) -> None:
         """Keep the leases of what runs, and learn from the ledger what was spent elsewhere and
@@ -151,10 +162,11 @@ class Limiter:
         now = self._clock.now()
         if self._clock.monotonic() >= self._asks_ledger_at and _any_budget(view):
             self._asks_ledger_at = self._clock.monotonic() + _LEDGER_EVERY_S
-            query = UsageQuery(month_of(now), now + DAY_S, ("tenant", "project", "key"))
             try:
                 async with asyncio.timeout(_LEDGER_TIMEOUT_S):
-                    spent = spent_by_scope(await self._state.usage(query), view)
+                    for since, day in ((month_of(now), None), (day_start(now), day_start(now))):
+                        query = UsageQuery(since, now + DAY_S, ("tenant", "project", "key"))
+                        spent |= spent_by_scope(await self._state.usage(query), view, day)
             except (CloudlmError, OSError) as error:  # OSError holds TimeoutError
                 _log.warning("spending_unknown", extra={"fields": {"reason": repr(error)}})
         await self._counters.tend(tuple(self._running), spent, self.month())
@@ -177,24 +189,33 @@ def _any_budget(view: Snapshot) -> bool:
     limits += [one.limits for one in known.tenants]
     limits += [one.limits for one in known.projects]
     limits += [one.limits for one in known.principals]
-    return any(one.spend_per_month is not None for one in limits)
+    return any(one.spend_per_month is not None or one.spend_per_day is not None for one in limits)
 
 
-def spent_by_scope(rows: Iterable[UsageRow], view: Snapshot) -> dict[str, int]:
-    """What every holder spent, out of sums by tenant, project and key."""
+def spent_by_scope(
+    rows: Iterable[UsageRow], view: Snapshot, day: float | None = None
+) -> dict[str, int]:
+    """What every holder spent, out of sums by tenant, project and key: of the month, or of the day
+    that began at ``day``."""
     spent: Counter[str] = Counter()
     for row in rows:
-        key = view.keys.get(row.key)
+        key = view.holder(row.key)
         spent[f"key:{row.key}"] += row.cost
         spent[f"project:{scope_of(row.tenant, row.project)}"] += row.cost
         spent[f"tenant:{row.tenant}"] += row.cost
         if key is not None:
             spent[f"principal:{key.principal}"] += row.cost
-    return spent
+    return spent if day is None else {_of_day(scope, day): n for scope, n in spent.items()}
 
 
-def bounds_of(key: KeyRecord, directory: Directory) -> tuple[Bound, ...]:
-    """The limits of a key, its principal, its project and its tenant, where they have any."""
+def _of_day(scope: str, day: float) -> str:
+    """The scope in which a holder's money of one day is counted, beside that of the month."""
+    return f"{scope}{_DAY_MARK}{round(day / DAY_S)}"
+
+
+def bounds_of(key: KeyRecord, directory: Directory, day: float) -> tuple[Bound, ...]:
+    """The limits of a key, its principal, its project and its tenant, where they have any. A budget
+    of the day that began at ``day`` is a scope of its own, for each day anew."""
     principal = directory.principal(key.principal)
     project = directory.project(key.tenant, key.project)
     tenant = directory.tenant(key.tenant)
@@ -204,7 +225,15 @@ def bounds_of(key: KeyRecord, directory: Directory) -> tuple[Bound, ...]:
         (f"project:{scope_of(key.tenant, key.project)}", project.limits if project else _NO_LIMITS),
         (f"tenant:{key.tenant}", tenant.limits if tenant else _NO_LIMITS),
     )
-    return tuple(Bound(scope, limits) for scope, limits in holders if limits != _NO_LIMITS)
+    return tuple(bound for scope, limits in holders for bound in _parts(scope, limits, day))
+
+
+def _parts(scope: str, limits: Limits, day: float) -> Iterator[Bound]:
+    lasting = replace(limits, spend_per_day=None)
+    if lasting != _NO_LIMITS:
+        yield Bound(scope, lasting)
+    if limits.spend_per_day is not None:
+        yield Bound(_of_day(scope, day), Limits(spend_per_month=limits.spend_per_day))
 
 
 def estimate(call: Call, price: Price, answer_tokens: int) -> Estimate:
@@ -222,10 +251,11 @@ def refused(refusal: Refusal, wanted: Estimate) -> CloudlmError:
     """The refusal as an error that says whose limit it is, and when to come back."""
     whose = refusal.scope.partition(":")[0]
     if refusal.kind is Kind.SPEND:
+        when = "day" if _DAY_MARK in refusal.scope else "month"
         return BudgetExceeded(
             f"the budget of this {whose} is used up: {refusal.used:.4f} of {refusal.limit:g} this "
-            "month (UTC), and what this request may cost does not fit; ask your administrator to "
-            "raise spend_per_month"
+            f"{when} (UTC), and what this request may cost does not fit; ask your administrator to "
+            f"raise spend_per_{when}"
         )
     message = (
         f"limit reached for this {whose}: {refusal.limit:g} {_WORDS[refusal.kind]}, "

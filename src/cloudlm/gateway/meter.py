@@ -88,6 +88,7 @@ class Meter:
         self.registry = CollectorRegistry()
         self._requests: Counter[tuple[str, Outcome, int]] = Counter()
         self._models: dict[str, _ModelNumbers] = {}
+        self._guarded: Counter[tuple[str, str, str, str]] = Counter()
         self.registry.register(self)
 
     def _of(self, model: str) -> _ModelNumbers:
@@ -136,6 +137,10 @@ class Meter:
         numbers.attempts[outcome] += 1
         numbers.prompt_tokens += prompt_tokens
         numbers.completion_tokens += completion_tokens
+
+    def guarded(self, model: str, rule: str, direction: str, mode: str, count: int) -> None:
+        """A guardrail's rule matched; all four words come from the guardrails' file."""
+        self._guarded[model, rule, direction, mode] += count
 
     def request_ended(self, model: str, outcome: Outcome, status: int, seconds: float) -> None:
         """One request has its answer; ``model`` is NO_MODEL unless it is deployed."""
@@ -191,6 +196,8 @@ class Meter:
         yield hedges
         yield fallbacks
         yield self._token_counts()
+        if self._guarded:
+            yield self._guarded_counts()
 
     def _request_counts(self) -> Metric:
         family = CounterMetricFamily(
@@ -209,6 +216,16 @@ class Meter:
         for model, numbers in self._models.items():
             for outcome in Outcome:
                 family.add_metric([model, outcome.value], numbers.attempts[outcome])
+        return family
+
+    def _guarded_counts(self) -> Metric:
+        family = CounterMetricFamily(
+            "cloudlm_gateway_guardrail_matches",
+            "Matches of guardrails' rules, and what was done about them.",
+            labels=["model", "rule", "direction", "mode"],
+        )
+        for labels, count in self._guarded.items():
+            family.add_metric(list(labels), count)
         return family
 
     def _token_counts(self) -> Metric:

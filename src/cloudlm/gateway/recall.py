@@ -87,6 +87,8 @@ class Recall:
         """The question's key, None if its answer must not be used again."""
         if len(request.body) > LARGEST_QUESTION_BYTES:
             return None
+        if call.private:
+            return None
         if not call.generates and call.operation is not Operation.EMBEDDING:
             return None
         body = openai.decode(call.body)
@@ -98,6 +100,7 @@ class Recall:
         form = bytes((call.include_usage, call.continuous_usage))
         parts = (
             repr(version).encode(),
+            call.policy.encode(),
             call.path.encode(),
             request.path.encode("utf-8", "surrogatepass"),
             request.query.encode("utf-8", "surrogatepass"),

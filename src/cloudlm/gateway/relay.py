@@ -3,8 +3,9 @@
 ``begin`` holds everything back until the first content, so that a replica which fails before it can
 still be replaced and the client still gets a true status. After that the ``resumer`` is asked for
 somebody who goes on where the stream broke; if there is nobody, the failure becomes an explicit
-error event. ``[DONE]`` and ``finish_reason`` are only ever what a replica sent. Reads no further
-ahead than one piece: a client that reads slowly slows the replica down. Must not choose or retry.
+error event. ``[DONE]`` and ``finish_reason`` are what a replica sent, or a rendering that ends the
+answer before the replica does. Reads no further ahead than one piece: a client that reads slowly
+slows the replica down. Must not choose or retry.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway.account import Attempt, Exchange
 from cloudlm.gateway.dialects import openai
+from cloudlm.gateway.dialects.base import AnswerEnded
 from cloudlm.gateway.progress import Progress
 from cloudlm.gateway.sse import SseParser
 from cloudlm.gateway.upstream import Answer, ReplicaRefused
@@ -153,7 +155,12 @@ class Relay:
         else:
             self._progress.take(chunk)
             self._count(chunk)
-            shaped = self._rendering.chunk(chunk)
+            try:
+                shaped = self._rendering.chunk(chunk)
+            except AnswerEnded as end:  # before the replica is done: it need not go on
+                shaped = end.events
+                self._finished = True
+                self._answer.close()
             if shaped:
                 self._ready.append(shaped)
 

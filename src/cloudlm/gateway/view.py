@@ -9,17 +9,18 @@ last good picture serves on, for a stated time. Must not write to the state.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cloudlm.core.access import Identities
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
+from cloudlm.core.price import Price
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 from cloudlm.core.tenant import KeyRecord
 from cloudlm.gateway.model_routes import ModelRoute
-from cloudlm.security.access import Directory
+from cloudlm.security.access import Directory, Policies, session_of
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -36,7 +37,8 @@ _log = get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """A deployment as clients see it, or an adapter of one (``parent``), or the models
-    ``behind`` a route. ``created_at`` is Unix seconds."""
+    ``behind`` a route. ``created_at`` is Unix seconds; ``prices`` None leaves it to the
+    gateway's table; ``tenant`` is whose it is, empty for everybody's."""
 
     name: str
     created_at: float
@@ -44,6 +46,8 @@ class ServedModel:
     parent: str | None = None
     routing: Routing = DEFAULT_ROUTING
     behind: tuple[str, ...] = ()
+    prices: Price | None = None
+    tenant: str = ""
 
     @property
     def asleep(self) -> bool:
@@ -66,9 +70,26 @@ class Snapshot:
     keys: dict[str, KeyRecord] = field(default_factory=dict)
     directory: Directory = field(default_factory=lambda: Directory(Identities()))
 
+    def holder(self, key_id: str) -> KeyRecord | None:
+        """The key of that id, or the session of who signed in under it."""
+        return self.keys.get(key_id) or self.directory.holder(key_id)
+
+    def holders(self) -> Iterator[KeyRecord]:
+        """All keys, and the sessions of all who may sign in."""
+        yield from self.keys.values()
+        for one in self.directory.identities.principals:
+            if one.subject:
+                yield session_of(one)
+
     def models_of(self, key: KeyRecord) -> list[ServedModel]:
         """The models that a key may use."""
         return [one for one in {**self.models, **self.routed}.values() if self._may(key, one)]
+
+    def may_use(self, key: KeyRecord, name: str) -> bool:
+        """Whether a key has the right to use a model and, if it is a tenant's own, is of it."""
+        found = self.models.get(name)
+        foreign = found is not None and found.tenant not in ("", key.tenant)
+        return not foreign and self.directory.may_infer(key, name)
 
     def model(self, name: str, key: KeyRecord) -> ServedModel:
         """The model of that name. Raises ModelNotFound naming those that this key may use: one that
@@ -80,10 +101,11 @@ class Snapshot:
         return self._allowed(name, key, self.models.get(name))
 
     def _may(self, key: KeyRecord, model: ServedModel) -> bool:
-        may = self.directory.may_infer
-        return may(key, model.name) and (
-            not model.behind or any(may(key, name) for name in model.behind)
-        )
+        if model.behind:  # a route
+            return self.directory.may_infer(key, model.name) and any(
+                self.may_use(key, name) for name in model.behind
+            )
+        return self.may_use(key, model.name)
 
     def _allowed(self, name: str, key: KeyRecord, found: ServedModel | None) -> ServedModel:
         if found is not None and self._may(key, found):
@@ -111,11 +133,13 @@ class View:
         *,
         poll_interval_s: float = POLL_INTERVAL_S,
         last_good_view_s: float = LAST_GOOD_VIEW_S,
+        policies: Policies | None = None,
         routes: Mapping[str, ModelRoute] = NO_ROUTES,
     ) -> None:
         self._state = state
         self._routes = routes
         self._clock = clock
+        self._policies = policies
         self._poll_interval_s = poll_interval_s
         self._last_good_view_s = last_good_view_s
         self._snapshot: Snapshot | None = None
@@ -209,13 +233,15 @@ class View:
                 d.created_at,
                 tuple(e for e in endpoints if e.model == name),
                 None if name == d.spec.name else d.spec.name,
-                d.spec.routing,
+                routing=d.spec.routing,
+                prices=d.spec.prices,
+                tenant=d.spec.tenant,
             )
             for d in deployments
             if not d.deleting
             for name in (d.spec.name, *d.spec.adapters)
         }
-        directory = Directory(await self._state.list_identities(), keys)
+        directory = Directory(await self._state.list_identities(), keys, self._policies)
         routed = {
             name: found
             for name, route in self._routes.items()

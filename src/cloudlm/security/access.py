@@ -6,6 +6,9 @@ it descends from may do. A principal's grant counts only as far as the one who g
 same now. So no child exceeds its maker, at issue (``excess``) or at use (``allows``), also when a
 role changes or its maker loses it later.
 
+Policies (``security.policies``) stand beside roles: they forbid whatever roles allow, and permit as
+a grant of the installation would.
+
 One question serves both: an ``Ask`` may hold patterns, and "may do all of this pattern" is the test
 at issue. Names are exact or beginnings ending in ``*``, so that two of them nest or are disjoint.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cloudlm.core.access import (
     EVERYWHERE,
@@ -31,7 +34,7 @@ from cloudlm.core.access import (
     scope_of,
     tenant_of,
 )
-from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.tenant import SESSION, KeyRecord, Role
 from cloudlm.security.roles import BUILT_IN
 
 SELF = "@self"
@@ -138,14 +141,48 @@ def forbids(powers: Powers, ask: Ask, excused: Sequence[Ask] = ()) -> bool:
     return False
 
 
+def session_of(principal: Principal, expires_at: float | None = None) -> KeyRecord:
+    """What a person who signed in acts with, in place of a key: all that the principal may do, and
+    no more. It is made anew for each request; keys made with it descend from the principal."""
+    return KeyRecord(
+        id=SESSION + principal.id,
+        name="signed in",
+        role=Role.OWNER,
+        digest="",
+        last4="",
+        tenant=principal.tenant,
+        project=principal.project,
+        principal=principal.id,
+        scope=EVERYWHERE,
+        created_at=principal.created_at,
+        expires_at=expires_at,
+    )
+
+
+class Policies(Protocol):
+    """Rules beside roles (``security.policies``)."""
+
+    def decide(self, principal: Principal, ask: Ask) -> bool | None:
+        """True permits, as a grant of the installation would; False forbids, whatever roles say;
+        None leaves it to roles. The same question always gets the same answer."""
+        ...
+
+
 class Directory:
     """Who there is at one moment. Never changes; make another when the facts change."""
 
-    def __init__(self, identities: Identities, keys: Iterable[KeyRecord] = ()) -> None:
+    def __init__(
+        self,
+        identities: Identities,
+        keys: Iterable[KeyRecord] = (),
+        policies: Policies | None = None,
+    ) -> None:
         self.identities = identities
+        self._policies = policies
         self._tenants = {one.name: one for one in identities.tenants}
         self._projects = {one.scope: one for one in identities.projects}
         self._principals = {one.id: one for one in identities.principals}
+        self._subjects = {one.subject: one for one in identities.principals if one.subject}
         self._roles = {(one.scope, one.name): one for one in identities.roles}
         self._keys = {one.id: one for one in keys}
         self._powers: dict[tuple[str, str, str], Powers] = {}
@@ -165,6 +202,13 @@ class Directory:
     def key(self, key_id: str) -> KeyRecord | None:
         return self._keys.get(key_id)
 
+    def holder(self, key_id: str) -> KeyRecord | None:
+        """The key of that id, or the session of whoever signed in under it."""
+        if key_id.startswith(SESSION):
+            principal = self._principals.get(key_id.removeprefix(SESSION))
+            return session_of(principal) if principal is not None else None
+        return self._keys.get(key_id)
+
     @cached_property
     def keys(self) -> tuple[KeyRecord, ...]:
         """All keys, oldest first."""
@@ -181,9 +225,7 @@ class Directory:
 
     def of_subject(self, subject: str) -> Principal | None:
         """The person with this ``issuer#sub``."""
-        return next(
-            (p for p in self.identities.principals if subject and p.subject == subject), None
-        )
+        return self._subjects.get(subject)
 
     # At use ---------------------------------------------------------------------------------------
 
@@ -213,7 +255,7 @@ class Directory:
         asked = (record.id, ask)
         verdict = self._verdicts.get(asked)
         if verdict is None:
-            verdict = self._decide(record, ask, ())
+            verdict = self._decide(record, ask, (), at_use=True)
             if len(self._verdicts) >= _MAX_REMEMBERED:
                 self._verdicts.clear()
             self._verdicts[asked] = verdict
@@ -252,7 +294,9 @@ class Directory:
 
     # How ------------------------------------------------------------------------------------------
 
-    def _decide(self, record: KeyRecord, ask: Ask, excused: Sequence[Ask]) -> bool:
+    def _decide(
+        self, record: KeyRecord, ask: Ask, excused: Sequence[Ask], *, at_use: bool = False
+    ) -> bool:
         if ask.verb not in _VERBS or ask.resource not in _RESOURCES:
             return False
         seen: set[str] = set()
@@ -261,23 +305,24 @@ class Directory:
             if link.id in seen:
                 return False
             seen.add(link.id)
-            if not self._link_allows(link, ask, excused):
+            if not self._link_allows(link, ask, excused, at_use):
                 return False
             if not link.made_with:
                 return True
-            link = self._keys.get(link.made_with)
+            link = self.holder(link.made_with)
         return False
 
-    def _link_allows(self, link: KeyRecord, ask: Ask, excused: Sequence[Ask]) -> bool:
+    def _link_allows(self, link: KeyRecord, ask: Ask, excused: Sequence[Ask], at_use: bool) -> bool:
         if ask.resource == Resource.INFERENCE and not any(
             covers_name(pattern, ask.name) for pattern in link.models
         ):
             return False
         powers = self._of(link.role, link.scope, link.principal)
-        return permits(powers, ask, excused) and self._holds(link.principal, ask, excused)
+        return permits(powers, ask, excused) and self._holds(link.principal, ask, excused, at_use)
 
-    def _holds(self, principal_id: str, ask: Ask, excused: Sequence[Ask]) -> bool:
-        """Whether a chain of grants leads from the installation itself to this principal."""
+    def _holds(self, principal_id: str, ask: Ask, excused: Sequence[Ask], at_use: bool) -> bool:
+        """Whether a chain of grants leads from the installation itself to this principal. Policies
+        speak of single things, so they are asked at use alone: of whoever stands in the chain."""
         seen: set[str] = set()
         waiting = [principal_id]
         while waiting:
@@ -285,9 +330,14 @@ class Directory:
             if principal is None or principal.id in seen or not self._is_active(principal):
                 continue
             seen.add(principal.id)
+            verdict = self._policies.decide(principal, ask) if at_use and self._policies else None
+            if verdict is False:
+                continue
             powers = [(grant, self._granted(grant, principal)) for grant in principal.grants]
             if any(forbids(one, ask, excused) for _, one in powers):
                 continue
+            if verdict:
+                return True
             for grant, one in powers:
                 if any(covers(allowed, ask) for allowed in one.allowed):
                     if not grant.granted_by:

@@ -5,8 +5,8 @@ one, or a row its route. ``python -m docs.generate`` shows the table against the
 ``cloudlm roles matrix`` prints it.
 
 A row's verb and resource are demanded of the key. ``SHARED`` resources belong to the installation
-and are checked here, by the name in the path; the others belong to tenants, and the handler checks
-the very object.
+and are checked here, by the name in the path; the others belong to tenants (deployments to one, or
+to the installation), and the handler checks the very object.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Row(NamedTuple):
     resource: Resource | None = None
 
 
-SHARED = frozenset(
-    (Resource.MODELS, Resource.DEPLOYMENTS, Resource.JOBS, Resource.DRIVERS, Resource.LOGS)
-)
+SHARED = frozenset((Resource.MODELS, Resource.JOBS, Resource.DRIVERS))
 
 _CONTROL: tuple[tuple[str, Verb, Resource], ...] = (
     ("GET /models", Verb.READ, Resource.MODELS),
@@ -109,6 +107,7 @@ _GATEWAY = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/embeddings",
+    "POST /v1/moderations",
     "POST /tokenize",
     "POST /detokenize",
     "GET /v1/models",
@@ -162,6 +161,7 @@ _OPEN = {
         "/ping",
         "/v2/health/live",
         "/v2/health/ready",
+        "/openapi.json",
     ),
     Server.WORKER: ("/livez", "/readyz", "/health", "/metrics"),
 }
@@ -171,6 +171,7 @@ PREFIX = "/api/v1"
 def _rows() -> Iterator[Row]:
     for server, paths in _OPEN.items():
         yield from (Row(server, "GET", path, Holder.OPEN) for path in paths)
+    yield Row(Server.CONTROL, "GET", f"{PREFIX}/signin", Holder.OPEN)
     for path in ("/openapi.json", "/whoami"):
         yield Row(Server.CONTROL, "GET", PREFIX + path, Holder.ANY_KEY)
     for line, verb, resource in _CONTROL:

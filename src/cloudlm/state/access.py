@@ -18,7 +18,7 @@ from cloudlm.core.access import (
     Tenant,
 )
 from cloudlm.core.errors import Conflict, NotFound
-from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.tenant import SESSION, KeyRecord
 
 
 class AccessState(Protocol):
@@ -187,7 +187,7 @@ def keys_without_principal(
 ) -> list[KeyRecord]:
     """The keys that change when ``gone`` is removed."""
     keys = list(keys)
-    own = {key.id for key in keys if key.principal == gone.id}
+    own = {key.id for key in keys if key.principal == gone.id} | {SESSION + gone.id}
     changed = []
     for key in keys:
         wanted = key

@@ -27,6 +27,7 @@ from cloudlm.core.access import (
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.job import Job
+from cloudlm.core.price import Price
 from cloudlm.core.routing import Policy, Routing
 
 DEMAND_KEPT_S = 3600.0
@@ -54,6 +55,8 @@ def load_spec(text: str) -> DeploymentSpec:
     body = _known(DeploymentSpec, load_object(text))
     if "routing" in body:
         body["routing"] = _load_routing(body["routing"])
+    if body.get("prices") is not None:
+        body["prices"] = Price(**_known(Price, body["prices"]))
     return DeploymentSpec(**body)
 
 

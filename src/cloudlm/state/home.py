@@ -43,17 +43,20 @@ def load_settings(
     return read_settings(tree, environ, flags, file_name=str(path))
 
 
-def _read_tree(path: Path, *, required: bool) -> dict[str, Any]:
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file. Raises BadSetting naming ``what`` it is and where the fault."""
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if not required:
-            return {}
-        raise BadSetting(f"the settings file {path} cannot be read: {error.strerror}") from None
+        return yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
-        raise BadSetting(f"the settings file {path} cannot be read: {error.strerror}") from None
+        raise BadSetting(f"the {what} {path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadSetting(f"the settings file {path} is not YAML: {yaml_fault(error)}") from None
+        raise BadSetting(f"the {what} {path} is not YAML: {yaml_fault(error)}") from None
+
+
+def _read_tree(path: Path, *, required: bool) -> dict[str, Any]:
+    if not required and not path.exists():
+        return {}
+    tree = read_yaml(path, "settings file")
     if not isinstance(tree, dict | None):
         raise BadSetting(f"the settings file {path} must hold a mapping of settings")
     return tree or {}

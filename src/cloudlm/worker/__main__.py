@@ -36,7 +36,7 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Wor
         token=given.api_key or environment.get("CLOUDLM_WORKER_TOKEN") or None,
         registry_url=settings.registry.url,
         engine_name=given.engine,
-        options={**split_options(given.option), **_partition(given)},
+        options={**split_options(given.option), **_flags(given)},
         adapters=[pair for one in given.adapter for pair in named_adapters(one, "--adapter")],
         settings=settings,
     )
@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         ("--tls-client-ca", "--ssl-ca-certs", "let in only clients with these authorities' word"),
     ):
         parser.add_argument(name, other, metavar="FILE", help=what)
+    parser.add_argument(
+        "--precision", metavar="NAME", help="numbers that weights are held in (default: its own)"
+    )
     for short, kind, what in (
         ("-tp", "tensor", "processes that share every layer"),
         ("-pp", "pipeline", "stages of layers in processes of their own"),
@@ -75,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _partition(given: argparse.Namespace) -> dict[str, str]:
-    names = ("tensor_parallel", "pipeline_parallel")
+def _flags(given: argparse.Namespace) -> dict[str, str]:
+    """The engine's settings that have flags of their own."""
+    names = ("precision", "tensor_parallel", "pipeline_parallel")
     return {name: value for name in names if (value := getattr(given, name)) is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,21 @@ if TYPE_CHECKING:
 Tell = Callable[[float, str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model on this machine: its folder, inspected or verified, the address to show for it
+    (``root``), and in what numbers most of its weights are stored (``precision``), in the words of
+    the version's manifest."""
+
+    folder: Path
+    root: str
+    precision: str
+
+
 async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
     """Everything that serving needs. Raises errors of ``core.errors`` that name the fault."""
-    folder, root = await in_daemon_thread(lambda: find_folder(config, tell))
-    engine = await in_daemon_thread(lambda: load_folder(folder, config, tell))
+    found = await in_daemon_thread(lambda: find_model(config, tell))
+    engine = await in_daemon_thread(lambda: load_found(found, config, tell))
     tokenizer = engine.tokenizer
     renderer: Renderer = NoTemplate()
     if tokenizer.chat_template is not None:
@@ -37,7 +49,7 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
         renderer = process
     serving = Serving(
         name=config.served_model_name,
-        root=root,
+        root=found.root,
         engine=engine,
         tokenizer=tokenizer,
         renderer=renderer,
@@ -61,8 +73,8 @@ async def load_model(config: WorkerConfig, tell: Tell) -> Serving:
     return serving
 
 
-def find_folder(config: WorkerConfig, tell: Tell) -> tuple[Path, str]:
-    """The local folder of the model, inspected or verified, and the address to show for it."""
+def find_model(config: WorkerConfig, tell: Tell) -> Found:
+    """Fetch or inspect the model that ``config`` names."""
     kind = address_kind(config.model)
     if kind is AddressKind.FOLDER:
         from cloudlm.registry.importer import find_gguf
@@ -71,18 +83,18 @@ def find_folder(config: WorkerConfig, tell: Tell) -> tuple[Path, str]:
         folder = Path(config.model.removeprefix("file://")).expanduser()
         tell(0.0, f"inspecting {folder}")
         if find_gguf(folder) is None:  # such a file has to be made a version first
-            inspect_folder(folder)
-            return folder, folder.resolve().name
+            storage = inspect_folder(folder).facts.storage
+            return Found(folder, folder.resolve().name, storage.precision)
     registry = _registry(config)
     if kind is AddressKind.REGISTRY:
         tell(0.0, f"fetching {config.model}")
         manifest = registry.resolve(parse_ref(config.model))
-        return registry.fetch(parse_ref(manifest.ref)), manifest.ref
+        return Found(registry.fetch(parse_ref(manifest.ref)), manifest.ref, manifest.precision)
     tell(0.0, f"importing {config.model}")
     from cloudlm.registry.importer import import_address
 
     manifest = import_address(registry, config.model)
-    return registry.fetch(parse_ref(manifest.ref)), config.model
+    return Found(registry.fetch(parse_ref(manifest.ref)), config.model, manifest.precision)
 
 
 def _registry(config: WorkerConfig) -> Registry:
@@ -92,8 +104,8 @@ def _registry(config: WorkerConfig) -> Registry:
     return open_registry(config.registry_url, home=config.home, settings=settings)
 
 
-def load_folder(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
-    """The engine of a folder with the settings of ``config``. Raises errors of ``core.errors``."""
+def load_found(found: Found, config: WorkerConfig, tell: Tell) -> LocalEngine:
+    """The engine of a model with the settings of ``config``. Raises errors of ``core.errors``."""
     tell(0.0, "starting the engine")
     try:
         from cloudlm.engine.load import load_engine
@@ -102,8 +114,9 @@ def load_folder(folder: Path, config: WorkerConfig, tell: Tell) -> LocalEngine:
             raise
         raise MissingExtra("engine", "serving a model") from error
     return load_engine(
-        folder,
+        found.folder,
         config.engine,
         max_waiting=config.settings.worker.max_waiting_requests,
+        stored_precision=found.precision,
         progress=tell,
     )

@@ -11,7 +11,7 @@ from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import BadSetting
 from cloudlm.engine.perplexity import score_text
 from cloudlm.worker.config import WorkerConfig
-from cloudlm.worker.loading import Tell, find_folder, load_folder
+from cloudlm.worker.loading import Tell, find_model, load_found
 
 if TYPE_CHECKING:
     from cloudlm.engine.engine import LocalEngine
@@ -36,11 +36,11 @@ def measure_precisions(
     """A result for each of ``precisions`` as it is there. A precision that this model or machine
     cannot have gives its reason. Raises what loading raises, InvalidRequest for too short a text.
     """
-    folder, _ = find_folder(config, tell)
+    found = find_model(config, tell)
     for precision in precisions:
         options = {**config.options, "precision": precision}
         try:
-            engine = load_folder(folder, replace(config, options=options), tell)
+            engine = load_found(found, replace(config, options=options), tell)
         except BadSetting as error:
             yield Measured(precision, refused=error.message)
             continue

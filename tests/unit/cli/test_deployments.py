@@ -93,6 +93,39 @@ def test_deploy_a_registered_model(control: Any, ok: Ok, deployment: Any) -> Non
     assert "helper is ready (models:/bank/1)" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("--precision", "int8-a8"), {"precision": "int8-a8"}),
+        (("--precision", "float32", "--option", "precision=int4"), {"precision": "float32"}),
+        (("--precision", "bfloat16", "--engine", "vllm"), {"dtype": "bfloat16"}),
+        ((), {}),
+    ],
+)
+def test_deploy_at_a_precision(
+    control: Any, ok: Ok, deployment: Any, arguments: tuple[str, ...], options: dict[str, str]
+) -> None:
+    control.answers = {f"PUT {PATH}": deployment(), f"GET {PATH}": deployment()}
+    ok("deploy", "bank", "--name", "helper", *arguments)
+    assert control.sent(f"PUT {PATH}").get("options", {}) == options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--precision", "int3"), "--precision = 'int3' is not known; there is: auto, float32"),
+        (("--precision", "int8", "--engine", "vllm"), "vllm takes float32, bfloat16, float16"),
+    ],
+)
+def test_a_precision_that_is_not_known(
+    control: Any, cli: Ok, arguments: tuple[str, ...], words: str
+) -> None:
+    result = cli("deploy", "bank", "--name", "helper", *arguments)
+    assert isinstance(result.exception, InvalidRequest)
+    assert words in result.exception.message
+    assert not control.requests
+
+
 def test_deploy_says_how_requests_are_spread(control: Any, ok: Ok, deployment: Any) -> None:
     control.answers = {f"PUT {PATH}": deployment(), f"GET {PATH}": deployment()}
     ok("deploy", "models:/bank/1", "--name", "helper", "--policy", "session_affinity")

@@ -148,8 +148,11 @@ def test_piped_questions_give_a_line_of_json_each(
 
     import openai
 
+    started: list[tuple[object, ...]] = []
+
     @contextlib.contextmanager
-    def worker(*_: object) -> Iterator[tuple[str, str]]:
+    def worker(*given: object) -> Iterator[tuple[str, str]]:
+        started.append(given)
         yield "http://127.0.0.1:1", "key"
 
     client = FakeOpenAI()
@@ -161,4 +164,5 @@ def test_piped_questions_give_a_line_of_json_each(
         {"question": "one", "answer": "answer 1"},
         {"question": "two", "answer": "answer 1"},
     ]
-    assert ok("run", "bank", "hi").stdout == "answer 1\n"
+    assert ok("run", "bank", "hi", "--precision", "int8").stdout == "answer 1\n"
+    assert started == [("bank", []), ("bank", ["precision=int8"])]

@@ -207,7 +207,8 @@ class TestServe:
         monkeypatch.setattr(serve, "end_process", end)
         monkeypatch.setattr(serve, "setup_logging", lambda *_: None)
         result = cli(
-            "serve", "bank", "--port", "0", "--option", "max_model_len=64", "-tp", "2", "--json"
+            *("serve", "bank", "--port", "0", "--option", "max_model_len=64", "-tp", "2"),
+            *("--precision", "int8", "--option", "precision=int4", "--json"),
         )
         assert result.exit_code == code
         assert json.loads(result.stdout) == {
@@ -215,5 +216,5 @@ class TestServe:
             "model": "bank",
         }
         (config,) = given
-        options = {"max_model_len": 64, "tensor_parallel": 2}
+        options = {"max_model_len": 64, "precision": "int8", "tensor_parallel": 2}
         assert (config.port, config.options, config.home) == (0, options, home)

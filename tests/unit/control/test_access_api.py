@@ -21,6 +21,7 @@ from cloudlm.core.access import (
     Rule,
     Tenant,
 )
+from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.tenant import Role
 from cloudlm.security.keys import mint
 from cloudlm.security.matrix import ROWS, SHARED, Holder, Server, role_may
@@ -59,6 +60,8 @@ async def world(services, pepper):
         await state.put_identity(CustomRole(tenant, "helper", (Rule(("read",), ("usage",)),)))
         minted = mint("target", "user", pepper, 0.0, tenant=tenant, principal=principal)
         await state.put_key(replace(minted.record, id=f"k-{tenant}"))
+        spec = DeploymentSpec(f"d-{tenant}", "models:/bank/1", tenant=tenant)
+        await state.put_deployment(spec, now=0.0)
     clients = []
 
     async def client(role="owner", scope="*", principal="root", **more):
@@ -86,13 +89,18 @@ def body_for(row, tenant):
         ("POST", "/keys"): {"name": "new", "principal": IDS[tenant], "scope": tenant},
         ("POST", "/tenants"): {"name": "new"},
         ("PUT", "/roles/{role}"): {"rules": []},
+        ("POST", "/deployments"): {"name": "new", "model": "models:/bank/1", "tenant": tenant},
+        ("PUT", "/deployments/{name}"): {"model": "models:/bank/1", "tenant": tenant},
+        ("POST", "/deployments/{name}/scale"): {"min_replicas": 1, "max_replicas": 1},
     }
     return bodies.get((row.method, row.path.removeprefix("/api/v1")), {})
 
 
 def path_for(row, tenant):
     names = {"tenant": tenant, "project": "web", "principal": IDS[tenant], "role": "helper"}
-    path = row.path.removeprefix("/api/v1").format(**names, key_id=f"k-{tenant}")
+    path = row.path.removeprefix("/api/v1").format(
+        **names, key_id=f"k-{tenant}", name=f"d-{tenant}"
+    )
     if row.resource is Resource.PROJECTS and "{" in row.path:
         path += f"?tenant={tenant}"
     if row.resource is Resource.ROLES and "{" in row.path:
@@ -112,6 +120,7 @@ async def test_nobody_reaches_another_tenants_objects(world, services, role):
     """Promise 34: every route × role × foreign object id."""
     client = await world(role.value, "acme", "root", tenant="acme")
     before = await services.state.list_identities(), await services.state.list_keys()
+    deployed = await services.state.list_deployments()
     for row in TENANTED:
         answer = await client.request(
             row.method, path_for(row, "other"), json=body_for(row, "other")
@@ -121,12 +130,15 @@ async def test_nobody_reaches_another_tenants_objects(world, services, role):
             assert answer.status_code in (200, 403), where
             assert "p-other" not in answer.text, where
             assert "k-other" not in answer.text, where
+            if row.resource is not Resource.AUDIT:  # which knows what this client asked for
+                assert "d-other" not in answer.text, where
         else:
             assert answer.status_code in (403, 404), (where, answer.text)
             assert "k-other-secret" not in answer.text
     after = await services.state.list_identities(), await services.state.list_keys()
     plain = [[replace(k, last_used_at=None) for k in keys] for _, keys in (before, after)]
     assert before[0] == after[0]
+    assert deployed == await services.state.list_deployments()
     assert plain[0] == plain[1]
 
 
@@ -335,3 +347,63 @@ async def test_last_use_is_noted_and_shown(world, plane):
     listed = {one["id"]: one for one in (await owner.get("/keys")).json()["data"]}
     assert listed[owner.id]["last_used_at"] == plane.clock.now()
     assert listed["k-acme"]["last_used_at"] is None
+
+
+async def test_a_tenants_deployment_is_nobody_elses(world, services):
+    owner, ours = await world(), await world("admin", "acme", "p-acme", tenant="acme")
+    theirs = await world("admin", "other", "p-other", tenant="other")
+    default = await world("operator", "default")
+
+    async def names(client):
+        return {one["spec"]["name"] for one in (await client.get("/deployments")).json()["data"]}
+
+    assert await names(owner) == {"d-acme", "d-other"}
+    assert await names(ours) == {"d-acme"}
+    assert await names(default) == set()
+    for client in (theirs, default):
+        missing = await client.get("/deployments/nothing-here")
+        foreign = await client.get("/deployments/d-acme")
+        assert (missing.status_code, foreign.status_code) == (404, 404)
+        said = foreign.text.replace("d-acme", "nothing-here")
+        assert said == missing.text  # nor can anybody tell that it is there
+    body = {"model": "models:/bank/1"}
+    for client, tenant, status in (
+        (ours, "acme", 202),
+        (ours, "", 403),  # of the installation
+        (ours, "other", 403),
+        (theirs, "other", 409),  # the name is taken, and no more is said
+        (default, "", 409),
+        (owner, "nowhere", 400),
+    ):
+        answer = await client.put("/deployments/d-acme", json={**body, "tenant": tenant})
+        assert answer.status_code == status, (tenant, answer.text)
+        assert status != 409 or "acme'" in answer.text
+    prices = {"prompt": 0.5, "completion": 1.5}
+    answer = await ours.put(
+        "/deployments/d-acme", json={**body, "tenant": "acme", "prices": prices}
+    )
+    assert answer.json()["spec"]["prices"] == {"prompt": 0.5, "cached": 0.5, "completion": 1.5}
+    assert answer.json()["revision"] == 1  # a price restarts nothing
+    assert (await owner.delete("/tenants/acme")).status_code == 409
+
+
+@pytest.mark.parametrize(
+    "prices",
+    [
+        {},
+        {"prompt": 1},
+        {"prompt": -1, "completion": 1},
+        {"prompt": 1, "completion": 0.0001},
+        {"prompt": 1, "completion": 1e9},
+        {"prompt": "1", "completion": 1},
+        {"prompt": 1, "completion": 1, "tokens": 1},
+        [1, 2],
+        1,
+    ],
+)
+async def test_prices_that_cannot_be(world, prices):
+    owner = await world()
+    body = {"name": "x", "model": "models:/bank/1", "prices": prices}
+    answer = await owner.post("/deployments", json=body)
+    assert answer.status_code in (400, 422), answer.text
+    assert "prices" in answer.json()["error"]["param"]

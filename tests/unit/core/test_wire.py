@@ -68,7 +68,7 @@ class TestSpec:
         with pytest.raises(InvalidRequest, match="another deployment than the path"):
             wire.spec_from_body(MINIMAL, name="other")
 
-    @pytest.mark.parametrize("field", ["generation", "revision", "status", "Name", "tenant", ""])
+    @pytest.mark.parametrize("field", ["generation", "revision", "status", "Name", "owner", ""])
     def test_no_other_field_can_be_assigned(self, field: str) -> None:
         with pytest.raises(UnprocessableRequest, match="has no field") as caught:
             wire.spec_from_body({**MINIMAL, field: 1})
@@ -109,6 +109,8 @@ class TestSpec:
             ({"options": {"dtype": None}}, "options.dtype"),
             ({"options": {"dtype": ["a"]}}, "options.dtype"),
             ({"options": {"dtype": "x" * 1025}}, "options.dtype"),
+            ({"options": {"precision": "int3"}}, "options.precision"),
+            ({"options": {"precision": 8}}, "options.precision"),
             ({"options": {"share": float("nan")}}, "options.share"),
             ({"options": {"share": 10**400}}, "options.share"),
             ({"options": {f"o{n}": 1 for n in range(65)}}, "options"),

@@ -319,6 +319,21 @@ def make_runner() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The native kernels of this machine on two threads, built once per test run."""
+    from cloudlm.engine.native import build
+
+    if build.find_compiler() is None or not build.instruction_sets():
+        pytest.skip("no C++ compiler on PATH, or a CPU without AVX2")
+    from cloudlm.engine.native.library import NativeKernels
+
+    name = build.instruction_sets()[0]
+    path = build.library(name, tmp_path_factory.mktemp("native"))
+    assert path is not None, "the build failed: see the log"
+    return NativeKernels(path, name, threads=2)
+
+
 @dataclass
 class Driven:
     """One sequence that a Driver takes through a runner."""

@@ -121,6 +121,43 @@ async def test_resumed_anywhere_it_goes_on_exactly(engine: Any, sampling: Sampli
         assert rest[-1].finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+async def test_over_several_ranks_masks_hold_and_answers_are_the_same(
+    folder: Path, engine: Any, tensor: int, pipeline: int
+) -> None:
+    """Beside answers without a constraint that are guessed ahead."""
+    from thread_ranks import thread_runner
+
+    from cloudlm.engine.engine import LocalEngine
+    from cloudlm.engine.speculate import Lookup
+
+    samplings = [drawn(1), drawn(2, BY_REGEX), drawn(3, temperature=0.0)]
+    alone = [tokens_of(await ask(engine, one)) for one in samplings]
+    runner = await asyncio.to_thread(thread_runner, folder, tensor, pipeline, max_model_len=512)
+    parted = LocalEngine.start(
+        runner,
+        engine.tokenizer,
+        max_batch_tokens=64,
+        max_batch_sequences=8,
+        max_waiting=50,
+        lookup=Lookup(8, 1, 3),
+    )
+    free = GenerateRequest("free", (5, 6, 7), Sampling(max_tokens=200, ignore_eos=True, seed=1))
+
+    async def unbound() -> tuple[int, ...]:
+        return tokens_of([event async for event in parted.submit(free)])
+
+    try:
+        *crowd, open_answer = await asyncio.gather(
+            *(ask(parted, one) for one in samplings), unbound()
+        )
+        assert len(open_answer) == 200
+    finally:
+        await parted.close()
+    assert [tokens_of(events) for events in crowd] == alone
+    jsonschema.validate(json.loads(text_of(crowd[0])), SCHEMA)
+
+
 async def test_preempted_answers_are_the_same(folder: Path, engine: Any) -> None:
     from cloudlm.engine.engine import LocalEngine
     from cloudlm.engine.load import load_runner

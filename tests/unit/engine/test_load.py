@@ -138,24 +138,27 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "config", "parameters", "device", "expected"),
+    ("asked", "config", "stored", "parameters", "device", "expected"),
     [
-        ("auto", {"torch_dtype": "bfloat16"}, 10**9, CPU, torch.bfloat16),
-        ("auto", {"dtype": "float16"}, 10**9, CPU, torch.float16),
-        ("auto", {}, 10**9, CPU, torch.float32),
-        ("auto", {"dtype": "bfloat16"}, 10**6, CPU, torch.float32),
-        ("auto", {"dtype": "bfloat16"}, 10**6, CUDA, torch.bfloat16),
-        ("bfloat16", {"dtype": "float32"}, 10**6, CPU, torch.bfloat16),
+        ("auto", {"torch_dtype": "bfloat16"}, "", 10**9, CPU, torch.bfloat16),
+        ("auto", {"dtype": "float16"}, "", 10**9, CPU, torch.float16),
+        ("auto", {}, "", 10**9, CPU, torch.float32),
+        ("auto", {"dtype": "bfloat16"}, "bfloat16", 10**6, CPU, torch.float32),
+        ("auto", {"dtype": "bfloat16"}, "", 10**6, CUDA, torch.bfloat16),
+        ("auto", {"dtype": "float32"}, "bfloat16", 10**9, CPU, torch.bfloat16),
+        ("auto", {"dtype": "float16"}, "int4", 10**9, CPU, torch.float16),
+        ("bfloat16", {"dtype": "float32"}, "float32", 10**6, CPU, torch.bfloat16),
     ],
 )
 def test_the_type_is_chosen(
     asked: str,
     config: dict[str, str],
+    stored: str,
     parameters: int,
     device: torch.device,
     expected: torch.dtype,
 ) -> None:
-    assert pick_dtype(asked, ModelConfig(config), parameters, device) is expected
+    assert pick_dtype(asked, ModelConfig(config), parameters, device, stored) is expected
 
 
 def test_an_unknown_type_is_named() -> None:

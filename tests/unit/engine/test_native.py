@@ -142,6 +142,28 @@ def test_quantised_products_do_not_depend_on_the_path(
     assert torch.equal(by_vector, kernels.linear(weight, x, torch.empty(37, 32), path="tiles"))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("outputs", [35, 64])
+def test_a_gate_is_to_the_bit_what_the_gated_product_makes_of_it(
+    kernels: Kernels, reference: Kernels, precision: str, outputs: int
+) -> None:
+    matrix, bias = torch.randn(2 * outputs, 192).bfloat16() * 0.1, torch.randn(2 * outputs)
+    x = torch.randn(37, 192)
+    plain = reference.pack(weight_of(precision, matrix), bias=bias)
+    exact = reference.linear(plain, x, torch.empty(37, 2 * outputs))
+    for one in (kernels, reference):
+        weight = one.pack(weight_of(precision, matrix), gated=True, bias=bias)
+        ungated, order = one.ungated(weight)
+        sums = one.linear(ungated, x, torch.empty(37, ungated.outputs))
+        there = order >= 0
+        assert sorted(order[there].tolist()) == list(range(2 * outputs))
+        assert off(sums[:, there], exact[:, order[there]]) < 2e-5
+        for kind in (torch.float32, torch.bfloat16):
+            expected = one.linear(weight, x, torch.empty(37, outputs, dtype=kind))
+            answer = one.gate(weight, sums, torch.empty(37, outputs, dtype=kind))
+            assert torch.equal(answer, expected)
+
+
 def test_linear_norms_adds_and_rounds(kernels: Kernels, reference: Kernels) -> None:
     matrix = torch.randn(64, 200).bfloat16()
     own, right = kernels.pack(matrix), reference.pack(matrix)
@@ -272,7 +294,7 @@ def test_wrong_shapes_are_refused(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("size", [100, 1024])
-def test_norm_and_activation_agree(kernels: Kernels, reference: Kernels, size: int) -> None:
+def test_norms_agree(kernels: Kernels, reference: Kernels, size: int) -> None:
     x, weight = torch.randn(70, size).bfloat16(), torch.randn(size)
     for residual in (None, torch.randn(70, size)):
         answers, kept = [], []
@@ -284,9 +306,6 @@ def test_norm_and_activation_agree(kernels: Kernels, reference: Kernels, size: i
         if residual is not None:
             assert torch.equal(kept[0], kept[1])
             assert torch.equal(kept[0], residual + x)
-    gate_up = torch.randn(70, 2 * size).bfloat16() * 40
-    own = kernels.silu_mul(gate_up, torch.empty(70, size))
-    assert off(own, reference.silu_mul(gate_up, torch.empty(70, size))) < 2e-6
 
 
 def layer_cache(blocks: int, kv_heads: int, dim: int, block_size: int) -> LayerCache:
@@ -438,6 +457,58 @@ def test_drafts_attend_as_single_tokens_would(
         plan = plan_attention([Query(start + row, 1, table)], 32, window=window)
         expected = kernels.attention(alone, cache, plan, torch.empty_like(alone), 0.1)
         assert torch.equal(answer[row], expected[0])
+
+
+@pytest.mark.parametrize("window", [None, 70, 1500])
+def test_alike_tokens_attend_alike_however_their_prompts_are_cut(
+    kernels: Kernels, window: int | None
+) -> None:
+    """Cut anywhere, beside others that share its keys: what counts is the position."""
+    chance = random.Random(4)
+    cache = layer_cache(80, 2, 64, 32)
+    table = [*range(20, 80), *range(12)]
+    positions = (0, 1, 31, 32, 100, MAX_KEYS - 1, MAX_KEYS, MAX_KEYS + 40, 2 * MAX_KEYS + 5)
+    query = torch.randn(len(table) * 32, 4 * 64).bfloat16()
+
+    def attend(parts: list[tuple[int, int]]) -> torch.Tensor:
+        """The answers of parts of one sequence, each as a sequence of its own."""
+        queries = [Query(start, count, table, alike=True) for start, count in parts]
+        asked = torch.cat([query[start : start + count] for start, count in parts])
+        plan = plan_attention(queries, 32, window=window)
+        return kernels.attention(asked, cache, plan, torch.empty_like(asked), 0.1)
+
+    alone = {position: attend([(position, 1)])[0] for position in positions}
+    for _ in range(12):
+        begins = [max(0, position - chance.randrange(60)) for position in positions]
+        parts = [
+            (begin, position - begin + chance.randint(1, 50))
+            for begin, position in zip(begins, positions, strict=True)
+        ]
+        if chance.random() < 0.3:  # single tokens, which share what stands before them
+            parts = [(position, 1) for position in positions]
+        order = chance.sample(range(len(parts)), chance.randint(1, len(parts)))
+        answers = attend([parts[at] for at in order]).split([parts[at][1] for at in order])
+        for at, answer in zip(order, answers, strict=True):
+            place = positions[at] - parts[at][0]
+            assert torch.equal(answer[place], alone[positions[at]])
+
+
+def test_alike_tokens_share_whole_stretches_only(kernels: Kernels) -> None:
+    """Sixteen behind the same 2,080 tokens read 2,048 of them once, with each one's own answers."""
+    cache = layer_cache(120, 2, 64, 32)
+    head, start = list(range(65)), 2 * MAX_KEYS + 33
+    queries = [Query(start, 1, [*head, 65 + i], alike=True) for i in range(16)]
+    plan = plan_attention(queries, 32)
+    shared = [piece[3:5] for piece in plan.pieces.tolist() if piece[1] == 16]
+    assert shared == [[0, MAX_KEYS], [MAX_KEYS, 2 * MAX_KEYS]]
+    query = torch.randn(16, 4 * 64).bfloat16()
+    together = kernels.attention(query, cache, plan, torch.empty_like(query), 0.1)
+    for row, one in enumerate(queries):
+        asked = query[row : row + 1]
+        alone = kernels.attention(
+            asked, cache, plan_attention([one], 32), torch.empty_like(asked), 0.1
+        )
+        assert torch.equal(together[row], alone[0])
 
 
 def test_slots_beyond_the_limit_are_never_seen(kernels: Kernels) -> None:

@@ -21,7 +21,6 @@ from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.api import GenerateRequest
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.engine import LocalEngine
-from cloudlm.engine.native import build
 from cloudlm.engine.native.fallback import TorchKernels
 from cloudlm.engine.paths import choice
 from cloudlm.engine.paths.choice import choose_path
@@ -30,20 +29,7 @@ from cloudlm.engine.runner import Runner, RunnerFacts
 
 NAMES = ("llama-heads-32", "mistral-heads-32", "qwen2-heads-32", "qwen3", "phi3-heads-32")
 LENGTHS = (1, 31, 32, 33, 70, 200)
-CAN_BUILD = build.find_compiler() is not None and bool(build.instruction_sets())
 BLOCKS = 64
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if not CAN_BUILD:
-        pytest.skip("no C++ compiler on PATH, or a CPU without AVX2")
-    from cloudlm.engine.native.library import NativeKernels
-
-    name = build.instruction_sets()[0]
-    path = build.library(name, tmp_path_factory.mktemp("native"))
-    assert path is not None, "the build failed: see the log"
-    return NativeKernels(path, name, threads=2)
 
 
 @pytest.fixture(params=["library", "twin"])

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from random_adapters import adapt
+from thread_ranks import thread_runner
 
 from cloudlm.core.chat import Sampling
 from cloudlm.engine.limits import Limits
-from cloudlm.engine.native import build
+from cloudlm.engine.paths import choice
 from cloudlm.engine.runner import Runner, RunnerFacts
 from cloudlm.engine.scheduler import Scheduler
 from cloudlm.engine.sequence import Sequence
@@ -36,9 +39,13 @@ def prompts(count: int, longest: int = 60) -> list[tuple[int, ...]]:
 
 
 def answers(
-    runner: Any, lookup: Lookup | None, crowd: list[tuple[tuple[int, ...], Sampling]], **limits: int
+    runner: Any,
+    lookup: Lookup | None,
+    crowd: list[tuple[tuple[int, ...], Sampling]],
+    adapters: tuple[str, ...] = ("",),
+    **limits: int,
 ) -> tuple[list[list[int]], list[list[float]], Scheduler]:
-    """Tokens and log probabilities of all, computed at once."""
+    """Tokens and log probabilities of all, computed at once; ``adapters`` are theirs in turn."""
     values = {"max_batch_tokens": 60, "max_batch_sequences": 8, **limits}
     scheduler = Scheduler(
         Limits(
@@ -50,7 +57,11 @@ def answers(
         lookup,
     )
     sequences = [
-        Sequence(at, f"r{at}", prompt, sampling, len(prompt) + 60, salt=str(at))
+        Sequence(
+            *(at, f"r{at}", prompt, sampling, len(prompt) + 60),
+            salt=str(at),
+            adapter=adapters[at % len(adapters)],
+        )
         for at, (prompt, sampling) in enumerate(crowd)
     ]
     logprobs: list[list[float]] = [[] for _ in crowd]
@@ -84,18 +95,6 @@ def test_a_crowd_says_the_same(
     assert 0.1 * drafts.drafted_tokens < drafts.accepted_tokens < drafts.drafted_tokens
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if build.find_compiler() is None or not build.instruction_sets():
-        pytest.skip("no C++ compiler on PATH, or a CPU without AVX2")
-    from cloudlm.engine.native.library import NativeKernels
-
-    name = build.instruction_sets()[0]
-    path = build.library(name, tmp_path_factory.mktemp("native"))
-    assert path is not None, "the build failed: see the log"
-    return NativeKernels(path, name, threads=2)
-
-
 @pytest.mark.parametrize("name", ["llama-heads-32", "mistral-heads-32"])
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_native_kernels_give_the_same_to_the_bit(
@@ -113,4 +112,56 @@ def test_native_kernels_give_the_same_to_the_bit(
     tokens, logprobs, _ = answers(runner, None, crowd)
     guessed, their_logprobs, scheduler = answers(runner, LOOKUP, crowd)
     assert (guessed, their_logprobs) == (tokens, logprobs)
+    assert 0 < scheduler.drafts.accepted_tokens < scheduler.drafts.drafted_tokens
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
+def test_adapters_guess_too_and_say_the_same(
+    request: pytest.FixtureRequest,
+    saved_model: Any,
+    make_runner: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    native: bool,
+) -> None:
+    """Drafts are weighed by the adapter that the sequence asks for; to the bit on the kernels."""
+    import torch
+
+    saved = saved_model("mistral-heads-32")
+    if native:
+        library = request.getfixturevalue("library")
+        monkeypatch.setattr(choice, "load_kernels", lambda threads, *, instructions: library)
+    threads = torch.get_num_threads()
+    settings = {"kernels": "native", "dtype": "auto"} if native else {}
+    runner = make_runner(saved.folder, kv_cache_mb=8, **settings)
+    torch.set_num_threads(threads)
+    for seed, name in enumerate("ab"):
+        adapt(saved.reference, ["q_proj", "gate_proj", "down_proj"], tmp_path / name, seed)
+        runner.add_adapter(name, runner.read_adapter(tmp_path / name))
+    crowd = [(prompts(1)[0] * 3, SAMPLINGS[at % 3]) for at in range(9)]
+    names = ("", "a", "b")
+    names = tuple(names[at // 3] for at in range(9))  # each with every way of sampling
+    tokens, logprobs, _ = answers(runner, None, crowd, names)
+    guessed, their_logprobs, scheduler = answers(runner, LOOKUP, crowd, names)
+    assert guessed == tokens
+    if native:
+        assert their_logprobs == logprobs
+    assert 0 < scheduler.drafts.accepted_tokens < scheduler.drafts.drafted_tokens
+    assert len({tuple(logprobs[at]) for at in range(9)}) == 9  # each adapter has a say
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 3), (2, 2)])
+def test_guesses_are_weighed_by_all_ranks(
+    saved_model: Any, make_runner: Any, tensor: int, pipeline: int
+) -> None:
+    """Several rows of logits for a sequence, and a cache that is written ahead, on every rank."""
+    folder = saved_model("llama").folder
+    crowd = [(prompt, SAMPLINGS[at % 4]) for at, prompt in enumerate(prompts(8))]
+    expected, _, _ = answers(make_runner(folder), None, crowd)
+    runner = thread_runner(folder, tensor, pipeline)
+    try:
+        guessed, _, scheduler = answers(runner, LOOKUP, crowd)
+    finally:
+        runner.close()
+    assert guessed == expected
     assert 0 < scheduler.drafts.accepted_tokens < scheduler.drafts.drafted_tokens

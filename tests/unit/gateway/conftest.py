@@ -22,6 +22,7 @@ from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import LedgerRow, Role
 from cloudlm.gateway.app import Gateway
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse
+from cloudlm.security.issuer import Issuer
 from cloudlm.security.keys import mint
 from cloudlm.state.memory import MemoryState
 
@@ -362,7 +363,9 @@ def chat_body(**more: Any) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def open_rig(replicas: int = 1, home: Path | None = None, **settings: Any) -> Any:
+async def open_rig(
+    replicas: int = 1, home: Path | None = None, issuer: Issuer | None = None, **settings: Any
+) -> Any:
     """A running gateway with so many ready replicas of MODEL."""
     with contextlib.ExitStack() as stack:
         folder = home or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -381,6 +384,7 @@ async def open_rig(replicas: int = 1, home: Path | None = None, **settings: Any)
             home=folder,
             pepper=PEPPER,
             worker_token="worker-token-for-tests",
+            issuer=issuer,
         )
         rig = Rig(gateway, state, mocks)
         rig.key, rig.key_id = minted.text, minted.record.id

@@ -245,3 +245,27 @@ def test_a_bad_route_refuses_to_start(kit: Any, tmp_path: Path) -> None:
     settings = GatewaySettings(routes="chat")
     with pytest.raises(BadSetting, match=r"gateway\.routes"):
         Gateway(settings, MemoryState(), home=tmp_path, pepper=kit.PEPPER, worker_token=None)
+
+
+async def test_falling_back_leaves_no_guardrail_behind(kit: Any, tmp_path: Path) -> None:
+    one, other = {"models": ["small"], "pii": {"in": "redact"}}, {"models": ["large"]}
+    hidden = {
+        "blocklists": [{"name": "words", "words": ["secret"], "on": ["out"], "mode": "redact"}]
+    }
+    policies = {"policies": {"one": one, "other": {**other, **hidden}}}
+    (tmp_path / "guardrails.yaml").write_text(json.dumps(policies))
+    async with routed(kit, "chat = small > large", guardrails="guardrails.yaml", home=tmp_path) as (
+        rig
+    ):
+        rig.replicas[0].default = kit.Plan(kind="status", status=500)
+        message = {"role": "user", "content": "mail ann@example.com"}
+        choice = {"index": 0, "message": {"role": "assistant", "content": "secret <EMAIL_1>"}}
+        body = {"choices": [{**choice, "finish_reason": "stop"}], "model": "large"}
+        rig.replicas[1].default = kit.Plan(body=json.dumps(body).encode())
+        result = await rig.ask(kit.chat_body(model="chat", messages=[message]))
+        assert result.json["model"] == "large"
+        for replica in rig.replicas:
+            assert replica.requests[0]["messages"][0]["content"] == "mail <EMAIL_1>"
+        said = result.json["choices"][0]["message"]["content"]
+        assert "ann@example.com" in said
+        assert "secret" not in said

@@ -12,14 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from cloudlm.core.access import Limits
+from cloudlm.core.access import (
+    FIRST_IDENTITIES,
+    Grant,
+    Limits,
+    Principal,
+    PrincipalKind,
+    Project,
+    Tenant,
+)
 from cloudlm.core.chat import Usage
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.price import NANO, Price, price_of, read_prices
-from cloudlm.core.tenant import Role
+from cloudlm.core.tenant import KeyRecord, Role
 from cloudlm.gateway.app import Gateway
-from cloudlm.gateway.limiter import span
+from cloudlm.gateway.limiter import bounds_of, span
 from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Tally, Verdict
+from cloudlm.security.access import Directory
 from cloudlm.security.keys import mint
 
 MONTH = 24_000
@@ -341,3 +350,92 @@ async def test_a_budget_outlives_the_gateway(kit: Any, tmp_path: Any) -> None:
             response = await other.handler.handle(rig.request(kit.chat_body(max_tokens=5)))
             assert b"insufficient_quota" in response.body
             assert b"0.5552 of 0.5" in response.body
+
+
+async def test_a_budget_of_the_day_stops_beside_that_of_the_month(kit: Any, tmp_path: Any) -> None:
+    """Each holds by itself; what the ledger knows of today is spent, of yesterday is not."""
+    async with kit.open_rig(home=tmp_path, prices="*=1000/100/10000") as rig:
+        assert (await rig.ask(kit.chat_body(max_tokens=5))).status == 200
+        (row,) = await rig.rows()
+        (tenant,) = (await rig.state.list_identities()).tenants
+        limits = Limits(spend_per_day=0.5, spend_per_month=5.0)
+        await rig.state.put_identity(replace(tenant, limits=limits), replaces=tenant)
+        day_before = row.started_at - 86_400
+        yesterday = replace(row, id="y", key_id="gone", cost=NANO, started_at=day_before)
+        today = replace(row, id="t", key_id="gone", cost=NANO // 2)
+        for known, status in ((yesterday, 200), (today, 429)):
+            await rig.state.append_ledger([known])
+            await rig.gateway.view.refresh()
+            other = Gateway(
+                rig.gateway.settings, rig.state, home=tmp_path, pepper=kit.PEPPER, worker_token=None
+            )
+            async with other.running():
+                response = await other.handler.handle(rig.request(kit.chat_body(max_tokens=5)))
+                assert response.status == status
+        assert b"this day (UTC)" in response.body
+        assert b"spend_per_day" in response.body
+
+
+def test_a_day_is_counted_anew() -> None:
+    """A budget of the day is a scope of its own for each day."""
+    first, second = (bounds_of(LIMITED, DIRECTORY, day * 86_400.0) for day in (20_000, 20_001))
+    assert [bound.scope for bound in first] == ["key:k", "key:k|day 20000"]
+    assert [bound.scope for bound in second] == ["key:k", "key:k|day 20001"]
+    assert first[1].limits == Limits(spend_per_month=2.0)
+    tally = Tally()
+    how: dict[str, Any] = {"tokens": 0, "spend": 2 * NANO, "now": 0.0, "month": MONTH}
+    taken = tally.reserve("a", first, **how)
+    give(tally, taken, spend=2 * NANO)
+    assert tally.reserve("b", first, **how).lease is None
+    next_day = tally.reserve("c", second, **how)
+    assert next_day.lease is not None
+    give(tally, next_day, spend=2 * NANO)
+    third = bounds_of(LIMITED, DIRECTORY, 20_002 * 86_400.0)
+    refusal = tally.reserve("d", third, **how).refusal  # the month's five are nearly gone
+    assert refusal is not None
+    assert refusal.scope == "key:k"
+
+
+LIMITED = KeyRecord("k", "k", "user", "", "", limits=Limits(spend_per_day=2.0, spend_per_month=5.0))
+DIRECTORY = Directory(FIRST_IDENTITIES, [LIMITED])
+
+
+async def test_the_price_of_a_deployment_beats_the_table(kit: Any, tmp_path: Any) -> None:
+    async with kit.open_rig(home=tmp_path, prices="*=1000/100/10000") as rig:
+        (deployed,) = await rig.state.list_deployments()
+        spec = replace(deployed.spec, prices=Price(prompt=2000, cached=0, completion=1000))
+        await rig.state.put_deployment(spec, now=2.0)
+        await rig.gateway.view.refresh()
+        assert (await rig.ask(kit.chat_body(max_tokens=5))).status == 200
+        (row,) = await rig.rows()
+        assert row.cost == 5 * 2000 + 5 * 1000
+
+
+async def test_a_tenants_model_is_nobody_elses(kit: Any, rig: Any) -> None:
+    """Not listed, not there, whatever the role; and cut when it is given away."""
+    (deployed,) = await rig.state.list_deployments()
+    for fact in (Tenant("acme"), Project("acme", "default")):
+        await rig.state.put_identity(fact)
+    owner = mint("o", Role.OWNER, kit.PEPPER, 1.0, scope="*")
+    await rig.state.put_key(owner.record)
+    headers = {"authorization": f"Bearer {owner.text}"}
+    rig.replicas[0].default = kit.Plan(tokens=200, pause_s=0.02)
+    running = await rig.gateway.handler.handle(
+        rig.request(kit.chat_body(stream=True), headers=headers)
+    )
+    await rig.state.put_deployment(replace(deployed.spec, tenant="acme"), now=2.0)
+    assert (await rig.finish(running)).error is not None
+    rig.replicas[0].default = kit.Plan()
+    refused = await rig.ask(kit.chat_body(), headers=headers)
+    assert refused.status == 404
+    listed = await rig.ask(None, method="GET", path="/v1/models", headers=headers)
+    assert listed.json["data"] == []
+    principal = replace(ROOT_OF_ACME, id="p-acme")
+    await rig.state.put_identity(principal)
+    mine = mint("m", Role.USER, kit.PEPPER, 1.0, tenant="acme", principal="p-acme")
+    await rig.state.put_key(mine.record)
+    headers = {"authorization": f"Bearer {mine.text}"}
+    assert (await rig.ask(kit.chat_body(), headers=headers)).status == 200
+
+
+ROOT_OF_ACME = Principal("p", "p", PrincipalKind.SERVICE, "acme", grants=(Grant("user", "acme"),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from dataclasses import replace
@@ -14,6 +15,7 @@ from cloudlm.core.chat import Message, Sampling
 from cloudlm.core.errors import BrokenModel, CloudlmError, ModelNotFound
 from cloudlm.engine.api import GenerateRequest
 from cloudlm.registry.bundled import bundled_folder
+from cloudlm.registry.registry import open_registry
 from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.daemon import in_daemon_thread
 from cloudlm.worker.loading import load_model
@@ -59,6 +61,30 @@ async def test_a_broken_folder_is_named(config: WorkerConfig, tmp_path: Path) ->
         await load_model(replace(config, model=str(folder)), silent)
     with pytest.raises(CloudlmError, match="nowhere"):
         await load_model(replace(config, model=str(tmp_path / "nowhere")), silent)
+
+
+async def test_the_versions_manifest_decides_the_precision(
+    config: WorkerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not config.json, which says float32 of weights that are stored in bfloat16."""
+    monkeypatch.setattr("cloudlm.engine.load._SMALL_PARAMETERS", 0)
+    folder = tmp_path / "told-wrong"
+    shutil.copytree(bundled_folder(), folder)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "torch_dtype": "float32"}))
+    registry = open_registry("", home=tmp_path, settings=config.settings.registry)
+    manifest = registry.import_folder(folder, "told-wrong")
+    assert manifest.precision == "bfloat16"
+    for model, options, held in (
+        (manifest.ref, {}, "bfloat16"),
+        (str(folder), {}, "bfloat16"),
+        (manifest.ref, {"precision": "float32"}, "float32"),
+        (manifest.ref, {"dtype": "float32"}, "float32"),
+    ):
+        asked = replace(config, model=model, options={"kv_cache_mb": 16, **options})
+        serving = await load_model(asked, silent)
+        await serving.close()
+        assert serving.info.dtype == held, (model, options)
 
 
 async def test_a_version_that_the_registry_does_not_have(config: WorkerConfig) -> None:

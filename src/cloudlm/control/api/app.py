@@ -57,7 +57,7 @@ def build_app(services: Services) -> FastAPI:
     for noun in (models, deployments, tenants, principals, roles, keys, usage, jobs, audit):
         app.include_router(noun.routes(services), prefix=PREFIX)
     app.include_router(_driver_routes(services), prefix=PREFIX)
-    app.include_router(_own_routes(), prefix=PREFIX)
+    app.include_router(_own_routes(services), prefix=PREFIX)
     app.include_router(_health_routes(services))
     return app
 
@@ -78,8 +78,17 @@ def _driver_routes(services: Services) -> APIRouter:
     return router
 
 
-def _own_routes() -> APIRouter:
+def _own_routes(services: Services) -> APIRouter:
     router = APIRouter(tags=["keys"])
+    oidc = services.oidc
+
+    @router.get("/signin", summary="Where people sign in")
+    async def signin() -> Response:
+        if not oidc.issuer:
+            raise NotFound("nobody signs in here: no issuer is set (oidc.issuer); use an API key")
+        return JSONResponse(
+            {"issuer": oidc.issuer, "client_id": oidc.client_id, "scopes": oidc.scopes}
+        )
 
     @router.get("/whoami", summary="Who the key speaks for")
     async def whoami(request: Request) -> Response:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
+from cloudlm.control.people import People
 from cloudlm.core.access import Principal, Resource, Verb, scope_of
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, NotFound, PermissionDenied
 from cloudlm.core.tenant import KeyRecord
-from cloudlm.security.access import Ask, Directory, Powers
+from cloudlm.security.access import Ask, Directory, Policies, Powers, session_of
+from cloudlm.security.claims import subject_of
 from cloudlm.security.keys import bearer, invalid_key, key_id, verify
+from cloudlm.security.tokens import bad_token, looks_signed
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -27,10 +30,19 @@ class Callers:
     """Finds out who asks. Reads identities again whenever the state's version has grown, so that a
     revoked key is refused by the very next request."""
 
-    def __init__(self, state: State, pepper: bytes, clock: Clock) -> None:
+    def __init__(
+        self,
+        state: State,
+        pepper: bytes,
+        clock: Clock,
+        people: People | None = None,
+        policies: Policies | None = None,
+    ) -> None:
         self._state = state
         self._pepper = pepper
         self._clock = clock
+        self._people = people
+        self._policies = policies
         self._read: tuple[int, Directory] | None = None
         self._touched: dict[str, float] = {}
 
@@ -40,12 +52,16 @@ class Callers:
         if self._read is None or self._read[0] != version:
             # The version is read first: a change made meanwhile grows it and is read next time.
             identities = await self._state.list_identities()
-            self._read = version, Directory(identities, await self._state.list_keys())
+            keys = await self._state.list_keys()
+            self._read = version, Directory(identities, keys, self._policies)
         return self._read[1]
 
     async def of(self, authorization: str | None, api_key: str | None) -> Caller:
-        """Whose key this is. Raises AuthenticationFailed."""
+        """Whose key or sign-in token this is. Raises AuthenticationFailed; for tokens also
+        PermissionDenied, Unavailable."""
         text = bearer(authorization, api_key)
+        if self._people is not None and looks_signed(text):
+            return await self._signed_in(self._people, text)
         found = key_id(text)
         directory = await self.directory()
         now = self._clock.now()
@@ -54,6 +70,19 @@ class Callers:
             raise invalid_key()
         await self._touch(record, now)
         return Caller(record, directory)
+
+    async def _signed_in(self, people: People, text: str) -> Caller:
+        claims = await people.claims(text)
+        directory = await self.directory()
+        if await people.settle(claims, directory):
+            directory = await self.directory()
+        principal = directory.of_subject(subject_of(claims))
+        if principal is None:
+            raise bad_token()  # removed at this very moment
+        session = session_of(principal, claims["exp"])
+        if not directory.stands(session):
+            raise bad_token()
+        return Caller(session, directory)
 
     async def _touch(self, record: KeyRecord, now: float) -> None:
         if now - self._touched.get(record.id, -_TOUCH_EVERY_S) < _TOUCH_EVERY_S:

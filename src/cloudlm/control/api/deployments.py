@@ -9,9 +9,11 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from cloudlm.control.api.caller import caller_of
 from cloudlm.control.api.logs import log_lines
 from cloudlm.control.api.schemas import SCALE, SPEC
 from cloudlm.control.api.services import Services, body_of, read_object
+from cloudlm.core.access import DEFAULT_TENANT, Resource, Verb
 from cloudlm.core.deployment import Deployment, DeploymentSpec
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
 from cloudlm.core.model import ADAPTER, AddressKind, address_kind, check_name, parse_ref
@@ -34,11 +36,33 @@ def routes(services: Services) -> APIRouter:
             headers={"etag": f'"{deployment.generation}"'},
         )
 
-    async def found(name: str) -> Deployment:
+    async def found(
+        request: Request, name: str, verb: Verb, resource: Resource = Resource.DEPLOYMENTS
+    ) -> Deployment:
+        missing = NotFound(f"deployment {name[:80]!r} does not exist")
         deployment = await state.get_deployment(check_name(name))
+        caller = caller_of(request)
+        scope = _scope(deployment.spec) if deployment is not None else DEFAULT_TENANT
+        caller.demand_seen(verb, resource, name, scope, missing)
         if deployment is None:
-            raise NotFound(f"deployment {name!r} does not exist")
+            raise missing
         return deployment
+
+    async def wanted(request: Request, name: str | None, verb: Verb) -> DeploymentSpec:
+        """The spec in the body, if the caller may put it where it says, and over what is there."""
+        caller = caller_of(request)
+        spec = spec_from_body(await read_object(request), name=name)
+        if spec.tenant and caller.directory.tenant(spec.tenant) is None:
+            raise InvalidRequest(f"there is no tenant {spec.tenant!r}", param="tenant")
+        caller.demand(verb, Resource.DEPLOYMENTS, spec.name, _scope(spec))
+        before = await state.get_deployment(spec.name)
+        if before is not None and _scope(before.spec) != _scope(spec):
+            scope = _scope(before.spec)
+            taken = Conflict(f"the name {spec.name!r} is taken")
+            if not caller.may(Verb.READ, Resource.DEPLOYMENTS, spec.name, scope):
+                raise taken
+            caller.demand(verb, Resource.DEPLOYMENTS, spec.name, scope)
+        return spec
 
     async def put(spec: DeploymentSpec, expected: int | None) -> Response:
         await _check_can_run(services, spec)
@@ -49,31 +73,36 @@ def routes(services: Services) -> APIRouter:
         return await answer(deployment, 202)
 
     @router.get("", summary="List deployments")
-    async def list_deployments() -> Response:
+    async def list_deployments(request: Request) -> Response:
+        caller = caller_of(request)
         statuses = {status.name: status for status in await state.list_statuses()}
         deployments = await state.list_deployments()
-        data = [deployment_body(one, statuses.get(one.spec.name)) for one in deployments]
+        data = [
+            deployment_body(one, statuses.get(one.spec.name))
+            for one in deployments
+            if caller.may(Verb.READ, Resource.DEPLOYMENTS, one.spec.name, _scope(one.spec))
+        ]
         return JSONResponse({"data": data})
 
     @router.post("", status_code=202, summary="Create", openapi_extra=body_of(SPEC))
     async def create(request: Request) -> Response:
-        return await put(spec_from_body(await read_object(request)), 0)
+        return await put(await wanted(request, None, Verb.CREATE), 0)
 
     @router.get("/{name}", summary="Show a deployment")
-    async def show(name: str) -> Response:
-        return await answer(await found(name))
+    async def show(name: str, request: Request) -> Response:
+        return await answer(await found(request, name, Verb.READ))
 
     @router.put(
         "/{name}", status_code=202, summary="Create or replace", openapi_extra=body_of(SPEC)
     )
     async def replace_all(name: str, request: Request) -> Response:
         expected = _generation(request.headers.get("if-match"))
-        return await put(spec_from_body(await read_object(request), name=name), expected)
+        return await put(await wanted(request, name, Verb.UPDATE), expected)
 
     @router.delete("/{name}", status_code=202, summary="Stop and remove")
     async def delete(name: str, request: Request) -> Response:
         expected = _generation(request.headers.get("if-match"))
-        deployment = await found(name)
+        deployment = await found(request, name, Verb.DELETE)
         if expected is not None and deployment.generation != expected:
             raise Conflict(
                 f"deployment {name!r} is at generation {deployment.generation}, not {expected}"
@@ -84,40 +113,46 @@ def routes(services: Services) -> APIRouter:
 
     @router.post("/{name}/scale", status_code=202, openapi_extra=body_of(SCALE))
     async def scale(name: str, request: Request) -> Response:
+        deployment = await found(request, name, Verb.UPDATE)
         low, high = scale_from_body(await read_object(request))
-        deployment = await found(name)
         if deployment.deleting:
             raise Conflict(f"deployment {name!r} is being deleted; it cannot be scaled")
         spec = replace(deployment.spec, min_replicas=low, max_replicas=high)
         return await put(spec, deployment.generation)
 
-    async def turn(name: str, asleep: bool) -> Response:
-        deployment = await found(name)
+    async def turn(request: Request, name: str, asleep: bool) -> Response:
+        deployment = await found(request, name, Verb.UPDATE)
         if deployment.deleting:
             raise Conflict(f"deployment {name!r} is being deleted")
         return await put(replace(deployment.spec, asleep=asleep), deployment.generation)
 
     @router.post("/{name}/sleep", status_code=202, summary="Give the replicas' memory back")
-    async def sleep(name: str) -> Response:
-        return await turn(name, True)
+    async def sleep(name: str, request: Request) -> Response:
+        return await turn(request, name, True)
 
     @router.post("/{name}/wake", status_code=202, summary="Load the model again")
-    async def wake(name: str) -> Response:
-        return await turn(name, False)
+    async def wake(name: str, request: Request) -> Response:
+        return await turn(request, name, False)
 
     @router.get("/{name}/logs", summary="Output of the replicas")
     async def logs(
         name: str,
+        request: Request,
         tail: int = Query(100, ge=0, le=MAX_LOG_LINES),
         follow: bool = Query(False),
         replica: str | None = Query(None, max_length=128),
     ) -> Response:
-        deployment = await found(name)
+        deployment = await found(request, name, Verb.READ, Resource.LOGS)
         driver = services.drivers.get(deployment.spec.driver)
         lines = await log_lines(driver, name, replica=replica, tail=tail, follow=follow)
         return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
 
     return router
+
+
+def _scope(spec: DeploymentSpec) -> str:
+    """Where a deployment is guarded: in its tenant, or with the installation."""
+    return spec.tenant or DEFAULT_TENANT
 
 
 async def _check_can_run(services: Services, spec: DeploymentSpec) -> None:
@@ -160,10 +195,9 @@ async def _check_names(services: Services, spec: DeploymentSpec) -> None:
     for other in await services.state.list_deployments():
         taken = {other.spec.name, *other.spec.adapters} & wanted
         if other.spec.name != spec.name and taken:
-            raise Conflict(
-                f"the name {sorted(taken)[0]!r} is taken by the deployment {other.spec.name!r}, as "
-                "its own or an adapter's"
-            )
+            same = other.spec.tenant in ("", spec.tenant)
+            whose = f" by the deployment {other.spec.name!r}, as its own or an adapter's"
+            raise Conflict(f"the name {sorted(taken)[0]!r} is taken{whose if same else ''}")
 
 
 def _generation(if_match: str | None) -> int | None:

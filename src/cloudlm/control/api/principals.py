@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from cloudlm.control.api.caller import Caller, caller_of, note_made
 from cloudlm.control.api.schemas import PRINCIPAL, PRINCIPAL_CHANGE
 from cloudlm.control.api.services import Services, body_of, read_object
-from cloudlm.core.access import ROOT, Grant, Principal, Resource, Verb
+from cloudlm.core.access import EVERYWHERE, ROOT, Grant, Principal, Resource, Verb
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
 from cloudlm.core.wire_access import change_from_body, principal_body, principal_from_body
 
@@ -46,7 +46,9 @@ def routes(services: Services) -> APIRouter:
         principal_id = f"p-{secrets.token_hex(6)}"
         body = await read_object(request)
         made = principal_from_body(body, principal_id, caller.tenant, clock.now())
-        caller.demand(Verb.CREATE, Resource.PRINCIPALS, made.id, made.scope)
+        # Who signs in is one person for the whole installation: no tenant claims them for itself.
+        scope = EVERYWHERE if made.subject else made.scope
+        caller.demand(Verb.CREATE, Resource.PRINCIPALS, made.id, scope)
         made = replace(made, grants=_granted(caller, made, made.grants))
         await state.put_identity(made)
         note_made(request, made.id)

@@ -9,6 +9,7 @@ from cloudlm.core.spec import CLOUDLM, ENGINES
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 1000}
+_RATE: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1_000_000}
 
 SPEC: dict[str, Any] = {
     "type": "object",
@@ -37,6 +38,17 @@ SPEC: dict[str, Any] = {
                     "model": {"type": "string", "examples": ["models:/polite/1"]},
                 },
             },
+        },
+        "prices": {
+            "type": ["object", "null"],
+            "description": "Per million tokens; without them the gateway's own table holds.",
+            "additionalProperties": False,
+            "required": ["prompt", "completion"],
+            "properties": {"prompt": _RATE, "cached": _RATE, "completion": _RATE},
+        },
+        "tenant": {
+            "type": "string",
+            "description": "Whose it is: no other tenant sees or uses it. Empty: everybody's.",
         },
         "routing": {
             "type": "object",
@@ -89,6 +101,7 @@ _LIMITS: dict[str, Any] = {
         "tokens_per_minute": {"type": ["integer", "null"], "minimum": 0},
         "concurrent_streams": {"type": ["integer", "null"], "minimum": 0},
         "spend_per_month": {"type": ["number", "null"], "minimum": 0},
+        "spend_per_day": {"type": ["number", "null"], "minimum": 0},
     },
 }
 _SECONDS: dict[str, Any] = {"type": ["number", "null"], "minimum": 1}

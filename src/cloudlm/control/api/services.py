@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -18,6 +18,7 @@ from cloudlm.control.registry import ModelRegistry
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import InvalidRequest, RequestCancelled
 from cloudlm.core.requests import decode_body
+from cloudlm.core.settings import OidcSettings
 from cloudlm.state.base import State
 
 BODY_TIMEOUT_S = 30.0
@@ -37,6 +38,7 @@ class Services:
     clock: Clock
     callers: Callers
     auditor: Auditor
+    oidc: OidcSettings = field(default_factory=OidcSettings)
 
 
 async def read_object(request: Request) -> dict[str, Any]:

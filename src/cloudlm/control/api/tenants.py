@@ -81,6 +81,12 @@ def _tenants(services: Services) -> APIRouter:
         found = _tenant(caller, tenant, Verb.DELETE)
         if tenant == DEFAULT_TENANT:
             raise Conflict("the default tenant is the installation's own; it cannot be removed")
+        for one in await state.list_deployments():
+            if one.spec.tenant == tenant:
+                raise Conflict(
+                    f"tenant {tenant!r} is still needed by deployment {one.spec.name!r}: remove "
+                    "that first"
+                )
         own = caller.directory.project(tenant, DEFAULT_PROJECT)
         projects = [one for one in caller.directory.identities.projects if one.tenant == tenant]
         if own is not None and projects == [own]:

@@ -37,6 +37,60 @@ def _weighed(most, total, sums, scores, value):
     return above, total, sums
 
 
+@triton.jit
+def _attend(
+    asked,
+    own,
+    keys,
+    values,
+    table,
+    begin,
+    end,
+    kv_head,
+    scale,
+    window,
+    softcap,
+    KV_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Queries ``asked`` [ROWS, WIDTH] of positions ``own`` [ROWS] over the keys ``begin`` to
+    ``end`` of one sequence, whose blocks ``table`` points to, as far as each may see them. The
+    largest score, the sum of the weights, and the weighted values, of each row."""
+    dim = tl.arange(0, WIDTH)
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    for at in range(begin, end, KEYS):
+        position = at + tl.arange(0, KEYS)
+        known = position < end
+        block = tl.load(table + position // BLOCK, mask=known, other=0)
+        slot = block.to(tl.int64) * BLOCK + position % BLOCK
+        line = (slot * KV_HEADS + kv_head) * DIM
+        key = tl.load(
+            keys + line[None, :] + dim[:, None],
+            mask=known[None, :] & (dim < DIM)[:, None],
+            other=0.0,
+        )
+        seen = (position[None, :] <= own[:, None]) & known[None, :]
+        if WINDOWED:
+            seen = seen & (position[None, :] > own[:, None] - window)
+        scores = _scores(asked, key, scale, softcap, CAPPED)
+        scores = tl.where(seen, scores, float("-inf"))
+        value = tl.load(
+            values + line[:, None] + dim[None, :],
+            mask=known[:, None] & (dim < DIM)[None, :],
+            other=0.0,
+        )
+        most, total, sums = _weighed(most, total, sums, scores, value)
+    return most, total, sums
+
+
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def decode_kernel(
     query,
@@ -85,30 +139,28 @@ def decode_kernel(
     real = (member < GROUP)[:, None] & (dim < DIM)[None, :]
     place = head[:, None] * DIM + dim[None, :]
     asked = tl.load(query + row * query_stride + place, mask=real, other=0.0)
-    most = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, WIDTH), tl.float32)
-    for at in range(begin, end, KEYS):
-        position = at + tl.arange(0, KEYS)
-        seen = position < end
-        block = tl.load(
-            tables + sequence.to(tl.int64) * table_stride + position // BLOCK, mask=seen, other=0
-        )
-        slot = block.to(tl.int64) * BLOCK + position % BLOCK
-        line = (slot * KV_HEADS + kv_head) * DIM
-        key = tl.load(
-            keys + line[None, :] + dim[:, None],
-            mask=seen[None, :] & (dim < DIM)[:, None],
-            other=0.0,
-        )
-        scores = _scores(asked, key, scale, softcap, CAPPED)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        value = tl.load(
-            values + line[:, None] + dim[None, :],
-            mask=seen[:, None] & (dim < DIM)[None, :],
-            other=0.0,
-        )
-        most, total, sums = _weighed(most, total, sums, scores, value)
+    own = tl.zeros((ROWS,), tl.int32) + length - 1  # all of them are of the last token
+    most, total, sums = _attend(
+        asked,
+        own,
+        keys,
+        values,
+        tables + sequence.to(tl.int64) * table_stride,
+        begin,
+        end,
+        kv_head,
+        scale,
+        window,
+        softcap,
+        KV_HEADS,
+        ROWS,
+        DIM,
+        WIDTH,
+        BLOCK,
+        KEYS,
+        WINDOWED,
+        CAPPED,
+    )
     if SPLITS == 1:
         final = sums / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(answer + row * answer_stride + place, final.to(answer.dtype.element_ty), mask=real)
@@ -195,33 +247,27 @@ def prefill_kernel(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(start + first - window + 1, 0) // KEYS * KEYS
-    most = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, WIDTH), tl.float32)
-    for at in range(begin, end, KEYS):
-        position = at + tl.arange(0, KEYS)
-        known = position < end
-        block = tl.load(
-            tables + run.to(tl.int64) * table_stride + position // BLOCK, mask=known, other=0
-        )
-        slot = block.to(tl.int64) * BLOCK + position % BLOCK
-        line = (slot * KV_HEADS + kv_head) * DIM
-        key = tl.load(
-            keys + line[None, :] + dim[:, None],
-            mask=known[None, :] & (dim < DIM)[:, None],
-            other=0.0,
-        )
-        seen = (position[None, :] <= own[:, None]) & known[None, :]
-        if WINDOWED:
-            seen = seen & (position[None, :] > own[:, None] - window)
-        scores = _scores(asked, key, scale, softcap, CAPPED)
-        scores = tl.where(seen, scores, float("-inf"))
-        value = tl.load(
-            values + line[:, None] + dim[None, :],
-            mask=known[:, None] & (dim < DIM)[None, :],
-            other=0.0,
-        )
-        most, total, sums = _weighed(most, total, sums, scores, value)
+    _, total, sums = _attend(
+        asked,
+        own,
+        keys,
+        values,
+        tables + run.to(tl.int64) * table_stride,
+        begin,
+        end,
+        kv_head,
+        scale,
+        window,
+        softcap,
+        KV_HEADS,
+        ROWS,
+        DIM,
+        WIDTH,
+        BLOCK,
+        KEYS,
+        WINDOWED,
+        CAPPED,
+    )
     final = sums / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(
         answer + at_row[:, None] * answer_stride + place[None, :],

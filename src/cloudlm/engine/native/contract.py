@@ -75,6 +75,21 @@ class StackLayer:
     plan: int = 0
 
 
+class Additions(Protocol):
+    """What is added to the products of some rows of a step, beside a stack's own."""
+
+    def add(
+        self, layer: int, matrix: str, x: Tensor, out: Tensor, norm: Tensor | None = None
+    ) -> None:
+        """To the outputs ``out`` of a layer's ``matrix`` (a field of StackLayer) for ``x``, which
+        is RMS-normed first if there is a ``norm``. Of ``gate_up``: of the ungated matrix."""
+        ...
+
+    def ungated(self, layer: int) -> Packed | None:
+        """The layer's ungated ``gate_up``; None if nothing is added to it."""
+        ...
+
+
 class Kernels(Protocol):
     """All methods run on the calling thread and a team of its own; one call at a time. MemoryError:
     there is none left to compute in; nothing was computed, and smaller calls can still be made.
@@ -125,8 +140,14 @@ class Kernels(Protocol):
         ``residual += x`` first and that is normed."""
         ...
 
-    def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
-        """``out = silu(gate) * up`` of the halves of ``gate_up`` [tokens, 2 * size]."""
+    def ungated(self, weight: Packed) -> tuple[Packed, Tensor]:
+        """A gated matrix without its gating, in the same memory, and which of its rows (gates, then
+        ups) each output is, -1 for padding."""
+        ...
+
+    def gate(self, weight: Packed, sums: Tensor, out: Tensor) -> Tensor:
+        """``out = silu(gate) * up`` of ``sums`` float32, which are outputs of ``ungated(weight)``:
+        to the bit what ``linear`` makes of them."""
         ...
 
     def rope_store(self, qkv: Tensor, rotary: Rotary, slots: Tensor, cache: LayerCache) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from cloudlm.engine.native.cache import key_places, unpack_keys, unpack_values, value_places
 from cloudlm.engine.native.contract import (
+    Additions,
     Kernels,
     LayerCache,
     Packed,
@@ -88,9 +89,14 @@ class TorchKernels:
         source = x.float() if residual is None else residual.add_(x)
         return out.copy_(_rms(source, weight, eps))
 
-    def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
+    def ungated(self, weight: Packed) -> tuple[Packed, Tensor]:
         """See ``Kernels``."""
-        gate, up = gate_up.float().chunk(2, dim=1)
+        outputs = 2 * weight.outputs
+        return replace(weight, outputs=outputs, gated=False), torch.arange(outputs)
+
+    def gate(self, weight: Packed, sums: Tensor, out: Tensor) -> Tensor:
+        """See ``Kernels``."""
+        gate, up = sums.chunk(2, dim=1)
         return out.copy_(functional.silu(gate) * up)
 
     def rope_store(self, qkv: Tensor, rotary: Rotary, slots: Tensor, cache: LayerCache) -> Tensor:
@@ -186,20 +192,35 @@ def run_layers(
     *,
     norm: Tensor | None = None,
     path: Path = "auto",
+    more: Additions | None = None,
 ) -> Tensor:
-    """``Kernels.run_stack`` in single steps, for any kernels."""
+    """``Kernels.run_stack`` in single steps, for any kernels, with what ``more`` adds."""
     eps = rotary.eps
-    for layer in layers:
+    for number, layer in enumerate(layers):
         qkv = hidden.new_empty(len(hidden), layer.qkv.outputs, dtype=torch.bfloat16)
         kernels.linear(layer.qkv, hidden, qkv, norm=layer.input_norm, eps=eps, path=path)
+        if more is not None:
+            more.add(number, "qkv", hidden, qkv, layer.input_norm)
         own = replace(rotary, q_norm=layer.q_norm, k_norm=layer.k_norm)
         query = kernels.rope_store(qkv, own, slots, layer.cache)
         seen = torch.empty(query.shape, dtype=torch.bfloat16)
         kernels.attention(query, layer.cache, plans[layer.plan], seen, scale)
         kernels.linear(layer.out, seen, hidden, add=True, path=path)
         inner = hidden.new_empty(len(hidden), layer.gate_up.outputs, dtype=torch.bfloat16)
-        kernels.linear(layer.gate_up, hidden, inner, norm=layer.post_norm, eps=eps, path=path)
+        ungated = None
+        if more is not None:
+            more.add(number, "out", seen, hidden)
+            ungated = more.ungated(number)
+        if more is None or ungated is None:
+            kernels.linear(layer.gate_up, hidden, inner, norm=layer.post_norm, eps=eps, path=path)
+        else:
+            sums = hidden.new_empty(len(hidden), ungated.outputs)
+            kernels.linear(ungated, hidden, sums, norm=layer.post_norm, eps=eps, path=path)
+            more.add(number, "gate_up", hidden, sums, layer.post_norm)
+            kernels.gate(layer.gate_up, sums, inner)
         kernels.linear(layer.down, inner, hidden, add=True, path=path)
+        if more is not None:
+            more.add(number, "down", inner, hidden)
     return hidden if norm is None else kernels.rms_norm(hidden, norm, eps, hidden)
 
 

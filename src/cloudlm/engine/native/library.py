@@ -132,12 +132,24 @@ class NativeKernels:
         )
         return out
 
-    def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
+    def ungated(self, weight: Packed) -> tuple[Packed, Tensor]:
         """See ``Kernels``."""
-        size = gate_up.shape[1] // 2
-        tokens = _expect(out, size, "out", gate_up.shape[0])
+        content: c.LinearContent = weight.content
+        struct = c.LinearStruct.from_buffer_copy(content.struct)
+        struct.gated, struct.n_out = 0, struct.panels * PANEL
+        view = c.LinearContent(struct, content.tensors)
+        order = column_order(2 * weight.outputs, gated=True)
+        return Packed(struct.n_out, weight.inputs, False, weight.size_bytes, view), order
+
+    def gate(self, weight: Packed, sums: Tensor, out: Tensor) -> Tensor:
+        """See ``Kernels``."""
+        tokens = _expect(sums, weight.content.struct.panels * PANEL, "sums")
+        _expect(out, weight.outputs, "out", tokens)
         self._library.cloudlm_silu_mul(
-            ctypes.byref(c.input_struct(gate_up)), ctypes.byref(c.output_struct(out)), tokens, size
+            ctypes.byref(c.input_struct(sums)),
+            ctypes.byref(c.output_struct(out)),
+            tokens,
+            weight.outputs,
         )
         return out
 

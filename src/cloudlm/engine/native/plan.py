@@ -29,7 +29,8 @@ MIN_SHARED_KEYS = 128
 class Query:
     """The tokens of one sequence in the step: ``count`` of them from position ``start``, in
     consecutive rows of the batch. ``table`` covers all positions up to the last. ``alike``: each
-    token is to get to the bit what it would get as the only one of its sequence."""
+    token is to get to the bit what it would get as the only one of its sequence. If all queries
+    are, a token's answer depends on its position alone, not on who shares its keys."""
 
     start: int
     count: int
@@ -60,7 +61,7 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan of one step; the rows of the batch are the tokens of ``queries`` in order.
     ``window``: a token sees so many positions at most, its own included. ``share=False`` gives
-    every sequence its own pieces: then no answer depends on the others in the batch."""
+    every sequence its own pieces."""
     plan = _Draft(block_size, window or 0)
     row, rows = 0, []
     for query in queries:
@@ -101,24 +102,31 @@ class _Draft:
                 self._pieces.append((rows[at : at + MAX_TOKENS], offset, begin, end))
 
     def add_own(self, query: Query, row: int, shared: int, offset: int) -> None:
-        # A window's keys begin where the token's own do, so tokens that must be alike are alone.
-        most = 1 if query.alike and self._window else MAX_TOKENS
-        for at in range(0, query.count, most):
-            count = min(most, query.count - at)
-            end = query.start + at + count
-            first = shared
-            if self._window:
-                first = max(0, query.start + at + 1 - self._window) // 32 * 32
-            rows = range(row + at, row + at + count)
-            if query.count > 1 and not query.alike:  # a prompt has pieces enough for all threads
+        start, last = query.start, query.start + query.count
+        prompt = query.count > 1 and not query.alike
+        while start < last:
+            # A window's keys begin where its first token's do. Tokens that must be alike begin with
+            # those of the tile of positions that they are in, whoever else of it is there.
+            tile = start if prompt or not self._window else start // MAX_TOKENS * MAX_TOKENS
+            end = min(tile + MAX_TOKENS, last)
+            first = max(0, tile + 1 - self._window) // 32 * 32 if self._window else shared
+            rows = range(row + start - query.start, row + end - query.start)
+            if prompt:  # has pieces enough for all threads
                 self._pieces.append((rows, offset, first, end))
-                continue
-            cuts = [first, *range((first // MAX_KEYS + 1) * MAX_KEYS, end, MAX_KEYS), end]
-            for begin, stop in itertools.pairwise(cuts):
-                # Who sees nothing of these keys has no part in them.
-                seeing = rows[max(0, begin - query.start - at) :]
-                if stop > begin and seeing:
-                    self._pieces.append((seeing, offset, begin, stop))
+            else:
+                self._cut(rows, offset, (first, start, end))
+            start = end
+
+    def _cut(self, rows: range, offset: int, places: tuple[int, int, int]) -> None:
+        """``rows`` are the tokens of the positions ``start`` to ``end`` and see keys from ``first``
+        on: cut at fixed positions."""
+        first, start, end = places
+        cuts = [first, *range((first // MAX_KEYS + 1) * MAX_KEYS, end, MAX_KEYS), end]
+        for begin, stop in itertools.pairwise(cuts):
+            # Who sees nothing of these keys has no part in them.
+            seeing = rows[max(0, begin - start) :]
+            if stop > begin and seeing:
+                self._pieces.append((seeing, offset, begin, stop))
 
     def finish(self) -> AttentionPlan:
         tokens = len(self._limits)
@@ -169,6 +177,9 @@ def _groups(queries: Sequence[Query], block_size: int) -> list[tuple[list[int], 
         tables = np.array([queries[i].table[:full] for i in members])
         alike = (tables == tables[0]).all(axis=0)
         blocks = full if alike.all() else int(alike.argmin())
-        if blocks * block_size >= MIN_SHARED_KEYS:
-            groups.append((members, blocks * block_size))
+        keys = blocks * block_size
+        if any(queries[i].alike for i in members):
+            keys -= keys % MAX_KEYS  # as they are cut where nothing is shared
+        if keys >= MIN_SHARED_KEYS:
+            groups.append((members, keys))
     return groups

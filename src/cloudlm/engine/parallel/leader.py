@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cloudlm.core.errors import InternalError, NotSupported
-from cloudlm.engine.adapters import Adapter, Site
+from cloudlm.engine.adapter_files import Adapter, Site
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.masks import StepMasks
 from cloudlm.engine.parallel.messages import (

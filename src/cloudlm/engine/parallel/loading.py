@@ -13,7 +13,7 @@ import torch
 
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.settings import EngineSettings
-from cloudlm.engine.adapters import Site, sites
+from cloudlm.engine.adapter_files import Site, sites
 from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.formats.opening import open_checkpoint
 from cloudlm.engine.load import (
@@ -80,7 +80,11 @@ def read_part(
 
 
 def load_leader(
-    folder: Path, settings: EngineSettings, eos_token_ids: tuple[int, ...], tell: Progress
+    folder: Path,
+    settings: EngineSettings,
+    eos_token_ids: tuple[int, ...],
+    tell: Progress,
+    stored_precision: str = "",
 ) -> LeaderRunner:
     """Start the other ranks, load all parts, try the whole out. Raises as ``load_runner``."""
     layout = Layout(settings.tensor_parallel, settings.pipeline_parallel)
@@ -92,16 +96,16 @@ def load_leader(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = max(1, pick_threads(settings.threads, parameters) // layout.ranks)
     asked = settings.dtype if settings.precision == "auto" else settings.precision
-    dtype = pick_dtype(asked, config, parameters, devices[0])
+    dtype = pick_dtype(asked, config, parameters, devices[0], stored_precision)
     if quantisation:
-        stored = {"stored": quantisation, "kept": 0, "dequantised_to": str(dtype)}
-        _logger.info("quantised_weights", extra={"fields": stored})
+        fields = {"stored": quantisation, "kept": 0, "dequantised_to": str(dtype)}
+        _logger.info("quantised_weights", extra={"fields": fields})
     if not settings.kv_cache_mb:
         cache = _cache_mb(folder, settings, layout, devices, dtype)
         settings = replace(settings, kv_cache_mb=cache)
     num_blocks, max_model_len = plan_cache(largest_part(model.shape, layout), settings, dtype)
-    fields = {"tensor": layout.tensor, "pipeline": layout.pipeline, "threads_of_each": threads}
-    _logger.info("model_partitioned", extra={"fields": fields})
+    parts = {"tensor": layout.tensor, "pipeline": layout.pipeline, "threads_of_each": threads}
+    _logger.info("model_partitioned", extra={"fields": parts})
     torch.set_num_threads(threads)
     start = Start(
         str(folder.absolute()),

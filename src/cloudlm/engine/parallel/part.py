@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cloudlm.engine.adapters import Adapter, Pair, Site
+from cloudlm.engine.adapter_files import Adapter, Pair, Site
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.ops.attention import PagedAttention
 from cloudlm.engine.parallel.layout import micro_batches
@@ -61,7 +61,7 @@ class PartRunner(Runner):
             token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
             tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
             x = self.model.embed(tokens, attend.positions)
-        with self._adapters.applied(chunks, self._device):
+        with self._adapted(chunks):
             return self.model.through(x, attend.positions, attend)
 
     def _activations_of(self, chunks: tuple[Chunk, ...]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cloudlm.engine.adapters import Adapting
 from cloudlm.engine.ops.cache import BlockPool
 from cloudlm.engine.step import Chunk
 
@@ -14,11 +15,13 @@ from cloudlm.engine.step import Chunk
 class ComputePath(Protocol):
     """A loaded network with its block pool; used by one thread at a time.
 
-    ``precision`` names the numbers that the weights are held in.
+    ``precision`` names the numbers that the weights are held in. ``adapters`` takes LoRA adapters
+    for ``hidden`` to apply; None if it applies none.
     """
 
     pool: BlockPool
     precision: str
+    adapters: Adapting | None
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Normed last hidden states [tokens, hidden] of all chunks, one behind the other; stores

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from cloudlm.core.errors import BadSetting
-from cloudlm.core.settings import EngineSettings
+from cloudlm.core.settings import FLOATS, EngineSettings
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.native import load_kernels
 from cloudlm.engine.native.contract import Kernels
@@ -56,7 +56,7 @@ def choose_path(
     quantised = settings.precision.startswith("int")
     asked = _asked_dtype(settings)
     if device.type == "cuda":
-        return _choose_on_gpu(model, settings, pick_dtype(asked))
+        return _choose_on_gpu(model, _alike_on_gpu(settings), pick_dtype(asked))
     wanted = settings.kernels == "native" or quantised
     obstacle = _obstacle(model, device, asked)
     if wanted and obstacle is not None:
@@ -84,6 +84,13 @@ def choose_path(
             )
         if not quantised:
             return Choice(dtype, precision)
+        if settings.deterministic:
+            raise BadSetting(
+                f"deterministic = true with precision = {settings.precision} needs the native "
+                "library, which is refused or cannot be had here (the log says why); install a C++ "
+                "compiler, or set one of them to its default",
+                param="deterministic",
+            )
         _logger.warning("quantised_without_library", extra={"fields": {"precision": precision}})
     fields = {"name": kernels.name, "precision": precision, "stored": kept}
     _logger.info("kernels", extra={"fields": fields})
@@ -108,15 +115,29 @@ def _choose_on_gpu(model: Decoder, settings: EngineSettings, dtype: torch.dtype)
     return Choice(dtype, precision, operations=operations)
 
 
+def _alike_on_gpu(settings: EngineSettings) -> EngineSettings:
+    """On GPUs batches of one shape exist on PyTorch's modules alone. Raises BadSetting."""
+    if not settings.deterministic:
+        return settings
+    if settings.kernels == "native" or settings.precision.startswith("int"):
+        raise BadSetting(
+            "deterministic = true is not possible on a GPU with kernels = native or a quantised "
+            "precision; leave both at auto",
+            param="deterministic",
+        )
+    return replace(settings, kernels="torch")
+
+
 def _asked_dtype(settings: EngineSettings) -> str:
     if settings.precision == "auto":
         return settings.dtype
-    if settings.dtype not in ("auto", "bfloat16"):
+    numbers = settings.precision if settings.precision in FLOATS else "bfloat16"
+    if settings.dtype not in ("auto", numbers):
         raise BadSetting(
             f"precision is {settings.precision} and dtype is {settings.dtype}: set one of them",
             param="precision",
         )
-    return "bfloat16"
+    return numbers
 
 
 def _obstacle(model: Decoder, device: torch.device, dtype: str) -> str | None:

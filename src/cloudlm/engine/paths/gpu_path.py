@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cloudlm.core.chat import Sampling
+from cloudlm.engine.adapters import Adapting
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.modules import SparseMLP
 from cloudlm.engine.architectures.transformer import Transformer
@@ -88,6 +89,7 @@ class GpuPath:
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         self.precision = facts.precision
+        self.adapters: Adapting | None = None
         self._model = model
         self._operations = operations
         dtype = next(model.parameters()).dtype

@@ -6,13 +6,14 @@ Activations between layers are float32, keys and values bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cloudlm.engine.adapters import Adapting
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.architectures.modules import (
     Attention,
@@ -32,6 +33,8 @@ from cloudlm.engine.formats.base import Codes, StoredLinear
 from cloudlm.engine.memory import forget_mapped
 from cloudlm.engine.native.cache import SLOT_UNIT
 from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
+from cloudlm.engine.native.contract import Path as Way
+from cloudlm.engine.native.fallback import run_layers
 from cloudlm.engine.native.packed_files import PackedFile
 from cloudlm.engine.native.packing import (
     join,
@@ -41,6 +44,7 @@ from cloudlm.engine.native.packing import (
 from cloudlm.engine.native.plan import Query, plan_attention
 from cloudlm.engine.ops.attention import token_places
 from cloudlm.engine.ops.cache import BlockPool
+from cloudlm.engine.paths.native_adapters import NativeAdapters, Place
 from cloudlm.engine.step import Chunk
 
 # Precision -> bits of a weight, and in how many planes of 8 bits inputs are taken.
@@ -84,7 +88,8 @@ class NativePath:
     in bfloat16 on the CPU; it loses all its parts. ``stored`` is the precision of the projections
     that were left quantised in their files, empty without any; ``precision`` is that of the others.
     ``progress`` is told the share that is packed. ``kept`` is the file that has the packed weights
-    already, or will have them.
+    already, or will have them. ``deterministic``: what a token gets depends on its own sequence
+    alone, to the last bit, neither on others in the batch nor on how it was cut into chunks.
 
     Raises BadSetting if the pool does not fit into memory.
     """
@@ -99,6 +104,7 @@ class NativePath:
         progress: Callable[[float], None] = lambda share: None,
         stored: str = "",
         kept: PackedFile | None = None,
+        deterministic: bool = False,
     ) -> None:
         assert isinstance(model, Transformer)
         config = model.model.config
@@ -114,6 +120,10 @@ class NativePath:
             torch.device("cpu"),
         )
         self._kernels = kernels
+        self._deterministic = deterministic
+        # Quantised products are the same on every path, so that the quickest may be taken.
+        exact = PRECISIONS[precision][0] < 16
+        self._way: Way = "tiles" if deterministic and not exact else "auto"
         self._config = config
         self._rope = config.ropes[0]
         self._frequencies = self._rope.scaling.frequencies(
@@ -130,14 +140,22 @@ class NativePath:
         # What stays in the network would hold the whole file in memory.
         model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
         model.model.norm = nn.Identity()
-        layers = []
+        layers: list[StackLayer] = []
+        places: dict[str, Place] = {}
         for number in range(config.layers):
             layer = cast(Layer, model.model.layers[number])
+            places.update(_places(layer, number))
             layers.append(self._layer(packer, layer, number))
             forget_mapped(layer.parameters())  # packed: the file's copy need not stay in memory
             model.model.layers[number] = nn.Identity()  # gives the originals' memory back
             progress((number + 1) / config.layers)
+        self._layers = layers
         self._stack = kernels.stack(layers)
+        # Adapters are bfloat16, whatever the base is held in.
+        self._adapters = NativeAdapters(
+            kernels, layers, places, "tiles" if deterministic else "auto"
+        )
+        self.adapters: Adapting | None = self._adapters
         if kept is not None and packer.made:
             kept.write(packer.matrices)
 
@@ -171,7 +189,12 @@ class NativePath:
         token_ids = torch.tensor([token_id for chunk in chunks for token_id in chunk.token_ids])
         positions, slots = map(torch.from_numpy, token_places(chunks, self.pool.block_size))
         queries = [
-            Query(chunk.start, len(chunk.token_ids), chunk.block_table, chunk.drafts > 0)
+            Query(
+                chunk.start,
+                len(chunk.token_ids),
+                chunk.block_table,
+                self._deterministic or chunk.drafts > 0,
+            )
             for chunk in chunks
         ]
         plans = [
@@ -179,14 +202,18 @@ class NativePath:
         ]
         hidden = functional.embedding(token_ids, self._embeddings).float()
         rotary = self._rotary(positions)
-        return self._kernels.run_stack(
-            self._stack, hidden, rotary, slots, plans, config.scale, norm=self._norm
+        step = (hidden, rotary, slots, plans, config.scale)
+        more = self._adapters.additions(chunks, config.norm_eps)
+        if more is None:
+            return self._kernels.run_stack(self._stack, *step, norm=self._norm, path=self._way)
+        return run_layers(
+            self._kernels, self._layers, *step, norm=self._norm, path=self._way, more=more
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``ComputePath``."""
         out = torch.empty(len(hidden), self.shape.vocab_size)
-        return self._kernels.linear(self._head, hidden, out)
+        return self._kernels.linear(self._head, hidden, out, path=self._way)
 
     def _rotary(self, positions: Tensor) -> Rotary:
         angles = positions.float().unsqueeze(1) * self._frequencies
@@ -268,6 +295,24 @@ def _numbers(parts: Sequence[nn.Linear]) -> Tensor:
         for part in parts
     ]
     return torch.cat(weights) if weights[1:] else weights[0]
+
+
+def _places(layer: Layer, number: int) -> Iterator[tuple[str, Place]]:
+    """Where the layer's projections are, by their paths in the network."""
+    mlp = cast(Any, layer.mlp)
+    fused = isinstance(mlp, FusedGatedMLP)
+    matrices = {
+        "qkv": _query_key_value(layer.self_attn),
+        "out": [layer.self_attn.o_proj],
+        "gate_up": [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj],
+        "down": [mlp.down_proj],
+    }
+    names = {id(module): name for name, module in layer.named_modules()}
+    for matrix, parts in matrices.items():
+        first = 0
+        for part in parts:
+            yield f"model.layers.{number}.{names[id(part)]}", Place(number, matrix, first)
+            first += part.out_features
 
 
 def _query_key_value(attention: Attention) -> list[nn.Linear]:

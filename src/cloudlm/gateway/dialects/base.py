@@ -25,6 +25,7 @@ from cloudlm.gateway.view import ServedModel
 
 if TYPE_CHECKING:
     from cloudlm.gateway.dialects.openai import Call
+    from cloudlm.security.guardrails.config import Moderation
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 NDJSON = "application/x-ndjson"
@@ -33,7 +34,7 @@ NDJSON = "application/x-ndjson"
 class Rendering(Protocol):
     """Says one answer in a dialect: all at once, or chunk by chunk. Bodies and chunks are OpenAI's,
     as a replica sent them; in a stream each chunk states the usage so far. ``done`` and ``error``
-    end a stream and are never empty."""
+    end a stream and are never empty. ``chunk`` may raise AnswerEnded."""
 
     @property
     def stream_type(self) -> str: ...
@@ -45,6 +46,15 @@ class Rendering(Protocol):
     def done(self) -> bytes: ...
 
     def error(self, error: CloudlmError) -> bytes: ...
+
+
+class AnswerEnded(Exception):
+    """A rendering says that the answer is over, whatever else the replica may send. ``events`` are
+    the last ones, the dialect's end included."""
+
+    def __init__(self, events: bytes) -> None:
+        super().__init__("the answer is over")
+        self.events = events
 
 
 class WholeRendering:
@@ -72,12 +82,13 @@ class WholeRendering:
 class Asker:
     """What a dialect may know of who asks. ``salted`` makes the cache salt out of the client's own,
     ``may_lead`` lets its ``priority`` push ahead. ``models`` are those that it may see, by name;
-    ``model`` finds one or raises ModelNotFound."""
+    ``model`` finds one or raises ModelNotFound; ``moderation`` says which of them moderate."""
 
     salted: Callable[[str], str]
     may_lead: bool
     models: Callable[[], Sequence[ServedModel]]
     model: Callable[[str], ServedModel]
+    moderation: Moderation | None = None
 
     def only_model(self) -> str:
         """The model of an API whose requests name none. Raises ModelNotFound unless there is
@@ -109,7 +120,8 @@ class Dialect:
 @dataclass(frozen=True, slots=True)
 class Route:
     """What a path asks for. One of three: ``parse`` makes a call for a replica, ``read`` answers
-    out of what the gateway knows, ``fault`` says why there is nothing. The first two get the
+    out of what the gateway knows (unless ``perhaps`` finds that a replica is asked),
+    ``fault`` says why there is nothing. The first two get the
     model's name where the path holds one."""
 
     dialect: Dialect
@@ -117,6 +129,7 @@ class Route:
     parse: Parse | None = None
     read: Read | None = None
     fault: Callable[[str], CloudlmError] | None = None
+    perhaps: Callable[[GatewayRequest, Asker], Parse | None] | None = None
 
     def check(self, request: GatewayRequest) -> None:
         """Raise MethodNotAllowed, or why there is nothing at this path."""

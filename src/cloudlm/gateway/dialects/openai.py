@@ -52,12 +52,14 @@ class Operation(StrEnum):
     EMBEDDING = "/v1/embeddings"
     TOKENIZE = "/tokenize"
     DETOKENIZE = "/detokenize"
+    MODERATION = "/v1/moderations"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One validated request for a replica. ``body`` is what is sent there. ``translate`` makes what
-    says the answer of the model of that name in another dialect than OpenAI's."""
+    says the answer of the model of that name in another dialect than OpenAI's, or what a guardrail
+    lets through of it."""
 
     operation: Operation
     model: str
@@ -68,6 +70,8 @@ class Call:
     max_tokens: int = 0  # of one answer; 0 if the request does not say
     choices: int = 1
     translate: Callable[[str], Rendering] | None = None
+    policy: str = ""  # what tells apart the guardrails that looked at it
+    private: bool = False  # its answer is nobody else's, and not its own asker's again
 
     @property
     def path(self) -> str:

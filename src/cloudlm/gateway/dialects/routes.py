@@ -12,6 +12,7 @@ from cloudlm.core.errors import CloudlmError, NotSupported
 from cloudlm.gateway.dialects import (
     anthropic,
     infer,
+    moderations,
     ollama,
     openai,
     predict,
@@ -35,7 +36,6 @@ _KNOWN_ELSEWHERE = (
     "/v1/files",
     "/v1/fine_tuning",
     "/v1/images",
-    "/v1/moderations",
     "/v1/realtime",
     "/v1/threads",
     "/v1/uploads",
@@ -65,6 +65,7 @@ _EXACT = {
     operation.value: Route(openai.DIALECT, parse=openai.parser(operation))
     for operation in Operation
 } | {
+    "/v1/moderations": Route(openai.DIALECT, read=moderations.read, perhaps=moderations.parser),
     "/v1/models": Route(openai.DIALECT, "GET", read=openai.read_models),
     "/v1/responses": Route(openai.DIALECT, parse=responses.parse),
     "/v1/messages": Route(anthropic.DIALECT, parse=anthropic.parse_messages),

@@ -17,7 +17,7 @@ from cloudlm.registry.inspect import inspect_folder
 from cloudlm.worker.adapters import add_adapter
 from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.daemon import in_daemon_thread
-from cloudlm.worker.loading import find_folder
+from cloudlm.worker.loading import find_model
 from cloudlm.worker.vllm.child import Child
 from cloudlm.worker.vllm.command import child_environment, find_python, server_command
 from cloudlm.worker.vllm.engine import VllmEngine
@@ -49,11 +49,13 @@ async def load_vllm(config: WorkerConfig, tell: Tell) -> VllmServing:
         options.setdefault("enable_lora", "true")
     settings = config.settings
     python = await in_daemon_thread(lambda: find_python(settings.vllm.python))
-    folder, root = await in_daemon_thread(lambda: find_folder(config, tell))
-    info = await in_daemon_thread(lambda: facts_of(folder))
+    found = await in_daemon_thread(lambda: find_model(config, tell))
+    info = await in_daemon_thread(lambda: facts_of(found.folder))
     clock = SystemClock()
     place = Path(tempfile.mkdtemp(prefix="cloudlm-vllm-"))  # short: a socket's path is limited
-    command = server_command(python, folder, config.served_model_name, place / "socket", options)
+    command = server_command(
+        python, found.folder, config.served_model_name, place / "socket", options
+    )
     child = Child(command, child_environment(python, options, os.environ))
     engine = VllmEngine(
         child,
@@ -65,7 +67,7 @@ async def load_vllm(config: WorkerConfig, tell: Tell) -> VllmServing:
     try:
         await _start(child, engine, settings.vllm.start_timeout_s, tell)
         await engine.begin(info)
-        serving = VllmServing(config.served_model_name, root, engine, int(clock.now()))
+        serving = VllmServing(config.served_model_name, found.root, engine, int(clock.now()))
         for name, address in config.adapters:
             tell(1.0, f"loading the adapter {name}")
             await add_adapter(config, serving, name, address)

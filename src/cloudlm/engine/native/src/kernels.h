@@ -42,6 +42,7 @@ void pack(Team& team, int me, int kind, const void* weights, int rows, int colum
 
 void rms_norm(Team& team, int me, const Input& in, float* residual,
               const Output& out, int tokens, int size);
+// gate_up: 16 gates and their 16 ups in turn, as a gated matrix's panels have them.
 void silu_mul(Team& team, int me, const Input& gate_up, const Output& out, int tokens, int size);
 
 // Rotary embedding of q and k (each half-split), after an optional norm of every head, and the

@@ -86,12 +86,12 @@ void rms_norm(Team& team, int, const Input& in, float* residual, const Output& o
 }
 
 void silu_mul(Team& team, int, const Input& gate_up, const Output& out, int tokens, int size) {
-  const int whole = size / LANES * LANES;
   for_rows(team, tokens, [&](int t) {
-    for (int i = 0; i < whole; i += LANES)
-      write(out, t, i, silu(read(gate_up, t, i)) * read(gate_up, t, size + i));
-    for (int i = whole; i < size; i++)
-      write_one(out, t, i, silu(splat(read_one(gate_up, t, i)))[0] * read_one(gate_up, t, size + i));
+    for (int i = 0; i < size; i += LANES) {
+      const f32x16 v = silu(read(gate_up, t, 2 * i)) * read(gate_up, t, 2 * i + LANES);
+      if (i + LANES <= size) write(out, t, i, v);
+      else for (int j = 0; i + j < size; j++) write_one(out, t, i + j, v[j]);
+    }
   });
 }
 
