@@ -18,12 +18,13 @@ from openai import AsyncOpenAI, DefaultAsyncHttpx2Client
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import BadSetting, UpstreamFailed
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.gateway.app import make_server
+from cloudlm.gateway.app import Gateway, make_server
 from cloudlm.gateway.server import listen
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.security.authority import Authority, Purpose, ensure_self_signed
 from cloudlm.security.tls import Pair, server_context
 from cloudlm.security.transport import replica_context
+from cloudlm.state.memory import MemoryState
 
 
 @contextlib.asynccontextmanager
@@ -127,10 +128,10 @@ async def test_a_new_certificate_is_shown_to_the_next_client(kit: Any, tmp_path:
         await hang_up(kept)
 
 
-async def test_a_bad_certificate_refuses_to_start(kit: Any, tmp_path: Path) -> None:
+def test_a_bad_certificate_refuses_to_start(kit: Any, tmp_path: Path) -> None:
+    wanted = GatewaySettings(tls_cert=str(tmp_path / "none.pem"))
     with pytest.raises(BadSetting, match=r"gateway\.tls_cert"):
-        async with kit.open_rig(tls_cert=str(tmp_path / "none.pem")):
-            pass
+        Gateway(wanted, MemoryState(), home=tmp_path, pepper=kit.PEPPER, worker_token=None)
 
 
 @contextlib.asynccontextmanager
