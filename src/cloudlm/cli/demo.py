@@ -36,7 +36,7 @@ def demo(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Start everything, ask five real questions, show how to go on."""
+    """Start everything, ask five questions, show how to go on."""
     began = time.monotonic()
     stay = sys.stdin.isatty() and sys.stdout.isatty() if keep is None else keep
     with _own_home(), running_stack(_ports(), starter=True) as (running, stack):

@@ -67,8 +67,8 @@ def login(
     say(f"until {date_text(tokens.expires_at)}" + (", then again" if tokens.refresh_token else ""))
 
 
-def logout() -> None:
-    """Forget the sign-in at the control API, here and as far as it can at the issuer."""
+def logout(json_output: Json = False) -> None:
+    """Forget your sign-in, here and at the issuer."""
     from cloudlm.client.signin import SignIn
 
     settings, _ = load_settings()
@@ -78,7 +78,10 @@ def logout() -> None:
         session = sessions.find(control_url)
         sessions.keep(control_url, None)
     if session is None:
-        say(f"nobody is signed in at {control_url}")
+        if json_output:
+            print_json({"control_url": control_url, "signed_out": False, "issuer_told": False})
+        else:
+            say(f"nobody is signed in at {control_url}")
         return
     try:
         with SignIn(session.place, client_secret=settings.oidc.client_secret) as signin:
@@ -86,5 +89,8 @@ def logout() -> None:
     except CloudlmError as error:
         say(f"the issuer could not be told: {error.message}")
         told = False
+    if json_output:
+        print_json({"control_url": control_url, "signed_out": True, "issuer_told": told})
+        return
     note = "" if told else "; the issuer's own session goes on until it ends there"
     out.print(f"signed out of {control_url}{note}")

@@ -29,6 +29,9 @@ def check(
 
 
 @app.command("schema")
-def show_schema() -> None:
+def show_schema(json_output: Json = False) -> None:
     """Print the schema that policies are checked against."""
-    print_text(schema(), end="")
+    if json_output:
+        print_json({"schema": schema()})
+    else:
+        print_text(schema(), end="")

@@ -29,6 +29,7 @@ from cloudlm.core.errors import (
     InternalError,
     ModelAsleep,
     NoReplica,
+    PermissionDenied,
     RequestCancelled,
     Retry,
     UpstreamFailed,
@@ -41,7 +42,7 @@ from cloudlm.gateway.courses import LARGE_BODY_BYTES, Course, Courses
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.dialects import openai, routes
 from cloudlm.gateway.dialects.base import Asker, Dialect, Route
-from cloudlm.gateway.dialects.openai import Call
+from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.hedge import Race, quickest
@@ -177,7 +178,7 @@ class Handler:
             request = route.unfold(request)
         parse = route.parse or (route.perhaps and route.perhaps(request, asker))
         if parse is None:
-            return self._listed(exchange, route, request, name, asker)
+            return await self._listed(exchange, route, request, name, asker)
         if len(request.body) < LARGE_BODY_BYTES:
             call = parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
@@ -201,7 +202,9 @@ class Handler:
             view = await self._rooms.view.look_again()
         model = view.deployed(call.model, exchange.key)
         self._expect(exchange, model)
-        ticket = self._rooms.gate.ticket(exchange, request.headers, may_lead=asker.may_lead)
+        ticket = self._rooms.gate.ticket(
+            exchange, request.headers, may_lead=asker.may_lead(model.name)
+        )
         ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
         if course.tokens is None:
             reserve = self._rooms.limiter.reserve
@@ -477,21 +480,34 @@ class Handler:
         """Who asks, as a dialect may know it."""
         return Asker(
             functools.partial(self._tenants.salted, key.tenant),
-            view.directory.may_infer(key, "", Verb.LEAD),
+            lambda name: view.directory.may_infer(key, name, Verb.LEAD),
             lambda: sorted(view.models_of(key), key=lambda model: model.name),
             lambda name: view.model(name, key),
             guardrails.moderation if (guardrails := self._rooms.guardrails) is not None else None,
         )
 
-    def _listed(
+    async def _listed(
         self, exchange: Exchange, route: Route, request: GatewayRequest, name: str, asker: Asker
     ) -> GatewayResponse:
         """An answer out of what the gateway knows itself."""
         assert route.read is not None
-        body = openai.encode(route.read(request, name, asker))
+        if route.counted_as:  # reads as much text as a model would
+            await self._count(exchange, route.counted_as, request.body)
+            found = await asyncio.to_thread(route.read, request, name, asker)
+        else:
+            found = route.read(request, name, asker)
+        body = openai.encode(found)
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
         return GatewayResponse(200, headers, body)
+
+    async def _count(self, exchange: Exchange, name: str, body: bytes) -> None:
+        """Rights and limits of what the gateway does itself. Raises PermissionDenied."""
+        assert exchange.key is not None
+        view = self._rooms.view.snapshot()
+        if not view.directory.may_infer(exchange.key, name):
+            raise PermissionDenied(f"this key may not use {name!r}")
+        await self._rooms.limiter.reserve(exchange, Call(Operation.MODERATION, name, body), view)
 
     def _refusal(
         self, exchange: Exchange, error: CloudlmError, dialect: Dialect

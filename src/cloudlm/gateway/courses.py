@@ -135,6 +135,7 @@ class Courses:
         self._rooms.meter.fell_back(left)
         course.move_to(model, too_long=too_long)
         exchange.headers.pop(CACHE_HEADER, None)
+        exchange.replica = exchange.route = ""  # what a cache knows of the next model is nobody's
         exchange.leave()
         return True
 

@@ -18,7 +18,7 @@ from cloudlm.core.access import Limits, scope_of
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import BudgetExceeded, CloudlmError, LimitExceeded
 from cloudlm.core.price import Price, price_of
-from cloudlm.core.tenant import KeyRecord
+from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.core.usage import DAY_S, UsageQuery, UsageRow, day_start, month_of
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.counters import Counters
@@ -122,7 +122,7 @@ class Limiter:
             lease,
             tokens=used.prompt_tokens + used.completion_tokens,
             spend=exchange.cost,
-            counts=exchange.attempts > 0,
+            counts=exchange.attempts > 0 or exchange.outcome is Outcome.FINISHED,
             month=self.month(),
         )
 

@@ -166,7 +166,7 @@ class Question:
                 return self._give(end, "coalesced")
             if end is Turn.ALONE:
                 response = await serve()
-                return GatewayResponse(200, {**response.headers, **self._http}, response.body)
+                return GatewayResponse(200, {**response.headers, **_NOT_KEPT}, response.body)
         answer = recall.answers.near(self._place)
         return self._give(answer, "hit") if answer is not None else await self._lead(key, serve)
 
@@ -176,7 +176,7 @@ class Question:
         flight = self._recall.flights[key] = Flight()
         self._exchange.at_leave(lambda: self._left(key, flight))
         response = await serve()
-        headers = {**response.headers, **self._http}
+        headers = {**response.headers, **_NOT_KEPT}  # a stream may yet break, and say so
         if not isinstance(response.body, bytes):
             limit = self._recall.answers.largest_bytes
             content_type = response.headers["content-type"]
@@ -187,7 +187,7 @@ class Question:
             return GatewayResponse(200, headers, Recorded(response.body, whole, limit, self._done))
         answer = self._land(key, flight, response.body, headers["content-type"])
         if answer is not None:
-            headers["etag"] = answer.tag
+            headers |= {**self._http, "etag": answer.tag}
         return GatewayResponse(200, headers, response.body)
 
     def _done(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _NAMES = frozenset({"role", "type", "id", "tool_call_id", "format"})
+_ADDRESSES = frozenset({"url", "image_url", "file_data"})  # hold bytes of pictures and files too
 _TOP_NAMES = frozenset({"model", "cache_salt", "encoding_format", "reasoning_effort"})
 _PROMPTS = ("prompt", "input")
 
@@ -41,7 +42,7 @@ def texts_of(body: dict[str, Any]) -> list[Text]:
 def _under(holder: Any, key: str | int, place: str, role: str) -> Iterator[Text]:
     value = holder[key]
     if isinstance(value, str):
-        if value and not value.startswith("data:"):
+        if value and not (key in _ADDRESSES and value.startswith("data:")):
             yield Text(holder, key, place, role)
     elif isinstance(value, list):
         for number in range(len(value)):
@@ -49,7 +50,7 @@ def _under(holder: Any, key: str | int, place: str, role: str) -> Iterator[Text]
     elif isinstance(value, dict):
         own = value.get("role")
         for name in value:
-            if name not in _NAMES:
+            if name not in _NAMES or not isinstance(value[name], str):
                 yield from _under(
                     value, name, f"{place}.{name}", own if isinstance(own, str) else role
                 )

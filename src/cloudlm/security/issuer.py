@@ -25,6 +25,7 @@ from cloudlm.security.tokens import (
     IssuerKeys,
     UnknownKey,
     bad_token,
+    check_times,
     read_algorithms,
     read_keys,
     verify_token,
@@ -37,6 +38,7 @@ MIN_FETCH_INTERVAL_S = 30.0
 FETCH_TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 512 * 1024
 MAX_REMEMBERED = 10_000
+PATIENCE_S = 0.5
 DISCOVERY_PATH = "/.well-known/openid-configuration"
 
 Fetch = Callable[[str], Awaitable[Any]]
@@ -54,6 +56,8 @@ class Issuer:
         self._fetched_at = 0.0
         self._tried_at = -MIN_FETCH_INTERVAL_S
         self._fetching = asyncio.Lock()
+        self._renewal: asyncio.Task[None] | None = None
+        self._renewed_at = 0.0
         self._salt = secrets.token_bytes(32)
         self._seen: dict[bytes, tuple[IssuerKeys, dict[str, Any]]] = {}
 
@@ -65,7 +69,8 @@ class Issuer:
             text.encode("utf-8", "surrogatepass"), digest_size=16, key=self._salt
         ).digest()
         known = self._seen.get(mark)
-        if known is not None and known[0] is keys and self._clock.now() < known[1]["exp"]:
+        if known is not None and known[0] is keys:
+            check_times(known[1], self._expected, self._clock.now())
             return known[1]
         try:
             claims = self._checked(text, keys)
@@ -86,7 +91,9 @@ class Issuer:
 
     async def _present_keys(self) -> IssuerKeys:
         age_s = self._clock.monotonic() - self._fetched_at
-        if self._keys is None or age_s > KEYS_TTL_S:
+        if self._keys is not None and KEYS_TTL_S < age_s <= LAST_GOOD_KEYS_S:
+            await self._renew(self._keys)
+        elif self._keys is None or age_s > KEYS_TTL_S:
             await self._refetch(self._keys)
         age_s = self._clock.monotonic() - self._fetched_at
         if self._keys is None or age_s > LAST_GOOD_KEYS_S:
@@ -96,6 +103,17 @@ class Issuer:
                 retry_after_s=MIN_FETCH_INTERVAL_S,
             )
         return self._keys
+
+    async def _renew(self, keys: IssuerKeys) -> None:
+        """Fetch anew; nobody waits for longer than a moment while the old ones are still good."""
+        now = self._clock.monotonic()
+        if self._renewal is None or self._renewal.done():
+            if now - self._tried_at < MIN_FETCH_INTERVAL_S:
+                return
+            self._renewal = asyncio.create_task(self._refetch(keys))
+            self._renewed_at = now
+        if now - self._renewed_at < PATIENCE_S:
+            await asyncio.wait({self._renewal}, timeout=PATIENCE_S)
 
     async def _newer_keys(self, keys: IssuerKeys) -> IssuerKeys:
         await self._refetch(keys)

@@ -120,6 +120,14 @@ def _verified(text: str, keys: IssuerKeys, expected: Expectation, now: float) ->
     return claims
 
 
+def check_times(claims: Mapping[str, Any], expected: Expectation, now: float) -> None:
+    """Whether claims that were good are so still. Raises AuthenticationFailed."""
+    try:
+        _check_times(claims, expected, now)
+    except _Refused as refusal:
+        raise bad_token() from refusal
+
+
 class _Refused(Exception):
     """Why a token is not good, for the log."""
 

@@ -269,3 +269,15 @@ async def test_falling_back_leaves_no_guardrail_behind(kit: Any, tmp_path: Path)
         said = result.json["choices"][0]["message"]["content"]
         assert "ann@example.com" in said
         assert "secret" not in said
+
+
+async def test_a_cached_answer_after_a_failure_names_no_replica(kit: Any) -> None:
+    async with routed(kit, "chat = small > large", cache_models="large") as rig:
+        ask = {"temperature": 0, "seed": 1}
+        await rig.ask(kit.chat_body(model="large", **ask))
+        rig.replicas[0].default = kit.Plan(kind="status", status=500)
+        result = await rig.ask(kit.chat_body(model="chat", **ask))
+        assert (result.status, result.headers["x-cloudlm-cache"]) == (200, "hit")
+        assert "x-cloudlm-replica" not in result.headers
+        rows = {row.outcome: row.replica for row in await rig.rows() if row.attempt == 2}
+        assert rows == {Outcome.CACHED: ""}

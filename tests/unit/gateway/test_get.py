@@ -45,6 +45,16 @@ async def test_a_get_is_the_post_of_its_body(kit: Any, stream: bool) -> None:
         rig.assert_nothing_open()
 
 
+async def test_a_stream_that_may_break_is_not_for_caches(kit: Any) -> None:
+    async with kit.open_rig(cache_models="*", cache_max_age_s=90.0) as rig:
+        body = kit.chat_body(seed=4, stream=True)
+        first = await _get(rig, body)
+        assert (first.status, first.headers[HEADER]) == (200, "miss")
+        assert first.headers["cache-control"] == "no-store"
+        again = await _get(rig, body)
+        assert again.headers["cache-control"] == "public, max-age=90, must-revalidate"
+
+
 async def test_other_paths_and_the_first_answer(kit: Any) -> None:
     async with kit.open_rig(cache_models="*", cache_max_age_s=90.0) as rig:
         fresh = await _get(rig, kit.chat_body(seed=4))

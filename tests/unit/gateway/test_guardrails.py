@@ -13,9 +13,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cloudlm.core.access import Limits
 from cloudlm.core.errors import BadSetting
-from cloudlm.core.tenant import Outcome
+from cloudlm.core.tenant import Outcome, Role
 from cloudlm.security.guardrails.config import read
+from cloudlm.security.keys import mint
 
 MAIL, CARD = "ann@example.com", "4111 1111 1111 1111"
 HEADER = "x-cloudlm-guardrails"
@@ -435,3 +437,35 @@ async def test_moderation_by_a_deployment_in_openais_form(kit: Any, tmp_path: Pa
         assert rig.replicas[0].requests == [{"model": "tiny", "input": ["x"]}]
         built_in = await rig.ask({"input": "x"}, path="/v1/moderations")
         assert built_in.json["model"] == "cloudlm-moderation"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"data: {MAIL}",
+        [{"type": "text", "text": f"data:{MAIL}"}],
+        [{"type": "text", "text": "hi", "format": {"note": MAIL}}],
+    ],
+)
+async def test_no_text_is_overlooked_for_how_it_begins(
+    kit: Any, tmp_path: Path, content: Any
+) -> None:
+    async with _open(kit, tmp_path, {"pii": {"in": "redact"}}) as rig:
+        await rig.ask(kit.chat_body(messages=[{"role": "user", "content": content}]))
+        assert MAIL not in json.dumps(rig.replicas[0].requests)
+
+
+async def test_built_in_moderation_keeps_rights_and_limits(kit: Any) -> None:
+    async with kit.open_rig() as rig:
+        slow = mint("a", Role.USER, kit.PEPPER, 1.0, limits=Limits(requests_per_minute=1))
+        viewer = mint("b", Role.VIEWER, kit.PEPPER, 1.0)
+        for key in (slow, viewer):
+            await rig.state.put_key(key.record)
+        await rig.gateway.view.refresh()
+
+        async def status(key: Any) -> int:
+            headers = {"authorization": f"Bearer {key.text}"}
+            return (await rig.ask({"input": "x"}, path="/v1/moderations", headers=headers)).status
+
+        assert [await status(slow), await status(slow), await status(viewer)] == [200, 429, 403]
+        rig.assert_nothing_open()

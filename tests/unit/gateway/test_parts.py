@@ -162,7 +162,10 @@ def test_completion_and_tokenize_bodies() -> None:
     with pytest.raises(InvalidRequest, match="cache_salt"):
         parse(Operation.COMPLETION, b'{"model":"m","prompt":"a","cache_salt":7}')
     leading = openai.parse(
-        Operation.COMPLETION, b'{"model":"m","prompt":"a","priority":-3}', str, may_lead=True
+        Operation.COMPLETION,
+        b'{"model":"m","prompt":"a","priority":-3}',
+        str,
+        may_lead=lambda _: True,
     )
     assert msgspec.json.decode(leading.body)["priority"] == -3
     with pytest.raises(InvalidRequest) as error:

@@ -85,6 +85,39 @@ async def test_a_token_seen_before_ends_at_its_time(issuer: Issuer, signing, clo
         await issuer.claims(text)
 
 
+async def test_a_token_seen_before_ends_at_its_greatest_age(signing, clock) -> None:
+    settings = OidcSettings(issuer=ISSUER, client_id=CLIENT, max_token_age_s=600)
+    issuer = Issuer(expectation_of(settings), clock, signing.fetch)
+    text = signing.token(exp=signing.claims()["exp"] + 7200)
+    await issuer.claims(text)
+    await clock.advance(700)
+    with pytest.raises(AuthenticationFailed):
+        await issuer.claims(text)
+
+
+async def test_an_issuer_that_hangs_holds_nobody_up(issuer: Issuer, signing, clock) -> None:
+    text = signing.token(exp=signing.claims()["exp"] + 7200)
+    await issuer.claims(text)
+    await clock.advance(3601)
+    fetch, asked = issuer._fetch, asyncio.Event()
+
+    async def hang(address: str) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    issuer._fetch = hang
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert await issuer.claims(text)
+    assert asked.is_set()
+    assert loop.time() - began < 5  # of the 10 that a fetch may take
+    await clock.advance(1)
+    async with asyncio.timeout(0.4):  # and the next waits for nothing
+        assert await issuer.claims(text)
+    issuer._renewal.cancel()
+    issuer._fetch = fetch
+
+
 async def test_while_the_issuer_is_away_the_last_keys_serve_for_a_day(
     issuer: Issuer, signing, clock
 ) -> None:

@@ -81,11 +81,12 @@ class WholeRendering:
 @dataclass(slots=True)  # one is made per request, and making frozen ones takes four times as long
 class Asker:
     """What a dialect may know of who asks. ``salted`` makes the cache salt out of the client's own,
-    ``may_lead`` lets its ``priority`` push ahead. ``models`` are those that it may see, by name;
-    ``model`` finds one or raises ModelNotFound; ``moderation`` says which of them moderate."""
+    ``may_lead`` says for which models its ``priority`` pushes ahead. ``models`` are those that it
+    may see, by name; ``model`` finds one or raises ModelNotFound; ``moderation`` says which of them
+    moderate."""
 
     salted: Callable[[str], str]
-    may_lead: bool
+    may_lead: Callable[[str], bool]
     models: Callable[[], Sequence[ServedModel]]
     model: Callable[[str], ServedModel]
     moderation: Moderation | None = None
@@ -129,6 +130,7 @@ class Route:
     parse: Parse | None = None
     read: Read | None = None
     fault: Callable[[str], CloudlmError] | None = None
+    counted_as: str = ""
     unfold: Callable[[GatewayRequest], GatewayRequest] | None = None
     perhaps: Callable[[GatewayRequest, Asker], Parse | None] | None = None
 

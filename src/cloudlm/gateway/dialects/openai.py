@@ -90,8 +90,17 @@ class Call:
         return self.operation in (Operation.CHAT, Operation.COMPLETION)
 
 
+MayLead = Callable[[str], bool]
+"""Whether the client may go ahead of others with the model of a name."""
+
+
+def never(model: str) -> bool:
+    """Ahead of nobody."""
+    return False
+
+
 def parse(
-    operation: Operation, raw: bytes, salted: Callable[[str], str], *, may_lead: bool = False
+    operation: Operation, raw: bytes, salted: Callable[[str], str], *, may_lead: MayLead = never
 ) -> Call:
     """Validate a body. ``salted`` makes the cache salt that is sent on out of the client's own
     (empty if it gave none). Unless the client ``may_lead``, its ``priority`` can only let others go
@@ -125,12 +134,12 @@ def parse_body(
     body: dict[str, Any],
     salted: Callable[[str], str],
     *,
-    may_lead: bool = False,
+    may_lead: MayLead = never,
 ) -> Call:
     """As ``parse``, from a decoded body, which is changed."""
     if body.get("priority") is not None:
         priority = read_priority(body)
-        body["priority"] = priority if may_lead else max(priority, 0)
+        body["priority"] = priority if may_lead(str(body.get("model"))) else max(priority, 0)
     if operation is Operation.CHAT:
         return _generation(operation, body, parse_chat(body), salted)
     if operation is Operation.COMPLETION:

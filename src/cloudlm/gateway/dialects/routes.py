@@ -66,7 +66,12 @@ _EXACT = {
     operation.value: Route(openai.DIALECT, parse=openai.parser(operation))
     for operation in Operation
 } | {
-    "/v1/moderations": Route(openai.DIALECT, read=moderations.read, perhaps=moderations.parser),
+    "/v1/moderations": Route(
+        openai.DIALECT,
+        read=moderations.read,
+        perhaps=moderations.parser,
+        counted_as=moderations.BUILT_IN,
+    ),
     "/v1/models": Route(openai.DIALECT, "GET", read=openai.read_models),
     "/v1/responses": Route(openai.DIALECT, parse=responses.parse),
     "/v1/messages": Route(anthropic.DIALECT, parse=anthropic.parse_messages),

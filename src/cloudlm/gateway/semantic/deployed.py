@@ -110,7 +110,10 @@ class DeployedEmbedder:
         means = self._means
         assert exchange.key is not None
         means.count(self.name)
-        model = means.view.snapshot().models.get(self.name)
+        view = means.view.snapshot()
+        if not view.may_use(exchange.key, self.name):  # nothing of a tenant goes where it may not
+            raise UpstreamFailed(f"the key may not use {self.name!r}")
+        model = view.models.get(self.name)
         now = means.clock.monotonic()
         endpoint = choose(model.endpoints if model is not None else (), means.loads, now)
         if endpoint is None:
@@ -131,6 +134,7 @@ class DeployedEmbedder:
             raise
         finally:
             exchange.cost += aside.cost
+            exchange.usage += aside.usage
         return vector
 
     async def _send(self, url: str, text: str, aside: Exchange, attempt: Attempt) -> Any:
