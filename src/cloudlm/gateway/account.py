@@ -49,6 +49,7 @@ class Exchange:
         self.revision = 0  # of the replica that answers
         self.price = FREE
         self.usage = Usage()  # of all attempts so far
+        self.tokens_aside = 0  # of other models that were asked for it, which limits count too
         self.cost = 0  # the same in billionths of the currency
         self.headers: dict[str, str] = {}  # for the answer, whatever it is
         self.outcome: Outcome | None = None  # once it is over

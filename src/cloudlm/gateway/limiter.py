@@ -120,7 +120,7 @@ class Limiter:
         used = exchange.usage
         self._counters.settle(
             lease,
-            tokens=used.prompt_tokens + used.completion_tokens,
+            tokens=used.prompt_tokens + used.completion_tokens + exchange.tokens_aside,
             spend=exchange.cost,
             counts=exchange.attempts > 0 or exchange.outcome is Outcome.FINISHED,
             month=self.month(),

@@ -134,7 +134,7 @@ class DeployedEmbedder:
             raise
         finally:
             exchange.cost += aside.cost
-            exchange.usage += aside.usage
+            exchange.tokens_aside += aside.usage.prompt_tokens
         return vector
 
     async def _send(self, url: str, text: str, aside: Exchange, attempt: Attempt) -> Any:

@@ -329,6 +329,19 @@ async def test_a_deployment_makes_the_vectors(kit: Any, tmp_path: Path) -> None:
         rig.assert_nothing_open()
 
 
+async def test_no_turn_goes_to_an_embedder_that_its_key_may_not_use(
+    kit: Any, tmp_path: Path
+) -> None:
+    async with _embedded(kit, tmp_path) as (rig, embedder):
+        spec = DeploymentSpec(EMBEDDER, "models:/e/1", tenant="another")
+        await rig.state.put_deployment(spec, now=2.0)
+        await rig.gateway.view.refresh()
+        for text in (ASK, SAME):
+            answer = await rig.ask(_body(kit, text))
+            assert (answer.status, answer.headers[HEADER]) == (200, "miss")
+        assert not embedder.requests
+
+
 async def test_another_embedder_than_the_calibrated_one_is_not_used(
     kit: Any, tmp_path: Path
 ) -> None:
