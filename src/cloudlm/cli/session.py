@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudlm.core.errors import StorageFailed
 from cloudlm.core.settings import Settings
+from cloudlm.state.drafts import draft_of
 
 if TYPE_CHECKING:
     from cloudlm.client.access_calls import Place
@@ -64,19 +64,12 @@ class Sessions:
                 "place": asdict(session.place),
                 "tokens": asdict(session.tokens),
             }
-        draft = self._path.with_name(f".login.{os.getpid()}.{secrets.token_hex(4)}")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(everything, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self._path)
+            with draft_of(self._path, json.dumps(everything).encode()) as draft:
+                draft.replace(self._path)
         except OSError as error:
             raise StorageFailed(f"cannot write {self._path}: {error.strerror}") from None
-        finally:
-            draft.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -23,10 +23,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
-from cloudlm.core.errors import BadSetting, MissingExtra
 from cloudlm.gateway.answers import LocalAnswers
 from cloudlm.gateway.cache import Answer
 from cloudlm.gateway.holdings import Place
+from cloudlm.gateway.redis_client import connect
 from cloudlm.telemetry.logs import get_logger
 
 PREFIX = "cloudlm:{answers}:"
@@ -103,7 +103,9 @@ class RedisAnswers:
         prefix: str = PREFIX,
     ) -> None:
         # Two lines, so that no look-up waits behind answers of a megabyte.
-        self._asks, self._keeps = _connect(url), _connect(url)
+        self._asks, self._keeps = (
+            connect(url, "gateway.cache_url", ANSWER_TIMEOUT_S) for _ in range(2)
+        )
         self._local = local
         self._seal = seal
         self._ttl_ms = max(round(ttl_s * 1000), 1)
@@ -243,17 +245,3 @@ class RedisAnswers:
     def _forget_fresh(self) -> None:
         self._fresh.clear()
         self._fresh_bytes = 0
-
-
-def _connect(url: str) -> Any:
-    try:
-        from redis.asyncio import Redis
-    except ImportError:
-        raise MissingExtra("redis", "gateway.cache_url") from None
-    try:
-        return Redis.from_url(url, socket_connect_timeout=ANSWER_TIMEOUT_S)
-    except ValueError as error:
-        raise BadSetting(
-            f"gateway.cache_url is no address of Redis (redis://host:6379/0): {error}",
-            param="gateway.cache_url",
-        ) from None

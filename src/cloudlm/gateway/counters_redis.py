@@ -16,7 +16,7 @@ from typing import Any
 
 from cloudlm.core.access import Limits
 from cloudlm.core.clock import Clock
-from cloudlm.core.errors import BadSetting, MissingExtra, Unavailable
+from cloudlm.core.errors import Unavailable
 from cloudlm.gateway.limits import (
     LEASE_S,
     NANO,
@@ -29,6 +29,7 @@ from cloudlm.gateway.limits import (
     Verdict,
     explain,
 )
+from cloudlm.gateway.redis_client import connect
 from cloudlm.gateway.redis_scripts import RENEW, RESERVE, SETTLE, SPENT
 from cloudlm.telemetry.logs import get_logger
 
@@ -74,7 +75,7 @@ class RedisCounters:
         lease_s: float = LEASE_S,
         prefix: str = PREFIX,
     ) -> None:
-        self._redis = _connect(url)
+        self._redis = connect(url, "gateway.limits_url", ANSWER_TIMEOUT_S)
         self._clock = clock
         self._outage = outage
         self._lease_s = lease_s
@@ -277,17 +278,3 @@ def _four(limits: Limits) -> list[int]:
 
 def _part(limit: int | None, share: float) -> int | None:
     return None if limit is None else max(int(limit * share), min(limit, 1))
-
-
-def _connect(url: str) -> Any:
-    try:
-        from redis.asyncio import Redis
-    except ImportError:
-        raise MissingExtra("redis", "gateway.limits_url") from None
-    try:
-        return Redis.from_url(url, socket_connect_timeout=ANSWER_TIMEOUT_S)
-    except ValueError as error:
-        raise BadSetting(
-            f"gateway.limits_url is no address of Redis (redis://host:6379/0): {error}",
-            param="gateway.limits_url",
-        ) from None

@@ -26,6 +26,7 @@ from cloudlm.gateway.filtered import FilteredRendering
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.texts import Text, texts_of, token_ids_in
 from cloudlm.gateway.view import ServedModel
+from cloudlm.security.access import covers_name
 from cloudlm.security.guardrails import config
 from cloudlm.security.guardrails.config import Direction, Mode
 from cloudlm.security.guardrails.injection import score
@@ -123,11 +124,8 @@ def open_guardrails(path: Path, meter: Meter) -> Guardrails:
 
 
 def _names(patterns: Iterable[str], names: Iterable[str | None]) -> bool:
-    return any(
-        name is not None and (name.startswith(p[:-1]) if p.endswith("*") else name == p)
-        for p in patterns
-        for name in names
-    )
+    known = [name for name in names if name is not None]
+    return any(covers_name(pattern, name) for pattern in patterns for name in known)
 
 
 def _outward(rules: Ruleset, call: Call, mapping: Mapping | None, findings: Findings) -> Call:

@@ -29,6 +29,7 @@ from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.version import Version, version_of
 from cloudlm.gateway.view import ServedModel, View
 from cloudlm.security import keys
+from cloudlm.security.access import covers_name
 
 if TYPE_CHECKING:
     from cloudlm.gateway.semantic.likeness import LastTurn, Likeness
@@ -252,9 +253,7 @@ def read_names(text: str) -> tuple[str, ...]:
 
 def serves(names: tuple[str, ...], model: str) -> bool:
     """Whether ``names`` hold a model's name or its beginning."""
-    return any(
-        model.startswith(name[:-1]) if name.endswith("*") else model == name for name in names
-    )
+    return any(covers_name(name, model) for name in names)
 
 
 def _shared_headers(settings: GatewaySettings) -> dict[str, str]:

@@ -6,6 +6,7 @@ use: the pepper of key digests and the token that opens workers. Both are files 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import yaml
 
 from cloudlm.core.errors import BadSetting, StorageFailed
 from cloudlm.core.settings import SettingRow, Settings, read_settings
+from cloudlm.state.drafts import draft_of
 
 PEPPER_BYTES = 32
 MIN_TOKEN_CHARACTERS = 32
@@ -173,18 +175,11 @@ class Home:
         path = self._secrets / name
         try:
             if not path.exists():
-                draft = path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}")
-                descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                try:
-                    with os.fdopen(descriptor, "w") as file:
-                        file.write(fresh)
-                        file.flush()
-                        os.fsync(file.fileno())
+                with (
+                    draft_of(path, fresh.encode("ascii")) as draft,
+                    contextlib.suppress(FileExistsError),
+                ):
                     os.link(draft, path)
-                except FileExistsError:
-                    pass
-                finally:
-                    draft.unlink(missing_ok=True)
             return path.read_text("ascii").strip()
         except UnicodeDecodeError:
             raise self._damaged(name) from None

@@ -175,7 +175,6 @@ class MockReplica:
             if plan.garbage_at == number:
                 writer.write(b"c\r\ndata: {not\n\n\r\n")
                 await writer.drain()
-                await asyncio.sleep(0.005)
                 return False
             wire = b"%x\r\n%s\r\n" % (len(data), data)
             if plan.cut_byte is not None and sent + len(wire) > plan.cut_byte:
@@ -184,7 +183,6 @@ class MockReplica:
                 if len(rest) >= len(wire) - 2:
                     self.tokens_sent += tokens
                 await writer.drain()
-                await asyncio.sleep(0.005)  # let the other side read before the end arrives
                 return False
             writer.write(wire)
             sent += len(wire)

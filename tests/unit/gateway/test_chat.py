@@ -593,7 +593,11 @@ def test_accounts_are_right_on_every_path(
 async def _accounts(
     kit: Any, plans: list[dict[str, Any]], stream: bool, drop_after_bytes: int | None
 ) -> None:
-    limits = {"idle_timeout_s": 0.12, "first_token_timeout_s": 0.12}
+    # Only a silent replica makes the gateway wait for a timeout. Where none is silent, no timeout
+    # may end an attempt, however slow the machine: what was sent and not yet read would be lost.
+    silent = any(plan.get("kind") == "silence" or "stall_at" in plan for plan in plans)
+    patience_s = 0.12 if silent else 60.0
+    limits = {"idle_timeout_s": patience_s, "first_token_timeout_s": patience_s}
     async with kit.open_rig(replicas=2, **limits) as rig:
         for number, plan in enumerate(plans):
             rig.replicas[number % 2].plans.append(kit.Plan(**plan))
@@ -627,7 +631,8 @@ async def _accounts(
             assert not (ended and result.error)
             if not request.disconnected.done():
                 assert ended or result.error
-                assert counted == sum(replica.tokens_sent for replica in rig.replicas)
+                sent = sum(replica.tokens_sent for replica in rig.replicas)
+                assert counted <= sent if silent else counted == sent
         rig.assert_nothing_open()
 
 
