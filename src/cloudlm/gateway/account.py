@@ -107,12 +107,16 @@ class Attempt:
         self._started_at = exchange.clock.now()
         self._started = exchange.clock.monotonic()
         self._first_token_s: float | None = None
-        self._usage = Usage()
+        self._usage: Callable[[], Usage] = Usage
         self._settled = False
         ledger.begin(self)
 
     def relayed(self, usage: Usage) -> None:
         """So many tokens have been handed to the client so far."""
+        self._usage = lambda: usage
+
+    def follow(self, usage: Callable[[], Usage]) -> None:
+        """Whoever wants to know asks ``usage`` how many have been handed to the client so far."""
         self._usage = usage
 
     def first_content(self) -> None:
@@ -135,25 +139,25 @@ class Attempt:
             return
         self._settled = True
         self._on_settled()
-        exchange, usage = self._exchange, self._usage
+        exchange, usage = self._exchange, self._usage()
         exchange.usage += usage
-        exchange.cost += self._cost(outcome)
-        self._ledger.add(self._row(outcome, status))
+        exchange.cost += self._cost(outcome, usage)
+        self._ledger.add(self._row(outcome, status, usage))
         exchange.meter.attempt_ended(
             exchange.model, outcome, usage.prompt_tokens, usage.completion_tokens
         )
 
-    def _cost(self, outcome: Outcome) -> int:
+    def _cost(self, outcome: Outcome, usage: Usage) -> int:
         price = self._exchange.price
         again = outcome in (Outcome.CACHED, Outcome.SEMANTIC)
-        return price.again(self._usage) if again else price.cost(self._usage)
+        return price.again(usage) if again else price.cost(usage)
 
     def row_so_far(self) -> LedgerRow:
         """The row that this attempt leaves if the gateway dies."""
-        return self._row(Outcome.FAILED, InternalError.status)
+        return self._row(Outcome.FAILED, InternalError.status, self._usage())
 
-    def _row(self, outcome: Outcome, status: int) -> LedgerRow:
-        exchange, usage = self._exchange, self._usage
+    def _row(self, outcome: Outcome, status: int, usage: Usage) -> LedgerRow:
+        exchange = self._exchange
         assert exchange.key is not None
         return LedgerRow(
             id=self.id,
@@ -172,5 +176,5 @@ class Attempt:
             duration_s=exchange.clock.monotonic() - self._started,
             first_token_s=self._first_token_s,
             project=exchange.key.project,
-            cost=self._cost(outcome),
+            cost=self._cost(outcome, usage),
         )

@@ -9,6 +9,7 @@ decide which requests come here.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Self
 
 from starlette.types import ASGIApp, Message, Scope
@@ -97,6 +98,9 @@ class _Run:
             if message.get("body"):
                 return bytes(message["body"])
         raise StopAsyncIteration
+
+    async def pump(self, write: Callable[[bytes], bool]) -> None:
+        """Nothing: the application's messages are pulled."""
 
     async def aclose(self) -> None:
         """End the application, whatever it does."""

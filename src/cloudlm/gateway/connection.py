@@ -287,6 +287,11 @@ class Connection(asyncio.Protocol):
     async def _write_stream(self, response: GatewayResponse, body: BodyStream, turn: Turn) -> None:
         turn.keep = turn.keep and turn.chunked  # an older client learns the end by the close
         head = render_head(response, None, keep=turn.keep, modern=turn.chunked)
+
+        def pour(piece: bytes) -> bool:
+            self._write(chunk(piece) if turn.chunked else piece)
+            return self._writable is None and not self._lost
+
         try:
             if turn.request.method == "HEAD":
                 self._write(head)
@@ -300,6 +305,7 @@ class Connection(asyncio.Protocol):
                     await self._writable
                 if self._lost:
                     return
+                await body.pump(pour)
             end = LAST_CHUNK if turn.chunked else b""
             self._write(head + end if first else end)
         finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class BodyStream(Protocol):
     def __aiter__(self) -> BodyStream: ...
 
     async def __anext__(self) -> bytes: ...
+
+    async def pump(self, write: Callable[[bytes], bool]) -> None:
+        """A shortcut between two pulls: hand pieces to ``write`` as they come, until it returns
+        False or something happens that only the next pull can tell. May do nothing."""
 
     async def aclose(self) -> None: ...
 

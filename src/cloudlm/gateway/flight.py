@@ -64,6 +64,19 @@ class Recorded:
 
     async def __anext__(self) -> bytes:
         piece = await self._stream.__anext__()
+        self._note(piece)
+        return piece
+
+    async def pump(self, write: Callable[[bytes], bool]) -> None:
+        """As the stream does, written down beside."""
+
+        def noted(piece: bytes) -> bool:
+            self._note(piece)
+            return write(piece)
+
+        await self._stream.pump(noted)
+
+    def _note(self, piece: bytes) -> None:
         if self._whole is not None:
             self._pieces.append(piece)
             self._left_bytes -= len(piece)
@@ -71,7 +84,6 @@ class Recorded:
                 self._tell(None)
             elif self._done():
                 self._tell(b"".join(self._pieces))
-        return piece
 
     async def aclose(self) -> None:
         """End the stream; what is not complete now is forgotten."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -97,6 +98,8 @@ class Line(asyncio.Protocol):
         self.headers: dict[str, str] = {}
         self._pieces: list[bytes] = []
         self._held_bytes = 0
+        self._sink: Callable[[bytes], bool] | None = None
+        self._silence_s = 0.0
         self._head_bytes = self._unread_bytes = 0
         self._touched = self._has_head = self._interim = False
         self._complete = self._broken = self._silent = False
@@ -140,7 +143,9 @@ class Line(asyncio.Protocol):
         if self._held_bytes > _READ_AHEAD_BYTES and not self._paused and self._transport:
             self._paused = True
             self._transport.pause_reading()
-        if self._pieces or self._has_head or self._broken:
+        if self._sink is not None and self._pieces:
+            self._pour(self._sink)
+        elif self._pieces or self._has_head or self._broken:
             self._wake()
 
     # The parser's calls ---------------------------------------------------------------------------
@@ -215,6 +220,35 @@ class Line(asyncio.Protocol):
             if self._broken:
                 raise Broken
             await self._wait(due)
+        return self._taken()
+
+    async def flow(self, sink: Callable[[bytes], bool], silence_s: float) -> None:
+        """Hand pieces of the body to ``sink`` as they arrive, with no task between, until it
+        returns False or there is something that ``piece`` must tell. Raises Silent after
+        ``silence_s`` without a piece, and what ``sink`` raises."""
+        if self._pieces or self._complete or self._broken:
+            return
+        self._sink, self._silence_s = sink, silence_s
+        try:
+            await self._wait(self._loop.time() + silence_s)
+        finally:
+            self._sink = None
+
+    def _pour(self, sink: Callable[[bytes], bool]) -> None:
+        self._due = self._loop.time() + self._silence_s
+        try:
+            more = sink(self._taken())
+        except Exception as error:  # for whoever waits in ``flow``, not for the transport
+            self._sink = None
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_exception(error)
+            return
+        if not more or self._complete or self._broken:
+            self._sink = None
+            self._wake()
+
+    def _taken(self) -> bytes:
+        """All pieces that have arrived, as one; there is at least one."""
         pieces = self._pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()

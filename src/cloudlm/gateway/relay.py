@@ -10,7 +10,8 @@ slows the replica down. Must not choose or retry.
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.errors import CloudlmError, RequestCancelled, UpstreamFailed
@@ -57,10 +58,10 @@ class Relay:
         self._timeout_s = settings.idle_timeout_s
         self._parser = SseParser()
         self._ready: list[bytes] = []
-        self._usage = Usage()
-        self._usage_before: Usage | None = None  # what other attempts account for
+        self._stated: dict[str, Any] | None = None  # the usage that was stated last
         self._pieces_with_content = 0
-        self._usage_stated = False
+        self._handed: tuple[dict[str, Any] | None, int] = (None, 0)
+        self._usage_before: Usage | None = None  # what other attempts account for
         self._finished = False
         self._failure: CloudlmError | None = None
         self._told = False
@@ -109,14 +110,43 @@ class Relay:
                     self._failure = error
         return self._hand_over()
 
+    async def pump(self, write: Callable[[bytes], bool]) -> None:
+        """Hand events to ``write`` as they arrive, until it wants no more or something happens
+        that ``__anext__`` sees to: the end, a failure. Most of a stream goes this way, because
+        waking a task for every event costs more than the event itself."""
+        if self._ready or self._over or self._closed:
+            return
+
+        def pour(piece: bytes) -> bool:
+            try:
+                self._feed(piece)
+            except CloudlmError as error:
+                self._failure = error
+            wanted = not self._ready or write(self._hand_over())
+            return wanted and not self._over
+
+        try:
+            with self._exchange.interrupt:
+                await self._answer.flow(pour, self._settings.idle_timeout_s)
+        except CloudlmError as error:
+            if isinstance(error, RequestCancelled):
+                self._tell(error)
+            else:
+                self._failure = error
+
+    @property
+    def _over(self) -> bool:
+        """Whether the replica's answer has ended, well or not."""
+        return self._finished or self._failure is not None
+
     async def _go_on(self, error: CloudlmError) -> None:
         """Have another replica take over. Raises the error that the client must be told."""
         self._answer.close()
         self._attempt.fail(error)
-        cached = self._usage.cached_tokens
+        self._usage_before = self._usage()
+        cached = self._usage_before.cached_tokens
         self._attempt, self._answer = await self._resumer.go_on(self._progress, cached, error)
         self._failure = None
-        self._usage_before = self._usage
         self._parser = SseParser()
         self._timeout_s = self._settings.first_token_timeout_s
 
@@ -131,9 +161,12 @@ class Relay:
                 "a replica ended its stream before the answer was complete"
             )
             return
+        self._feed(piece)
+
+    def _feed(self, piece: bytes) -> None:
         for data in self._parser.feed(piece):
             self._take(data)
-            if self._finished or self._failure is not None:
+            if self._over:
                 return
 
     def _take(self, data: bytes) -> None:
@@ -167,12 +200,9 @@ class Relay:
     def _count(self, chunk: dict[str, object]) -> None:
         if openai.has_content(chunk):
             self._pieces_with_content += 1
-        usage = openai.usage_of(chunk)
-        if usage is not None:
-            self._usage_stated = True
-            self._usage = usage
-        elif not self._usage_stated:  # a replica that states none: a chunk is a token
-            self._usage = Usage(completion_tokens=self._pieces_with_content)
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self._stated = usage
 
     def _tell(self, error: CloudlmError) -> None:
         """Nobody goes on: tell the client, unless it is gone."""
@@ -188,18 +218,27 @@ class Relay:
             self._close(self._failure or UpstreamFailed("the stream broke"))
             return out
         self._attempt.first_content()
-        self._attempt.relayed(self._share())
+        self._handed = (self._stated, self._pieces_with_content)
+        self._attempt.follow(self._share)
         if self._finished and self._failure is None:
             self._attempt.settle(Outcome.FINISHED, 200)
             self._exchange.end(Outcome.FINISHED, 200)
         return out
 
+    def _usage(self) -> Usage:
+        """What was handed over so far, by all attempts. Read only when somebody wants to know: at
+        every event it would cost more than the event."""
+        stated, pieces = self._handed
+        if stated is None:  # a replica that states none: a chunk is a token
+            return Usage(completion_tokens=pieces)
+        return openai.read_usage(stated)
+
     def _share(self) -> Usage:
         """What this attempt alone accounts for; the prompt is the first one's."""
-        before = self._usage_before
+        usage, before = self._usage(), self._usage_before
         if before is None:
-            return self._usage
-        more = self._usage.completion_tokens - before.completion_tokens
+            return usage
+        more = usage.completion_tokens - before.completion_tokens
         return Usage(completion_tokens=max(more, 0))
 
     async def _close_gently(self) -> None:

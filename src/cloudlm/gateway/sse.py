@@ -12,6 +12,7 @@ from cloudlm.core.errors import UpstreamFailed
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
+_BEGIN = b"data: "
 
 
 class SseParser:
@@ -27,6 +28,8 @@ class SseParser:
 
     def feed(self, piece: bytes) -> list[bytes]:
         """The events that ``piece`` completes. Raises UpstreamFailed if one grows too large."""
+        if self._is_one_event(piece):
+            return [piece[len(_BEGIN) : -2]]
         if self._after_cr and piece:
             self._after_cr = False
             if piece.startswith(b"\n"):  # the second half of a CRLF
@@ -54,6 +57,18 @@ class SseParser:
         if self._data_bytes + len(self._rest) > self._max_event_bytes:
             raise UpstreamFailed("a replica sent an event that is too large")
         return events
+
+    def _is_one_event(self, piece: bytes) -> bool:
+        """Whether ``piece`` is one event in the form that nearly all have, and nothing is open."""
+        return (
+            piece.startswith(_BEGIN)
+            and piece.endswith(b"\n\n")
+            and piece.count(b"\n") == 2
+            and b"\r" not in piece
+            and len(_BEGIN) + 2 < len(piece) <= self._max_event_bytes
+            and self._began
+            and not (self._rest or self._data or self._after_cr)
+        )
 
     def _take(self, line: bytes) -> None:
         name, _, value = line.partition(b":")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -76,11 +77,18 @@ class Answer:
         try:
             return await self._line.piece(self._loop.time() + timeout_s)
         except Silent:
-            raise UpstreamTimeout(
-                f"replica {self._replica} was silent for {timeout_s:g} s"
-            ) from None
+            raise _silent(self._replica, timeout_s) from None
         except Broken:
             raise UpstreamFailed(f"replica {self._replica} broke off its answer") from None
+
+    async def flow(self, sink: Callable[[bytes], bool], silence_s: float) -> None:
+        """Hand bytes to ``sink`` as they arrive, until it returns False or there is something that
+        ``piece`` must tell. Raises UpstreamTimeout after ``silence_s`` of silence."""
+        if self._line is not None:
+            try:
+                await self._line.flow(sink, silence_s)
+            except Silent:
+                raise _silent(self._replica, silence_s) from None
 
     async def whole(self, timeout_s: float, limit_bytes: int = MAX_ANSWER_BYTES) -> bytes:
         """The whole body. Raises UpstreamFailed also if it is larger than ``limit_bytes``."""
@@ -226,6 +234,10 @@ class Upstream:
             raise Unreachable(f"replica {replica} did not accept a connection") from None
         except OSError:
             raise Unreachable(f"replica {replica} cannot be reached") from None
+
+
+def _silent(replica: str, seconds: float) -> UpstreamTimeout:
+    return UpstreamTimeout(f"replica {replica} was silent for {seconds:g} s")
 
 
 async def _refusal(answer: Answer, replica: str, now: float) -> CloudlmError:

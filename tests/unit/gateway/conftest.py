@@ -335,9 +335,15 @@ class Rig:
         if isinstance(response.body, bytes):
             return Result(response.status, dict(response.headers), response.body)
         pieces: list[bytes] = []
-        try:
+
+        def pour(piece: bytes) -> bool:
+            pieces.append(piece)
+            return True
+
+        try:  # as the server does
             async for piece in response.body:
                 pieces.append(piece)
+                await response.body.pump(pour)
         finally:
             await response.body.aclose()
         return Result(response.status, dict(response.headers), b"".join(pieces))

@@ -582,16 +582,25 @@ PLANS = st.one_of(
     plans=st.lists(PLANS, min_size=1, max_size=4),
     stream=st.booleans(),
     drop_after_bytes=st.one_of(st.none(), st.integers(0, 2000)),
+    poured_at_once=st.integers(0, 3),
 )
 def test_accounts_are_right_on_every_path(
-    kit: Any, plans: list[dict[str, Any]], stream: bool, drop_after_bytes: int | None
+    kit: Any,
+    plans: list[dict[str, Any]],
+    stream: bool,
+    drop_after_bytes: int | None,
+    poured_at_once: int,
 ) -> None:
     """One row per attempt; tokens of all rows = tokens that replicas sent = tokens relayed."""
-    asyncio.run(_accounts(kit, plans, stream, drop_after_bytes))
+    asyncio.run(_accounts(kit, plans, stream, drop_after_bytes, poured_at_once))
 
 
 async def _accounts(
-    kit: Any, plans: list[dict[str, Any]], stream: bool, drop_after_bytes: int | None
+    kit: Any,
+    plans: list[dict[str, Any]],
+    stream: bool,
+    drop_after_bytes: int | None,
+    poured_at_once: int,
 ) -> None:
     # Only a silent replica makes the gateway wait for a timeout. Where none is silent, no timeout
     # may end an attempt, however slow the machine: what was sent and not yet read would be lost.
@@ -609,6 +618,15 @@ async def _accounts(
         else:
             async for piece in response.body:
                 got += piece
+                if poured_at_once:
+                    poured: list[bytes] = []
+
+                    def pour(piece: bytes, poured: list[bytes] = poured) -> bool:
+                        poured.append(piece)
+                        return len(poured) < poured_at_once
+
+                    await response.body.pump(pour)
+                    got += b"".join(poured)
                 if drop_after_bytes is not None and len(got) >= drop_after_bytes:
                     request.disconnected.set_result(None)
                     break

@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -75,6 +75,11 @@ class Pieces:
             raise StopAsyncIteration
         self.left -= 1
         return b"piece%d;" % self.left
+
+    async def pump(self, write: Callable[[bytes], bool]) -> None:
+        """Every other piece goes this way."""
+        if self.left:
+            write(await self.__anext__())
 
     async def aclose(self) -> None:
         self.closed = True

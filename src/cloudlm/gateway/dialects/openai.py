@@ -222,8 +222,11 @@ def decode(raw: bytes) -> dict[str, Any] | None:
 def usage_of(body: dict[str, Any]) -> Usage | None:
     """The tokens that a body or chunk states, None if it states none or nonsense."""
     usage = body.get("usage")
-    if not isinstance(usage, dict):
-        return None
+    return read_usage(usage) if isinstance(usage, dict) else None
+
+
+def read_usage(usage: dict[str, Any]) -> Usage:
+    """A usage object as it was stated; what is nonsense in it counts as 0."""
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     return Usage(
@@ -248,24 +251,32 @@ def has_content(chunk: dict[str, Any]) -> bool:
     """Whether a chunk holds something of the answer: text, or the end of a choice. A chunk that
     only names the role is none."""
     choices = chunk.get("choices")
-    if not isinstance(choices, list):
-        return False
-    return any(isinstance(choice, dict) and _speaks(choice) for choice in choices)
+    if isinstance(choices, list):
+        for choice in choices:  # loops, not generators: this is asked of every event
+            if isinstance(choice, dict) and _speaks(choice):
+                return True
+    return False
 
 
 def _speaks(choice: dict[str, Any]) -> bool:
     if choice.get("text") or choice.get("finish_reason") is not None:
         return True
     delta = choice.get("delta")
-    return isinstance(delta, dict) and any(v for k, v in delta.items() if k != "role")
+    if isinstance(delta, dict):
+        for name, value in delta.items():
+            if value and name != "role":
+                return True
+    return False
 
 
 def is_aborted(chunk: dict[str, Any]) -> bool:
     """Whether a replica says that it gave up on a choice."""
     choices = chunk.get("choices")
-    return isinstance(choices, list) and any(
-        isinstance(choice, dict) and choice.get("finish_reason") == "abort" for choice in choices
-    )
+    if isinstance(choices, list):
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("finish_reason") == "abort":
+                return True
+    return False
 
 
 def shape_chunk(chunk: dict[str, Any], call: Call) -> bytes:
