@@ -51,7 +51,7 @@ from cloudlm.core.deployment import (
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from cloudlm.core.figures import ModelFigures
 from cloudlm.core.job import Job, JobState
-from cloudlm.core.placement import Measured, Placement, Traffic, Users
+from cloudlm.core.placement import Latency, Measured, Placement, Traffic, Users
 from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.core.usage import UsageQuery
@@ -69,6 +69,7 @@ SPEC = DeploymentSpec(
         Traffic(2.0, 800, 200),
         regions=("eu",),
         users=(Users(48.1, 11.6),),
+        latencies=(Latency("eu", 30.0),),
         figures=ModelFigures(8_000_000_000, 32, 8, 128, 4096, 128_256),
         measured=(Measured("L4", 1, 3000.0, 40.0),),
     ),

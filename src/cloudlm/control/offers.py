@@ -17,7 +17,7 @@ from cloudlm.core.figures import ModelFigures
 from cloudlm.core.placement import Placement, ServiceLevel, Traffic, Users
 
 # Light in glass covers some 100 km there and back in a millisecond; cables make detours, and the
-# last mile takes its time. An estimate: who has measured forbids regions by name instead.
+# last mile takes its time. An estimate: what users measured (``latencies``) counts before it.
 KM_PER_MS = 100.0
 DETOUR = 1.5
 LAST_MILE_MS = 5.0
@@ -87,11 +87,11 @@ def judge(offer: Offer, catalogue: Catalogue, asked: Asked) -> Machine | Lost:
         lost = Lost(offer.key, Reason.SPOT_ONLY, "no price on demand: nothing would back it")
     if lost is not None:
         return lost
-    network_ms = _network_ms(region, wishes.users)
+    network_ms = _network_ms(offer, region, wishes)
     if wishes.max_latency_ms and network_ms is None:
         return Lost(offer.key, Reason.LATENCY, f"where {offer.place} lies is not known")
     if wishes.max_latency_ms and network_ms is not None and network_ms > wishes.max_latency_ms:
-        detail = f"about {network_ms:.0f} ms there and back; {wishes.max_latency_ms:g} ms asked"
+        detail = f"{network_ms:.0f} ms there and back; {wishes.max_latency_ms:g} ms asked"
         return Lost(offer.key, Reason.LATENCY, detail)
     return _quickest(offer, catalogue.devices[offer.device], asked, network_ms or 0.0)
 
@@ -133,8 +133,12 @@ def _elsewhere(offer: Offer, region: Region | None, wishes: Placement) -> Lost |
     return Lost(offer.key, Reason.REGION, f"{detail}; allowed: {', '.join(wishes.regions)}")
 
 
-def _network_ms(region: Region | None, users: tuple[Users, ...]) -> float | None:
-    """There and back, the mean over users; None if either's place is not known."""
+def _network_ms(offer: Offer, region: Region | None, wishes: Placement) -> float | None:
+    """There and back as measured, else the mean over users by distance; None if not known."""
+    users = wishes.users
+    for measured in wishes.latencies:
+        if in_area(offer, region, measured.region):
+            return measured.ms
     if not users or region is None:
         return None
     total = 0.0

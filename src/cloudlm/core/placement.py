@@ -51,6 +51,14 @@ class Users:
 
 
 @dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds there and back that users measured to a ``region``, named as in ``regions``."""
+
+    region: str
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """How quick this version was on ``count`` pieces of a device: prompt tokens per second, and
     milliseconds of a decoding step, alone and for each sequence more."""
@@ -78,7 +86,8 @@ class Placement:
     ``concurrency`` sequences of ``context_tokens`` must fit on a replica at least (0: what the
     traffic needs). ``regions`` are areas (``eu``, ``eu/de``), regions (``eu-central-1``) or a
     provider's (``aws/eu-central-1``); ``providers`` and ``forbidden_providers`` name providers;
-    empty allows all. ``budget_usd_per_h`` and ``max_latency_ms`` bound nothing if 0.
+    empty allows all. ``budget_usd_per_h`` and ``max_latency_ms`` bound nothing if 0. Of
+    ``latencies`` the first that names an offer's region counts before its distance to ``users``.
     """
 
     traffic: Traffic | None = None
@@ -89,6 +98,7 @@ class Placement:
     providers: tuple[str, ...] = ()
     forbidden_providers: tuple[str, ...] = ()
     users: tuple[Users, ...] = ()
+    latencies: tuple[Latency, ...] = ()
     max_latency_ms: float = 0.0
     min_zones: int = 1
     max_kinds: int = 2
@@ -110,6 +120,7 @@ def placement_body(placement: Placement) -> dict[str, Any]:
         "providers": list(placement.providers),
         "forbidden_providers": list(placement.forbidden_providers),
         "users": [_plain(one) for one in placement.users],
+        "latencies": [_plain(one) for one in placement.latencies],
         "max_latency_ms": placement.max_latency_ms,
         "min_zones": placement.min_zones,
         "max_kinds": placement.max_kinds,
@@ -134,6 +145,7 @@ def placement_from_body(body: Any) -> Placement:
         providers=_words(fields, "providers"),
         forbidden_providers=_words(fields, "forbidden_providers"),
         users=tuple(_users(one) for one in _entries(fields, "users")),
+        latencies=tuple(_latency(one) for one in _entries(fields, "latencies")),
         max_latency_ms=fields.number("max_latency_ms", 0.0, low=0.0),
         min_zones=fields.integer("min_zones", 1, low=1, high=MAX_ZONES),
         max_kinds=fields.integer("max_kinds", 2, low=1, high=2),
@@ -147,9 +159,10 @@ def placement_from_body(body: Any) -> Placement:
 
 
 def _consistent(found: Placement) -> Placement:
-    if found.max_latency_ms and not found.users:
+    if found.max_latency_ms and not found.users and not found.latencies:
         raise InvalidRequest(
-            "placement.max_latency_ms needs placement.users: where the requests come from",
+            "placement.max_latency_ms needs placement.users, where the requests come from, or "
+            "placement.latencies",
             param="placement.users",
         )
     both = set(found.providers) & set(found.forbidden_providers)
@@ -211,6 +224,15 @@ def _users(body: Any) -> Users:
         share=fields.number("share", 1.0),
     )
     check_number(found.share, "placement.users.share", 0.0, 1e9, above=True)
+    fields.end()
+    return found
+
+
+def _latency(body: Any) -> Latency:
+    fields = Fields(body, "latencies", path="placement.latencies.")
+    found = Latency(
+        fields.text("region", low=1, max_length=64), fields.number("ms", low=0.0, high=1e6)
+    )
     fields.end()
     return found
 

@@ -28,7 +28,15 @@ from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaSt
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.figures import ModelFigures
 from cloudlm.core.job import Job
-from cloudlm.core.placement import Measured, Placement, ServiceLevel, Spot, Traffic, Users
+from cloudlm.core.placement import (
+    Latency,
+    Measured,
+    Placement,
+    ServiceLevel,
+    Spot,
+    Traffic,
+    Users,
+)
 from cloudlm.core.price import Price
 from cloudlm.core.routing import Policy, Routing
 
@@ -38,7 +46,7 @@ _IN_PLACEMENT = {
     "spot": Spot,
     "figures": ModelFigures,
 }
-_LISTED_IN_PLACEMENT = {"users": Users, "measured": Measured}
+_LISTED_IN_PLACEMENT = {"users": Users, "latencies": Latency, "measured": Measured}
 DEMAND_KEPT_S = 3600.0
 """Reports this much older than the newest are dropped: their gateways are gone."""
 

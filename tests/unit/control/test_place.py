@@ -15,7 +15,15 @@ from cloudlm.control.needs import Batch
 from cloudlm.control.offers import Asked, Lost, Machine, Reason, distance_km, in_area, judge
 from cloudlm.control.place import place, usd_per_million_tokens
 from cloudlm.core.figures import ModelFigures
-from cloudlm.core.placement import Measured, Placement, ServiceLevel, Spot, Traffic, Users
+from cloudlm.core.placement import (
+    Latency,
+    Measured,
+    Placement,
+    ServiceLevel,
+    Spot,
+    Traffic,
+    Users,
+)
 
 FIGURES = ModelFigures(
     parameters=8_000_000_000,
@@ -116,6 +124,14 @@ class TestJudge:
             far.network_ms - near.network_ms
         )
         assert far.network_ms > 90
+
+    def test_a_measured_latency_counts_before_the_distance(self) -> None:
+        known = (Latency("aws/us-east-1", 20.0), Latency("us", 90.0))
+        far = offer(place_="aws/us-east-1")
+        found = judge(far, market(), asked(users=(MUNICH,), latencies=known, max_latency_ms=30.0))
+        assert isinstance(found, Machine)
+        assert found.network_ms == 20.0
+        assert reason_of(far, latencies=known[1:], max_latency_ms=30.0) is Reason.LATENCY
 
     @pytest.mark.parametrize(
         ("wanted", "inside"),

@@ -10,6 +10,7 @@ import pytest
 from cloudlm.core.errors import InvalidRequest, UnprocessableRequest
 from cloudlm.core.figures import ModelFigures
 from cloudlm.core.placement import (
+    Latency,
     Measured,
     Placement,
     ServiceLevel,
@@ -29,6 +30,7 @@ FULL = Placement(
     providers=("aws", "gcp"),
     forbidden_providers=("vast",),
     users=(Users(48.1, 11.6, 2.0), Users(-33.9, 151.2)),
+    latencies=(Latency("aws/eu-central-1", 12.0),),
     max_latency_ms=120.0,
     min_zones=3,
     max_kinds=1,
@@ -75,6 +77,8 @@ def test_rates_of_tokens_are_requests_with_lengths() -> None:
         ({"users": [{"latitude": 91, "longitude": 0}]}, "placement.users.latitude"),
         ({"users": [{"latitude": 1, "longitude": 0, "share": 0}]}, "placement.users.share"),
         ({"max_latency_ms": 10}, "placement.users"),
+        ({"latencies": [{"region": "eu", "ms": -1}]}, "placement.latencies.ms"),
+        ({"latencies": [{"ms": 1}]}, "placement.latencies.region"),
         ({"min_zones": 0}, "placement.min_zones"),
         ({"max_kinds": 3}, "placement.max_kinds"),
         ({"providers": ["a"], "forbidden_providers": ["a"]}, "placement.forbidden_providers"),

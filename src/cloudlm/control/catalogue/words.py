@@ -1,8 +1,7 @@
-"""The catalogue's rows and how they are read from CSV texts, checked row by row.
+"""The catalogue's rows and how they are read from CSV texts, checked row by row. Pure.
 
-Pure: texts in, rows out; ``files`` does the reading. A row says where its figure was read
-(``source``, with the date ``read_on``), and what it does not know it leaves empty: a missing figure
-is never guessed here.
+A row says where its figure was read (``source``, with the date ``read_on``), and what it does not
+know it leaves empty: a missing figure is never guessed here. ``files`` does the reading.
 """
 
 from __future__ import annotations
@@ -187,7 +186,6 @@ def read_regions(text: str, name: str) -> dict[str, Region]:
 def offer_cells(offer: Offer) -> tuple[str, ...]:
     """An offer as a row of CSV; ``read_offers`` reads it back."""
     zones = " ".join(f"{zone}={price:.12g}" for zone, price in sorted(offer.spot.items()))
-    alone = list(offer.spot) == [offer.region]
     return (
         offer.provider,
         offer.instance,
@@ -197,7 +195,7 @@ def offer_cells(offer: Offer) -> tuple[str, ...]:
         f"{offer.ram_gib:.12g}" if offer.ram_gib else "",
         offer.region,
         "" if offer.on_demand is None else f"{offer.on_demand:.12g}",
-        f"{offer.spot[offer.region]:.12g}" if alone else zones,
+        f"{offer.spot[offer.region]:.12g}" if list(offer.spot) == [offer.region] else zones,
         offer.source,
         offer.as_of,
         offer.read_on,
