@@ -49,7 +49,9 @@ from cloudlm.core.deployment import (
     ReplicaState,
 )
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
+from cloudlm.core.figures import ModelFigures
 from cloudlm.core.job import Job, JobState
+from cloudlm.core.placement import Latency, Measured, Placement, Traffic, Users
 from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.core.usage import UsageQuery
@@ -63,6 +65,14 @@ SPEC = DeploymentSpec(
     "models:/starter/1",
     options={"dtype": "float32", "kv_cache_mb": 64},
     routing=Routing(Policy.POWER_OF_TWO, "x-user-id", 0.5),
+    placement=Placement(
+        Traffic(2.0, 800, 200),
+        regions=("eu",),
+        users=(Users(48.1, 11.6),),
+        latencies=(Latency("eu", 30.0),),
+        figures=ModelFigures(8_000_000_000, 32, 8, 128, 4096, 128_256),
+        measured=(Measured("L4", 1, 3000.0, 40.0),),
+    ),
 )
 ODD = "odd \0 \\u0041 \\ \ud800 ü 猫 '; DROP TABLE jobs; --"
 

@@ -16,6 +16,7 @@ from cloudlm import __version__
 from cloudlm.cli import (
     audit,
     cache,
+    catalogue,
     certificates,
     config,
     demo,
@@ -24,6 +25,7 @@ from cloudlm.cli import (
     keys,
     login,
     models,
+    plan,
     policies,
     principals,
     roles,
@@ -81,6 +83,8 @@ demo.add_to(app)
 serve.add_to(app)
 run.add_to(app)
 deployments.add_to(app)
+plan.add_to(app)
+app.add_typer(catalogue.app, name="catalogue")
 app.add_typer(models.app, name="models")
 app.add_typer(tenants.tenants, name="tenants")
 app.add_typer(tenants.projects, name="projects")

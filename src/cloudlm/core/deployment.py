@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from cloudlm.core.placement import Placement
 from cloudlm.core.price import Price
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 
@@ -27,7 +28,8 @@ class DeploymentSpec:
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
     the address of each. ``prices`` is what its tokens cost (None: the gateway's own table), and
     ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
-    ``routing`` is how requests are spread over the replicas.
+    ``routing`` is how requests are spread over the replicas, and ``placement`` what is wished of
+    the machines that they run on (None: nothing).
     """
 
     name: str
@@ -45,6 +47,7 @@ class DeploymentSpec:
     prices: Price | None = None
     tenant: str = ""
     routing: Routing = DEFAULT_ROUTING
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Deployment:
                 prices=self.spec.prices,
                 tenant=self.spec.tenant,
                 routing=self.spec.routing,
+                placement=self.spec.placement,
             )
             == self.spec
         )

@@ -32,6 +32,7 @@ from cloudlm.core.model import (
     check_name,
     manifest_from_body,
 )
+from cloudlm.core.placement import placement_body, placement_from_body
 from cloudlm.core.price import price_body, price_from_body
 from cloudlm.core.routing import routing_body, routing_from_body
 from cloudlm.core.spec import (
@@ -116,6 +117,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "prices": None if spec.prices is None else price_body(spec.prices),
         "tenant": spec.tenant,
         "routing": routing_body(spec.routing),
+        "placement": None if spec.placement is None else placement_body(spec.placement),
     }
 
 
@@ -344,7 +346,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
     """Read a spec's fields by type; ``check_spec`` looks at the values."""
     options = fields.mapping("options", {}, max_entries=MAX_ENTRIES)
     env = fields.mapping("env", {}, max_entries=MAX_ENTRIES)
-    prices = fields.raw("prices", None)
+    prices, placement = fields.raw("prices", None), fields.raw("placement", None)
     return DeploymentSpec(
         name=fields.text("name") if name is None else fields.text("name", name),
         model=fields.text("model"),
@@ -361,6 +363,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         prices=None if prices is None else price_from_body(prices, fields.param("prices")),
         tenant=fields.text("tenant", "", max_length=64),
         routing=routing_from_body(fields.raw("routing", {})),
+        placement=None if placement is None else placement_from_body(placement),
     )
 
 

@@ -34,6 +34,11 @@ def read_json(path: Path, name: str) -> Any:
         if size > limit:
             raise BrokenModel(f"{name}: {size} bytes are more than the {limit} accepted")
         raw = path.read_bytes()
+    return parsed(raw, name)
+
+
+def parsed(raw: bytes, name: str) -> Any:
+    """The JSON in ``raw``. Raises BrokenModel naming ``name`` and the fault."""
     try:
         return json.loads(raw.decode())
     except UnicodeDecodeError:
@@ -46,7 +51,10 @@ def read_json(path: Path, name: str) -> Any:
 
 def read_object(path: Path, name: str) -> dict[str, Any]:
     """As ``read_json``, and it must be an object."""
-    found = read_json(path, name)
+    return check_object(read_json(path, name), name)
+
+
+def check_object(found: Any, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BrokenModel(f"{name}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -11,10 +11,12 @@ objects, and must not load a model.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import (
@@ -32,6 +34,7 @@ from cloudlm.registry.cache import Lease, ModelCache
 from cloudlm.registry.download import download_version
 from cloudlm.registry.garbage import collect_garbage, delete_upload
 from cloudlm.registry.inspect import inspect_folder
+from cloudlm.registry.model_json import check_object, parsed
 from cloudlm.registry.opening import open_store
 from cloudlm.registry.owner import this_process
 from cloudlm.registry.policy import may_be_in_a_version
@@ -110,6 +113,21 @@ class Registry:
         Raises ModelNotFound naming what there is, CorruptModel for a damaged manifest.
         """
         return self._stored(ref)[0]
+
+    def configuration(self, ref: ModelRef | str) -> dict[str, Any]:
+        """A version's ``config.json``, verified; its weights are not fetched.
+
+        Raises BrokenModel if it has none or it is no object, CorruptModel, ModelNotFound.
+        """
+        manifest, stored = self._stored(ref)
+        file = next((one for one in manifest.files if one.path == "config.json"), None)
+        if file is None:
+            raise BrokenModel(f"{manifest.ref} has no config.json", param="model")
+        data = self.store.get(files_prefix(manifest.name, stored.upload) + file.path)
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise CorruptModel(f"{manifest.ref}: {file.path} is not what the manifest says")
+        name = f"{manifest.ref}: config.json"
+        return check_object(parsed(data, name), name)
 
     # -- changing
 

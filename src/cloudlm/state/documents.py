@@ -26,10 +26,27 @@ from cloudlm.core.access import (
 )
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.figures import ModelFigures
 from cloudlm.core.job import Job
+from cloudlm.core.placement import (
+    Latency,
+    Measured,
+    Placement,
+    ServiceLevel,
+    Spot,
+    Traffic,
+    Users,
+)
 from cloudlm.core.price import Price
 from cloudlm.core.routing import Policy, Routing
 
+_IN_PLACEMENT = {
+    "traffic": Traffic,
+    "level": ServiceLevel,
+    "spot": Spot,
+    "figures": ModelFigures,
+}
+_LISTED_IN_PLACEMENT = {"users": Users, "latencies": Latency, "measured": Measured}
 DEMAND_KEPT_S = 3600.0
 """Reports this much older than the newest are dropped: their gateways are gone."""
 
@@ -57,6 +74,8 @@ def load_spec(text: str) -> DeploymentSpec:
         body["routing"] = _load_routing(body["routing"])
     if body.get("prices") is not None:
         body["prices"] = Price(**_known(Price, body["prices"]))
+    if body.get("placement") is not None:
+        body["placement"] = _load_placement(body["placement"])
     return DeploymentSpec(**body)
 
 
@@ -65,6 +84,18 @@ def _load_routing(body: Any) -> Routing:
     if "policy" in known:
         known["policy"] = Policy(known["policy"])
     return Routing(**known)
+
+
+def _load_placement(body: Any) -> Placement:
+    known = _known(Placement, body)
+    for name, kind in _IN_PLACEMENT.items():
+        if known.get(name) is not None:
+            known[name] = kind(**_known(kind, known[name]))
+    for name, kind in _LISTED_IN_PLACEMENT.items():
+        known[name] = tuple(kind(**_known(kind, one)) for one in known.get(name, ()))
+    for name in ("regions", "providers", "forbidden_providers"):
+        known[name] = tuple(known.get(name, ()))
+    return Placement(**known)
 
 
 def dump_replicas(replicas: Iterable[Replica]) -> str:

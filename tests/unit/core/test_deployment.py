@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from cloudlm.core.deployment import Deployment, DeploymentSpec
+from cloudlm.core.placement import Placement
 from cloudlm.core.routing import Policy, Routing
 
 SPEC = DeploymentSpec(name="bank", model="models:/bank/1")
@@ -22,6 +23,12 @@ def test_scaling_makes_a_generation_but_no_revision() -> None:
 def test_other_routing_makes_a_generation_but_no_revision() -> None:
     routed = replace(SPEC, routing=Routing(Policy.ROUND_ROBIN))
     changed = Deployment(SPEC).changed(routed, now=5.0)
+    assert (changed.generation, changed.revision) == (2, 1)
+
+
+def test_another_placement_makes_a_generation_but_no_revision() -> None:
+    placed = replace(SPEC, placement=Placement(regions=("eu",)))
+    changed = Deployment(SPEC).changed(placed, now=5.0)
     assert (changed.generation, changed.revision) == (2, 1)
 
 

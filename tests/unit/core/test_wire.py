@@ -23,6 +23,7 @@ from cloudlm.core.deployment import (
 from cloudlm.core.errors import CloudlmError, InvalidRequest, UnprocessableRequest
 from cloudlm.core.job import Job, JobState
 from cloudlm.core.model import Manifest, ModelFile
+from cloudlm.core.placement import Placement, Traffic, Users
 from cloudlm.core.routing import Policy, Routing
 
 SPEC = DeploymentSpec(
@@ -34,6 +35,7 @@ SPEC = DeploymentSpec(
     options={"dtype": "float32", "kv_cache_mb": 64, "eager": True, "share": 0.5},
     env={"TZ": "UTC"},
     routing=Routing(Policy.SESSION_AFFINITY, "x-user-id", 0.25),
+    placement=Placement(Traffic(2.0, 800, 200), regions=("eu",), users=(Users(48.1, 11.6),)),
 )
 STATUS = DeploymentStatus(
     name="bank",
@@ -114,6 +116,8 @@ class TestSpec:
             ({"options": {"share": float("nan")}}, "options.share"),
             ({"options": {"share": 10**400}}, "options.share"),
             ({"options": {f"o{n}": 1 for n in range(65)}}, "options"),
+            ({"placement": []}, "placement"),
+            ({"placement": {"min_zones": 0}}, "placement.min_zones"),
             ({"routing": []}, "routing"),
             ({"routing": {"policy": "random"}}, "routing.policy"),
             ({"routing": {"session_header": "X-Session"}}, "routing.session_header"),

@@ -332,6 +332,22 @@ def test_a_flipped_bit_is_found(
         registry.fetch("tiny")
 
 
+def test_a_configuration_is_read_without_its_weights(
+    tmp_path: Path, model: Path, registry_on: Callable[..., Registry]
+) -> None:
+    registry = _in_folder(tmp_path, registry_on)
+    registry.import_folder(model, "tiny")
+    folder = registry.fetch("tiny")
+    (folder / "model.safetensors").unlink()
+    found = registry.configuration("tiny")
+    assert found == json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CorruptModel, match=r"config\.json"):
+        registry.configuration("tiny")
+    with pytest.raises(ModelNotFound):
+        registry.configuration("nobody")
+
+
 def test_truncated_missing_and_added_files_are_found(
     tmp_path: Path, model: Path, registry_on: Callable[..., Registry]
 ) -> None:

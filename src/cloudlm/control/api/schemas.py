@@ -65,6 +65,10 @@ SPEC: dict[str, Any] = {
                 },
             },
         },
+        "placement": {
+            "type": ["object", "null"],
+            "description": "Traffic, service level and bounds by which machines are chosen.",
+        },
         "asleep": {
             "type": ["boolean", "null"],
             "description": "true puts the replicas to sleep, false keeps them awake.",

@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cloudlm.core.errors import BadSetting
-
-# Per row and token of the vocabulary: logits, their double, what sorting and summing add.
-_SAMPLING_BYTES = 48
-# Per token of a step and number that is widest in a layer: its inputs, outputs and wider copies.
-_ACTIVATION_BYTES = 24
-# CUDA's own libraries, kernels and the memory of graphs.
-_LIBRARIES_BYTES = 1536 * 2**20
+from cloudlm.core.sizing import gpu_working_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +22,9 @@ class Load:
     @property
     def working_bytes(self) -> int:
         """An upper estimate of what a step allocates."""
-        sampling = self.batch_sequences * self.vocab_size * _SAMPLING_BYTES
-        return sampling + self.batch_tokens * self.widest * _ACTIVATION_BYTES + _LIBRARIES_BYTES
+        return gpu_working_bytes(
+            self.widest, self.vocab_size, self.batch_tokens, self.batch_sequences
+        )
 
 
 def cache_bytes(free_bytes: int, total_bytes: int, utilization: float, load: Load) -> int:

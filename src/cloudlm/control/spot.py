@@ -1,0 +1,173 @@
+"""Where machines stand that the provider may take back, and what backs them. Pure.
+
+``decide`` is asked again and again: facts and ``now`` in, a target per zone and a number on demand
+out. The idea is SkyServe's SpotHedge (Mao et al., "SkyServe: Serving AI Models across Regions and
+Clouds with Spot Instances", arXiv 2411.01438): spread over zones that fail apart from each other,
+keep some to spare, fall back to machines on demand while spot is missing. Ours besides:
+
+- a zone's record counts less as it ages (half after ``half_life_s``), and raises the price that
+  it is compared by; after a loss or a refused launch it is left alone for a while, twice as long
+  each time, unless too few other zones are open;
+- no zone gets more than its share of an even spread, nor more than stand by to spare: losing any
+  one zone then costs no capacity where there are enough zones;
+- what runs stays where it is, and moves only to a zone that costs a fifth less, one machine at a
+  time: the new one is ready before the old one goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+WORTH_MOVING = 0.8
+_MOST_DOUBLINGS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneRecord:
+    """A zone as it is: dollars per machine and hour, machines ready and starting, those of the
+    ready ones that were given notice, and the moments (seconds, any clock) of ``losses`` by
+    preemption and of ``refusals`` to launch."""
+
+    name: str
+    price: float
+    ready: int = 0
+    pending: int = 0
+    warned: int = 0
+    losses: tuple[float, ...] = ()
+    refusals: tuple[float, ...] = ()
+
+    @property
+    def staying(self) -> int:
+        return max(0, self.ready - self.warned)
+
+
+@dataclass(frozen=True, slots=True)
+class SpotFacts:
+    """``needed`` machines bear the load; ``on_demand_price`` is what one costs that stays."""
+
+    needed: int
+    zones: tuple[ZoneRecord, ...]
+    on_demand_price: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpotRules:
+    """``share`` of what is needed may be on spot, with ``spare`` machines more; spread over
+    ``min_zones`` at least where there are as many. A zone rests ``rest_s`` after it failed."""
+
+    share: float = 1.0
+    spare: int = 1
+    min_zones: int = 1
+    half_life_s: float = 7200.0
+    rest_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SpotTarget:
+    """Machines wanted: by zone on spot (zones that are not named: none), and on demand."""
+
+    spot: Mapping[str, int] = field(default_factory=dict)
+    on_demand: int = 0
+
+
+def decide(facts: SpotFacts, now: float, rules: SpotRules = SpotRules()) -> SpotTarget:
+    """What should stand where, from ``now`` until asked again.
+
+    What stays on spot and what is on demand together are never below ``needed``, and with the
+    spare ones as long as these are missing too: a machine that is starting, was given notice, or
+    will be stopped by this very target is not counted.
+    """
+    on_spot = math.floor(rules.share * facts.needed + 1e-9)
+    worth = [zone for zone in facts.zones if zone.price < facts.on_demand_price]
+    if not on_spot or not worth:
+        return SpotTarget({}, facts.needed)
+    cost = {zone.name: zone.price * (1 + _risk(zone, now, rules)) for zone in worth}
+    least = max(2, rules.min_zones)
+    opened = _open(worth, now, rules, least)
+    running = {zone.name: zone.staying for zone in worth if zone.staying}
+    names = sorted({zone.name for zone in opened} | set(running), key=lambda name: cost[name])
+    launches = {zone.name for zone in opened}
+    total = on_spot + rules.spare
+    target = spread(total, names, rules, running=running, launches=launches)
+    if sum(running.values()) == total:
+        _move(target, [zone.name for zone in opened], cost, _cap(total, len(launches), rules))
+    stays = sum(min(zone.staying, target.get(zone.name, 0)) for zone in worth)
+    missing = min(on_spot, max(0, total - stays))
+    return SpotTarget(target, facts.needed - on_spot + missing)
+
+
+def _move(target: dict[str, int], opened: list[str], cost: Mapping[str, float], cap: int) -> None:
+    """One machine more where it is cheapest, if that is worth it. As soon as it is ready there is
+    one too many, and ``spread`` keeps the cheapest that run."""
+    dearest = max((cost[name] for name in target), default=0.0)
+    free = [name for name in opened if target.get(name, 0) < cap]
+    cheapest = min(free, key=lambda name: cost[name], default=None)
+    if cheapest is not None and cost[cheapest] < WORTH_MOVING * dearest:
+        target[cheapest] = target.get(cheapest, 0) + 1
+
+
+def spread(
+    total: int,
+    names: Sequence[str],
+    rules: SpotRules,
+    *,
+    running: Mapping[str, int] | None = None,
+    launches: set[str] | None = None,
+) -> dict[str, int]:
+    """``total`` machines over zones, the first named first: one in each of as many zones as must
+    differ, then what runs already, then the others, none beyond the cap. Zones that are not in
+    ``launches`` get none but what runs there."""
+    running = running or {}
+    launches = set(names) if launches is None else launches
+    if not names or total <= 0:
+        return {}
+    cap = _cap(total, len(launches) or len(names), rules)
+    room = {name: cap if name in launches else min(cap, running.get(name, 0)) for name in names}
+    target = dict.fromkeys(names, 0)
+    left = total
+    differ = min(max(rules.min_zones, min(2, total)), len(names), total)
+    first = sorted(names, key=lambda name: name not in running)
+    for wanted in (
+        dict.fromkeys(first[:differ], 1),
+        {name: min(cap, running.get(name, 0)) for name in names},
+        room,
+    ):
+        for name in wanted:
+            more = min(left, min(wanted[name], room[name]) - target[name])
+            if more > 0:
+                target[name] += more
+                left -= more
+    return {name: count for name, count in target.items() if count}
+
+
+def _cap(total: int, zones: int, rules: SpotRules) -> int:
+    """Most machines in one zone: an even share, or as many as there are to spare; never all."""
+    even = math.ceil(total / zones)
+    cap = max(even, rules.spare, 1)
+    return max(even, min(cap, total - 1)) if zones > 1 and total > 1 else cap
+
+
+def _open(
+    zones: Sequence[ZoneRecord], now: float, rules: SpotRules, least: int
+) -> list[ZoneRecord]:
+    """Zones that may be launched in: those that do not rest, and if these are fewer than
+    ``least``, those besides whose rest ends soonest."""
+    by_rest = sorted(zones, key=lambda zone: max(now, _rests_until(zone, now, rules)))
+    rested = [zone for zone in by_rest if _rests_until(zone, now, rules) <= now]
+    return rested if len(rested) >= least else by_rest[:least]
+
+
+def _rests_until(zone: ZoneRecord, now: float, rules: SpotRules) -> float:
+    failures = [at for at in (*zone.losses, *zone.refusals) if now - at <= rules.half_life_s]
+    if not failures:
+        return now
+    doublings = min(len(failures) - 1, _MOST_DOUBLINGS)
+    return max(failures) + rules.rest_s * (1 << doublings)
+
+
+def _risk(zone: ZoneRecord, now: float, rules: SpotRules) -> float:
+    """Losses, each half as heavy after every half-life; a refusal costs a wait and no machine."""
+    ages = (max(0.0, now - at) for at in zone.losses)
+    return sum(math.pow(0.5, age / rules.half_life_s) for age in ages)
