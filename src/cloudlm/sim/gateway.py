@@ -16,6 +16,7 @@ from cloudlm.core.chat import Usage
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import Overloaded
 from cloudlm.core.price import FREE
+from cloudlm.core.routing import Policy
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.gateway.admission import Admission, Ticket
@@ -259,8 +260,10 @@ class SimGateway:
     def _choose(
         self, request: Request, *, retrying: bool, among: Sequence[Endpoint] | None = None
     ) -> Endpoint | None:
-        chance = self._chance.random
         routing = self._spec.routing
+        draws = (0.0, 0.0)
+        if routing.policy is Policy.POWER_OF_TWO:
+            draws = (self._chance.random(), self._chance.random())
         return choose(
             self._picture.endpoints if among is None else among,
             self.loads,
@@ -270,7 +273,7 @@ class SimGateway:
             keys=request.keys,
             policy=routing.policy,
             session=request.arrival.session,
-            draws=(chance(), chance()),
+            draws=draws,
         )
 
     def _send(self, request: Request, endpoint: Endpoint) -> None:
