@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup check format docs starter native fuzz-gateway bench-engine bench-engine-peers bench-gateway clean
+.PHONY: demo test setup check format docs starter native fuzz-gateway bench-engine bench-engine-peers bench-gateway bench-fleet clean
 
 setup: $(DEV)
 
@@ -67,6 +67,10 @@ bench-engine-peers: setup
 
 bench-gateway: setup
 	@$(BIN)/python bench/gateway/run.py
+
+# Policies against each other in the simulator.
+bench-fleet: setup
+	@$(BIN)/python bench/fleet/run.py --record
 
 clean:
 	rm -rf $(VENV) out build dist

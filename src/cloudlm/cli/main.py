@@ -31,6 +31,7 @@ from cloudlm.cli import (
     roles,
     run,
     serve,
+    simulate,
     tenants,
     up,
     usage,
@@ -94,6 +95,7 @@ app.add_typer(policies.app, name="policies")
 login.add_to(app)
 app.add_typer(keys.app, name="keys")
 usage.add_to(app)
+simulate.add_to(app)
 app.add_typer(audit.app, name="audit")
 app.add_typer(cache.app, name="cache")
 app.add_typer(certificates.app, name="certificates")

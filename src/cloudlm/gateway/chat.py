@@ -369,6 +369,7 @@ class Handler:
                     relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
                     win()
+                    rooms.loads.computed(replica, turn)
                     rooms.loads.answered(replica)
                     headers = {"content-type": relay.content_type, **_STREAM_HEADERS}
                     return GatewayResponse(200, self._headers(exchange, headers), relay)

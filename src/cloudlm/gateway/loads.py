@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cloudlm.gateway.prefixes import Prefixes
+
+if TYPE_CHECKING:
+    from cloudlm.gateway.ranking import Ranking
 
 FIRST_DISTRUST_S = 1.0
 LONGEST_DISTRUST_S = 16.0
@@ -35,8 +38,8 @@ class ReplicaLoad:
     ``cooling_until`` is the end of the last ``Retry-After`` that it sent, ``suspect_until`` the end
     of the distrust that its last ``failures`` in a row earned it, ``probe`` the number of the
     request that tries it since (0: none). ``unreachable`` means that it took no connection.
-    ``blocks`` of prompts that it had not cached are in flight there. ``chosen_at`` and ``cold_at``
-    number the last choice of it, and the last for a prompt of which it knew nothing.
+    ``blocks`` of prompts that it had not cached are still to be computed there. ``chosen_at`` and
+    ``cold_at`` number the last choice of it, and the last for a prompt of which it knew nothing.
     """
 
     ongoing: int = 0
@@ -64,6 +67,11 @@ class Loads:
     def __init__(self) -> None:
         self._loads: dict[str, ReplicaLoad] = {}
         self._choices = 0
+        self._computing: set[int] = set()  # turns whose blocks are not computed yet
+        self.ranked: dict[str, Ranking] = {}
+        """The order of large deployments, by model; ``router`` makes them."""
+        self.ill: dict[str, None] = {}
+        """Who failed or asked for time, perhaps long ago; others certainly did not."""
         self.prefixes = Prefixes()
 
     def of(self, replica: str) -> ReplicaLoad:
@@ -79,20 +87,31 @@ class Loads:
         self.prefixes.note(replica, keys, now)
         blocks = len(keys) - known
         load.ongoing += 1
-        load.blocks += blocks
+        if blocks:
+            load.blocks += blocks
+            self._computing.add(self._choices)
         load.chosen_at = self._choices
         if keys and not known:
             load.cold_at = self._choices
         if load.failures and not load.probe:
             load.probe = self._choices
+        self._changed(replica)
         return Turn(blocks, self._choices)
+
+    def computed(self, replica: str, turn: Turn) -> None:
+        """The prompt of a request that ``begin`` counted is computed: its answer has begun."""
+        if turn.number in self._computing:
+            self._computing.remove(turn.number)
+            self._loads[replica].blocks -= turn.blocks
+            self._changed(replica)
 
     def end(self, replica: str, turn: Turn = NO_TURN) -> None:
         """Count the end of a request that ``begin`` counted."""
         load = self._loads[replica]
         assert load.ongoing > 0, f"request ended twice on {replica}"
         load.ongoing -= 1
-        load.blocks -= turn.blocks
+        self.computed(replica, turn)
+        self._changed(replica)
         if load.probe == turn.number:
             load.probe = 0
 
@@ -100,12 +119,14 @@ class Loads:
         """Avoid ``replica`` until ``until`` while there is another."""
         load = self._loads.setdefault(replica, ReplicaLoad())
         load.cooling_until = max(load.cooling_until, until)
+        self.ill[replica] = None
 
     def failed(self, replica: str, now: float, *, unreachable: bool = False) -> None:
         """Distrust ``replica`` for a while, twice as long with each failure in a row."""
         load = self._loads.setdefault(replica, ReplicaLoad())
         distrust_s = min(FIRST_DISTRUST_S * 2.0 ** min(load.failures, 30), LONGEST_DISTRUST_S)
         load.failures += 1
+        self.ill[replica] = None
         load.unreachable = unreachable
         self.prefixes.forget(replica)
         load.suspect_until = max(load.suspect_until, now + distrust_s)
@@ -122,9 +143,26 @@ class Loads:
     def keep_only(self, replicas: Container[str]) -> None:
         """Forget idle replicas that are no longer endpoints."""
         self.prefixes.keep_only(replicas)
+        self.ranked.clear()
         gone = [r for r, load in self._loads.items() if r not in replicas and not load.ongoing]
         for replica in gone:
             del self._loads[replica]
+            self.ill.pop(replica, None)
+
+    def not_well(self, now: float) -> set[str]:
+        """Who failed lately or asked for time."""
+        found: set[str] = set()
+        for replica in list(self.ill):
+            load = self.of(replica)
+            if load.cooling_until > now or load.suspect(now):
+                found.add(replica)
+            elif not load.failures:
+                del self.ill[replica]
+        return found
+
+    def _changed(self, replica: str) -> None:
+        for ranking in self.ranked.values():
+            ranking.touched[replica] = None
 
     def total(self, replicas: Iterable[str]) -> int:
         """Requests ongoing on these replicas together."""

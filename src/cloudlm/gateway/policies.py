@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.routing import Policy
-from cloudlm.gateway.loads import Loads
+from cloudlm.gateway.loads import Loads, ReplicaLoad
 
 REQUEST_BLOCKS = 4.0
 """What a request in flight costs beside its prompt, in blocks: its answer's steps."""
@@ -34,14 +34,19 @@ class Facts(NamedTuple):
 Decider = Callable[[Sequence[Endpoint], Loads, Facts], Endpoint]
 
 
+def load_cost(load: ReplicaLoad) -> float:
+    """What one more request would wait for at a replica, in blocks, besides its own prompt."""
+    return load.blocks + (load.ongoing + 1) * REQUEST_BLOCKS
+
+
 def least_cost(candidates: Sequence[Endpoint], loads: Loads, facts: Facts) -> Endpoint:
     """The one that would begin to answer soonest.
 
-    A replica's cost is one number: the part of the prompt that it has not cached, plus what this
-    gateway has in flight there, divided by its weight. Without long prompts that is the "least
-    outstanding requests" rule; with equal answers it is also round robin, because ties go to the
-    replica chosen least recently, and those of a long prompt that nobody knows to the replica that
-    was given such a one longest ago.
+    A replica's cost is one number: the part of the prompt that it has not cached, plus what it has
+    still to compute of others' prompts, plus its requests in flight, divided by its weight. Without
+    long prompts that is the "least outstanding requests" rule; with equal answers it is also round
+    robin, because ties go to the replica chosen least recently, and those of a long prompt that
+    nobody knows to the replica that was given such a one longest ago.
     """
     keys, now, of, known_of = facts.keys, facts.now, loads.of, loads.prefixes.known
     best = candidates[0]
@@ -49,8 +54,7 @@ def least_cost(candidates: Sequence[Endpoint], loads: Loads, facts: Facts) -> En
     for endpoint in candidates:
         load = of(endpoint.replica)
         known = known_of(endpoint.replica, keys, now) if keys else 0
-        work = len(keys) - known + load.blocks + (load.ongoing + 1) * REQUEST_BLOCKS
-        cost = work / endpoint.weight
+        cost = (len(keys) - known + load_cost(load)) / endpoint.weight
         if cost > least:
             continue
         last = load.chosen_at if known or not keys else load.cold_at

@@ -39,6 +39,7 @@ class Prefixes:
         self._kept_blocks = kept_blocks
         self._kept_s = kept_s
         self._seen: dict[str, OrderedDict[bytes, float]] = {}
+        self._holders: dict[bytes, tuple[str, ...]] = {}  # of beginnings, who was given them
 
     def known(self, replica: str, keys: Sequence[bytes], now: float) -> int:
         """How many of the first blocks ``replica`` was given and may still have."""
@@ -57,17 +58,33 @@ class Prefixes:
         if not keys:
             return
         seen = self._seen.setdefault(replica, OrderedDict())
+        if keys[0] not in seen:
+            self._holders[keys[0]] = (*self._holders.get(keys[0], ()), replica)
         for key in reversed(keys[: self._kept_blocks]):
             seen[key] = now
             seen.move_to_end(key)
         while len(seen) > self._kept_blocks:
-            seen.popitem(last=False)
+            self._drop(seen.popitem(last=False)[0], replica)
+
+    def holders(self, beginning: bytes) -> tuple[str, ...]:
+        """Who was given prompts of this first block, and may still have it: nobody else has."""
+        return self._holders.get(beginning, ())
 
     def forget(self, replica: str) -> None:
         """``replica`` failed: whatever comes after it has an empty cache."""
-        self._seen.pop(replica, None)
+        for key in self._seen.pop(replica, ()):
+            self._drop(key, replica)
 
     def keep_only(self, replicas: Container[str]) -> None:
         """Forget replicas that are no longer endpoints."""
         for replica in [replica for replica in self._seen if replica not in replicas]:
-            del self._seen[replica]
+            self.forget(replica)
+
+    def _drop(self, key: bytes, replica: str) -> None:
+        held = self._holders.get(key)
+        if held is not None and replica in held:
+            left = tuple(one for one in held if one != replica)
+            if left:
+                self._holders[key] = left
+            else:
+                del self._holders[key]

@@ -9,12 +9,13 @@ takes no connection is not there and counts for neither.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.routing import Policy
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.policies import DECIDERS, Facts
+from cloudlm.gateway.ranking import RANKED, RANKED_FROM, Ranking
 
 PANIC_SHARE = 0.5
 """Envoy's default, docs/root/intro/arch_overview/upstream/load_balancing/panic_threshold."""
@@ -25,7 +26,7 @@ def choose(
     loads: Loads,
     now: float,
     *,
-    tried: Container[str] = (),
+    tried: Collection[str] = (),
     retrying: bool = False,
     keys: Sequence[bytes] = (),
     policy: Policy = Policy.LEAST_COST,
@@ -37,10 +38,38 @@ def choose(
     ``keys`` are the prompt's blocks, ``session`` whom it belongs to (empty: nobody known), and
     ``draws`` two numbers drawn evenly from 0 to below 1, for ``power_of_two``.
     """
+    facts = Facts(now, keys, session, draws)
+    if len(endpoints) >= RANKED_FROM and policy in RANKED and isinstance(endpoints, tuple):
+        found = _ranked_choice(endpoints, loads, tried, policy, facts)
+        if found is not None:
+            return found
     candidates = eligible(endpoints, loads, now, tried=tried, retrying=retrying)
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    return DECIDERS[policy](candidates, loads, Facts(now, keys, session, draws))
+    return DECIDERS[policy](candidates, loads, facts)
+
+
+def _ranked_choice(
+    endpoints: tuple[Endpoint, ...],
+    loads: Loads,
+    tried: Collection[str],
+    policy: Policy,
+    facts: Facts,
+) -> Endpoint | None:
+    """The same choice in a large fleet most of which is well, without looking at everybody; None
+    if it must be looked at."""
+    model = endpoints[0].model
+    ranking = loads.ranked.get(model)
+    if ranking is None or ranking.endpoints is not endpoints:
+        ranking = loads.ranked[model] = Ranking(endpoints)
+    if not ranking.even:
+        return None
+    but = loads.not_well(facts.now)
+    but.update(tried)
+    # With so few left out there is no panic, and there are others who are well.
+    if len(but) > len(endpoints) // 4:
+        return None
+    return RANKED[policy](ranking, loads, facts, but)
 
 
 def eligible(

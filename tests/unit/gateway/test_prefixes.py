@@ -140,3 +140,48 @@ async def test_the_answer_says_how_it_was_routed(kit: Any) -> None:
         assert again.headers["x-cloudlm-replica"] == first.headers["x-cloudlm-replica"]
         assert again.headers["x-cloudlm-route"] == "least-cost; known=14"
         rig.assert_nothing_open()
+
+
+def test_a_prompt_that_is_computed_is_no_longer_in_the_way() -> None:
+    """A replica that writes an answer to a long prompt is as free as one that wrote to a short
+    one; until its answer begins it is not."""
+    loads, endpoints = Loads(), fleet(2)
+    keys = block_keys(LONG, "t")
+    turn = loads.begin("r0", keys, 0.0)
+    for _ in range(2):
+        loads.begin("r1", (), 0.0)
+    found = choose(endpoints, loads, 0.0)
+    assert found is not None and found.replica == "r1"
+    loads.computed("r0", turn)
+    found = choose(endpoints, loads, 0.0)
+    assert found is not None and found.replica == "r0"
+    loads.computed("r0", turn)  # once is enough
+    loads.end("r0", turn)
+    assert loads.of("r0").blocks == loads.of("r0").ongoing == 0
+
+
+async def test_a_stream_that_has_begun_has_no_prompt_to_be_computed(kit: Any) -> None:
+    async with kit.open_rig(replicas=1) as rig:
+        rig.replicas[0].default = kit.Plan(tokens=3, stall_at=2)
+        messages = [{"role": "user", "content": "word " * 3000}]
+        body = kit.chat_body(messages=messages, stream=True)
+        response = await rig.gateway.handler.handle(rig.request(body))
+        load = next(iter(rig.gateway.handler._rooms.loads._loads.values()))
+        assert (load.ongoing, load.blocks) == (1, 0)
+        await response.body.aclose()
+        rig.assert_nothing_open()
+
+
+def test_who_holds_a_beginning_is_known() -> None:
+    prefixes, keys = Prefixes(kept_blocks=4), block_keys(LONG, "t")[:3]
+    prefixes.note("a", keys, 0.0)
+    prefixes.note("b", keys, 0.0)
+    assert prefixes.holders(keys[0]) == ("a", "b")
+    assert prefixes.holders(keys[1]) == ()  # it begins no prompt
+    prefixes.note("a", [b"1", b"2", b"3", b"4"], 1.0)  # pushes the others out
+    assert prefixes.holders(keys[0]) == ("b",)
+    prefixes.keep_only({"a"})
+    assert prefixes.holders(keys[0]) == ()
+    assert prefixes._holders.keys() == {b"1"}
+    prefixes.forget("a")
+    assert not prefixes._holders

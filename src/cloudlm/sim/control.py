@@ -1,0 +1,191 @@
+"""Control in virtual time: one pass after the other, with the deciders of ``control.reconcile``.
+
+What a pass does is what the reconciler does: read the demand, ask the autoscaler, ask the plan,
+withdraw endpoints before replicas stop, and let nothing stop before it is drained. A crash loses
+everything but what is written down. Must not decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from cloudlm.control.autoscale import ScaleMemory, autoscale
+from cloudlm.control.drain import Drains
+from cloudlm.control.plan import Action, Apply, Plan, plan
+from cloudlm.control.probe import UNREACHABLE, ProbeRecord, Sample, Verdict, judge
+from cloudlm.control.reconcile import DEMAND_FRESH_S
+from cloudlm.core.deployment import (
+    Demand,
+    Deployment,
+    DeploymentSpec,
+    Endpoint,
+    GroupObservation,
+    ReplicaState,
+)
+from cloudlm.core.settings import ControlSettings
+from cloudlm.gateway.view import POLL_INTERVAL_S
+from cloudlm.sim.fleet import Fleet, Unit
+from cloudlm.sim.state import SimState
+from cloudlm.sim.timeline import Timeline, WallClock
+
+Autoscaler = Callable[
+    [DeploymentSpec, Sequence[Demand], int, ScaleMemory, float], tuple[int, ScaleMemory]
+]
+"""As ``control.autoscale.autoscale``."""
+
+
+def fixed(
+    spec: DeploymentSpec,
+    demand: Sequence[Demand],
+    current: int,
+    memory: ScaleMemory,
+    now: float,
+) -> tuple[int, ScaleMemory]:
+    """No autoscaler: as many as the spec allows, always."""
+    return spec.max_replicas, memory
+
+
+AUTOSCALERS: Mapping[str, Autoscaler] = {"default": autoscale, "fixed": fixed}
+"""By the name that a scenario gives. ``default`` is what production runs."""
+
+
+class SimControl:
+    """One control process. ``ready`` are the replicas that it would send requests to."""
+
+    def __init__(
+        self,
+        spec: DeploymentSpec,
+        autoscaler: Autoscaler,
+        settings: ControlSettings,
+        timeline: Timeline,
+        state: SimState,
+        fleet: Fleet,
+    ) -> None:
+        self._deployment = Deployment(spec)
+        self._autoscaler = autoscaler
+        self._settings = settings
+        self._timeline = timeline
+        self._state = state
+        self._fleet = fleet
+        self.clock = WallClock(timeline)
+        self.down = False
+        self.wanted = 0
+        self.ready = 0
+        self.passes = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """The process was lost, and with it all that it remembered."""
+        self._scale: tuple[int, ScaleMemory] | None = None
+        self._drains = Drains(self._settings.drain_timeout_s)
+        self._records: dict[str, tuple[int, ProbeRecord]] = {}
+
+    def run(self) -> None:
+        """One pass, and the next one after the interval."""
+        self._timeline.after(self._settings.reconcile_interval_s, self.run)
+        if not self.down and not self._state.down:
+            self.step()
+
+    def step(self) -> None:
+        """One pass over everything."""
+        self.passes += 1
+        now = self._timeline.now
+        spec = self._deployment.spec
+        groups = self._fleet.observe()
+        ready, busy, stalled = self._look(groups)
+        for unit in stalled:
+            self._fleet.crash(unit)  # control has it stopped; its driver starts it again
+        demand = self._state.list_demand(self.clock.now() - DEMAND_FRESH_S)
+        current, memory = self._scale or (self._state.wanted, ScaleMemory())
+        wanted, memory = self._autoscaler(spec, demand, current, memory, now)
+        self._scale = wanted, memory
+        self._state.wanted = self.wanted = wanted
+        step = plan(self._deployment, wanted, groups, ready, spec.model)
+        self._withdraw(groups, ready, step, now)
+        for action in step.actions:
+            if self._drains.done(action.leaving, busy, now):
+                self._carry_out(action)
+
+    def _look(
+        self, groups: Sequence[GroupObservation]
+    ) -> tuple[set[str], Mapping[str, int], list[Unit]]:
+        """Which replicas answer, what they have to do, and which stand still."""
+        ready: set[str] = set()
+        busy: dict[str, int] = {}
+        stalled: list[Unit] = []
+        now = self._timeline.now
+        for group in groups:
+            for replica in group.replicas:
+                unit = self._fleet.units[replica.id]
+                serving = unit.serving
+                if serving is None:
+                    continue
+                well = not serving.paused and unit.cut_until <= now
+                if well and unit.id not in self._records:
+                    ready.add(unit.id)  # what ``judge`` says of a replica without faults
+                else:
+                    verdict = self._judge(unit, well)
+                    if verdict is Verdict.STALLED:
+                        stalled.append(unit)
+                        continue
+                    if verdict is Verdict.READY:
+                        ready.add(unit.id)
+                if unit.cut_until <= now:
+                    busy[unit.id] = serving.running + serving.waiting
+                if replica.state is ReplicaState.DRAINING:
+                    ready.discard(unit.id)
+        self.ready = len(ready)
+        return ready, busy, stalled
+
+    def _judge(self, unit: Unit, well: bool) -> Verdict:
+        """What the production rule makes of a replica that has or had a fault."""
+        assert unit.serving is not None
+        now = self._timeline.now
+        life, record = self._records.get(unit.id, (unit.life, None))
+        if record is None or life != unit.life:
+            record = ProbeRecord(now, unit.serving.steps, answered=True, verdict=Verdict.READY)
+        sample = Sample(
+            reachable=True,
+            ready=True,
+            steps=unit.serving.steps,
+            running=unit.serving.running,
+            waiting=unit.serving.waiting,
+        )
+        if unit.cut_until > now:
+            sample = UNREACHABLE
+        record = judge(record, sample, now, self._settings.stall_timeout_s)
+        self._records[unit.id] = unit.life, record
+        if well and record.verdict is Verdict.READY:
+            del self._records[unit.id]
+        return record.verdict
+
+    def _withdraw(
+        self,
+        groups: Sequence[GroupObservation],
+        ready: set[str],
+        step: Plan,
+        now: float,
+    ) -> None:
+        """Write the endpoints, and note who is on the way out."""
+        name = self._deployment.spec.name
+        leaving = step.leaving
+        known = {one.replica: one for one in self._state.endpoints}
+        endpoints = tuple(
+            known.get(replica.id)
+            or Endpoint(name, replica.id, replica.url or "", group.spec.revision)
+            for group in groups
+            if group.spec is not None
+            for replica in group.replicas
+            if replica.id in ready and replica.id not in leaving
+        )
+        among = {replica.id for group in groups for replica in group.replicas}
+        self._drains.note(among, leaving, known, now)
+        self._drains.keep_only(among)
+        if endpoints != self._state.endpoints:
+            self._state.put_endpoints(endpoints, POLL_INTERVAL_S)
+
+    def _carry_out(self, action: Action) -> None:
+        if isinstance(action, Apply):
+            self._fleet.apply(action.spec)
+        else:
+            self._fleet.delete(action.name)

@@ -1,0 +1,264 @@
+"""What runs out there: the replicas of groups, in zones that cost money and can be lost.
+
+Plays the part of a driver and of the machines behind it: it starts what is applied, restarts what
+dies with the back-off of our guards, and tells the observations that control reads. Must not decide
+how many there are: control does, by the production code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, ReplicaState
+from cloudlm.sim.figures import Figures
+from cloudlm.sim.replica import Listener, SimReplica, Work
+from cloudlm.sim.timeline import EPOCH, Timeline
+
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+STABLE_S = 60.0
+NO_ROOM_RETRY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """A place for replicas. ``price_per_hour`` of one, in any currency; ``most`` it has room for
+    (0: no bound)."""
+
+    name: str
+    price_per_hour: float = 0.0
+    most: int = 0
+
+
+Placer = Callable[[Sequence[Zone], Mapping[str, int]], Zone | None]
+"""Chooses a zone out of those that are up, told how many replicas each has."""
+
+
+def spread(zones: Sequence[Zone], counts: Mapping[str, int]) -> Zone | None:
+    """The zone with the fewest replicas that has room, the first of equals."""
+    return min(_free(zones, counts), key=lambda zone: counts.get(zone.name, 0), default=None)
+
+
+def cheapest(zones: Sequence[Zone], counts: Mapping[str, int]) -> Zone | None:
+    """The cheapest zone that has room, the first of equals."""
+    return min(_free(zones, counts), key=lambda zone: zone.price_per_hour, default=None)
+
+
+def _free(zones: Sequence[Zone], counts: Mapping[str, int]) -> list[Zone]:
+    return [zone for zone in zones if not zone.most or counts.get(zone.name, 0) < zone.most]
+
+
+PLACERS: Mapping[str, Placer] = {"spread": spread, "cheapest": cheapest}
+
+
+class Unit:
+    """One replica of a group over all its lives. ``serving`` is the process of this life once it
+    answers; ``open`` is what gateways have in flight there."""
+
+    __slots__ = (
+        "began_at",
+        "billed_from",
+        "cut_until",
+        "draining",
+        "failures",
+        "id",
+        "life",
+        "open",
+        "serving",
+        "state",
+        "zone",
+    )
+
+    def __init__(self, unit_id: str, now: float) -> None:
+        self.id = unit_id
+        self.zone: Zone | None = None
+        self.serving: SimReplica | None = None
+        self.state = ReplicaState.STARTING
+        self.life = 0
+        self.failures = 0
+        self.began_at = now
+        self.billed_from = -1.0
+        self.cut_until = -1.0  # no gateway reaches it before
+        self.draining = False  # its machine is about to be taken away
+        self.open: dict[Work, None] = {}
+
+
+class Fleet:
+    """All groups. ``on_lost`` is told of every attempt whose process died, and how many tokens it
+    had by then."""
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        figures: Figures,
+        zones: Sequence[Zone],
+        placer: Placer,
+        listener: Listener,
+        on_lost: Callable[[Work, int], None],
+    ) -> None:
+        self._timeline = timeline
+        self._figures = figures
+        self._zones = tuple(zones)
+        self._placer = placer
+        self._listener = listener
+        self._on_lost = on_lost
+        self._groups: dict[str, tuple[GroupSpec, dict[str, Unit]]] = {}
+        self._seen: list[GroupObservation] | None = None
+        self.units: dict[str, Unit] = {}
+        self.closed: set[str] = set()
+        """Zones that are lost at this moment."""
+        self.start_factor = 1.0
+        self.at_once = False
+        """Whether replicas start in no time: what runs already when a simulation begins."""
+        self.replica_s = 0.0
+        self.money = 0.0
+        self.cached_tokens = 0
+        self.prompt_tokens = 0
+
+    # As a driver ---------------------------------------------------------------------------------
+
+    def observe(self) -> list[GroupObservation]:
+        """Every group as a driver would tell it."""
+        if self._seen is None:
+            self._seen = [
+                GroupObservation(name, spec, tuple(_observed(unit) for unit in units.values()))
+                for name, (spec, units) in self._groups.items()
+            ]
+        return self._seen
+
+    def apply(self, spec: GroupSpec) -> None:
+        """Start and stop replicas until the group has those that ``spec`` asks for."""
+        self._seen = None
+        _, units = self._groups.get(spec.name, (spec, {}))
+        self._groups[spec.name] = spec, units
+        for number in range(len(units), spec.replicas):
+            unit = Unit(f"{spec.name}-{number}", self._timeline.now)
+            units[unit.id] = self.units[unit.id] = unit
+            self._place(unit, unit.life)
+        while len(units) > spec.replicas:
+            self._stop(units.popitem()[1])
+
+    def delete(self, name: str) -> None:
+        """Stop a group."""
+        self._seen = None
+        _, units = self._groups.pop(name)
+        for unit in units.values():
+            self._stop(unit)
+
+    # Lives ---------------------------------------------------------------------------------------
+
+    def _place(self, unit: Unit, life: int) -> None:
+        """Find a machine and start there; without one, ask again later."""
+        if unit.id not in self.units or unit.life != life or unit.billed_from >= 0:
+            return
+        counts: dict[str, int] = {}
+        for other in self.units.values():
+            if other.zone is not None:
+                counts[other.zone.name] = counts.get(other.zone.name, 0) + 1
+        up = [zone for zone in self._zones if zone.name not in self.closed]
+        unit.zone = self._placer(up, counts)
+        if unit.zone is None:
+            self._set(unit, ReplicaState.BACKOFF)
+            self._timeline.after(NO_ROOM_RETRY_S, self._place, unit, life)
+            return
+        unit.began_at = unit.billed_from = self._timeline.now
+        self._set(unit, ReplicaState.STARTING)
+        start_s = 0.0 if self.at_once else self._figures.start_s * self.start_factor
+        self._timeline.after(start_s, self._started, unit, life)
+
+    def _started(self, unit: Unit, life: int) -> None:
+        if unit.life != life or unit.id not in self.units:
+            return
+        unit.serving = SimReplica(self._timeline, self._figures, self._listener)
+        self._set(unit, ReplicaState.READY)
+
+    def _stop(self, unit: Unit) -> None:
+        del self.units[unit.id]
+        unit.state = ReplicaState.STOPPED
+        self._end(unit)
+
+    def _end(self, unit: Unit) -> None:
+        """Its process ends: what was in flight there is lost."""
+        unit.life += 1
+        self._bill(unit)
+        unit.billed_from = -1.0
+        unit.zone = None
+        unit.draining = False
+        serving, unit.serving = unit.serving, None
+        if serving is None:
+            return
+        lost = [(work, serving.produced(work)) for work in unit.open]
+        unit.open = {}
+        serving.pause()
+        self._count(serving)
+        for work, produced in lost:
+            self._on_lost(work, produced)
+
+    def _set(self, unit: Unit, state: ReplicaState) -> None:
+        unit.state = state
+        self._seen = None
+
+    # Faults --------------------------------------------------------------------------------------
+
+    def crash(self, unit: Unit) -> None:
+        """Its process or machine dies; it starts again after its back-off, wherever there is
+        room."""
+        if unit.billed_from < 0:
+            return  # nothing runs
+        if self._timeline.now - unit.began_at >= STABLE_S:
+            unit.failures = 0
+        unit.failures += 1
+        pause_s = min(FIRST_BACKOFF_S * 2.0 ** (unit.failures - 1), LONGEST_BACKOFF_S)
+        self._end(unit)
+        self._set(unit, ReplicaState.BACKOFF)
+        self._timeline.after(pause_s, self._place, unit, unit.life)
+
+    def warn(self, unit: Unit, notice_s: float) -> None:
+        """Its machine will be taken away: it drains, and dies then."""
+        unit.draining = True
+        self._set(unit, ReplicaState.DRAINING)
+        self._timeline.after(notice_s, self._take_away, unit, unit.life)
+
+    def _take_away(self, unit: Unit, life: int) -> None:
+        if unit.life == life and unit.id in self.units:
+            self.crash(unit)
+
+    def close(self, zone: str) -> None:
+        """A zone is lost with all that runs there."""
+        self.closed.add(zone)
+        for unit in [u for u in self.units.values() if u.zone is not None and u.zone.name == zone]:
+            self.crash(unit)
+
+    def open(self, zone: str) -> None:
+        self.closed.discard(zone)
+
+    # Accounts ------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Count what runs until now."""
+        for unit in self.units.values():
+            self._bill(unit)
+            if unit.serving is not None:
+                self._count(unit.serving)
+
+    def _bill(self, unit: Unit) -> None:
+        if unit.billed_from >= 0 and unit.zone is not None:
+            ran_s = self._timeline.now - unit.billed_from
+            self.replica_s += ran_s
+            self.money += ran_s / 3600.0 * unit.zone.price_per_hour
+            unit.billed_from = self._timeline.now
+
+    def _count(self, serving: SimReplica) -> None:
+        self.cached_tokens += serving.cached_tokens
+        self.prompt_tokens += serving.prompt_tokens
+
+
+def _observed(unit: Unit) -> Replica:
+    return Replica(
+        id=unit.id,
+        state=unit.state,
+        url=f"sim://{unit.id}",
+        restarts=unit.life,
+        started_at=EPOCH + unit.began_at,
+    )

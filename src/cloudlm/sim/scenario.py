@@ -1,0 +1,216 @@
+"""Reads a scenario: a YAML file of traffic, replicas, zones, faults and the policies to compare.
+
+Every fault of the file names its field, what was expected and what to do. Paths in it are relative
+to the file. Must not simulate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.fields import Fields
+from cloudlm.core.settings import ControlSettings, GatewaySettings
+from cloudlm.core.wire import spec_from_body
+from cloudlm.sim.control import AUTOSCALERS
+from cloudlm.sim.faults import Fault, FaultKind, check_fault, drawn_faults
+from cloudlm.sim.figures import Figures, bundled, read_figures
+from cloudlm.sim.fleet import PLACERS, Zone
+from cloudlm.sim.measure import ServiceLevel
+from cloudlm.sim.scenario_traffic import named, read_traffic
+from cloudlm.sim.simulation import Policy, Setting
+from cloudlm.sim.traffic import Arrival
+
+MAX_SCENARIO_BYTES = 1_000_000
+DEPLOYMENT = {"name": "simulated", "model": "models:/simulated/1"}
+"""What a policy's deployment may leave out: it is never really run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """``arrivals`` gives the same requests each time it is called."""
+
+    name: str
+    setting: Setting
+    policies: tuple[Policy, ...]
+    arrivals: Callable[[], Iterator[Arrival]]
+
+
+def read_scenario(path: Path, *, seed: int | None = None) -> Scenario:
+    """A scenario out of a file; ``seed`` instead of its own. Raises InvalidRequest."""
+    try:
+        if path.stat().st_size > MAX_SCENARIO_BYTES:
+            raise InvalidRequest(f"{path} is too large for a scenario")
+        body = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the scenario {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InvalidRequest(f"{path} is no YAML: {error}") from None
+    try:
+        return _scenario(body, path, seed)
+    except InvalidRequest as error:
+        raise type(error)(f"{path}: {error.message}", param=error.param) from None
+
+
+def _scenario(body: Any, path: Path, seed: int | None) -> Scenario:
+    top = Fields(body, "a scenario")
+    own_seed = top.integer("seed", 0)
+    seed = own_seed if seed is None else seed
+    zones = tuple(_zone(one) for one in top.items("zones", [{"name": "zone"}]))
+    if not zones:
+        raise InvalidRequest("zones must name at least one", param="zones")
+    traffic = top.mapping("traffic")
+    duration_s = Fields(traffic, "traffic").number("duration_s", 3600.0, low=0.0)
+    setting = Setting(
+        figures=_figures(top.mapping("replica", {}), path.parent),
+        zones=zones,
+        level=_level(top.mapping("service_level", {})),
+        faults=_faults(top, seed, duration_s, [zone.name for zone in zones]),
+        gateway=_settings(GatewaySettings, top.mapping("gateway", {}), "gateway"),
+        control=_settings(ControlSettings, top.mapping("control", {}), "control"),
+        gateways=top.integer("gateways", 1, low=1, high=256),
+        warm=top.flag("warm", True),
+        seed=seed,
+    )
+    common = top.mapping("deployment", {})
+    policies = tuple(_policy(one, common) for one in top.items("policies", [{"name": "default"}]))
+    names = [one.name for one in policies]
+    if not names or len(set(names)) < len(names):
+        raise InvalidRequest("policies must be at least one, each with its own name")
+    name = top.text("name", path.stem)
+    top.end()
+    return Scenario(name, setting, policies, read_traffic(traffic, path.parent, seed))
+
+
+# The parts ---------------------------------------------------------------------------------------
+
+
+def _zone(body: Any) -> Zone:
+    given = Fields(body, "a zone", path="zones.")
+    zone = Zone(
+        given.text("name", low=1, max_length=64),
+        given.number("price_per_hour", 0.0, low=0.0, high=1e6),
+        given.integer("most", 0, low=0),
+    )
+    given.end()
+    return zone
+
+
+def _figures(body: dict[str, Any], folder: Path) -> Figures:
+    given = Fields(body, "replica", path="replica.")
+    file = given.optional_text("file")
+    known = read_figures(folder / file) if file else bundled()
+    name = given.text("figures", next(iter(known), ""))
+    if name not in known:
+        raise InvalidRequest(
+            f"replica.figures {name[:80]!r} is unknown; there are {', '.join(known)}",
+            param="replica.figures",
+        )
+    found = known[name]
+    speed = given.number("speed", 1.0, low=1e-6, high=1e6)
+    changed = replace(
+        found.faster(speed),
+        slots=given.integer("slots", found.slots, low=1, high=100_000),
+        batch_tokens=given.integer("batch_tokens", found.batch_tokens, low=1),
+        cache_tokens=given.integer("cache_tokens", found.cache_tokens, low=1),
+        max_waiting=given.integer("max_waiting", found.max_waiting, low=0),
+        start_s=given.number("start_s", found.start_s, low=0.0, high=86_400.0),
+        prefix_cache=given.flag("prefix_cache", True),
+    )
+    given.end()
+    return changed
+
+
+def _level(body: dict[str, Any]) -> ServiceLevel:
+    given = Fields(body, "service_level", path="service_level.")
+    usual = ServiceLevel()
+    level = ServiceLevel(
+        **{
+            one.name: given.number(one.name, getattr(usual, one.name), low=0.0)
+            for one in fields(ServiceLevel)
+        }
+    )
+    given.end()
+    return level
+
+
+def _settings(kind: type[Any], body: dict[str, Any], what: str) -> Any:
+    """Settings of a process, as its own file would have them."""
+    given = Fields(body, what, path=f"{what}.")
+    found: dict[str, Any] = {}
+    for one in fields(kind):
+        if one.name not in given:
+            continue
+        value = given.raw(one.name)
+        low, high = one.metadata.get("low"), one.metadata.get("high")
+        if isinstance(one.default, bool) or not isinstance(one.default, int | float):
+            raise InvalidRequest(
+                f"{what}.{one.name} makes no difference to a simulation; leave it out",
+                param=f"{what}.{one.name}",
+            )
+        low, high = -1e15 if low is None else low, 1e15 if high is None else high
+        value = given.number(one.name, low=low, high=high)
+        found[one.name] = int(value) if isinstance(one.default, int) else value
+    for one in fields(kind):
+        given.raw(one.name, None)
+    given.end()
+    return kind(**found)
+
+
+def _policy(body: Any, common: dict[str, Any]) -> Policy:
+    given = Fields(body, "a policy", path="policies.")
+    own = given.mapping("deployment", {})
+    name = given.text("name", low=1, max_length=64)
+    policy = Policy(
+        name,
+        spec_from_body({**DEPLOYMENT, **common, **own}),
+        named(given, "autoscaler", "default", AUTOSCALERS),
+        named(given, "placement", "spread", PLACERS),
+    )
+    given.end()
+    return policy
+
+
+# Faults ------------------------------------------------------------------------------------------
+
+
+def _faults(top: Fields, seed: int, duration_s: float, zones: list[str]) -> tuple[Fault, ...]:
+    scripted = [check_fault(_fault(one), zones) for one in top.items("faults", ())]
+    rates = top.mapping("faults_per_hour", {})
+    per_hour: dict[FaultKind, float] = {}
+    given = Fields(rates, "faults_per_hour", path="faults_per_hour.")
+    for kind in FaultKind:
+        if kind.value in given:
+            per_hour[kind] = given.number(kind.value, low=0.0, high=3600.0)
+    given.end()
+    found = drawn_faults(Random(f"{seed} faults"), per_hour, duration_s, zones)
+    return tuple(sorted([*scripted, *found], key=lambda one: one.at))
+
+
+def _fault(body: Any) -> Fault:
+    given = Fields(body, "a fault", path="faults.")
+    kind = given.choice("kind", FaultKind)
+    usual = Fault(kind, 0.0)
+    found: dict[str, Any] = {"at": given.number("at", low=0.0)}
+    for one in fields(Fault):
+        value = getattr(usual, one.name)
+        if one.name in found or one.name == "kind" or one.name not in given:
+            continue
+        if isinstance(value, str):
+            found[one.name] = given.text(one.name, max_length=64)
+        elif isinstance(value, int):
+            found[one.name] = given.integer(one.name, low=1)
+        else:
+            low = -1e9 if one.name == "jump_s" else 0.0
+            high = 1.0 if one.name in ("lost", "late", "doubled") else 1e9
+            found[one.name] = given.number(one.name, low=low, high=high)
+    for one in fields(Fault):
+        given.raw(one.name, None)
+    given.end()
+    return replace(usual, **found)

@@ -1,0 +1,78 @@
+"""The shared state in virtual time: what gateways report and control writes, and messages that go
+astray on the way.
+
+Keeps the rules of the port ``state.base.State`` that matter here: a report replaces what the same
+gateway said before, whenever it was measured; while the store is down nothing is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from cloudlm.core.deployment import Demand, Endpoint
+from cloudlm.sim.timeline import Timeline
+
+
+@dataclass(slots=True)
+class Trouble:
+    """What happens to reports on their way: shares from 0 to 1, and how late the late ones are."""
+
+    lost: float = 0.0
+    late: float = 0.0
+    doubled: float = 0.0
+    delay_s: float = 5.0
+
+
+class SimState:
+    """``down`` while the store cannot be reached. ``wanted`` is what the last control recorded in
+    the deployment's status."""
+
+    def __init__(self, timeline: Timeline, chance: Random) -> None:
+        self._timeline = timeline
+        self._chance = chance
+        self._demand: dict[tuple[str, str], Demand] = {}
+        self._followers: list[Callable[[tuple[Endpoint, ...]], None]] = []
+        self.endpoints: tuple[Endpoint, ...] = ()
+        self.wanted = 0
+        self.down = False
+        self.trouble = Trouble()
+
+    def follow(self, follower: Callable[[tuple[Endpoint, ...]], None]) -> None:
+        """Have somebody told of new endpoints, as gateways notice them (``gateway.view``)."""
+        self._followers.append(follower)
+
+    def put_endpoints(self, endpoints: tuple[Endpoint, ...], notice_s: float) -> None:
+        """Write the endpoints; who follows reads them ``notice_s`` later."""
+        self.endpoints = endpoints
+        self._timeline.after(notice_s, self._tell)
+
+    def tell_again(self) -> None:
+        """The store is back: who follows reads what it missed."""
+        self._tell()
+
+    def put_demand(self, rows: Sequence[Demand]) -> None:
+        """Reports of one gateway, unless they go astray."""
+        trouble, chance = self.trouble, self._chance
+        if trouble.lost and chance.random() < trouble.lost:
+            return
+        if trouble.late and chance.random() < trouble.late:
+            self._timeline.after(trouble.delay_s, self._take, rows)
+            return
+        self._take(rows)
+        if trouble.doubled and chance.random() < trouble.doubled:
+            self._timeline.after(trouble.delay_s, self._take, rows)
+
+    def list_demand(self, since: float) -> list[Demand]:
+        """Reports not older than ``since`` (wall time)."""
+        return [one for one in self._demand.values() if one.measured_at >= since]
+
+    def _take(self, rows: Sequence[Demand]) -> None:
+        if not self.down:
+            self._demand.update({(one.model, one.gateway): one for one in rows})
+
+    def _tell(self) -> None:
+        if not self.down:
+            for follower in self._followers:
+                follower(self.endpoints)

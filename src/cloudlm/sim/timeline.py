@@ -1,0 +1,68 @@
+"""Virtual time: a heap of what is to happen, done in order of time, then of being asked for.
+
+Must not read a real clock: an hour of a fleet takes as long as its events take to compute. Wall
+time, which dates reports, is told apart from the time that durations are measured in, so that a
+clock may jump as it does on machines.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from typing import Any
+
+EPOCH = 1_700_000_000.0
+"""The wall time at which every simulation begins, Unix seconds."""
+
+
+class Timeline:
+    """``now`` is seconds since the simulation began. What is asked for can not be taken back: who
+    asks looks at its own state again when it is called."""
+
+    __slots__ = ("_heap", "_order", "events", "now", "stopped")
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events = 0
+        self.stopped = False
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = 0
+
+    def at(self, time: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Do ``action`` at ``time``, seconds; what lies behind is done now."""
+        self._order += 1
+        now = self.now
+        heapq.heappush(self._heap, (time if time > now else now, self._order, action, arguments))
+
+    def after(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Do ``action`` in ``delay_s`` seconds."""
+        self.at(self.now + delay_s, action, *arguments)
+
+    def run(self, until: float = math.inf) -> None:
+        """Do everything up to ``until``, or until somebody sets ``stopped``."""
+        heap = self._heap
+        while heap and heap[0][0] <= until and not self.stopped:
+            self.now, _, action, arguments = heapq.heappop(heap)
+            action(*arguments)
+            self.events += 1
+
+
+class WallClock:
+    """One process's clock on a timeline (the port ``core.clock.Clock``, without waiting)."""
+
+    __slots__ = ("_timeline", "ahead_s")
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self.ahead_s = 0.0
+        """How far its wall time is wrong, seconds."""
+
+    def now(self) -> float:
+        return EPOCH + self._timeline.now + self.ahead_s
+
+    def monotonic(self) -> float:
+        return self._timeline.now
+
+    async def sleep(self, seconds: float) -> None:
+        raise NotImplementedError("nothing waits in virtual time: ask the timeline for a call")

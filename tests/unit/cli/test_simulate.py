@@ -1,0 +1,113 @@
+"""``cloudlm simulate``: table, JSON, page; figures out of measurements; the ledger as CSV."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cloudlm.cli.connect import open_local_state
+from cloudlm.core.tenant import LedgerRow, Outcome
+
+Ok = Callable[..., Any]
+
+SCENARIO = """
+name: small
+traffic: {source: poisson, rate: 2, duration_s: 30}
+replica: {speed: 20, start_s: 5}
+policies: [{name: one}, {name: two, deployment: {routing: {policy: least_load}}}]
+"""
+
+
+def scenario(folder: Path, text: str = SCENARIO) -> str:
+    path = folder / "scenario.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_policies_are_compared_in_a_table(ok: Ok, tmp_path: Path) -> None:
+    head, *rows = ok("simulate", scenario(tmp_path)).stdout.splitlines()
+    assert head.startswith("POLICY")
+    assert [row.split()[0] for row in rows] == ["one", "two"]
+
+
+def test_json_is_the_same_for_the_same_seed(ok: Ok, tmp_path: Path) -> None:
+    path = scenario(tmp_path)
+    first, second = (ok("simulate", path, "--json", "--seed", "4").stdout for _ in range(2))
+    assert first == second
+    body = json.loads(first)
+    assert body["seed"] == 4
+    assert body["policies"][0]["outcomes"] == {"finished": body["policies"][0]["requests"]}
+    assert ok("simulate", path, "--json", "--seed", "5").stdout != first
+
+
+def test_a_page_is_written(ok: Ok, cli: Ok, tmp_path: Path) -> None:
+    path = scenario(tmp_path)
+    page = tmp_path / "page.html"
+    ok("simulate", path, "--html", str(page))
+    assert page.read_text().startswith("<!doctype html>")
+    failed = cli("simulate", path, "--html", str(tmp_path / "no" / "page.html"))
+    assert failed.exit_code == 1
+
+
+def test_a_broken_scenario_is_a_plain_error(cli: Ok, tmp_path: Path) -> None:
+    done = cli("simulate", scenario(tmp_path, "traffic: {source: radio}"))
+    assert done.exit_code == 1
+
+
+def test_one_thing_at_a_time(cli: Ok, tmp_path: Path) -> None:
+    assert cli("simulate").exit_code == 2
+    assert cli("simulate", scenario(tmp_path), "--fit", "x.csv").exit_code == 2
+
+
+def test_measurements_become_figures_that_a_scenario_uses(ok: Ok, tmp_path: Path) -> None:
+    measured = tmp_path / "measured.csv"
+    measured.write_text(
+        "requests,prompt_tokens,cached_tokens,output_tokens,seconds\n"
+        "1,2048,0,1,0.5\n1,128,0,128,1.5\n16,256,0,128,3.2\n1,128,0,1,0.05\n"
+    )
+    text = ok("simulate", "--fit", str(measured), "--name", "ours").stdout
+    (figures,) = yaml.safe_load(text)["figures"]
+    assert figures["name"] == "ours"
+    (tmp_path / "ours.yaml").write_text(text)
+    body = SCENARIO.replace("{speed: 20, start_s: 5}", "{file: ours.yaml, figures: ours}")
+    ok("simulate", scenario(tmp_path, body))
+
+
+def test_the_ledger_is_exported_and_replayed(ok: Ok, tmp_path: Path) -> None:
+    async def write() -> None:
+        state, _ = await open_local_state()
+        rows = [
+            LedgerRow(
+                id=str(n),
+                request_id=str(n),
+                attempt=1,
+                tenant="acme",
+                key_id="secret-key",
+                model="m",
+                replica="r",
+                outcome=Outcome.FINISHED,
+                status=200,
+                prompt_tokens=100,
+                completion_tokens=10,
+                cached_tokens=0,
+                started_at=4e9 + n,
+                duration_s=1.0,
+            )
+            for n in range(20)
+        ]
+        await state.append_ledger(rows)
+        await state.close()
+
+    asyncio.run(write())
+    assert "secret-key" not in ok("simulate", "--export-ledger", "-").stdout
+    ok("simulate", "--export-ledger", str(tmp_path / "ledger.csv"))
+    body = SCENARIO.replace(
+        "{source: poisson, rate: 2, duration_s: 30}", "{source: ledger, file: ledger.csv}"
+    )
+    report = json.loads(ok("simulate", scenario(tmp_path, body), "--json").stdout)
+    assert report["policies"][0]["requests"] == 20
