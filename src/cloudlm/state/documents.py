@@ -28,6 +28,7 @@ from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaSt
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.job import Job
 from cloudlm.core.price import Price
+from cloudlm.core.rollout import Kind, Order, Rollout, Step, Strategy
 from cloudlm.core.routing import Policy, Routing
 
 DEMAND_KEPT_S = 3600.0
@@ -55,6 +56,8 @@ def load_spec(text: str) -> DeploymentSpec:
     body = _known(DeploymentSpec, load_object(text))
     if "routing" in body:
         body["routing"] = _load_routing(body["routing"])
+    if "rollout" in body:
+        body["rollout"] = _load_strategy(body["rollout"])
     if body.get("prices") is not None:
         body["prices"] = Price(**_known(Price, body["prices"]))
     return DeploymentSpec(**body)
@@ -65,6 +68,21 @@ def _load_routing(body: Any) -> Routing:
     if "policy" in known:
         known["policy"] = Policy(known["policy"])
     return Routing(**known)
+
+
+def _load_strategy(body: Any) -> Strategy:
+    known = _known(Strategy, body)
+    if "kind" in known:
+        known["kind"] = Kind(known["kind"])
+    if "steps" in known:
+        known["steps"] = tuple(Step(**_known(Step, entry)) for entry in known["steps"])
+    return Strategy(**known)
+
+
+def load_rollout(text: str) -> Rollout:
+    """A roll-out out of the JSON of its fields."""
+    body = _known(Rollout, load_object(text))
+    return Rollout(**{**body, "order": Order(body.get("order", ""))})
 
 
 def dump_replicas(replicas: Iterable[Replica]) -> str:
