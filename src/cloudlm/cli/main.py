@@ -27,6 +27,7 @@ from cloudlm.cli import (
     policies,
     principals,
     roles,
+    rollouts,
     run,
     serve,
     tenants,
@@ -81,6 +82,7 @@ demo.add_to(app)
 serve.add_to(app)
 run.add_to(app)
 deployments.add_to(app)
+app.add_typer(rollouts.app, name="rollout")
 app.add_typer(models.app, name="models")
 app.add_typer(tenants.tenants, name="tenants")
 app.add_typer(tenants.projects, name="projects")
