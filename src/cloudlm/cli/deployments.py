@@ -29,6 +29,7 @@ from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
+from cloudlm.core.rollout import Kind, Step, Strategy, longest_s
 from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
@@ -76,6 +77,13 @@ def deploy(
     policy: Annotated[
         Policy, typer.Option("--policy", help="How requests are spread over the replicas.")
     ] = Policy.LEAST_COST,
+    strategy: Annotated[
+        Kind, typer.Option("--strategy", help="How a new revision takes over.")
+    ] = Kind.ROLLING,
+    canary: Annotated[
+        str | None,
+        typer.Option("--canary", metavar="%:S,…", help="A canary's steps, such as 5:300,50:600."),
+    ] = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     wait: Wait = True,
@@ -99,9 +107,10 @@ def deploy(
             },
             adapters=read_adapters(adapter or []),
             routing=Routing(policy),
+            rollout=read_strategy(strategy, canary),
         )
         client.deployments.apply(spec)
-        _finish(client, [name], wait, json_output)
+        _finish(client, [name], wait, json_output, WAIT_S + longest_s(spec.rollout))
 
 
 def apply(
@@ -117,7 +126,8 @@ def apply(
         ready = [replace(spec, model=_registered(client, spec.model, spec.name)) for spec in specs]
         for spec in ready:
             client.deployments.apply(spec)
-        _finish(client, [spec.name for spec in ready], wait, json_output)
+        wait_s = WAIT_S + max(longest_s(spec.rollout) for spec in ready)
+        _finish(client, [spec.name for spec in ready], wait, json_output, wait_s)
 
 
 def status(
@@ -267,6 +277,25 @@ def read_adapters(pairs: list[str]) -> dict[str, str]:
     return adapters
 
 
+def read_strategy(kind: Kind, steps: str | None) -> Strategy:
+    """The strategy of the flags: ``5:300,50:600`` are percent and seconds of a canary's steps,
+    and mean one. Raises InvalidRequest."""
+    if steps is None:
+        return Strategy(kind)
+    if kind not in (Kind.ROLLING, Kind.CANARY):
+        raise InvalidRequest(f"--canary has nothing to say to --strategy {kind}")
+    found = []
+    for step in steps.split(","):
+        percent, _, seconds = step.partition(":")
+        try:
+            found.append(Step(float(percent), float(seconds)))
+        except ValueError:
+            raise InvalidRequest(
+                f"--canary {steps!r} must be PERCENT:SECONDS,…, such as 5:300,50:600"
+            ) from None
+    return Strategy(Kind.CANARY, steps=tuple(found))
+
+
 def read_specs(file: Path) -> list[DeploymentSpec]:
     """The deployments in a YAML file, ``-`` for standard input. Raises InvalidRequest naming the
     file and the fault."""
@@ -305,13 +334,15 @@ def _registered(client: Client, model: str, name: str) -> str:
     return str(job.result["model"])
 
 
-def _finish(client: Client, names: list[str], wait: bool, json_output: bool) -> None:
+def _finish(
+    client: Client, names: list[str], wait: bool, json_output: bool, wait_s: float = WAIT_S
+) -> None:
     """Wait until the deployments are ready, telling their state, then print them."""
     if wait:
         for name in names:
             with spinner(f"waiting for {name}") as update:
                 client.deployments.wait_ready(
-                    name, timeout_s=WAIT_S, on_status=lambda now: update(_progress_text(now))
+                    name, timeout_s=wait_s, on_status=lambda now: update(_progress_text(now))
                 )
     found = [client.deployments.get(name) for name in names]
     if json_output:

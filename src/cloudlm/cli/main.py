@@ -29,6 +29,7 @@ from cloudlm.cli import (
     policies,
     principals,
     roles,
+    rollouts,
     run,
     serve,
     simulate,
@@ -86,6 +87,7 @@ run.add_to(app)
 deployments.add_to(app)
 plan.add_to(app)
 app.add_typer(catalogue.app, name="catalogue")
+app.add_typer(rollouts.app, name="rollout")
 app.add_typer(models.app, name="models")
 app.add_typer(tenants.tenants, name="tenants")
 app.add_typer(tenants.projects, name="projects")

@@ -17,6 +17,7 @@ from cloudlm.client.asynchronous_access import (
     AsyncRoles,
     AsyncTenants,
 )
+from cloudlm.client.asynchronous_rollouts import AsyncRollouts
 from cloudlm.client.calls import Call, Pause, Program
 from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
 from cloudlm.core.clock import Clock, SystemClock
@@ -56,6 +57,7 @@ class AsyncClient:
         self._clock = clock or SystemClock()
         self.models = AsyncModels(self)
         self.deployments = AsyncDeployments(self)
+        self.rollouts = AsyncRollouts(self)
         self.tenants = AsyncTenants(self)
         self.projects = AsyncProjects(self)
         self.principals = AsyncPrincipals(self)

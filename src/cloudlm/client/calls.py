@@ -138,14 +138,22 @@ def wait_ready(
 ) -> Program[DeploymentView]:
     """Ask until the newest generation is ready, or asleep as it was asked to be.
 
-    Raises Unavailable if it failed or is being deleted, UpstreamTimeout if it takes too long.
+    Raises Unavailable if it failed, is being deleted or went back to an earlier revision,
+    UpstreamTimeout if it takes too long.
     """
+    asked: list[int] = []
 
     def done(view: DeploymentView) -> bool:
+        asked.append(view.deployment.revision)
         if view.status is not None and on_status is not None:
             on_status(view.status)
         if view.deployment.deleting:
             raise Unavailable(f"deployment {name!r} is being deleted")
+        if asked[-1] < asked[0]:
+            raise Unavailable(
+                f"revision {asked[0]} of {name!r} was rolled back; "
+                f"'cloudlm rollout history {name}' says why"
+            )
         if not view.settled:
             return False
         if view.phase is DeploymentPhase.FAILED:
@@ -162,7 +170,7 @@ def wait_ready(
             f"{ready} replicas ready{why}; see 'cloudlm logs {name}'"
         )
 
-    return (yield from _until(get_deployment(name), done, timeout_s, late))
+    return (yield from until(get_deployment(name), done, timeout_s, late))
 
 
 def wait_gone(name: str, timeout_s: float) -> Program[None]:
@@ -172,7 +180,7 @@ def wait_gone(name: str, timeout_s: float) -> Program[None]:
         return f"deployment {name!r} still exists after {timeout_s:g} s: {view.phase}"
 
     try:
-        yield from _until(get_deployment(name), lambda _view: False, timeout_s, late)
+        yield from until(get_deployment(name), lambda _view: False, timeout_s, late)
     except NotFound:
         return
 
@@ -212,7 +220,7 @@ def wait_job(
             f"{job.progress:.0%} {job.message}".rstrip()
         )
 
-    return (yield from _until(get_job(job_id), done, timeout_s, late))
+    return (yield from until(get_job(job_id), done, timeout_s, late))
 
 
 def list_drivers() -> Call[list[DriverEntry]]:
@@ -227,7 +235,7 @@ def usage(given: Mapping[str, str | None]) -> Call[list[UsageRow]]:
     return Call("GET", path_of("usage"), all_of(usage_from_body), query=query)
 
 
-def _until(
+def until(
     call: Call[T], done: Callable[[T], bool], timeout_s: float, late: Callable[[T], str]
 ) -> Program[T]:
     """Repeat a call with growing pauses until it is done."""

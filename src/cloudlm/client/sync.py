@@ -14,6 +14,7 @@ from cloudlm.client.access_calls import Place, Whoami
 from cloudlm.client.calls import Call, Pause, Program
 from cloudlm.client.connection import FOLLOW_TIMEOUT, TIMEOUT, Connection
 from cloudlm.client.sync_access import Keys, Principals, Projects, Roles, Tenants
+from cloudlm.client.sync_rollouts import Rollouts
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
@@ -52,6 +53,7 @@ class Client:
         self._monotonic = monotonic
         self.models = Models(self)
         self.deployments = Deployments(self)
+        self.rollouts = Rollouts(self)
         self.tenants = Tenants(self)
         self.projects = Projects(self)
         self.principals = Principals(self)

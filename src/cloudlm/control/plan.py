@@ -9,6 +9,7 @@ Must not know drivers, addresses or time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,6 +50,13 @@ class Plan:
 def group_name(deployment: str, revision: int) -> str:
     """The name of the group that runs one revision."""
     return f"{deployment}-r{revision}"
+
+
+def revision_of(deployment: str, replica: str) -> int | None:
+    """The revision that a replica runs, None if it is none of this deployment's
+    (``drivers.groups.replica_ids``)."""
+    found = re.fullmatch(re.escape(deployment) + r"-r([0-9]{1,15})-[0-9]+", replica)
+    return int(found[1]) if found is not None else None
 
 
 def desired_group(
@@ -108,6 +116,24 @@ def plan(
     floor = wanted - (1 if deployment.spec.max_surge == 0 else 0)
     actions += _shrink(old, current, wanted, ready, floor)
     return Plan(tuple(actions))
+
+
+def plan_beside(target: GroupSpec, groups: Sequence[GroupObservation]) -> Plan:
+    """The step that gives ``target`` its replicas, whatever else runs."""
+    current = next((one for one in groups if one.name == target.name and one.spec), None)
+    if current is not None and not _runs_same(current, target):
+        return Plan((_delete(current),))
+    size = 0 if current is None or current.spec is None else current.spec.replicas
+    if current is not None and size == target.replicas <= len(current.replicas):
+        return Plan()
+    leaving = frozenset[str]() if current is None else _leaving(current, target.replicas)
+    return Plan((Apply(target, leaving),))
+
+
+def plan_hold(groups: Sequence[GroupObservation]) -> Plan:
+    """Nothing but what is broken changes: groups that lost a replica get it back."""
+    broken = [g.spec for g in groups if g.spec and len(g.replicas) < g.spec.replicas]
+    return Plan(tuple(Apply(spec) for spec in broken))
 
 
 def _grow(

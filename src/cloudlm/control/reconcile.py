@@ -18,9 +18,11 @@ from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import Naps, Turner
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
-from cloudlm.control.plan import Action, Apply, Plan, group_name, plan, plan_deletion
+from cloudlm.control.plan import Action, Apply, Plan, group_name, plan_deletion
 from cloudlm.control.probe import Prober
 from cloudlm.control.registry import ModelRegistry
+from cloudlm.control.releases import Releases, split_of
+from cloudlm.control.rollout import Decision
 from cloudlm.control.status import summarise
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import (
@@ -38,6 +40,7 @@ from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
 DEMAND_FRESH_S = 10.0
+NO_HOMES: Mapping[str, str] = {}
 _log = get_logger(__name__)
 
 
@@ -64,6 +67,7 @@ class Reconciler:
         self._observer = Observer(drivers, prober, clock, settings.stall_timeout_s)
         self._drains = Drains(settings.drain_timeout_s)
         self._naps = Naps(turner)
+        self._releases = Releases(state, clock)
         self._scale: dict[str, tuple[int, ScaleMemory]] = {}
         self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
@@ -112,7 +116,8 @@ class Reconciler:
         deployments = await self._state.list_deployments()
         demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
         await self._recall()
-        seen = await self._observer.look({DEFAULT, *(d.spec.driver for d in deployments)})
+        drivers = await self._releases.look(deployments)
+        seen = await self._observer.look({DEFAULT, *drivers, *(d.spec.driver for d in deployments)})
         self._seen = seen
         existing = {r.id for g in seen.groups for r in g.observation.replicas}
         self._drains.keep_only(existing)
@@ -162,17 +167,25 @@ class Reconciler:
         groups = seen.of(name)
         observations = [group.observation for group in groups]
         wanted = self._wanted(deployment, demand)
-        problem, step = "", Plan()
-        fault = seen.faults.get(deployment.spec.driver)
+        problem, step, decision = "", Plan(), None
+        homes = self._releases.homes(name)
+        used = (deployment.spec.driver, *homes.values())
+        fault = next((seen.faults[one] for one in used if one in seen.faults), None)
         if fault is not None:
             problem = fault.message  # its groups are unknown: leave everything as it is
         else:
             try:
-                model, adapters = "", dict[str, str]()
-                if not deployment.deleting:
-                    model, adapters = await self._version(deployment, groups)
-                answering = seen.ready | seen.sleeping  # what sleeps can answer again
-                step = plan(deployment, wanted, observations, answering, model, adapters)
+                if deployment.deleting:
+                    step = plan_deletion(observations)
+                else:
+                    answering = seen.ready | seen.sleeping  # what sleeps can answer again
+                    decision = await self._releases.decide(
+                        deployment, observations, answering, wanted
+                    )
+                    versions = await self._version(deployment, groups)
+                    step = self._releases.plan(
+                        deployment, decision, wanted, observations, answering, versions
+                    )
             except CloudlmError as error:
                 problem = error.message
         if fault is None:
@@ -183,8 +196,10 @@ class Reconciler:
                 seen,
                 asleep=bool(deployment.spec.asleep),
                 adapters=deployment.spec.adapters,
+                decision=decision,
             )
-            problem = await self._act(step, deployment.spec.driver, groups, seen) or problem
+            acted = await self._act(step, deployment.spec.driver, groups, seen, homes)
+            problem = acted or problem
             problem = problem or self._turn(deployment, observations, step, seen)
         status = summarise(
             deployment,
@@ -195,6 +210,7 @@ class Reconciler:
             problem,
             self._clock.now(),
             seen.sleeping,
+            note="" if decision is None else decision.note,
         )
         await self._write_status(status)
         # A driver that is not installed runs nothing that we could stop.
@@ -232,16 +248,23 @@ class Reconciler:
         """The fixed versions of the revision and its adapters: what its group runs; for a new
         revision what the addresses mean now. Moving an alias later changes nothing."""
         group = group_name(deployment.spec.name, deployment.revision)
+        running: tuple[str, dict[str, str]] | None = None
         for one in groups:
             spec = one.observation.spec
             if spec is not None and spec.name == group:
-                self._versions[group] = spec.model, dict(spec.adapters)
-        if group not in self._versions:
-            model = await self._fixed(deployment.spec.model)
-            wanted = deployment.spec.adapters.items()
-            adapters = {name: await self._fixed(address) for name, address in wanted}
-            self._versions[group] = model, adapters
-        return self._versions[group]
+                running = spec.model, dict(spec.adapters)
+        known = self._versions.get(group)
+        if known is None or (running is not None and running != known):
+            name, number = deployment.spec.name, deployment.revision
+            known = running or await self._releases.versions(name, number)
+            if known is None:
+                model = await self._fixed(deployment.spec.model)
+                wanted = deployment.spec.adapters.items()
+                adapters = {name: await self._fixed(address) for name, address in wanted}
+                known = model, adapters
+            await self._releases.fix(name, number, known)
+            self._versions[group] = known
+        return known
 
     async def _fixed(self, address: str) -> str:
         return (await asyncio.to_thread(self._registry.resolve, parse_ref(address))).ref
@@ -255,12 +278,17 @@ class Reconciler:
         *,
         asleep: bool = False,
         adapters: Collection[str] = (),
+        decision: Decision | None = None,
     ) -> None:
         """Write the endpoints: replicas that are to stay and answer, and with weight 0 those that
-        sleep, or fall asleep now (``asleep``). An adapter has those that carry it."""
+        sleep, or fall asleep now (``asleep``). An adapter has those that carry it. ``decision``
+        says how requests are split between revisions."""
         assert self._endpoints is not None
+        revisions = [g.observation.spec.revision for g in groups if g.observation.spec]
+        shares, mirrors = split_of(decision, self._endpoints.get(name, ()), revisions)
         replicas = {r.id for g in groups for r in g.observation.replicas}
         serving = {endpoint.replica for endpoint in self._endpoints.get(name, ())}
+        serving |= seen.ready  # the control before us may have taken its endpoint a moment ago
         endpoints = tuple(
             Endpoint(
                 name,
@@ -268,6 +296,8 @@ class Reconciler:
                 replica.url,
                 group.observation.spec.revision,
                 0.0 if asleep or replica.id in seen.sleeping else 1.0,
+                shares.get(group.observation.spec.revision),
+                mirrors.get(group.observation.spec.revision, 0.0),
             )
             for group in groups
             if group.observation.spec is not None
@@ -294,9 +324,17 @@ class Reconciler:
             await self._state.put_endpoints(model, endpoints)
             self._endpoints[model] = endpoints
 
-    async def _act(self, step: Plan, driver: str, groups: Sequence[SeenGroup], seen: Seen) -> str:
-        """Carry out what may be done now; returns why the driver refused, if it did."""
-        drivers = {group.observation.name: group.driver for group in groups}
+    async def _act(
+        self,
+        step: Plan,
+        driver: str,
+        groups: Sequence[SeenGroup],
+        seen: Seen,
+        homes: Mapping[str, str] = NO_HOMES,
+    ) -> str:
+        """Carry out what may be done now; returns why the driver refused, if it did. Groups that
+        are not there yet begin at ``driver``, unless ``homes`` says where."""
+        drivers = {**homes, **{group.observation.name: group.driver for group in groups}}
         problem = ""
         for action in step.actions:
             name = action.spec.name if isinstance(action, Apply) else action.name

@@ -19,7 +19,7 @@ from cloudlm.core.deployment import (
 _FAILING = (ReplicaState.BACKOFF, ReplicaState.FAILED)
 _MAX_MESSAGE = 500
 # One crash may be bad luck; a replica that crashes again and again will not come up by itself.
-_RESTARTS_TO_FAIL = 2
+RESTARTS_TO_FAIL = 2
 
 
 def summarise(
@@ -31,9 +31,11 @@ def summarise(
     problem: str,
     now: float,
     sleeping: Collection[str] = (),
+    note: str = "",
 ) -> DeploymentStatus:
     """The status to write. ``problem`` is what hinders control itself, empty if nothing does;
-    ``ready`` and ``sleeping`` are replicas that answer, and that could after waking up."""
+    ``ready`` and ``sleeping`` are replicas that answer, and that could after waking up; ``note`` is
+    said where nothing is wrong."""
     current = group_name(deployment.spec.name, deployment.revision)
     replicas = [
         _shown(replica, ready, leaving, sleeping)
@@ -44,7 +46,7 @@ def summarise(
     asleep = any(one.state is ReplicaState.SLEEPING for one in replicas)
     failing = [one for one in replicas if _is_failing(one)]
     updating = any(group.name != current for group in groups)
-    message = problem or (_reason(failing[0]) if failing else "")
+    message = problem or (_reason(failing[0]) if failing else note)
     return DeploymentStatus(
         name=deployment.spec.name,
         phase=_phase(deployment, wanted, len(serving), failing, updating, problem, asleep),
@@ -76,7 +78,7 @@ def _phase(
     if asleep and not serving:
         return DeploymentPhase.SLEEPING
     if serving == 0:
-        hopeless = any(one.restarts >= _RESTARTS_TO_FAIL for one in failing)
+        hopeless = any(one.restarts >= RESTARTS_TO_FAIL for one in failing)
         return DeploymentPhase.FAILED if hopeless else DeploymentPhase.STARTING
     if failing:
         return DeploymentPhase.DEGRADED

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from cloudlm.core.placement import Placement
 from cloudlm.core.price import Price
+from cloudlm.core.rollout import DEFAULT_STRATEGY, Strategy
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 
 
@@ -28,8 +29,8 @@ class DeploymentSpec:
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
     the address of each. ``prices`` is what its tokens cost (None: the gateway's own table), and
     ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
-    ``routing`` is how requests are spread over the replicas, and ``placement`` what is wished of
-    the machines that they run on (None: nothing).
+    ``routing`` is how requests are spread over the replicas, ``rollout`` how a new revision takes
+    over, and ``placement`` what is wished of the machines that they run on (None: nothing).
     """
 
     name: str
@@ -48,6 +49,7 @@ class DeploymentSpec:
     tenant: str = ""
     routing: Routing = DEFAULT_ROUTING
     placement: Placement | None = None
+    rollout: Strategy = DEFAULT_STRATEGY
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,10 @@ class Deployment:
     """The desired fact: a spec with its generation.
 
     ``generation`` grows with every change; ``revision`` only when what a replica runs changes
-    (model, driver, engine, options, env, adapters), so that scaling restarts nothing. ``deleting``
-    asks control to stop everything and then remove the fact.
+    (model, driver, engine, options, env, adapters), so that scaling restarts nothing. Going back
+    to an earlier revision takes its number too; ``last_revision`` is the highest that was ever
+    given (0: it is ``revision``). ``deleting`` asks control to stop everything and then remove the
+    fact.
     """
 
     spec: DeploymentSpec
@@ -65,34 +69,49 @@ class Deployment:
     deleting: bool = False
     created_at: float = 0.0
     updated_at: float = 0.0
+    last_revision: int = 0
 
     def changed(self, spec: DeploymentSpec, now: float) -> Deployment:
         """This deployment with a new spec; generation and revision grow as the rules above say."""
         if spec == self.spec and not self.deleting:
             return self
-        runs_same = (
-            replace(
-                spec,
-                min_replicas=self.spec.min_replicas,
-                max_replicas=self.spec.max_replicas,
-                target_ongoing_requests=self.spec.target_ongoing_requests,
-                max_surge=self.spec.max_surge,
-                asleep=self.spec.asleep,
-                prices=self.spec.prices,
-                tenant=self.spec.tenant,
-                routing=self.spec.routing,
-                placement=self.spec.placement,
-            )
-            == self.spec
-        )
+        newest = max(self.last_revision, self.revision)
+        same = running(spec, over=self.spec) == self.spec
         return replace(
             self,
             spec=spec,
             generation=self.generation + 1,
-            revision=self.revision if runs_same else self.revision + 1,
+            revision=self.revision if same else newest + 1,
             deleting=False,
             updated_at=now,
+            last_revision=newest if same else newest + 1,
         )
+
+    def returned(self, spec: DeploymentSpec, revision: int, now: float) -> Deployment:
+        """This deployment, running again what an earlier ``revision`` with ``spec`` ran. All else
+        (replicas, prices, routing …) stays as it is."""
+        return replace(
+            self,
+            spec=running(spec, over=self.spec),
+            generation=self.generation + 1,
+            revision=revision,
+            updated_at=now,
+            last_revision=max(self.last_revision, self.revision),
+        )
+
+
+def running(spec: DeploymentSpec, *, over: DeploymentSpec) -> DeploymentSpec:
+    """``over``, with what a replica runs (a change of which makes a new revision) out of
+    ``spec``."""
+    return replace(
+        over,
+        model=spec.model,
+        driver=spec.driver,
+        engine=spec.engine,
+        options=spec.options,
+        env=spec.env,
+        adapters=spec.adapters,
+    )
 
 
 class ReplicaState(StrEnum):
@@ -151,13 +170,17 @@ class GroupObservation:
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """The address of one replica that may be sent requests, unless its ``weight`` is 0: then it
-    sleeps. ``model`` is the API name."""
+    sleeps. ``model`` is the API name. While requests are split between revisions, ``share`` is the
+    part of them, 0 to 1, that goes to this revision, whatever its number of replicas (None: no
+    split), and ``mirror`` the part of them that this revision gets a copy of."""
 
     model: str
     replica: str
     url: str
     revision: int
     weight: float = 1.0
+    share: float | None = None
+    mirror: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

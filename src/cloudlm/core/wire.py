@@ -34,6 +34,7 @@ from cloudlm.core.model import (
 )
 from cloudlm.core.placement import placement_body, placement_from_body
 from cloudlm.core.price import price_body, price_from_body
+from cloudlm.core.rollout import strategy_body, strategy_from_body
 from cloudlm.core.routing import routing_body, routing_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
@@ -118,6 +119,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "tenant": spec.tenant,
         "routing": routing_body(spec.routing),
         "placement": None if spec.placement is None else placement_body(spec.placement),
+        "rollout": strategy_body(spec.rollout),
     }
 
 
@@ -197,6 +199,7 @@ def deployment_body(
         "deleting": deployment.deleting,
         "created_at": deployment.created_at,
         "updated_at": deployment.updated_at,
+        "last_revision": deployment.last_revision,
         "status": None if status is None else status_body(status),
     }
 
@@ -206,12 +209,13 @@ def deployment_from_body(body: Any) -> DeploymentView:
     status = fields.raw("status", None)
     return DeploymentView(
         Deployment(
-            spec=_spec(Fields(fields.raw("spec"), "a spec", path="spec."), None),
+            spec=read_spec(fields.raw("spec")),
             generation=fields.integer("generation", low=1),
             revision=fields.integer("revision", low=1),
             deleting=fields.flag("deleting"),
             created_at=fields.number("created_at"),
             updated_at=fields.number("updated_at"),
+            last_revision=fields.integer("last_revision", 0),
         ),
         None if status is None else status_from_body(status),
     )
@@ -276,6 +280,8 @@ def endpoint_body(endpoint: Endpoint) -> dict[str, Any]:
         "url": endpoint.url,
         "revision": endpoint.revision,
         "weight": endpoint.weight,
+        "share": endpoint.share,
+        "mirror": endpoint.mirror,
     }
 
 
@@ -342,6 +348,11 @@ def driver_from_body(body: Any) -> DriverEntry:
     )
 
 
+def read_spec(body: Any) -> DeploymentSpec:
+    """A spec in an answer, by type alone."""
+    return _spec(Fields(body, "a spec", path="spec."), None)
+
+
 def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
     """Read a spec's fields by type; ``check_spec`` looks at the values."""
     options = fields.mapping("options", {}, max_entries=MAX_ENTRIES)
@@ -364,6 +375,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         tenant=fields.text("tenant", "", max_length=64),
         routing=routing_from_body(fields.raw("routing", {})),
         placement=None if placement is None else placement_from_body(placement),
+        rollout=strategy_from_body(fields.raw("rollout", {})),
     )
 
 

@@ -246,6 +246,7 @@ class Gateway:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self.handler.mirror.close()
             await self.demand.report()
             await self.refusals.flush()
             await self.ledger.close()

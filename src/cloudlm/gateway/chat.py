@@ -34,7 +34,7 @@ from cloudlm.core.errors import (
     Retry,
     UpstreamFailed,
 )
-from cloudlm.core.routing import Policy, Routing
+from cloudlm.core.routing import Policy
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import KeyRecord, Outcome
 from cloudlm.gateway.account import Attempt, Exchange, status_of
@@ -52,6 +52,7 @@ from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.mirror import Mirror
 from cloudlm.gateway.model_routes import ModelRoute
 from cloudlm.gateway.people import People
 from cloudlm.gateway.prefixes import block_keys
@@ -61,6 +62,7 @@ from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import HedgeBudget, RetryBudget, full_jitter
 from cloudlm.gateway.router import choose
 from cloudlm.gateway.sessions import session_of
+from cloudlm.gateway.split import choose_side, mark_of
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable, Upstream
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.security import keys
@@ -131,6 +133,7 @@ class Handler:
             rooms.likeness,
         )
         self._courses = Courses(rooms, self._budget)
+        self.mirror = Mirror(self._attempt, rooms.view, rooms.loads, rooms.clock, rooms.meter)
         rooms.view.on_change.append(self._follow)
 
     # The straight path ---------------------------------------------------------------------------
@@ -211,7 +214,7 @@ class Handler:
             course.tokens = await reserve(exchange, call, view, course.others)
         self._rooms.limiter.price(exchange, call.model)
         ticket.cost = course.tokens
-        self._note_routing(exchange, request, call, model.routing)
+        self._note_routing(exchange, request, call, model)
         if self._rooms.guardrails is not None:
             call = course.screened(await self._rooms.guardrails.screen(exchange, call, model))
         question = self.recall.question(exchange, request, call, model)
@@ -271,10 +274,11 @@ class Handler:
         exchange.at_leave(lambda: rooms.meter.left(model.name))
 
     def _note_routing(
-        self, exchange: Exchange, request: GatewayRequest, call: Call, routing: Routing
+        self, exchange: Exchange, request: GatewayRequest, call: Call, model: ServedModel
     ) -> None:
-        exchange.routing = routing
-        if routing.policy is Policy.SESSION_AFFINITY and exchange.key is not None:
+        routing = exchange.routing = model.routing
+        wants = routing.policy is Policy.SESSION_AFFINITY or model.split or bool(model.beside)
+        if wants and exchange.key is not None:
             tenant, header = exchange.key.tenant, routing.session_header
             exchange.session = session_of(tenant, request.headers, header, call.body)
 
@@ -291,6 +295,9 @@ class Handler:
         tried: set[str] = set()
         if exchange.key is not None:
             exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
+        model = self._rooms.view.snapshot().models.get(call.model)
+        if model is not None and model.beside:
+            self.mirror.watch(exchange, call, model)
         endpoint = self._choose(exchange, call, tried)
         if endpoint is None:
             raise NoReplica(
@@ -429,13 +436,20 @@ class Handler:
 
     # What the path asks ---------------------------------------------------------------------------
 
-    def _choose(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:
-        """The replica for the next attempt, out of those that serve at this moment."""
+    def _choose(
+        self, exchange: Exchange, call: Call, tried: set[str], *, stay: bool = False
+    ) -> Endpoint | None:
+        """The replica for the next attempt, out of those that serve at this moment. With ``stay``
+        only of the revision that the request falls to."""
         rooms = self._rooms
         model = rooms.view.snapshot().models.get(call.model)
         policy = exchange.routing.policy
         drawn = policy is Policy.POWER_OF_TWO
-        return choose(
+        among = choose
+        if model is not None and model.split:
+            mark = mark_of(exchange.session or exchange.request_id.encode(), model.name)
+            among = functools.partial(choose_side, mark=mark, stay=stay)
+        return among(
             model.endpoints if model is not None else (),
             rooms.loads,
             rooms.clock.monotonic(),
@@ -452,7 +466,7 @@ class Handler:
         rooms = self._rooms
         if exchange.attempts >= rooms.settings.max_attempts:
             return None
-        other = self._choose(exchange, call, tried)
+        other = self._choose(exchange, call, tried, stay=True)
         if other is None or rooms.loads.of(other.replica).failures:
             return None
         budget = self._hedges.get(call.model)  # none once the model is gone
@@ -552,7 +566,11 @@ class Handler:
                 ):
                     exchange.interrupt.cut(keys.invalid_key())
         self._rooms.loads.keep_only(
-            {endpoint.replica for model in view.models.values() for endpoint in model.endpoints}
+            {
+                endpoint.replica
+                for model in view.models.values()
+                for endpoint in (*model.endpoints, *model.beside)
+            }
         )
         for name in [name for name in self._budgets if name not in view.models]:
             del self._budgets[name]

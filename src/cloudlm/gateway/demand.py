@@ -62,7 +62,8 @@ class DemandReporter:
         rows: list[Demand] = []
         for model in self._view.snapshot().models.values():
             ongoing = self._admission.ongoing(model.name)
-            served = self._loads.total(endpoint.replica for endpoint in model.endpoints)
+            replicas = (one.replica for one in (*model.endpoints, *model.beside))
+            served = self._loads.total(replicas)
             rows.append(
                 Demand(
                     model=model.name,

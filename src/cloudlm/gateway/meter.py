@@ -59,6 +59,8 @@ class _ModelNumbers:
         "duration",
         "fallbacks",
         "hedges",
+        "mirrored",
+        "not_mirrored",
         "ongoing",
         "prompt_tokens",
         "resumes",
@@ -74,6 +76,8 @@ class _ModelNumbers:
         self.resumes = 0
         self.hedges = 0
         self.fallbacks = 0
+        self.mirrored = 0
+        self.not_mirrored = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.attempts: Counter[Outcome] = Counter()
@@ -124,6 +128,14 @@ class Meter:
     def fell_back(self, model: str) -> None:
         """A request leaves a model that cannot answer it for another."""
         self._of(model).fallbacks += 1
+
+    def mirrored(self, model: str) -> None:
+        """A copy of a request goes to a revision that is tried out."""
+        self._of(model).mirrored += 1
+
+    def not_mirrored(self, model: str) -> None:
+        """A copy was left out because too many are under way."""
+        self._of(model).not_mirrored += 1
 
     def first_token(self, model: str, seconds: float) -> None:
         """The first content of an answer is about to be sent."""
@@ -183,7 +195,16 @@ class Meter:
             "Requests that left a model for another of their route.",
             labels=["model"],
         )
+        mirrored = CounterMetricFamily(
+            "cloudlm_gateway_mirrored",
+            "Copies of requests for a revision that is tried out; left out where too many were "
+            "under way.",
+            labels=["model", "left_out"],
+        )
         for model, numbers in self._models.items():
+            if numbers.mirrored or numbers.not_mirrored:
+                mirrored.add_metric([model, "false"], numbers.mirrored)
+                mirrored.add_metric([model, "true"], numbers.not_mirrored)
             hedges.add_metric([model], numbers.hedges)
             fallbacks.add_metric([model], numbers.fallbacks)
             ongoing.add_metric([model], numbers.ongoing)
@@ -195,6 +216,7 @@ class Meter:
         yield resumes
         yield hedges
         yield fallbacks
+        yield mirrored
         yield self._token_counts()
         if self._guarded:
             yield self._guarded_counts()

@@ -88,7 +88,8 @@ class Resumer:
         rooms = self._rooms
         model = rooms.view.snapshot().models.get(self._call.model)
         serving = model.endpoints if model is not None else ()
-        same = [one for one in serving if one.revision == self._revision]
+        beside = model.beside if model is not None else ()  # they take no new requests, but these
+        same = [one for one in (*serving, *beside) if one.revision == self._revision]
         keys = self._exchange.prompt_keys
         found = choose(same, rooms.loads, rooms.clock.monotonic(), tried=tried, keys=keys)
         if found is not None:

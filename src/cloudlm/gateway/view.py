@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from cloudlm.core.access import Identities
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import Endpoint
+from cloudlm.core.deployment import Deployment, Endpoint
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
 from cloudlm.core.price import Price
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 from cloudlm.core.tenant import KeyRecord
 from cloudlm.gateway.model_routes import ModelRoute
+from cloudlm.gateway.split import is_split, taking
 from cloudlm.security.access import Directory, Policies, session_of
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
@@ -38,7 +39,9 @@ _log = get_logger(__name__)
 class ServedModel:
     """A deployment as clients see it, or an adapter of one (``parent``), or the models
     ``behind`` a route. ``created_at`` is Unix seconds; ``prices`` None leaves it to the
-    gateway's table; ``tenant`` is whose it is, empty for everybody's."""
+    gateway's table; ``tenant`` is whose it is, empty for everybody's. ``beside`` are replicas that
+    take no new requests, of a revision that is tried out or was just replaced: streams that began
+    there may go on there, and copies may be sent there. ``split``: revisions share requests."""
 
     name: str
     created_at: float
@@ -48,6 +51,8 @@ class ServedModel:
     behind: tuple[str, ...] = ()
     prices: Price | None = None
     tenant: str = ""
+    beside: tuple[Endpoint, ...] = ()
+    split: bool = False
 
     @property
     def asleep(self) -> bool:
@@ -228,15 +233,7 @@ class View:
         endpoints = await self._state.list_endpoints()
         keys = await self._state.list_keys()
         models = {
-            name: ServedModel(
-                name,
-                d.created_at,
-                tuple(e for e in endpoints if e.model == name),
-                None if name == d.spec.name else d.spec.name,
-                routing=d.spec.routing,
-                prices=d.spec.prices,
-                tenant=d.spec.tenant,
-            )
+            name: _served(d, name, [e for e in endpoints if e.model == name])
             for d in deployments
             if not d.deleting
             for name in (d.spec.name, *d.spec.adapters)
@@ -248,6 +245,23 @@ class View:
             if (found := _routed(route, models)) is not None
         }
         return Snapshot(version, models, routed, {record.id: record for record in keys}, directory)
+
+
+def _served(deployment: Deployment, name: str, endpoints: list[Endpoint]) -> ServedModel:
+    """A deployment, or the adapter of it with this name, as clients see it."""
+    spec = deployment.spec
+    taken, beside = taking(endpoints)
+    return ServedModel(
+        name,
+        deployment.created_at,
+        tuple(taken),
+        None if name == spec.name else spec.name,
+        routing=spec.routing,
+        prices=spec.prices,
+        tenant=spec.tenant,
+        beside=tuple(beside),
+        split=is_split(taken),
+    )
 
 
 def _routed(route: ModelRoute, models: Mapping[str, ServedModel]) -> ServedModel | None:

@@ -16,10 +16,12 @@ from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.access import AccessState
 from cloudlm.state.audit import AuditState
+from cloudlm.state.releases import ReleaseState
 
 
-class State(AccessState, AuditState, Protocol):
-    """Identities and keys (``state.access``), the audit log (``state.audit``), and what follows.
+class State(AccessState, AuditState, ReleaseState, Protocol):
+    """Identities and keys (``state.access``), the audit log (``state.audit``), revisions and
+    roll-outs (``state.releases``), and what follows.
 
     All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when it
     cannot write (full disk).
@@ -28,9 +30,15 @@ class State(AccessState, AuditState, Protocol):
     # Desired and observed deployments -----------------------------------------------------------
 
     async def put_deployment(
-        self, spec: DeploymentSpec, *, now: float, expected_generation: int | None = None
+        self,
+        spec: DeploymentSpec,
+        *,
+        now: float,
+        expected_generation: int | None = None,
+        by: str = "",
     ) -> Deployment:
         """Create or change a deployment by ``Deployment.changed``; an equal spec changes nothing.
+        ``by`` is who asks, for the history of its revisions.
 
         ``expected_generation`` 0 means it must not exist, n that it must be at n; else Conflict.
         """
@@ -47,8 +55,8 @@ class State(AccessState, AuditState, Protocol):
         ...
 
     async def remove_deployment(self, name: str, *, generation: int) -> bool:
-        """Forget a deployment, its status and endpoints, if it is still being deleted at this
-        generation."""
+        """Forget a deployment, its status, history and endpoints, if it is still being deleted at
+        this generation."""
         ...
 
     async def put_status(self, status: DeploymentStatus) -> None: ...

@@ -38,6 +38,7 @@ from cloudlm.core.placement import (
     Users,
 )
 from cloudlm.core.price import Price
+from cloudlm.core.rollout import Kind, Order, Rollout, Step, Strategy
 from cloudlm.core.routing import Policy, Routing
 
 _IN_PLACEMENT = {
@@ -72,6 +73,8 @@ def load_spec(text: str) -> DeploymentSpec:
     body = _known(DeploymentSpec, load_object(text))
     if "routing" in body:
         body["routing"] = _load_routing(body["routing"])
+    if "rollout" in body:
+        body["rollout"] = _load_strategy(body["rollout"])
     if body.get("prices") is not None:
         body["prices"] = Price(**_known(Price, body["prices"]))
     if body.get("placement") is not None:
@@ -96,6 +99,21 @@ def _load_placement(body: Any) -> Placement:
     for name in ("regions", "providers", "forbidden_providers"):
         known[name] = tuple(known.get(name, ()))
     return Placement(**known)
+
+
+def _load_strategy(body: Any) -> Strategy:
+    known = _known(Strategy, body)
+    if "kind" in known:
+        known["kind"] = Kind(known["kind"])
+    if "steps" in known:
+        known["steps"] = tuple(Step(**_known(Step, entry)) for entry in known["steps"])
+    return Strategy(**known)
+
+
+def load_rollout(text: str) -> Rollout:
+    """A roll-out out of the JSON of its fields."""
+    body = _known(Rollout, load_object(text))
+    return Rollout(**{**body, "order": Order(body.get("order", ""))})
 
 
 def dump_replicas(replicas: Iterable[Replica]) -> str:

@@ -26,10 +26,11 @@ from cloudlm.state.documents import (
 )
 from cloudlm.state.memory_access import MemoryAccess
 from cloudlm.state.memory_audit import MemoryAudit
+from cloudlm.state.memory_releases import MemoryReleases
 from cloudlm.state.usage import summed
 
 
-class MemoryState(MemoryAccess, MemoryAudit):
+class MemoryState(MemoryReleases, MemoryAccess, MemoryAudit):
     """See ``state.base.State``."""
 
     def __init__(self) -> None:
@@ -43,11 +44,18 @@ class MemoryState(MemoryAccess, MemoryAudit):
     # Desired and observed deployments -----------------------------------------------------------
 
     async def put_deployment(
-        self, spec: DeploymentSpec, *, now: float, expected_generation: int | None = None
+        self,
+        spec: DeploymentSpec,
+        *,
+        now: float,
+        expected_generation: int | None = None,
+        by: str = "",
     ) -> Deployment:
         spec = load_spec(dump_spec(spec))
         current = self._deployments.get(spec.name)
-        return self._keep(current, changed_deployment(current, spec, now, expected_generation))
+        kept = self._keep(current, changed_deployment(current, spec, now, expected_generation))
+        self._note_revision(kept, by)
+        return kept
 
     async def get_deployment(self, name: str) -> Deployment | None:
         return self._deployments.get(name)
@@ -68,6 +76,7 @@ class MemoryState(MemoryAccess, MemoryAudit):
         del self._deployments[name]
         self._statuses.pop(name, None)
         self._endpoints.pop(name, None)
+        self._forget_releases(name)
         self._version += 1
         return True
 

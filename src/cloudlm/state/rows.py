@@ -11,6 +11,8 @@ import sqlalchemy as sa
 from cloudlm.core.access import CustomRole, Identity, Principal, Project, Tenant
 from cloudlm.core.deployment import Demand, Deployment, DeploymentPhase, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job, JobState
+from cloudlm.core.rollout import Outcome as RevisionOutcome
+from cloudlm.core.rollout import Revision, Rollout
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.state.documents import (
     dump,
@@ -19,6 +21,7 @@ from cloudlm.state.documents import (
     load_limits,
     load_object,
     load_replicas,
+    load_rollout,
     load_spec,
 )
 from cloudlm.state.tables import storable
@@ -36,6 +39,7 @@ def deployment_values(deployment: Deployment) -> Values:
         "deleting": deployment.deleting,
         "created_at": deployment.created_at,
         "updated_at": deployment.updated_at,
+        "last_revision": deployment.last_revision,
     }
 
 
@@ -47,7 +51,42 @@ def deployment_of(row: DatabaseRow) -> Deployment:
         deleting=row.deleting,
         created_at=row.created_at,
         updated_at=row.updated_at,
+        last_revision=row.last_revision,
     )
+
+
+def revision_values(name: str, revision: Revision) -> Values:
+    return {
+        "name": name,
+        "number": revision.number,
+        "spec": dump_spec(revision.spec),
+        "created_at": revision.created_at,
+        "by": revision.by,
+        "outcome": revision.outcome.value,
+        "reason": revision.reason,
+        "ended_at": revision.ended_at,
+        "model": revision.model,
+        "adapters": dump(dict(revision.adapters)),
+        "scores": revision.scores,
+        "score_total": revision.score_total,
+    }
+
+
+def revision_of(row: DatabaseRow) -> Revision:
+    values = row._asdict()
+    del values["name"]
+    values["spec"] = load_spec(row.spec)
+    values["outcome"] = RevisionOutcome(row.outcome)
+    values["adapters"] = load_object(row.adapters)
+    return Revision(**values)
+
+
+def rollout_values(rollout: Rollout) -> Values:
+    return {"name": rollout.name, "document": dump(asdict(rollout))}
+
+
+def rollout_of(row: DatabaseRow) -> Rollout:
+    return load_rollout(row.document)
 
 
 def status_values(status: DeploymentStatus) -> Values:

@@ -33,7 +33,7 @@ from cloudlm.state.documents import (
     plain_job,
 )
 from cloudlm.state.sql_access import bump, one_row
-from cloudlm.state.sql_audit import SqlAudit
+from cloudlm.state.sql_releases import SqlReleases
 from cloudlm.state.sql_usage import usage_of, usage_statement
 
 _LEDGER_BATCH = 256
@@ -50,13 +50,18 @@ def _ledger_insert(mark: str, count: int) -> str:
     return f"INSERT INTO {names} VALUES {rows} ON CONFLICT (id) DO NOTHING"  # noqa: S608
 
 
-class SqlState(SqlAudit):
+class SqlState(SqlReleases):
     """See ``state.base.State``. Made by ``open.open_state``."""
 
     # Desired and observed deployments -----------------------------------------------------------
 
     async def put_deployment(
-        self, spec: DeploymentSpec, *, now: float, expected_generation: int | None = None
+        self,
+        spec: DeploymentSpec,
+        *,
+        now: float,
+        expected_generation: int | None = None,
+        by: str = "",
     ) -> Deployment:
         spec = load_spec(dump_spec(spec))
 
@@ -64,7 +69,9 @@ class SqlState(SqlAudit):
             row = await one_row(connection, tables.deployments, name=spec.name)
             current = None if row is None else as_rows.deployment_of(row)
             wanted = changed_deployment(current, spec, now, expected_generation)
-            return await self._keep(connection, current, wanted)
+            kept = await self._keep(connection, current, wanted)
+            await self._note_revision(connection, kept, by)
+            return kept
 
         return await self._database.write(work)
 

@@ -84,6 +84,7 @@ deployments = sa.Table(
     sa.Column("deleting", sa.Boolean, nullable=False),
     _number("created_at"),
     _number("updated_at"),
+    _whole("last_revision"),
 )
 
 deployment_statuses = sa.Table(
@@ -104,6 +105,38 @@ deployment_statuses = sa.Table(
     _number("updated_at"),
 )
 
+revisions = sa.Table(
+    "revisions",
+    metadata,
+    sa.Column(
+        "name",
+        ExactText,
+        sa.ForeignKey("deployments.name", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("spec", sa.Text, nullable=False),
+    _number("created_at"),
+    *(_text(name) for name in ("by", "outcome", "reason")),
+    _number("ended_at"),
+    _text("model"),
+    sa.Column("adapters", sa.Text, nullable=False),
+    _whole("scores"),
+    _number("score_total"),
+)
+
+rollouts = sa.Table(
+    "rollouts",
+    metadata,
+    sa.Column(
+        "name",
+        ExactText,
+        sa.ForeignKey("deployments.name", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
 endpoints = sa.Table(
     "endpoints",
     metadata,
@@ -112,6 +145,8 @@ endpoints = sa.Table(
     _text("url"),
     _whole("revision"),
     _number("weight"),
+    _number("share", nullable=True),
+    _number("mirror"),
 )
 
 demand = sa.Table(

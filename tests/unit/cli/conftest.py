@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from typer.testing import CliRunner, Result
 
-from cloudlm.cli import connect, deployments, keys
+from cloudlm.cli import connect, deployments, keys, rollouts
 from cloudlm.cli.main import app
 from cloudlm.client import Client
 
@@ -72,7 +72,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> FakeControl:
     fake = FakeControl()
-    for module in (connect, deployments, keys):
+    for module in (connect, deployments, keys, rollouts):
         monkeypatch.setattr(module, "control_client", fake.client)
     return fake
 

@@ -194,3 +194,17 @@ async def plane(tmp_path):
 @pytest.fixture
 def pepper():
     return PEPPER
+
+
+@pytest.fixture
+async def plane_at(tmp_path):
+    """Makes planes with homes of their own."""
+    planes = []
+
+    def make(name):
+        planes.append(Plane(tmp_path / name))
+        return planes[-1]
+
+    yield make
+    for one in planes:
+        await one.jobs.close()

@@ -449,7 +449,7 @@ async def test_the_openapi_document_describes_every_route(api):
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             assert operation["summary"], (method, path)
-            turns = path.endswith(("/sleep", "/wake"))
+            turns = path.endswith(("/sleep", "/wake", "/pause", "/resume", "/abort"))
             has_body = method in ("post", "put", "patch") and not turns
             assert ("requestBody" in operation) is has_body, (method, path)
     create = document["paths"]["/api/v1/deployments"]["post"]

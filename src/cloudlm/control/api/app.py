@@ -21,6 +21,7 @@ from cloudlm.control.api import (
     models,
     principals,
     roles,
+    rollouts,
     tenants,
     usage,
 )
@@ -54,7 +55,18 @@ def build_app(services: Services) -> FastAPI:
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, handle_error)
-    for noun in (models, deployments, tenants, principals, roles, keys, usage, jobs, audit):
+    for noun in (
+        models,
+        deployments,
+        rollouts,
+        tenants,
+        principals,
+        roles,
+        keys,
+        usage,
+        jobs,
+        audit,
+    ):
         app.include_router(noun.routes(services), prefix=PREFIX)
     app.include_router(_driver_routes(services), prefix=PREFIX)
     app.include_router(_own_routes(services), prefix=PREFIX)

@@ -39,14 +39,7 @@ def routes(services: Services) -> APIRouter:
     async def found(
         request: Request, name: str, verb: Verb, resource: Resource = Resource.DEPLOYMENTS
     ) -> Deployment:
-        missing = NotFound(f"deployment {name[:80]!r} does not exist")
-        deployment = await state.get_deployment(check_name(name))
-        caller = caller_of(request)
-        scope = _scope(deployment.spec) if deployment is not None else DEFAULT_TENANT
-        caller.demand_seen(verb, resource, name, scope, missing)
-        if deployment is None:
-            raise missing
-        return deployment
+        return await deployment_of(services, request, name, verb, resource)
 
     async def wanted(request: Request, name: str | None, verb: Verb) -> DeploymentSpec:
         """The spec in the body, if the caller may put it where it says, and over what is there."""
@@ -64,10 +57,13 @@ def routes(services: Services) -> APIRouter:
             caller.demand(verb, Resource.DEPLOYMENTS, spec.name, scope)
         return spec
 
-    async def put(spec: DeploymentSpec, expected: int | None) -> Response:
-        await _check_can_run(services, spec)
+    async def put(request: Request, spec: DeploymentSpec, expected: int | None) -> Response:
+        await check_can_run(services, spec)
         deployment = await state.put_deployment(
-            spec, now=services.clock.now(), expected_generation=expected
+            spec,
+            now=services.clock.now(),
+            expected_generation=expected,
+            by=caller_of(request).key.principal,
         )
         services.reconciler.nudge()
         return await answer(deployment, 202)
@@ -86,7 +82,7 @@ def routes(services: Services) -> APIRouter:
 
     @router.post("", status_code=202, summary="Create", openapi_extra=body_of(SPEC))
     async def create(request: Request) -> Response:
-        return await put(await wanted(request, None, Verb.CREATE), 0)
+        return await put(request, await wanted(request, None, Verb.CREATE), 0)
 
     @router.get("/{name}", summary="Show a deployment")
     async def show(name: str, request: Request) -> Response:
@@ -97,7 +93,7 @@ def routes(services: Services) -> APIRouter:
     )
     async def replace_all(name: str, request: Request) -> Response:
         expected = _generation(request.headers.get("if-match"))
-        return await put(await wanted(request, name, Verb.UPDATE), expected)
+        return await put(request, await wanted(request, name, Verb.UPDATE), expected)
 
     @router.delete("/{name}", status_code=202, summary="Stop and remove")
     async def delete(name: str, request: Request) -> Response:
@@ -118,13 +114,13 @@ def routes(services: Services) -> APIRouter:
         if deployment.deleting:
             raise Conflict(f"deployment {name!r} is being deleted; it cannot be scaled")
         spec = replace(deployment.spec, min_replicas=low, max_replicas=high)
-        return await put(spec, deployment.generation)
+        return await put(request, spec, deployment.generation)
 
     async def turn(request: Request, name: str, asleep: bool) -> Response:
         deployment = await found(request, name, Verb.UPDATE)
         if deployment.deleting:
             raise Conflict(f"deployment {name!r} is being deleted")
-        return await put(replace(deployment.spec, asleep=asleep), deployment.generation)
+        return await put(request, replace(deployment.spec, asleep=asleep), deployment.generation)
 
     @router.post("/{name}/sleep", status_code=202, summary="Give the replicas' memory back")
     async def sleep(name: str, request: Request) -> Response:
@@ -150,12 +146,31 @@ def routes(services: Services) -> APIRouter:
     return router
 
 
+async def deployment_of(
+    services: Services,
+    request: Request,
+    name: str,
+    verb: Verb,
+    resource: Resource = Resource.DEPLOYMENTS,
+) -> Deployment:
+    """The deployment in the path, if the caller may do that with it. Raises NotFound,
+    PermissionDenied."""
+    missing = NotFound(f"deployment {name[:80]!r} does not exist")
+    deployment = await services.state.get_deployment(check_name(name))
+    caller = caller_of(request)
+    scope = _scope(deployment.spec) if deployment is not None else DEFAULT_TENANT
+    caller.demand_seen(verb, resource, name, scope, missing)
+    if deployment is None:
+        raise missing
+    return deployment
+
+
 def _scope(spec: DeploymentSpec) -> str:
     """Where a deployment is guarded: in its tenant, or with the installation."""
     return spec.tenant or DEFAULT_TENANT
 
 
-async def _check_can_run(services: Services, spec: DeploymentSpec) -> None:
+async def check_can_run(services: Services, spec: DeploymentSpec) -> None:
     """Raise InvalidRequest or ModelNotFound for what would only fail later."""
     if address_kind(spec.model) is not AddressKind.REGISTRY:
         raise InvalidRequest(

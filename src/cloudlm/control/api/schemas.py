@@ -4,12 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.rollout import DEFAULT_STRATEGY, MAX_STEPS, Kind
 from cloudlm.core.routing import MAX_HEDGE_AFTER_S, SESSION_HEADER, Policy
 from cloudlm.core.spec import CLOUDLM, ENGINES
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 1000}
 _RATE: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1_000_000}
+
+
+def _at_least(low: float, usual: float, high: float | None = None) -> dict[str, Any]:
+    most = {} if high is None else {"maximum": high}
+    return {"type": "number", "minimum": low, "default": usual, **most}
+
+
+_USUAL = DEFAULT_STRATEGY
+_STRATEGY: dict[str, Any] = {
+    "type": "object",
+    "description": "How a new revision takes over from the one before.",
+    "additionalProperties": False,
+    "properties": {
+        "strategy": {"enum": [one.value for one in Kind], "default": _USUAL.kind.value},
+        "steps": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_STEPS,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["percent", "duration_s"],
+                "properties": {
+                    "percent": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+                    "duration_s": {"type": "number", "minimum": 0},
+                },
+            },
+        },
+        "bake_s": _at_least(0, _USUAL.bake_s),
+        "mirror_percent": _at_least(0, _USUAL.mirror_percent, 100),
+        "max_error_rate": _at_least(0, _USUAL.max_error_rate, 1),
+        "max_ttft_ratio": _at_least(0, _USUAL.max_ttft_ratio),
+        "max_latency_ratio": _at_least(0, _USUAL.max_latency_ratio),
+        "min_requests": {"type": "integer", "minimum": 0, "default": _USUAL.min_requests},
+        "min_score": _at_least(0, _USUAL.min_score, 1),
+        "min_scores": {"type": "integer", "minimum": 1, "default": _USUAL.min_scores},
+        "start_timeout_s": _at_least(0, _USUAL.start_timeout_s),
+        "auto_promote": {"type": "boolean", "default": _USUAL.auto_promote},
+        "auto_rollback": {"type": "boolean", "default": _USUAL.auto_rollback},
+    },
+}
 
 SPEC: dict[str, Any] = {
     "type": "object",
@@ -69,6 +111,7 @@ SPEC: dict[str, Any] = {
             "type": ["object", "null"],
             "description": "Traffic, service level and bounds by which machines are chosen.",
         },
+        "rollout": _STRATEGY,
         "asleep": {
             "type": ["boolean", "null"],
             "description": "true puts the replicas to sleep, false keeps them awake.",
@@ -80,6 +123,30 @@ SCALE: dict[str, Any] = {
     "additionalProperties": False,
     "required": ["min_replicas", "max_replicas"],
     "properties": {"min_replicas": _COUNT, "max_replicas": _COUNT},
+}
+PROMOTION: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"fully": {"type": "boolean", "default": False}},
+}
+UNDO: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"revision": {"type": ["integer", "null"], "minimum": 1}},
+}
+SCORE: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["score"],
+    "properties": {
+        "score": {"type": "number", "minimum": 0, "maximum": 1},
+        "count": {"type": "integer", "minimum": 1, "default": 1},
+        "revision": {"type": ["integer", "null"], "minimum": 1},
+        "request_id": {
+            "type": ["string", "null"],
+            "description": "x-request-id of an answer, instead of the revision that gave it.",
+        },
+    },
 }
 IMPORT: dict[str, Any] = {
     "type": "object",

@@ -1,0 +1,240 @@
+"""Carries out what ``rollout`` decides: reads its facts, keeps what it must not forget, and says
+which groups shall run.
+
+Everything that counts lies in the state, so that nothing is lost with the process; what is kept
+here only saves reading. Must not start, stop or address replicas: ``reconcile`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from cloudlm.control.plan import (
+    Plan,
+    desired_group,
+    group_name,
+    plan,
+    plan_beside,
+    plan_hold,
+)
+from cloudlm.control.rollout import Decision, Facts, decide, is_staged
+from cloudlm.control.signals import (
+    LATEST,
+    NOTHING_KNOWN,
+    STABLE_LOOKS_BACK_S,
+    Signals,
+    signals_of,
+)
+from cloudlm.control.status import RESTARTS_TO_FAIL, readable
+from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import (
+    Deployment,
+    Endpoint,
+    GroupObservation,
+    ReplicaState,
+)
+from cloudlm.core.rollout import Revision, Rollout
+from cloudlm.state.base import State
+from cloudlm.telemetry.logs import get_logger
+
+JUDGE_EVERY_S = 2.0
+Versions = tuple[str, dict[str, str]]
+"""The fixed version of a model, and those of its adapters by name."""
+_log = get_logger(__name__)
+
+
+class Releases:
+    """The roll-outs of all deployments."""
+
+    def __init__(self, state: State, clock: Clock) -> None:
+        self._state = state
+        self._clock = clock
+        self._kept: dict[str, Rollout] = {}
+        self._history: dict[str, list[Revision]] = {}
+        self._judged: dict[str, tuple[float, Rollout, Signals, Signals]] = {}
+        self._has_looked = False
+
+    async def look(self, deployments: Iterable[Deployment]) -> set[str]:
+        """Read where all roll-outs stand. Returns the drivers that their revisions run on."""
+        self._kept = {one.name: one for one in await self._state.list_rollouts()}
+        self._history = {}
+        for one in deployments:
+            kept = self._kept.get(one.spec.name)
+            settled = kept is not None and kept.target == kept.stable == one.revision
+            # At first even of what is settled: the control before may have left anything behind.
+            if not (settled and self._has_looked):
+                name = one.spec.name
+                self._history[name] = await self._state.list_revisions(name)
+        self._judged = {k: v for k, v in self._judged.items() if k in self._kept}
+        self._has_looked = True
+        return {one.spec.driver for history in self._history.values() for one in history}
+
+    async def decide(
+        self,
+        deployment: Deployment,
+        groups: Sequence[GroupObservation],
+        answering: Collection[str],
+        wanted: int,
+    ) -> Decision:
+        """What a deployment's roll-out does next; kept before it is told. Raises Conflict if
+        somebody else moved it at this moment."""
+        name, now = deployment.spec.name, self._clock.now()
+        before = self._kept.get(name)
+        facts = _facts(deployment, groups, answering, wanted, self._history.get(name, ()))
+        if before is not None:
+            new, old = await self._signals(deployment, before)
+            facts = replace(facts, new=new, old=old)
+        decision = decide(deployment, before, facts, now)
+        for number, outcome, reason in decision.ended:
+            await self._state.end_revision(name, number, outcome, reason=reason, now=now)
+            fields = {"deployment": name, "revision": number, "outcome": outcome.value}
+            _log.info("revision_ended", extra={"fields": {**fields, "reason": reason}})
+        if decision.rollout != before:
+            await self._state.put_rollout(decision.rollout, replaces=before)
+            self._kept[name] = decision.rollout
+        if decision.back:
+            await self._return(deployment, decision)
+        return decision
+
+    def plan(
+        self,
+        deployment: Deployment,
+        decision: Decision,
+        wanted: int,
+        groups: Sequence[GroupObservation],
+        answering: Collection[str],
+        versions: Versions,
+    ) -> Plan:
+        """The next step of a deployment's groups. ``versions`` are those of its revision."""
+        if decision.hold:
+            return plan_hold(groups)
+        stable = self._revision(deployment.spec.name, decision.rollout.stable)
+        if decision.size is None or stable is None:
+            return plan(deployment, wanted, groups, answering, *versions)
+        target = desired_group(deployment, versions[0], decision.size, versions[1])
+        spec = replace(stable.spec, max_surge=deployment.spec.max_surge)
+        beside = [group for group in groups if group.name != target.name]
+        older = Deployment(spec, deployment.generation, stable.number)
+        step = plan(older, wanted, beside, answering, *_versions(stable, groups))
+        return Plan((*step.actions, *plan_beside(target, groups).actions))
+
+    async def versions(self, name: str, number: int) -> Versions | None:
+        """The fixed versions that a revision ran before, None if it never ran."""
+        if name not in self._history:
+            self._history[name] = await self._state.list_revisions(name)
+        found = self._revision(name, number)
+        return (found.model, dict(found.adapters)) if found is not None and found.model else None
+
+    async def fix(self, name: str, number: int, versions: Versions) -> None:
+        """A revision runs these versions from now on, whatever its addresses come to mean."""
+        await self._state.fix_revision(name, number, model=versions[0], adapters=versions[1])
+
+    def homes(self, name: str) -> dict[str, str]:
+        """The drivers of the groups that a roll-out moves between."""
+        kept = self._kept.get(name)
+        if kept is None or not kept.under_way:
+            return {}
+        moved = (kept.stable, kept.target)
+        return {
+            group_name(name, one.number): one.spec.driver
+            for one in self._history.get(name, ())
+            if one.number in moved
+        }
+
+    def _revision(self, name: str, number: int) -> Revision | None:
+        return next((one for one in self._history.get(name, ()) if one.number == number), None)
+
+    async def _return(self, deployment: Deployment, decision: Decision) -> None:
+        name = deployment.spec.name
+        await self._state.return_to(
+            name,
+            decision.rollout.stable,
+            reason=decision.back,
+            now=self._clock.now(),
+            expected_generation=deployment.generation,
+        )
+        fields = {"deployment": name, "revision": deployment.revision, "reason": decision.back}
+        _log.warning("revision_rolled_back", extra={"fields": fields})
+
+    async def _signals(self, deployment: Deployment, kept: Rollout) -> tuple[Signals, Signals]:
+        """Those of the target since its stage began, and of the stable revision."""
+        staged = kept.under_way and is_staged(deployment.spec.rollout, kept)
+        if not staged or not kept.since or kept.target != deployment.revision:
+            return NOTHING_KNOWN, NOTHING_KNOWN
+        name, now = kept.name, self._clock.monotonic()
+        known = self._judged.get(name)
+        if known is not None and known[1] == kept and now - known[0] < JUDGE_EVERY_S:
+            return known[2], known[3]
+        new, old = await read_signals(self._state, kept, self._history.get(name, ()))
+        self._judged[name] = (now, kept, new, old)
+        return new, old
+
+
+async def read_signals(
+    state: State, rollout: Rollout, history: Sequence[Revision]
+) -> tuple[Signals, Signals]:
+    """What is known of the target since its stage's traffic began, and of the stable revision."""
+    found = []
+    for number, since in (
+        (rollout.target, rollout.since),
+        (rollout.stable, max(rollout.since - STABLE_LOOKS_BACK_S, 0.0)),
+    ):
+        group = group_name(rollout.name, number)
+        rows = await state.latest_attempts(group, since=since, limit=LATEST)
+        noted = next((one for one in history if one.number == number), None)
+        scores = (0, 0.0) if noted is None else (noted.scores, noted.score_total)
+        found.append(signals_of(rows, *scores))
+    return found[0], found[1]
+
+
+def split_of(
+    decision: Decision | None, endpoints: Collection[Endpoint], revisions: Iterable[int]
+) -> tuple[Mapping[int, float | None], Mapping[int, float]]:
+    """The shares and the mirrors of ``revisions``. Without a decision those that ``endpoints`` have
+    stay, and a revision that has none there gets no requests beside them."""
+    if decision is not None:
+        return decision.shares, decision.mirrors
+    shares = {one.revision: one.share for one in endpoints}
+    rest = 0.0 if any(share is not None for share in shares.values()) else None
+    mirrors = {one.revision: one.mirror for one in endpoints}
+    return {revision: shares.get(revision, rest) for revision in revisions}, mirrors
+
+
+def _facts(
+    deployment: Deployment,
+    groups: Sequence[GroupObservation],
+    answering: Collection[str],
+    wanted: int,
+    history: Iterable[Revision],
+) -> Facts:
+    present: dict[int, int] = {}
+    ready: dict[int, int] = {}
+    failing = ""
+    for group in groups:
+        if group.spec is None:
+            continue
+        number = group.spec.revision
+        present[number] = len(group.replicas)
+        ready[number] = sum(one.id in answering for one in group.replicas)
+        if number == deployment.revision:
+            failing = _failing(group, answering)
+    outcomes = {one.number: one.outcome for one in history}
+    return Facts(wanted, present, ready, outcomes, failing=failing)
+
+
+def _failing(group: GroupObservation, answering: Collection[str]) -> str:
+    """Why replicas of a group do not come up, empty if nothing hinders them."""
+    for one in group.replicas:
+        hopeless = one.restarts >= RESTARTS_TO_FAIL or one.state is ReplicaState.FAILED
+        if hopeless and one.id not in answering:
+            return f"{one.id}: {readable(one.message) or 'it ends again and again'}"
+    return ""
+
+
+def _versions(stable: Revision, groups: Sequence[GroupObservation]) -> Versions:
+    """What the stable revision runs: its group knows best."""
+    for group in groups:
+        if group.spec is not None and group.spec.revision == stable.number:
+            return group.spec.model, dict(group.spec.adapters)
+    return stable.model, dict(stable.adapters)

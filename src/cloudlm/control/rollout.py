@@ -1,0 +1,248 @@
+"""How a new revision takes over: what its roll-out does next, a pure function.
+
+What must be remembered comes in and goes out as ``core.rollout.Rollout``; the caller keeps it
+before it acts on it, so that a control which is killed anywhere goes on where it was. Facts come
+fresh with each call, and nothing happens because of an event: whatever was missed or repeated, the
+next call decides the same. Must not know drivers, stores, addresses or a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from cloudlm.control.signals import NOTHING_KNOWN, Signals, breach, lacking
+from cloudlm.core.deployment import Deployment
+from cloudlm.core.rollout import Kind, Order, Outcome, Rollout, Stage, Strategy, stages_of
+
+_NO_REQUESTS = Stage(0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known at this moment, by revision.
+
+    ``wanted`` replicas shall answer. ``present`` counts the replicas that exist, of every group
+    that does, and ``ready`` those that answer or sleep. ``outcomes`` is the history. ``new`` and
+    ``old`` are the signals of the target since its stage began and of the stable revision.
+    ``failing`` says why replicas of the target do not come up, empty if nothing hinders them.
+    """
+
+    wanted: int
+    present: Mapping[int, int] = field(default_factory=dict)
+    ready: Mapping[int, int] = field(default_factory=dict)
+    outcomes: Mapping[int, Outcome] = field(default_factory=dict)
+    new: Signals = NOTHING_KNOWN
+    old: Signals = NOTHING_KNOWN
+    failing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do. ``rollout`` is to be kept first.
+
+    ``size`` replicas of the target run beside the stable revision; None: the target replaces all
+    others, as ``plan`` does it. ``hold``: nothing but what is broken changes. ``shares`` is the
+    part of the requests that each revision gets (those that are not named: all alike), ``mirrors``
+    the part that each gets copies of. ``ended`` are revisions whose fate is decided. ``back`` is
+    why to return to the stable revision, empty if not to. ``note`` says to people where it stands,
+    and ``waits`` what for: that changes all the time.
+    """
+
+    rollout: Rollout
+    size: int | None = None
+    hold: bool = False
+    shares: Mapping[int, float] = field(default_factory=dict)
+    mirrors: Mapping[int, float] = field(default_factory=dict)
+    ended: tuple[tuple[int, Outcome, str], ...] = ()
+    back: str = ""
+    note: str = ""
+    waits: str = ""
+
+
+def decide(deployment: Deployment, before: Rollout | None, facts: Facts, now: float) -> Decision:
+    """The next step of a deployment's roll-out; ``before`` is what was kept last (None: nothing),
+    ``now`` Unix seconds."""
+    strategy = deployment.spec.rollout
+    rollout = aligned(deployment, before, facts.outcomes, now)
+    if not rollout.under_way:
+        shares = _without(rollout.rejected, facts)
+        decision = Decision(rollout, shares=shares, note=rollout.reason)
+    elif rollout.order is Order.ABORT and rollout.stable:
+        decision = _back(strategy, rollout, "aborted", facts)
+    elif rollout.paused_at:
+        decision = _paused(strategy, rollout, facts)
+    elif is_staged(strategy, rollout):
+        decision = _staged(strategy, rollout, facts, now)
+    else:
+        decision = _rolling(rollout, facts)
+    return replace(decision, ended=(*decision.ended, *_superseded(rollout, facts)))
+
+
+def aligned(
+    deployment: Deployment,
+    before: Rollout | None,
+    outcomes: Mapping[int, Outcome],
+    now: float,
+) -> Rollout:
+    """The roll-out towards the revision that is asked for now: ``before``, or a new one."""
+    name, wanted = deployment.spec.name, deployment.revision
+    before = before or Rollout(name)
+    if before.target == wanted:
+        return before
+    # Staged, the stable revision is whole beside it: what is given up can be cut off at once.
+    staged = before.under_way and is_staged(deployment.spec.rollout, before)
+    rejected = before.target if staged else before.rejected
+    if wanted == before.stable:
+        return Rollout(name, wanted, wanted, rejected if staged else 0, reason=before.reason)
+    good = outcomes.get(wanted) is Outcome.PROMOTED
+    return Rollout(
+        name,
+        before.stable,
+        wanted,
+        rejected if rejected != wanted else 0,
+        began_at=now,
+        plain=good or not before.stable or deployment.spec.rollout.kind is Kind.ROLLING,
+    )
+
+
+def is_staged(strategy: Strategy, rollout: Rollout) -> bool:
+    """Whether the stable revision stays whole beside the target for now."""
+    return not rollout.plain and rollout.stage < len(stages_of(strategy))
+
+
+def size_of(stage: Stage, wanted: int) -> int:
+    """How many replicas of the target a stage has, of ``wanted``."""
+    return math.ceil(wanted * stage.size - 1e-9)
+
+
+# The ways ---------------------------------------------------------------------------------------
+
+
+def _rolling(rollout: Rollout, facts: Facts) -> Decision:
+    target = rollout.target
+    others = [revision for revision in facts.present if revision != target]
+    if others or facts.ready.get(target, 0) < facts.wanted or target not in facts.present:
+        note = f"revision {target} replaces what runs, replica by replica"
+        waits = f"{facts.ready.get(target, 0)} of {facts.wanted} replicas ready"
+        shares = _without(rollout.rejected, facts)
+        return Decision(rollout, shares=shares, note=note, waits=waits)
+    whole = Rollout(rollout.name, target, target)
+    return Decision(whole, ended=((target, Outcome.PROMOTED, ""),))
+
+
+def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> Decision:
+    stages = stages_of(strategy)
+    stage = stages[rollout.stage]
+    if rollout.order is Order.PROMOTE_FULLY:
+        return _onward(strategy, rollout, len(stages), facts, now)
+    size = size_of(stage, facts.wanted)
+    ready = facts.ready.get(rollout.target, 0)
+    if not rollout.since:
+        if ready < size:
+            return _starting(strategy, rollout, facts, now, f"{ready} of {size} replicas ready")
+        rollout = replace(rollout, since=now)
+    if rollout.order is Order.PROMOTE:
+        return _onward(strategy, rollout, rollout.stage + 1, facts, now)
+    broken = breach(strategy, facts.new, facts.old) or facts.failing
+    if broken and strategy.auto_rollback:
+        return _back(strategy, rollout, broken, facts)
+    if broken:
+        said = f"{broken}; 'promote' goes on all the same, 'abort' goes back"
+        return _carried(strategy, rollout, stage, facts, said)
+    left_s = stage.duration_s - (now - rollout.since)
+    missing = [f"{math.ceil(left_s)} s more"] if left_s > 0 else []
+    if stage.measured:
+        missing += lacking(strategy, facts.new)
+    if missing:
+        return _carried(strategy, rollout, stage, facts, waits=", ".join(missing))
+    if stage.share < 1.0 and not strategy.auto_promote:
+        return _carried(strategy, rollout, stage, facts, "it waits for 'promote' or 'abort'")
+    return _onward(strategy, rollout, rollout.stage + 1, facts, now)
+
+
+def _starting(
+    strategy: Strategy, rollout: Rollout, facts: Facts, now: float, how_many: str
+) -> Decision:
+    """The stage has not all its replicas yet: requests go as in the one before."""
+    late = now - rollout.began_at >= strategy.start_timeout_s
+    broken = facts.failing or (
+        f"not ready within {strategy.start_timeout_s:g} s ({how_many})" if late else ""
+    )
+    if broken and strategy.auto_rollback:
+        return _back(strategy, rollout, broken, facts)
+    earlier = _before(strategy, rollout)
+    return _carried(strategy, rollout, earlier, facts, broken, waits=how_many)
+
+
+def _paused(strategy: Strategy, rollout: Rollout, facts: Facts) -> Decision:
+    if not is_staged(strategy, rollout):
+        shares = _without(rollout.rejected, facts)
+        return Decision(rollout, hold=True, shares=shares, note="paused")
+    stage = stages_of(strategy)[rollout.stage] if rollout.since else _before(strategy, rollout)
+    return _carried(strategy, rollout, stage, facts, "paused")
+
+
+def _before(strategy: Strategy, rollout: Rollout) -> Stage:
+    """The stage before the present one."""
+    return stages_of(strategy)[rollout.stage - 1] if rollout.stage else _NO_REQUESTS
+
+
+def _onward(strategy: Strategy, rollout: Rollout, stage: int, facts: Facts, now: float) -> Decision:
+    """The next stage, of which nothing is known yet, or the promotion."""
+    onward = replace(rollout, stage=stage, began_at=now, since=0.0, order=Order.NONE)
+    if not is_staged(strategy, onward):
+        return _rolling(replace(onward, plain=True), facts)
+    return _staged(strategy, onward, replace(facts, new=NOTHING_KNOWN), now)
+
+
+def _back(strategy: Strategy, rollout: Rollout, why: str, facts: Facts) -> Decision:
+    """To the stable revision. Where that is whole, the target gets no further request."""
+    cut = rollout.target if is_staged(strategy, rollout) else rollout.rejected
+    reason = f"revision {rollout.target} was rolled back: {why}"
+    kept = replace(rollout, reason=reason)
+    return Decision(kept, hold=True, shares=_without(cut, facts), back=why, note=reason)
+
+
+def _carried(
+    strategy: Strategy,
+    rollout: Rollout,
+    stage: Stage,
+    facts: Facts,
+    said: str = "",
+    waits: str = "",
+) -> Decision:
+    """Requests as ``stage`` has them, replicas of the target as the present one."""
+    stages, target = stages_of(strategy), rollout.target
+    shares = dict.fromkeys(facts.present, 1.0 - stage.share)
+    shares[target] = stage.share
+    if rollout.rejected:
+        shares[rollout.rejected] = 0.0
+    gets = f"{100 * stage.share:g} % of the requests"
+    if stage.mirror:
+        gets = f"copies of {100 * stage.mirror:g} % of the requests"
+    note = f"step {rollout.stage + 1} of {len(stages)}: revision {target} gets {gets}"
+    return Decision(
+        rollout,
+        size_of(stages[rollout.stage], facts.wanted),
+        shares=shares,
+        mirrors={target: stage.mirror} if stage.mirror else {},
+        note=f"{note}; {said}" if said else note,
+        waits=waits,
+    )
+
+
+def _without(rejected: int, facts: Facts) -> Mapping[int, float]:
+    """No request for a revision that was taken back, as long as it is there; all others alike."""
+    return {rejected: 0.0} if rejected in facts.present else {}
+
+
+def _superseded(rollout: Rollout, facts: Facts) -> list[tuple[int, Outcome, str]]:
+    """Revisions that were never decided on, and are asked for no longer."""
+    why = f"revision {rollout.target} took its place"
+    return [
+        (revision, Outcome.SUPERSEDED, why)
+        for revision, outcome in facts.outcomes.items()
+        if outcome is Outcome.PENDING and revision != rollout.target
+    ]
