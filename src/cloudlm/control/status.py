@@ -31,9 +31,11 @@ def summarise(
     problem: str,
     now: float,
     sleeping: Collection[str] = (),
+    why: str = "",
 ) -> DeploymentStatus:
-    """The status to write. ``problem`` is what hinders control itself, empty if nothing does;
-    ``ready`` and ``sleeping`` are replicas that answer, and that could after waking up."""
+    """The status to write. ``problem`` is what hinders control itself, empty if nothing does, and
+    ``why`` how so many replicas came to be wanted; ``ready`` and ``sleeping`` are replicas that
+    answer, and that could after waking up."""
     current = group_name(deployment.spec.name, deployment.revision)
     replicas = [
         _shown(replica, ready, leaving, sleeping)
@@ -44,7 +46,7 @@ def summarise(
     asleep = any(one.state is ReplicaState.SLEEPING for one in replicas)
     failing = [one for one in replicas if _is_failing(one)]
     updating = any(group.name != current for group in groups)
-    message = problem or (_reason(failing[0]) if failing else "")
+    message = problem or (_reason(failing[0]) if failing else why)
     return DeploymentStatus(
         name=deployment.spec.name,
         phase=_phase(deployment, wanted, len(serving), failing, updating, problem, asleep),
@@ -75,6 +77,8 @@ def _phase(
         return DeploymentPhase.UPDATING
     if asleep and not serving:
         return DeploymentPhase.SLEEPING
+    if wanted == 0 and serving == 0 and not updating:
+        return DeploymentPhase.IDLE
     if serving == 0:
         hopeless = any(one.restarts >= _RESTARTS_TO_FAIL for one in failing)
         return DeploymentPhase.FAILED if hopeless else DeploymentPhase.STARTING

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from cloudlm.core.price import Price
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
+from cloudlm.core.scaling import DEFAULT_SCALING, Scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class DeploymentSpec:
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
     the address of each. ``prices`` is what its tokens cost (None: the gateway's own table), and
     ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
-    ``routing`` is how requests are spread over the replicas.
+    ``routing`` is how requests are spread over the replicas, ``scaling`` what decides how many
+    there are.
     """
 
     name: str
@@ -45,6 +47,12 @@ class DeploymentSpec:
     prices: Price | None = None
     tenant: str = ""
     routing: Routing = DEFAULT_ROUTING
+    scaling: Scaling = DEFAULT_SCALING
+
+    @property
+    def may_be_none(self) -> bool:
+        """Whether it may have no replica at all; a request then starts one and waits for it."""
+        return not self.min_replicas or any(s.min_replicas == 0 for s in self.scaling.schedules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,7 @@ class Deployment:
                 prices=self.spec.prices,
                 tenant=self.spec.tenant,
                 routing=self.spec.routing,
+                scaling=self.spec.scaling,
             )
             == self.spec
         )
@@ -158,7 +167,14 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one gateway saw of one model in its last second."""
+    """What one gateway saw of one model in its last second.
+
+    ``prompt_tokens_per_s`` are those of requests that arrived, as far as they are not expected to
+    be cached, and ``waiting_prompt_tokens`` those of requests that are at no replica yet. The rest
+    is of attempts that ended well: how many, their answers' tokens, their prompts' tokens that were
+    computed, and the mean times to the first token and for each further one (``ttft_s``,
+    ``tpot_s``; 0 if none ended).
+    """
 
     model: str
     gateway: str
@@ -166,6 +182,13 @@ class Demand:
     queued: int
     requests_per_s: float
     measured_at: float
+    prompt_tokens_per_s: float = 0.0
+    waiting_prompt_tokens: float = 0.0
+    finished_per_s: float = 0.0
+    output_tokens_per_s: float = 0.0
+    computed_tokens_per_s: float = 0.0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
 
 
 class DeploymentPhase(StrEnum):
@@ -179,6 +202,7 @@ class DeploymentPhase(StrEnum):
     FAILED = "failed"
     DELETING = "deleting"
     SLEEPING = "sleeping"
+    IDLE = "idle"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from cloudlm.core.errors import BadSetting, InvalidRequest
 from cloudlm.core.fields import check_text, kind_of
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
 from cloudlm.core.routing import check_routing
+from cloudlm.core.scaling import check_scaling
 from cloudlm.core.settings import check_precision
 from cloudlm.core.vllm import read_vllm_options
 
@@ -59,6 +60,7 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         _check_precision(spec.options["precision"])
     _check_env(spec.env)
     check_routing(spec.routing)
+    check_scaling(spec.scaling)
     return spec
 
 

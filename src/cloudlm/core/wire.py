@@ -34,6 +34,7 @@ from cloudlm.core.model import (
 )
 from cloudlm.core.price import price_body, price_from_body
 from cloudlm.core.routing import routing_body, routing_from_body
+from cloudlm.core.scaling import scaling_body, scaling_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
     MAX_ADDRESS_LENGTH,
@@ -116,6 +117,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "prices": None if spec.prices is None else price_body(spec.prices),
         "tenant": spec.tenant,
         "routing": routing_body(spec.routing),
+        "scaling": scaling_body(spec.scaling),
     }
 
 
@@ -361,6 +363,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         prices=None if prices is None else price_from_body(prices, fields.param("prices")),
         tenant=fields.text("tenant", "", max_length=64),
         routing=routing_from_body(fields.raw("routing", {})),
+        scaling=scaling_from_body(fields.raw("scaling", {})),
     )
 
 

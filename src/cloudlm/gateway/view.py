@@ -38,7 +38,8 @@ _log = get_logger(__name__)
 class ServedModel:
     """A deployment as clients see it, or an adapter of one (``parent``), or the models
     ``behind`` a route. ``created_at`` is Unix seconds; ``prices`` None leaves it to the
-    gateway's table; ``tenant`` is whose it is, empty for everybody's."""
+    gateway's table; ``tenant`` is whose it is, empty for everybody's. One that ``holds`` starts a
+    replica when asked, and requests wait for it."""
 
     name: str
     created_at: float
@@ -48,6 +49,8 @@ class ServedModel:
     behind: tuple[str, ...] = ()
     prices: Price | None = None
     tenant: str = ""
+    holds: bool = False
+    target_ongoing_requests: float = 8.0
 
     @property
     def asleep(self) -> bool:
@@ -236,6 +239,8 @@ class View:
                 routing=d.spec.routing,
                 prices=d.spec.prices,
                 tenant=d.spec.tenant,
+                holds=d.spec.may_be_none and not d.spec.asleep,
+                target_ongoing_requests=d.spec.target_ongoing_requests,
             )
             for d in deployments
             if not d.deleting

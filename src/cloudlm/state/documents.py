@@ -27,8 +27,11 @@ from cloudlm.core.access import (
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.job import Job
+from cloudlm.core.pace import Pace
 from cloudlm.core.price import Price
 from cloudlm.core.routing import Policy, Routing
+from cloudlm.core.scaling import Algorithm, Scaling
+from cloudlm.core.schedule import Schedule
 
 DEMAND_KEPT_S = 3600.0
 """Reports this much older than the newest are dropped: their gateways are gone."""
@@ -55,6 +58,8 @@ def load_spec(text: str) -> DeploymentSpec:
     body = _known(DeploymentSpec, load_object(text))
     if "routing" in body:
         body["routing"] = _load_routing(body["routing"])
+    if "scaling" in body:
+        body["scaling"] = _load_scaling(body["scaling"])
     if body.get("prices") is not None:
         body["prices"] = Price(**_known(Price, body["prices"]))
     return DeploymentSpec(**body)
@@ -65,6 +70,23 @@ def _load_routing(body: Any) -> Routing:
     if "policy" in known:
         known["policy"] = Policy(known["policy"])
     return Routing(**known)
+
+
+def _load_scaling(body: Any) -> Scaling:
+    known = _known(Scaling, body)
+    if "algorithm" in known:
+        known["algorithm"] = Algorithm(known["algorithm"])
+    schedules = known.get("schedules", ())
+    known["schedules"] = tuple(Schedule(**_known(Schedule, entry)) for entry in schedules)
+    return Scaling(**known)
+
+
+def dump_pace(pace: Pace) -> str:
+    return dump(asdict(pace))
+
+
+def load_pace(text: str) -> Pace:
+    return Pace(**_known(Pace, load_object(text)))
 
 
 def dump_replicas(replicas: Iterable[Replica]) -> str:
