@@ -97,7 +97,8 @@ class Scaler:
             key = pace.deployment, pace.model
             at, before = self._saved.get(key, (now - SAVE_EVERY_S, Pace()))
             old = now - at >= SAVE_EVERY_S or before.start_s != pace.start_s
-            if not pace.model or pace == before or not old:
+            measured = pace.model and (pace.start_s or pace.weight)
+            if not measured or pace == before or not old:
                 continue
             try:
                 await self._state.put_pace(pace)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cloudlm.control.autoscale import ScaleMemory
 from cloudlm.core.deployment import DeploymentSpec
+from cloudlm.core.scaling import Algorithm, Scaling
 
 BENCH = Path(__file__).parents[3] / "bench"
 
@@ -36,6 +40,41 @@ def test_paid_are_all_replicas_and_nobody_waits_where_there_is_place(bench: Any)
     hours, late = bench.Simulation(fixed(20), trace).run()
     assert late == 0.0
     assert hours == pytest.approx(20 * 300.0 / 3600.0, rel=0.15)
+
+
+@pytest.mark.parametrize("algorithm", list(Algorithm))
+def test_changes_are_few_under_steady_traffic(bench: Any, algorithm: Algorithm) -> None:
+    """Promise 29: chance alone, of which there is much in traffic, makes nothing flap."""
+    trace = bench.drawn(lambda _: 5.4, 900.0, seed=5)
+    spec = DeploymentSpec("b", "models:/b/1", max_replicas=50, scaling=Scaling(algorithm))
+    wanted: list[int] = []
+
+    class Noted(bench.Simulation):  # type: ignore[misc, name-defined]
+        def _look(self, memory: ScaleMemory) -> ScaleMemory:
+            memory = super()._look(memory)
+            wanted.append(len(self.ready) + len(self.starting))
+            return memory
+
+    Noted(spec, trace).run()
+    settled = wanted[300:900]
+    turns = sum(one != other for one, other in pairwise(settled))
+    assert turns <= (12 if algorithm is Algorithm.KPA else 4)  # of 600 looks
+    assert max(settled) - min(settled) <= 4
+
+
+def test_tokens_pays_less_than_the_others_for_no_more_late_requests(bench: Any) -> None:
+    trace = bench.drawn(lambda at: 5.4 * (1 + 0.5 * math.sin(at / 200)), 1500.0, seed=11)
+
+    def run(scaling: Scaling) -> tuple[float, float]:
+        spec = DeploymentSpec("b", "models:/b/1", max_replicas=50, scaling=scaling)
+        hours, late = bench.Simulation(spec, trace).run()
+        return float(hours), float(late)
+
+    hours, late = run(Scaling())
+    assert late <= 1.0
+    for other in (Scaling(Algorithm.HPA, utilization=0.8), Scaling(Algorithm.KPA)):
+        paid, waited = run(other)
+        assert hours < paid or late < waited
 
 
 def test_traces_keep_their_rate_and_their_spread(bench: Any) -> None:

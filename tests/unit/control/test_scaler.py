@@ -85,6 +85,12 @@ async def test_a_start_is_measured_and_a_restart_of_control_keeps_it(plane):
     assert plane.reconciler._scaler._memory["bank"].pace == pace
 
 
+async def test_nothing_is_kept_of_what_was_not_measured(plane):
+    await plane.ask()
+    await plane.steps(1, seconds=0.0)
+    assert await plane.state.list_paces() == []
+
+
 async def test_a_version_never_seen_begins_with_the_pace_of_the_one_before(plane):
     await plane.state.put_pace(Pace("bank", "models:/bank/1", start_s=40.0))
     await plane.ask()
