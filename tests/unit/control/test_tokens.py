@@ -98,15 +98,14 @@ def test_a_replica_goes_after_three_starts_in_which_it_was_not_needed():
         assert down[-1] < up[-1]
 
 
-def test_on_a_slope_the_short_averages_count_and_on_the_level_the_long_ones():
+def test_on_a_slope_the_line_counts_and_on_the_level_the_long_averages():
     level, slope = Forecast(), Forecast()
     for second in range(1800):
         noise = 5.0 * (1 if second * 7919 % 13 < 6 else -1)
         level = observed(level, 50.0 + noise, 5.0, 6.0, 30.0, float(second))
         slope = observed(slope, 0.1 * second, 5.0, 6.0, 30.0, float(second))
     assert level.load == pytest.approx(50.0, abs=2.0)
-    newest, oldest = slope.levels[0], slope.levels[-1]
-    assert slope.load - oldest > 0.6 * (newest - oldest)
+    assert slope.load == pytest.approx(0.1 * (1800 + 30), rel=0.02)  # one start ahead
 
 
 def test_bursts_that_come_again_find_replicas():
@@ -155,12 +154,12 @@ def test_needed_is_enough_and_not_more(load, slots, request_s, wait_s):
 
 
 @given(st.lists(st.floats(0, 200), min_size=1, max_size=200), st.floats(1, 600))
-def test_a_forecast_is_never_below_nothing_nor_above_the_most_that_came(loads, start_s):
+def test_a_forecast_is_never_below_nothing_nor_far_above_the_most_that_came(loads, start_s):
     memory = Forecast()
     for number, load in enumerate(loads):
         memory = observed(memory, load, load / 6, 6.0, start_s, float(number * 3))
         if memory.count:
-            assert -1e-6 <= memory.load <= max(loads) * 1.001 + 1e-6
+            assert -1e-6 <= memory.load <= max(loads) * 2.001 + 1e-6
             assert 0 <= memory.margin <= max(loads) + 1e-6
 
 

@@ -71,7 +71,7 @@ class Forecast:
     """What the forecaster remembers; see ``forecast``. Loads are in requests at once.
 
     ``levels`` are the averages of late, the short one first, ``scores`` the weight and the squared
-    error of each, ``pending`` forecasts that have not come due: when, each level, and the mix.
+    error of each and of their line, ``pending`` forecasts not yet due: when, each, and the mix.
     ``misses`` are late errors of the mix: when, how much more there was, and its weight.
     """
 

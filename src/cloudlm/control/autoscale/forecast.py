@@ -1,11 +1,11 @@
 """How much load there will be when a replica started now is ready, and how wrong that may be. Pure.
 
-Four exponential averages of the arriving load, over half to four times the start's length, are each
-held against what came one start later. They are mixed by the inverse of their mean squared errors
-(Bates and Granger, *The Combination of Forecasts*, 1969): on steady traffic the long ones count, on
-a slope the short ones, and nothing is set for any traffic. The *margin* is what the load exceeded
-the mix by in all but a small share of late requests: an empirical quantile, so that bursts that
-come again and again find replicas, whatever their distribution.
+Four exponential averages of the arriving load, over half to four times the start's length, and the
+line through two of them are each held against what came one start later. They are mixed by the
+inverse of their mean squared errors (Bates and Granger, *The Combination of Forecasts*, 1969): on
+steady traffic the long ones count, on a slope the line, and nothing is set for any traffic. The
+*margin* is what the load exceeded the mix by in all but a small share of late requests: an
+empirical quantile, so that bursts that come again find replicas, whatever their distribution.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from cloudlm.control.autoscale.facts import Forecast
 
 SPANS = (0.5, 1.0, 2.0, 4.0)
 """The averages' time constants, in lengths of a start."""
-SCORE_MEMORY = 0.99
+_NEAR, _FAR = 1, 3
+SCORE_MEMORY = 0.96
 MISSES_KEPT_S = 1800.0
 MOST_MISSES = 360
 MISSED_SHARE = 0.02
@@ -63,14 +64,15 @@ def _closed(
     occupancy = load if not seen.count else seen.occupancy + (load - seen.occupancy) * share
     scores, misses, pending = _judged(seen, occupancy, weight, now)
     levels = _levelled(seen.levels, load, width_s, start_s, seen.count + 1)
-    mix = _mixed(levels, scores)
+    foretold = (*levels, _extrapolated(levels))
+    mix = _mixed(foretold, scores)
     return Forecast(
         since=now,
         count=seen.count + 1,
         occupancy=occupancy,
         levels=levels,
         scores=scores,
-        pending=(*pending, (now + start_s, levels, mix)),
+        pending=(*pending, (now + start_s, foretold, mix)),
         misses=misses,
         load=mix,
         margin=_quantile(misses, MISSED_SHARE),
@@ -85,12 +87,12 @@ def _judged(
     tuple[tuple[float, tuple[float, ...], float], ...],
 ]:
     """The scores and misses after what has come due, and what has not."""
-    scores = seen.scores or ((0.0, 0.0),) * len(SPANS)
+    scores = seen.scores or ((0.0, 0.0),) * (len(SPANS) + 1)
     misses = [one for one in seen.misses if now - one[0] <= MISSES_KEPT_S][-MOST_MISSES:]
-    for _, levels, mix in (one for one in seen.pending if one[0] <= now):
+    for _, foretold, mix in (one for one in seen.pending if one[0] <= now):
         scores = tuple(
             (count * SCORE_MEMORY + 1.0, error * SCORE_MEMORY + (occupancy - level) ** 2)
-            for (count, error), level in zip(scores, levels, strict=True)
+            for (count, error), level in zip(scores, foretold, strict=True)
         )
         misses.append((now, occupancy - mix, weight))
     return scores, tuple(misses), tuple(one for one in seen.pending if one[0] > now)
@@ -108,12 +110,21 @@ def _levelled(
     )
 
 
-def _mixed(levels: Sequence[float], scores: Sequence[tuple[float, float]]) -> float:
+def _extrapolated(levels: Sequence[float]) -> float:
+    """Where the slope leads in one start: on it, an average lags by its span, so that two of them
+    tell how steep it is."""
+    near, far = levels[_NEAR], levels[_FAR]
+    slope = (near - far) / (SPANS[_FAR] - SPANS[_NEAR])
+    return max(near + slope * (SPANS[_NEAR] + 1.0), 0.0)
+
+
+def _mixed(foretold: Sequence[float], scores: Sequence[tuple[float, float]]) -> float:
     weights = [count / max(error, 1e-9) if count else 0.0 for count, error in scores]
     total = sum(weights)
     if not total:
-        return sum(levels) / len(levels)
-    return sum(w * level for w, level in zip(weights, levels, strict=True)) / total
+        averages = foretold[: len(SPANS)]
+        return sum(averages) / len(averages)
+    return sum(w * load for w, load in zip(weights, foretold, strict=True)) / total
 
 
 def _quantile(misses: Sequence[tuple[float, float, float]], share: float) -> float:
