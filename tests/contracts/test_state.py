@@ -51,6 +51,7 @@ from cloudlm.core.deployment import (
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from cloudlm.core.figures import ModelFigures
 from cloudlm.core.job import Job, JobState
+from cloudlm.core.pace import Pace
 from cloudlm.core.placement import Latency, Measured, Placement, Traffic, Users
 from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
@@ -259,6 +260,34 @@ class TestEndpointsAndDemand:
         reports = [Demand("bank", "g1", number, 0, 0.0, 100.0) for number in (1, 2)]
         await state.put_demand(reports)
         assert await state.list_demand(since=0.0) == [reports[1]]
+
+    async def test_all_that_a_report_says_is_kept(self, state: State) -> None:
+        report = Demand("bank", "g1", 1, 2, 3.5, 100.0, 4.5, 5.5, 6.5, 7.5, 8.5, 0.25, 0.125)
+        await state.put_demand([report])
+        assert await state.list_demand(since=0.0) == [report]
+
+    async def test_the_mark_is_when_the_newest_report_was_measured(self, state: State) -> None:
+        assert await state.demand_mark() == 0.0
+        await state.put_demand([Demand("bank", "g1", 1, 0, 0.0, 100.0)])
+        await state.put_demand([Demand("atlas", "g2", 1, 0, 0.0, 99.0)])
+        assert await state.demand_mark() == 100.0
+
+    async def test_paces_are_kept_per_version_and_go_with_their_deployment(
+        self, state: State
+    ) -> None:
+        for name in ("bank", "atlas"):
+            await state.put_deployment(DeploymentSpec(name, "models:/m/1"), now=1.0)
+        first = Pace("bank", "models:/bank/1", start_s=12.5)
+        second = Pace("bank", "models:/bank/2").answered(0.001, 80.0, 0.03, 4.0)
+        other = Pace("atlas", "models:/bank/1", start_s=1.0)
+        for pace in (second, first, other):
+            await state.put_pace(pace)
+        await state.put_pace(first.started(30.0))
+        assert await state.list_paces() == [other, first.started(30.0), second]
+        marked = await state.mark_deleting("bank", now=2.0)
+        assert marked is not None
+        await state.remove_deployment("bank", generation=marked.generation)
+        assert await state.list_paces() == [other]
 
     async def test_reports_of_gateways_long_gone_are_dropped(self, state: State) -> None:
         await state.put_demand([Demand("bank", "gone", 1, 0, 0.0, 100.0)])

@@ -31,6 +31,7 @@ from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
 from cloudlm.core.rollout import Kind, Step, Strategy, longest_s
 from cloudlm.core.routing import Policy, Routing
+from cloudlm.core.scaling import IDLE_S, Algorithm, Scaling
 from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
 from cloudlm.state.home import yaml_fault
@@ -84,6 +85,24 @@ def deploy(
         str | None,
         typer.Option("--canary", metavar="%:S,…", help="A canary's steps, such as 5:300,50:600."),
     ] = None,
+    algorithm: Annotated[
+        Algorithm, typer.Option("--autoscaler", help="What decides how many replicas there are.")
+    ] = Algorithm.TOKENS,
+    target_ongoing: Annotated[
+        float,
+        typer.Option("--target-ongoing-requests", help="Requests at once that fill a replica."),
+    ] = 8.0,
+    target_ttft_ms: Annotated[
+        float,
+        typer.Option("--target-ttft-ms", min=0.0, help="Mean time to the first token; 0: any."),
+    ] = 0.0,
+    target_tpot_ms: Annotated[
+        float,
+        typer.Option("--target-tpot-ms", min=0.0, help="Mean time per further token; 0: any."),
+    ] = 0.0,
+    idle_s: Annotated[
+        float, typer.Option("--idle-s", min=0.0, help="Idle seconds before MIN 0 is reached.")
+    ] = IDLE_S,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     wait: Wait = True,
@@ -100,6 +119,7 @@ def deploy(
             engine=engine,
             min_replicas=low,
             max_replicas=high,
+            target_ongoing_requests=target_ongoing,
             options={
                 **read_options(option or []),
                 **precision_options(precision, engine),
@@ -108,6 +128,7 @@ def deploy(
             adapters=read_adapters(adapter or []),
             routing=Routing(policy),
             rollout=read_strategy(strategy, canary),
+            scaling=Scaling(algorithm, target_ttft_ms, target_tpot_ms, idle_s=idle_s),
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output, WAIT_S + longest_s(spec.rollout))

@@ -25,6 +25,7 @@ T = TypeVar("T")
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0
 _PAUSE_GROWTH = 1.5
+_SETTLED = (DeploymentPhase.READY, DeploymentPhase.SLEEPING, DeploymentPhase.IDLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def deployment_logs(name: str, tail: int, follow: bool, replica: str | None) -> 
 def wait_ready(
     name: str, timeout_s: float, on_status: Callable[[DeploymentStatus], None] | None
 ) -> Program[DeploymentView]:
-    """Ask until the newest generation is ready, or asleep as it was asked to be.
+    """Ask until the newest generation is ready, or asleep or without a replica as asked.
 
     Raises Unavailable if it failed, is being deleted or went back to an earlier revision,
     UpstreamTimeout if it takes too long.
@@ -159,7 +160,7 @@ def wait_ready(
         if view.phase is DeploymentPhase.FAILED:
             why = view.status.message if view.status else ""
             raise Unavailable(f"deployment {name!r} failed: {why}; see 'cloudlm logs {name}'")
-        return view.phase in (DeploymentPhase.READY, DeploymentPhase.SLEEPING)
+        return view.phase in _SETTLED
 
     def late(view: DeploymentView) -> str:
         status = view.status

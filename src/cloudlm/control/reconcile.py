@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from cloudlm.control.autoscale import ScaleMemory, autoscale
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.metrics import ControlMetrics
@@ -23,6 +22,7 @@ from cloudlm.control.probe import Prober
 from cloudlm.control.registry import ModelRegistry
 from cloudlm.control.releases import Releases, split_of
 from cloudlm.control.rollout import Decision
+from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
 from cloudlm.control.status import summarise
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import (
@@ -39,7 +39,6 @@ from cloudlm.drivers.base import Ability
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
-DEMAND_FRESH_S = 10.0
 NO_HOMES: Mapping[str, str] = {}
 _log = get_logger(__name__)
 
@@ -68,7 +67,7 @@ class Reconciler:
         self._drains = Drains(settings.drain_timeout_s)
         self._naps = Naps(turner)
         self._releases = Releases(state, clock)
-        self._scale: dict[str, tuple[int, ScaleMemory]] = {}
+        self._scaler = Scaler(state, clock)
         self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
         self._statuses: dict[str, DeploymentStatus] | None = None
@@ -137,9 +136,10 @@ class Reconciler:
                 _log.exception("deployment_failed", extra={"fields": {"deployment": name}})
         served = {name for d in deployments for name in (d.spec.name, *d.spec.adapters)}
         await self._remove_orphans({d.spec.name for d in deployments}, served, seen)
+        await self._scaler.save()
 
     async def _pause(self) -> None:
-        sleeping = asyncio.ensure_future(self._clock.sleep(self._interval_s))
+        sleeping = asyncio.ensure_future(self._scaler.pause(self._interval_s))
         waking = asyncio.ensure_future(self._wake.wait())
         try:
             await asyncio.wait({sleeping, waking}, return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +159,7 @@ class Reconciler:
             self._endpoints = found
         if self._statuses is None:
             self._statuses = {one.name: one for one in await self._state.list_statuses()}
+        await self._scaler.recall()
 
     # One deployment -----------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ class Reconciler:
         name = deployment.spec.name
         groups = seen.of(name)
         observations = [group.observation for group in groups]
-        wanted = self._wanted(deployment, demand)
+        wanted = self._wanted(deployment, demand, observations, seen)
         problem, step, decision = "", Plan(), None
         homes = self._releases.homes(name)
         used = (deployment.spec.driver, *homes.values())
@@ -210,7 +211,9 @@ class Reconciler:
             problem,
             self._clock.now(),
             seen.sleeping,
-            note="" if decision is None else decision.note,
+            note=decision.note
+            if decision is not None and decision.note
+            else self._scaler.why(name),
         )
         await self._write_status(status)
         # A driver that is not installed runs nothing that we could stop.
@@ -227,16 +230,17 @@ class Reconciler:
         now = self._clock.monotonic()
         return self._naps.mind(asleep, staying, seen.ready, seen.sleeping, now)
 
-    def _wanted(self, deployment: Deployment, demand: Sequence[Demand]) -> int:
-        name = deployment.spec.name
+    def _wanted(
+        self,
+        deployment: Deployment,
+        demand: Sequence[Demand],
+        groups: Sequence[GroupObservation],
+        seen: Seen,
+    ) -> int:
         if deployment.spec.asleep:
             demand = ()  # requests are refused, and say nothing
-        current, memory = self._scale.get(name, (self._recalled_wanted(name), ScaleMemory()))
-        wanted, memory = autoscale(
-            deployment.spec, demand, current, memory, self._clock.monotonic()
-        )
-        self._scale[name] = (wanted, memory)
-        return wanted
+        recalled = self._recalled_wanted(deployment.spec.name)
+        return self._scaler.wanted(deployment, demand, groups, seen, recalled)
 
     def _recalled_wanted(self, name: str) -> int:
         status = (self._statuses or {}).get(name)
@@ -374,7 +378,7 @@ class Reconciler:
             return  # it was asked for again meanwhile
         self._statuses.pop(name, None)
         self._endpoints.pop(name, None)
-        self._scale.pop(name, None)
+        self._scaler.forget(name)
         self._metrics.forget(name)
         for group in [one for one in self._versions if one.rpartition("-r")[0] == name]:
             del self._versions[group]

@@ -35,7 +35,7 @@ def summarise(
 ) -> DeploymentStatus:
     """The status to write. ``problem`` is what hinders control itself, empty if nothing does;
     ``ready`` and ``sleeping`` are replicas that answer, and that could after waking up; ``note`` is
-    said where nothing is wrong."""
+    said where nothing is wrong: how far a roll-out is, or how so many replicas are wanted."""
     current = group_name(deployment.spec.name, deployment.revision)
     replicas = [
         _shown(replica, ready, leaving, sleeping)
@@ -77,6 +77,8 @@ def _phase(
         return DeploymentPhase.UPDATING
     if asleep and not serving:
         return DeploymentPhase.SLEEPING
+    if wanted == 0 and serving == 0 and not updating:
+        return DeploymentPhase.IDLE
     if serving == 0:
         hopeless = any(one.restarts >= RESTARTS_TO_FAIL for one in failing)
         return DeploymentPhase.FAILED if hopeless else DeploymentPhase.STARTING

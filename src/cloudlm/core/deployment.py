@@ -15,6 +15,7 @@ from cloudlm.core.placement import Placement
 from cloudlm.core.price import Price
 from cloudlm.core.rollout import DEFAULT_STRATEGY, Strategy
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
+from cloudlm.core.scaling import DEFAULT_SCALING, Scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,9 @@ class DeploymentSpec:
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
     the address of each. ``prices`` is what its tokens cost (None: the gateway's own table), and
     ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
-    ``routing`` is how requests are spread over the replicas, ``rollout`` how a new revision takes
-    over, and ``placement`` what is wished of the machines that they run on (None: nothing).
+    ``routing`` is how requests are spread over the replicas, ``scaling`` what decides how many
+    there are, ``rollout`` how a new revision takes over, and ``placement`` what is wished of the
+    machines that they run on (None: nothing).
     """
 
     name: str
@@ -50,6 +52,12 @@ class DeploymentSpec:
     routing: Routing = DEFAULT_ROUTING
     placement: Placement | None = None
     rollout: Strategy = DEFAULT_STRATEGY
+    scaling: Scaling = DEFAULT_SCALING
+
+    @property
+    def may_be_none(self) -> bool:
+        """Whether it may have no replica at all; a request then starts one and waits for it."""
+        return not self.min_replicas or any(s.min_replicas == 0 for s in self.scaling.schedules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +193,14 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one gateway saw of one model in its last second."""
+    """What one gateway saw of one model in its last second.
+
+    ``prompt_tokens_per_s`` are those of requests that arrived, as far as they are not expected to
+    be cached, and ``waiting_prompt_tokens`` those of requests that are at no replica yet. The rest
+    is of attempts that ended well: how many, their answers' tokens, their prompts' tokens that were
+    computed, and the mean times to the first token and for each further one (``ttft_s``,
+    ``tpot_s``; 0 if none ended).
+    """
 
     model: str
     gateway: str
@@ -193,6 +208,13 @@ class Demand:
     queued: int
     requests_per_s: float
     measured_at: float
+    prompt_tokens_per_s: float = 0.0
+    waiting_prompt_tokens: float = 0.0
+    finished_per_s: float = 0.0
+    output_tokens_per_s: float = 0.0
+    computed_tokens_per_s: float = 0.0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
 
 
 class DeploymentPhase(StrEnum):
@@ -206,6 +228,7 @@ class DeploymentPhase(StrEnum):
     FAILED = "failed"
     DELETING = "deleting"
     SLEEPING = "sleeping"
+    IDLE = "idle"
 
 
 @dataclass(frozen=True, slots=True)

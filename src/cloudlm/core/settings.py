@@ -114,6 +114,12 @@ class GatewaySettings:
     queue_timeout_s: float = setting(
         30.0, "Longest wait in the gateway's queue, seconds.", low=0.01
     )
+    hold_timeout_s: float = setting(
+        300.0,
+        "Longest wait for the first replica of a model that was scaled to zero, seconds; a "
+        "request's own deadline may be shorter.",
+        low=0.01,
+    )
     drain_timeout_s: float = setting(
         30.0, "Longest wait for running requests when stopping, seconds.", low=0.0
     )

@@ -12,6 +12,7 @@ from cloudlm.core.fields import check_text, kind_of
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
 from cloudlm.core.rollout import check_strategy
 from cloudlm.core.routing import check_routing
+from cloudlm.core.scaling import check_scaling
 from cloudlm.core.settings import check_precision
 from cloudlm.core.vllm import read_vllm_options
 
@@ -61,6 +62,7 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
     _check_env(spec.env)
     check_routing(spec.routing)
     check_strategy(spec.rollout)
+    check_scaling(spec.scaling)
     return spec
 
 

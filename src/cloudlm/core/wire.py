@@ -36,6 +36,7 @@ from cloudlm.core.placement import placement_body, placement_from_body
 from cloudlm.core.price import price_body, price_from_body
 from cloudlm.core.rollout import strategy_body, strategy_from_body
 from cloudlm.core.routing import routing_body, routing_from_body
+from cloudlm.core.scaling import scaling_body, scaling_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
     MAX_ADDRESS_LENGTH,
@@ -120,6 +121,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "routing": routing_body(spec.routing),
         "placement": None if spec.placement is None else placement_body(spec.placement),
         "rollout": strategy_body(spec.rollout),
+        "scaling": scaling_body(spec.scaling),
     }
 
 
@@ -376,6 +378,7 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         routing=routing_from_body(fields.raw("routing", {})),
         placement=None if placement is None else placement_from_body(placement),
         rollout=strategy_from_body(fields.raw("rollout", {})),
+        scaling=scaling_from_body(fields.raw("scaling", {})),
     )
 
 

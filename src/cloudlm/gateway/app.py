@@ -47,6 +47,7 @@ from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
+from cloudlm.gateway.waiting import Waiting
 from cloudlm.security.access import Policies
 from cloudlm.security.issuer import Issuer
 from cloudlm.security.transport import replica_context
@@ -130,6 +131,9 @@ class Gateway:
         if place is not None:
             name += f"/{place.number}"
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
+        self.ledger.on_row.append(self.demand.ended)
+        hold_s = settings.hold_timeout_s
+        self.waiting = Waiting(self.view, self.gate, self.demand, clock, hold_s)
         self.refusals = Refusals(state, clock)
         weights = read_weights(settings.tenant_weights)
         likeness = None
@@ -143,6 +147,7 @@ class Gateway:
                 view=self.view,
                 limiter=self.limiter,
                 gate=self.gate,
+                waiting=self.waiting,
                 loads=self.loads,
                 demand=self.demand,
                 upstream=self.upstream,
@@ -230,7 +235,13 @@ class Gateway:
             await self.limiter.tend(self.view.snapshot())
         tasks = [
             asyncio.create_task(part(), name=part.__qualname__)
-            for part in (self.view.run, self.ledger.run, self.demand.run, self.refusals.run)
+            for part in (
+                self.view.run,
+                self.ledger.run,
+                self.demand.run,
+                self.refusals.run,
+                self.waiting.run,
+            )
         ]
         tasks.append(asyncio.create_task(self.door.run(), name="door"))
         tasks.append(asyncio.create_task(self.replica_tls.follow(), name="replica_tls"))

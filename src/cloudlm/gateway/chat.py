@@ -65,6 +65,7 @@ from cloudlm.gateway.sessions import session_of
 from cloudlm.gateway.split import choose_side, mark_of
 from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable, Upstream
 from cloudlm.gateway.view import ServedModel, Snapshot, View
+from cloudlm.gateway.waiting import Waiting
 from cloudlm.security import keys
 from cloudlm.security.tokens import looks_signed
 from cloudlm.telemetry.logs import get_logger, request_id_var
@@ -98,6 +99,7 @@ class Rooms:
     view: View
     limiter: Limiter
     gate: Gate
+    waiting: Waiting
     loads: Loads
     demand: DemandReporter
     upstream: Upstream
@@ -204,9 +206,9 @@ class Handler:
         if (known is None or not known.endpoints or known.asleep) and not course.others:
             view = await self._rooms.view.look_again()
         model = view.deployed(call.model, exchange.key)
-        self._expect(exchange, model)
+        held_s = self._expect(exchange, call, model, may_hold=not course.others)
         ticket = self._rooms.gate.ticket(
-            exchange, request.headers, may_lead=asker.may_lead(model.name)
+            exchange, request.headers, may_lead=asker.may_lead(model.name), held_s=held_s
         )
         ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
         if course.tokens is None:
@@ -221,6 +223,8 @@ class Handler:
         answer = await question.known() if question is not None else None
         if answer is not None:
             return answer
+        if held_s is not None:
+            self._rooms.waiting.hold(model)
         await self._rooms.gate.enter(ticket, exchange)
         if question is None:
             return await self._serve(exchange, call)
@@ -253,12 +257,18 @@ class Handler:
             raise keys.invalid_key()
         return record
 
-    def _expect(self, exchange: Exchange, model: ServedModel) -> None:
-        """Count a request for a model, served or not. Raises NoReplica if there is none."""
+    def _expect(
+        self, exchange: Exchange, call: Call, model: ServedModel, *, may_hold: bool
+    ) -> float | None:
+        """Count a request for a model, served or not. Returns how long it may be held for a first
+        replica, None if it need not. Raises NoReplica if there is none and none to wait for."""
         rooms = self._rooms
         exchange.model = model.name
-        rooms.demand.count(model.name)
-        if not model.endpoints:
+        rooms.demand.count(model.name, len(call.body))
+        held_s = None
+        if not model.endpoints and model.holds and may_hold:
+            held_s = rooms.waiting.timeout_s
+        elif not model.endpoints:
             raise NoReplica(
                 f"model {model.name!r} is deployed but none of its replicas is ready yet "
                 "(starting…); try again in a few seconds",
@@ -272,6 +282,7 @@ class Handler:
             )
         rooms.meter.entered(model.name)
         exchange.at_leave(lambda: rooms.meter.left(model.name))
+        return held_s
 
     def _note_routing(
         self, exchange: Exchange, request: GatewayRequest, call: Call, model: ServedModel

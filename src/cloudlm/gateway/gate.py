@@ -36,6 +36,8 @@ class Gate:
         self._replica_capacity = replica_capacity
         self._longest_wait_s = longest_wait_s
         self._capacities: dict[str, int] = {}
+        self._replicas: dict[str, int] = {}
+        self._narrow: dict[str, int] = {}
         self._waiting: dict[Ticket, asyncio.Future[CloudlmError | None]] = {}
 
     @property
@@ -43,14 +45,31 @@ class Gate:
         """Requests that wait."""
         return len(self._waiting)
 
-    def ticket(self, exchange: Exchange, headers: Mapping[str, str], *, may_lead: bool) -> Ticket:
-        """A request's ticket. Only who ``may_lead`` can be critical; for others it is usual.
-        Raises InvalidRequest for a header that says nothing known."""
+    def queued(self, model: str) -> int:
+        """Requests that wait for one model."""
+        return self._admission.queued(model)
+
+    def ongoing(self, model: str) -> int:
+        """Requests for one model, waiting or not."""
+        return self._admission.ongoing(model)
+
+    def ticket(
+        self,
+        exchange: Exchange,
+        headers: Mapping[str, str],
+        *,
+        may_lead: bool,
+        held_s: float | None = None,
+    ) -> Ticket:
+        """A request's ticket. Only who ``may_lead`` can be critical; for others it is usual. One
+        that is held for a replica's start may wait ``held_s``. Raises InvalidRequest for a header
+        that says nothing known."""
         assert exchange.key is not None
         criticality = read_priority(headers)
         if not may_lead:
             criticality = max(criticality, Criticality.DEFAULT)
-        wait_s = min(read_deadline_s(headers, self._longest_wait_s), self._longest_wait_s)
+        longest_s = self._longest_wait_s if held_s is None else held_s
+        wait_s = min(read_deadline_s(headers, longest_s), longest_s)
         return Ticket(
             exchange.model,
             exchange.key.tenant,
@@ -84,9 +103,24 @@ class Gate:
 
     def follow(self, view: Snapshot) -> None:
         """Called when the state changed: more replicas hold more."""
+        self._replicas = {name: len(model.endpoints) for name, model in view.models.items()}
+        self._reckon()
+
+    def narrow(self, model: str, at_once: int) -> None:
+        """From now on send each replica of ``model`` only so many requests at once."""
+        self._narrow[model] = min(max(at_once, 1), self._replica_capacity)
+        self._reckon()
+
+    def widen(self, model: str) -> None:
+        """Send each replica of ``model`` as many as any other's again."""
+        if self._narrow.pop(model, None) is not None:
+            self._reckon()
+
+    def _reckon(self) -> None:
+        """How many each model takes now; lets in who has a place by it."""
         self._capacities = {
-            name: self._replica_capacity * len(model.endpoints)
-            for name, model in view.models.items()
+            name: self._narrow.get(name, self._replica_capacity) * replicas
+            for name, replicas in self._replicas.items()
         }
         for name, capacity in self._capacities.items():
             if self._admission.queued(name):

@@ -9,6 +9,7 @@ killed leaves its row, at most a second of tokens short. Must not decide what a 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +57,7 @@ class Ledger:
         self._noted_at = clock.monotonic()
         self._behind = False  # rows in the journal that are not in _fresh
         self.rows_dropped = 0
+        self.on_row: list[Callable[[LedgerRow], None]] = []
 
     @property
     def rows_in_memory(self) -> int:
@@ -75,6 +77,8 @@ class Ledger:
     def add(self, row: LedgerRow) -> None:
         """Account for one attempt that has ended."""
         self._open.pop(row.id, None)
+        for told in self.on_row:
+            told(row)
         if self._journal.append(row):
             if not self._behind:
                 self._fresh.append(row)

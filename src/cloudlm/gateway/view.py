@@ -41,7 +41,8 @@ class ServedModel:
     ``behind`` a route. ``created_at`` is Unix seconds; ``prices`` None leaves it to the
     gateway's table; ``tenant`` is whose it is, empty for everybody's. ``beside`` are replicas that
     take no new requests, of a revision that is tried out or was just replaced: streams that began
-    there may go on there, and copies may be sent there. ``split``: revisions share requests."""
+    there may go on there, and copies may be sent there. ``split``: revisions share requests. One
+    that ``holds`` starts a replica when asked, and requests wait for it."""
 
     name: str
     created_at: float
@@ -53,6 +54,8 @@ class ServedModel:
     tenant: str = ""
     beside: tuple[Endpoint, ...] = ()
     split: bool = False
+    holds: bool = False
+    target_ongoing_requests: float = 8.0
 
     @property
     def asleep(self) -> bool:
@@ -261,6 +264,8 @@ def _served(deployment: Deployment, name: str, endpoints: list[Endpoint]) -> Ser
         tenant=spec.tenant,
         beside=tuple(beside),
         split=is_split(taken),
+        holds=spec.may_be_none and not spec.asleep,
+        target_ongoing_requests=spec.target_ongoing_requests,
     )
 
 

@@ -13,7 +13,7 @@ from cloudlm.control.autoscale import ScaleMemory, autoscale
 from cloudlm.control.drain import Drains
 from cloudlm.control.plan import Action, Apply, Plan, plan
 from cloudlm.control.probe import UNREACHABLE, ProbeRecord, Sample, Verdict, judge
-from cloudlm.control.reconcile import DEMAND_FRESH_S
+from cloudlm.control.scaler import DEMAND_FRESH_S
 from cloudlm.core.deployment import (
     Demand,
     Deployment,

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
+from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.access import AccessState
@@ -55,8 +56,8 @@ class State(AccessState, AuditState, ReleaseState, Protocol):
         ...
 
     async def remove_deployment(self, name: str, *, generation: int) -> bool:
-        """Forget a deployment, its status, history and endpoints, if it is still being deleted at
-        this generation."""
+        """Forget a deployment and all that is known of it, if it is still being deleted at this
+        generation."""
         ...
 
     async def put_status(self, status: DeploymentStatus) -> None: ...
@@ -86,6 +87,20 @@ class State(AccessState, AuditState, ReleaseState, Protocol):
 
     async def list_demand(self, *, since: float) -> list[Demand]:
         """Reports not older than ``since`` (wall time)."""
+        ...
+
+    async def demand_mark(self) -> float:
+        """When the newest report was measured (wall time), 0 without any. Cheap: control asks many
+        times a second, so that a request for a model without a replica is noticed at once."""
+        ...
+
+    async def put_pace(self, pace: Pace) -> None:
+        """Create or replace what was measured of a version under a deployment; it is forgotten with
+        the deployment."""
+        ...
+
+    async def list_paces(self) -> list[Pace]:
+        """Sorted by deployment, then model."""
         ...
 
     # Jobs ---------------------------------------------------------------------------------------

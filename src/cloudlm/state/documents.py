@@ -28,6 +28,7 @@ from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaSt
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.figures import ModelFigures
 from cloudlm.core.job import Job
+from cloudlm.core.pace import Pace
 from cloudlm.core.placement import (
     Latency,
     Measured,
@@ -40,6 +41,8 @@ from cloudlm.core.placement import (
 from cloudlm.core.price import Price
 from cloudlm.core.rollout import Kind, Order, Rollout, Step, Strategy
 from cloudlm.core.routing import Policy, Routing
+from cloudlm.core.scaling import Algorithm, Scaling
+from cloudlm.core.schedule import Schedule
 
 _IN_PLACEMENT = {
     "traffic": Traffic,
@@ -75,6 +78,8 @@ def load_spec(text: str) -> DeploymentSpec:
         body["routing"] = _load_routing(body["routing"])
     if "rollout" in body:
         body["rollout"] = _load_strategy(body["rollout"])
+    if "scaling" in body:
+        body["scaling"] = _load_scaling(body["scaling"])
     if body.get("prices") is not None:
         body["prices"] = Price(**_known(Price, body["prices"]))
     if body.get("placement") is not None:
@@ -114,6 +119,23 @@ def load_rollout(text: str) -> Rollout:
     """A roll-out out of the JSON of its fields."""
     body = _known(Rollout, load_object(text))
     return Rollout(**{**body, "order": Order(body.get("order", ""))})
+
+
+def _load_scaling(body: Any) -> Scaling:
+    known = _known(Scaling, body)
+    if "algorithm" in known:
+        known["algorithm"] = Algorithm(known["algorithm"])
+    schedules = known.get("schedules", ())
+    known["schedules"] = tuple(Schedule(**_known(Schedule, entry)) for entry in schedules)
+    return Scaling(**known)
+
+
+def dump_pace(pace: Pace) -> str:
+    return dump(asdict(pace))
+
+
+def load_pace(text: str) -> Pace:
+    return Pace(**_known(Pace, load_object(text)))
 
 
 def dump_replicas(replicas: Iterable[Replica]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
+from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.decide import (
@@ -39,6 +40,7 @@ class MemoryState(MemoryReleases, MemoryAccess, MemoryAudit):
         self._statuses: dict[str, DeploymentStatus] = {}
         self._endpoints: dict[str, list[Endpoint]] = {}
         self._demand: dict[tuple[str, str], Demand] = {}
+        self._paces: dict[tuple[str, str], Pace] = {}
         self._jobs: dict[str, Job] = {}
 
     # Desired and observed deployments -----------------------------------------------------------
@@ -77,6 +79,7 @@ class MemoryState(MemoryReleases, MemoryAccess, MemoryAudit):
         self._statuses.pop(name, None)
         self._endpoints.pop(name, None)
         self._forget_releases(name)
+        self._paces = {k: pace for k, pace in self._paces.items() if k[0] != name}
         self._version += 1
         return True
 
@@ -121,6 +124,15 @@ class MemoryState(MemoryReleases, MemoryAccess, MemoryAudit):
         return [
             self._demand[k] for k in sorted(self._demand) if self._demand[k].measured_at >= since
         ]
+
+    async def demand_mark(self) -> float:
+        return max((one.measured_at for one in self._demand.values()), default=0.0)
+
+    async def put_pace(self, pace: Pace) -> None:
+        self._paces[pace.deployment, pace.model] = pace
+
+    async def list_paces(self) -> list[Pace]:
+        return [self._paces[key] for key in sorted(self._paces)]
 
     # Jobs ---------------------------------------------------------------------------------------
 

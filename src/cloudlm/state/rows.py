@@ -11,11 +11,13 @@ import sqlalchemy as sa
 from cloudlm.core.access import CustomRole, Identity, Principal, Project, Tenant
 from cloudlm.core.deployment import Demand, Deployment, DeploymentPhase, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job, JobState
+from cloudlm.core.pace import Pace
 from cloudlm.core.rollout import Outcome as RevisionOutcome
 from cloudlm.core.rollout import Revision, Rollout
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome
 from cloudlm.state.documents import (
     dump,
+    dump_pace,
     dump_replicas,
     dump_spec,
     load_limits,
@@ -123,6 +125,10 @@ def demand_values(demand: Demand) -> Values:
 
 def demand_of(row: DatabaseRow) -> Demand:
     return Demand(**row._asdict())
+
+
+def pace_values(pace: Pace) -> Values:
+    return {"deployment": pace.deployment, "model": pace.model, "document": dump_pace(pace)}
 
 
 def key_values(record: KeyRecord) -> Values:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
+from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state import rows as as_rows
@@ -29,6 +30,7 @@ from cloudlm.state.documents import (
     DEMAND_KEPT_S,
     check_endpoints,
     dump_spec,
+    load_pace,
     load_spec,
     plain_job,
 )
@@ -108,6 +110,9 @@ class SqlState(SqlReleases):
                 return False
             await connection.execute(
                 sa.delete(tables.endpoints).where(tables.endpoints.c.model == name)
+            )
+            await connection.execute(
+                sa.delete(tables.paces).where(tables.paces.c.deployment == name)
             )
             await bump(connection)
             return True
@@ -190,6 +195,24 @@ class SqlState(SqlReleases):
             .order_by(tables.demand.c.model, tables.demand.c.gateway)
         )
         return [as_rows.demand_of(row) for row in found]
+
+    async def demand_mark(self) -> float:
+        found = await self._database.read(sa.select(sa.func.max(tables.demand.c.measured_at)))
+        return float(found[0][0] or 0.0)
+
+    async def put_pace(self, pace: Pace) -> None:
+        async def work(connection: AsyncConnection) -> None:
+            await self._upsert(connection, tables.paces, [as_rows.pace_values(pace)])
+
+        await self._database.write(work, alone=False)
+
+    async def list_paces(self) -> list[Pace]:
+        found = await self._database.read(
+            sa.select(tables.paces.c.document).order_by(
+                tables.paces.c.deployment, tables.paces.c.model
+            )
+        )
+        return [load_pace(row.document) for row in found]
 
     # Jobs ---------------------------------------------------------------------------------------
 

@@ -158,6 +158,21 @@ demand = sa.Table(
     _whole("queued"),
     _number("requests_per_s"),
     _number("measured_at"),
+    _number("prompt_tokens_per_s"),
+    _number("waiting_prompt_tokens"),
+    _number("finished_per_s"),
+    _number("output_tokens_per_s"),
+    _number("computed_tokens_per_s"),
+    _number("ttft_s"),
+    _number("tpot_s"),
+)
+
+paces = sa.Table(
+    "paces",
+    metadata,
+    _text("deployment", key=True),
+    _text("model", key=True),
+    sa.Column("document", sa.Text, nullable=False),
 )
 
 api_keys = sa.Table(

@@ -93,6 +93,17 @@ def test_deploy_a_registered_model(control: Any, ok: Ok, deployment: Any) -> Non
     assert "helper is ready (models:/bank/1)" in result.stderr
 
 
+def test_deploy_says_how_to_scale(control: Any, ok: Ok, deployment: Any) -> None:
+    control.answers = {f"PUT {PATH}": deployment(), f"GET {PATH}": deployment()}
+    said = ["--autoscaler", "hpa", "--target-ongoing-requests", "4", "--target-ttft-ms", "500"]
+    ok("deploy", "bank@champion", "--name", "helper", "--replicas", "0:3", "--idle-s", "60", *said)
+    sent = control.sent(f"PUT {PATH}")
+    assert (sent["min_replicas"], sent["target_ongoing_requests"]) == (0, 4.0)
+    scaling = sent["scaling"]
+    assert (scaling["algorithm"], scaling["target_ttft_ms"]) == ("hpa", 500.0)
+    assert scaling["idle_s"] == 60.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [

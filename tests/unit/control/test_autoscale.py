@@ -1,91 +1,226 @@
-"""The autoscaler's rules: tolerance, bounds, slow on the way down, nothing without data."""
+"""What holds for every rule: bounds, nothing down without data, the last replica, no flapping."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudlm.control.autoscale import DOWN_WINDOW_S, ScaleMemory, autoscale
+from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
 from cloudlm.core.deployment import Demand, DeploymentSpec
+from cloudlm.core.pace import Pace
+from cloudlm.core.scaling import Algorithm, Scaling
+from cloudlm.core.schedule import Schedule
 
 SPEC = DeploymentSpec("bank", "models:/bank/1", min_replicas=1, max_replicas=10)
+EVERY = pytest.mark.parametrize("algorithm", list(Algorithm))
+FAR_S = 1000.0
 
 
-def load(ongoing, queued=0):
-    return [Demand("bank", "g1", ongoing, queued, 1.0, 0.0)]
+def by(algorithm, spec=SPEC, **changes):
+    return replace(spec, scaling=Scaling(algorithm, **changes))
 
 
-def test_load_over_target_rounded_up():
-    assert autoscale(SPEC, load(17), 1, ScaleMemory(), 0.0)[0] == 3
+def load(ongoing, queued=0, gateway="g1", at=0.0, rate=1.0):
+    return [Demand("bank", gateway, ongoing, queued, rate if ongoing else 0.0, at)]
 
 
-def test_what_queues_in_the_gateway_counts_once():
-    assert autoscale(SPEC, load(16, queued=16), 1, ScaleMemory(), 0.0)[0] == 2
+def follow(spec, ongoings, current=1, memory=None, start=0.0, step_s=1.0):
+    """The numbers wanted, one for each demand; None is no data."""
+    memory, found = memory or ScaleMemory(), []
+    for number, ongoing in enumerate(ongoings):
+        now = start + number * step_s
+        demand = [] if ongoing is None else load(ongoing, at=now)
+        current, memory = autoscale(spec, demand, current, memory, now)
+        found.append(current)
+    return found, memory
 
 
-def test_all_gateways_count():
-    assert autoscale(SPEC, load(8) + load(16), 1, ScaleMemory(), 0.0)[0] == 3
+@EVERY
+def test_no_data_never_scales_down(algorithm):
+    ups, memory = follow(by(algorithm), [40] * 60)
+    silent, _ = follow(by(algorithm), [None] * 60, ups[-1], memory, 60.0, 60.0)
+    assert ups[-1] >= 5
+    assert set(silent) == {ups[-1]}
 
 
-def test_within_a_tenth_of_the_target_nothing_changes():
-    assert autoscale(SPEC, load(35), 4, ScaleMemory(), 0.0)[0] == 4  # 4.375 / 4 = 1.09
-    assert autoscale(SPEC, load(36), 4, ScaleMemory(), 0.0)[0] == 5
-
-
-def test_down_only_to_the_highest_of_the_last_five_minutes():
-    wanted, memory = autoscale(SPEC, load(40), 1, ScaleMemory(), 0.0)
-    assert wanted == 5
-    wanted, memory = autoscale(SPEC, load(24), wanted, memory, 100.0)
-    assert wanted == 5
-    wanted, memory = autoscale(SPEC, load(0), wanted, memory, DOWN_WINDOW_S + 1)
-    assert wanted == 3
-    wanted, memory = autoscale(SPEC, load(0), wanted, memory, 100 + DOWN_WINDOW_S + 1)
-    assert wanted == 1
-
-
-def test_no_data_never_scales_down():
-    wanted, memory = autoscale(SPEC, load(40), 1, ScaleMemory(), 0.0)
-    for minute in range(60):
-        wanted, memory = autoscale(SPEC, [], wanted, memory, 60.0 * minute)
-    assert wanted == 5
-
-
-def test_a_restart_without_memory_scales_nothing_down_at_once():
-    wanted, memory = autoscale(SPEC, load(0), 6, ScaleMemory(), 1000.0)
+@EVERY
+def test_a_restart_without_memory_scales_nothing_down_at_once(algorithm):
+    wanted, _ = autoscale(by(algorithm), load(0), 6, ScaleMemory(), FAR_S)
     assert wanted == 6
-    wanted, _ = autoscale(SPEC, load(0), wanted, memory, 1000.0 + DOWN_WINDOW_S + 1)
-    assert wanted == 1
+    wanted, _ = follow(by(algorithm), [0] * 400, 6, start=FAR_S)
+    assert wanted[30] == 6
+    assert wanted[-1] == 1
 
 
-def test_a_new_deployment_begins_with_its_least():
-    assert autoscale(SPEC, [], 0, ScaleMemory(), 0.0)[0] == 1
+@EVERY
+def test_a_silent_gateway_is_not_an_idle_one(algorithm):
+    spec, memory, current = by(algorithm, down_window_s=0.0), ScaleMemory(), 4
+    both = [*load(16, gateway="g1"), *load(16, gateway="g2")]
+    for second in range(120):
+        current, memory = autoscale(spec, both, current, memory, float(second))
+    before = current
+    for second in range(120, 150):
+        current, memory = autoscale(spec, load(1, gateway="g1"), current, memory, float(second))
+        assert current == before
+    assert "silent" in memory.why
+    for second in range(150, 400):  # it is gone for good
+        current, memory = autoscale(spec, load(1, gateway="g1"), current, memory, float(second))
+    assert current < before
 
 
-def test_bounds_hold_at_once_and_without_data():
-    narrow = DeploymentSpec("bank", "m", min_replicas=2, max_replicas=3)
+@EVERY
+def test_all_gateways_count(algorithm):
+    both = [*load(24, gateway="g1"), *load(24, gateway="g2")]
+    assert autoscale(by(algorithm), both, 1, ScaleMemory(), 0.0)[0] >= 5
+
+
+@EVERY
+def test_a_new_deployment_begins_with_its_least(algorithm):
+    assert autoscale(by(algorithm), [], 0, ScaleMemory(), 0.0)[0] == 1
+
+
+@EVERY
+def test_bounds_hold_at_once_and_without_data(algorithm):
+    narrow = by(algorithm, replace(SPEC, min_replicas=2, max_replicas=3))
     assert autoscale(narrow, [], 9, ScaleMemory(), 0.0)[0] == 3
     assert autoscale(narrow, [], 1, ScaleMemory(), 0.0)[0] == 2
-    _, memory = autoscale(SPEC, load(80), 1, ScaleMemory(), 0.0)
-    assert autoscale(narrow, load(80), 10, memory, 1.0)[0] == 3
+    _, memory = follow(by(algorithm), [80] * 30)
+    assert autoscale(narrow, load(80), 10, memory, 31.0)[0] == 3
 
 
-@given(
-    st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 200)), st.floats(0.1, 120)), max_size=40)
+@EVERY
+def test_it_says_why(algorithm):
+    _, memory = autoscale(by(algorithm), load(40), 1, ScaleMemory(), 0.0)
+    assert algorithm.value in memory.why
+    _, memory = autoscale(by(algorithm), [], 1, memory, 1.0)
+    assert "no gateway reports" in memory.why
+
+
+# Zero ---------------------------------------------------------------------------------------------
+
+ZERO = replace(SPEC, min_replicas=0)
+
+
+@EVERY
+def test_the_last_replica_goes_after_a_whole_idle_time_and_a_request_brings_it_back(algorithm):
+    spec = by(algorithm, ZERO, idle_s=60.0, down_window_s=0.0)
+    wanted, memory = follow(spec, [4] * 200, 1)
+    assert wanted[-1] == 1
+    wanted, memory = follow(spec, [0] * 120, 1, memory, 200.0)
+    assert wanted[59] == 1 and wanted[60] == 0 and wanted[-1] == 0
+    wanted, _ = follow(spec, [1], 0, memory, 400.0)
+    assert wanted == [1]
+
+
+@EVERY
+def test_one_request_begins_the_idle_time_anew(algorithm):
+    spec = by(algorithm, ZERO, idle_s=60.0)
+    wanted, _ = follow(spec, [0] * 59 + [1] + [0] * 59, 1)
+    assert set(wanted) == {1}
+
+
+@EVERY
+def test_a_restart_waits_a_whole_idle_time(algorithm):
+    spec = by(algorithm, ZERO, idle_s=60.0)
+    wanted, _ = follow(spec, [0] * 60, 1, ScaleMemory(), FAR_S)
+    assert set(wanted) == {1}
+
+
+@EVERY
+def test_at_zero_it_stays_there_without_data_and_without_requests(algorithm):
+    spec = by(algorithm, ZERO)
+    assert autoscale(spec, [], 0, ScaleMemory(), 0.0)[0] == 0
+    wanted, memory = autoscale(spec, load(0), 0, ScaleMemory(), 0.0)
+    assert wanted == 0
+    assert "starts a replica" in memory.why
+
+
+@EVERY
+def test_a_request_that_was_refused_counts_too(algorithm):
+    asked = [Demand("bank", "g1", 0, 0, 1.0, 0.0)]
+    assert autoscale(by(algorithm, ZERO), asked, 0, ScaleMemory(), 0.0)[0] == 1
+
+
+# Schedules ----------------------------------------------------------------------------------------
+
+NOON = 1_700_049_600.0  # 2023-11-15, 12:00 UTC, a Wednesday
+OFFICE = Schedule("0 8 * * mon-fri", 10 * 3600.0, min_replicas=3, max_replicas=20)
+
+
+@EVERY
+def test_a_schedule_sets_the_bounds_while_it_holds(algorithm):
+    spec = by(algorithm, schedules=(OFFICE,), down_window_s=0.0)
+    assert autoscale(spec, [], 1, ScaleMemory(), 0.0, Fleet(wall_s=NOON))[0] == 3
+    night = Fleet(wall_s=NOON + 9 * 3600.0)
+    assert autoscale(spec, [], 1, ScaleMemory(), 0.0, night)[0] == 1
+    many, memory, now = 3, ScaleMemory(), 0.0
+    for now in range(120):
+        many, memory = autoscale(spec, load(150), many, memory, now, Fleet(many, wall_s=NOON))
+    assert many > 10
+
+
+def test_a_schedule_begins_one_start_early():
+    spec = by(Algorithm.TOKENS, schedules=(OFFICE,))
+    memory = ScaleMemory(pace=Pace(start_s=120.0))
+    eight = NOON - 4 * 3600.0
+    assert autoscale(spec, [], 1, memory, 0.0, Fleet(wall_s=eight - 121.0))[0] == 1
+    assert autoscale(spec, [], 1, memory, 0.0, Fleet(wall_s=eight - 119.0))[0] == 3
+
+
+# Properties ---------------------------------------------------------------------------------------
+
+traffic = st.lists(
+    st.tuples(st.one_of(st.none(), st.integers(0, 200)), st.floats(0.1, 120)), max_size=40
 )
-def test_always_within_bounds_and_never_below_recent_need(ticks):
-    wanted, memory, now = 1, ScaleMemory(), 0.0
-    needs = []
+algorithms = st.sampled_from(Algorithm)
+
+
+@given(algorithms, traffic, st.integers(0, 3), st.integers(1, 12))
+def test_always_within_bounds_and_never_down_without_data(algorithm, ticks, low, high):
+    spec = by(algorithm, replace(SPEC, min_replicas=min(low, high), max_replicas=high))
+    wanted, memory, now = spec.min_replicas, ScaleMemory(), 0.0
     for ongoing, pause_s in ticks:
         now += pause_s
         before = wanted
-        demand = [] if ongoing is None else load(ongoing)
-        wanted, memory = autoscale(SPEC, demand, wanted, memory, now)
-        assert SPEC.min_replicas <= wanted <= SPEC.max_replicas
+        demand = [] if ongoing is None else load(ongoing, at=now)
+        wanted, memory = autoscale(spec, demand, wanted, memory, now)
+        assert spec.min_replicas <= wanted <= spec.max_replicas
         if ongoing is None:
             assert wanted >= before
-        else:
-            needs.append((now, min(10, max(1, -(-ongoing // 8)))))
-        recent = [need for at, need in needs if now - at <= DOWN_WINDOW_S]
-        # Tolerance may keep one replica less than the ceiling says, never more than 10 %.
-        assert wanted * 1.1 + 1e-9 >= max(min(need, 10) - 1 for need in recent or [1])
-        assert len(memory.recommendations) <= 11
+        elif ongoing:
+            assert wanted >= 1
+
+
+@given(algorithms, st.integers(0, 70))
+def test_constant_load_settles_and_stays(algorithm, ongoing):
+    wanted, _ = follow(by(algorithm), [ongoing] * 500)
+    assert len(set(wanted[-100:])) == 1
+
+
+@given(algorithms, st.integers(0, 70), st.integers(0, 70))
+def test_more_load_never_means_fewer_replicas(algorithm, one, other):
+    low, high = sorted((one, other))
+    fewer, _ = follow(by(algorithm), [low] * 60)
+    more, _ = follow(by(algorithm), [high] * 60)
+    assert more[-1] >= fewer[-1]
+
+
+@given(algorithms, st.integers(2, 10), st.lists(st.integers(0, 100), min_size=1, max_size=20))
+def test_after_a_restart_nothing_goes_down_for_a_while(algorithm, current, ongoings):
+    wanted, _ = follow(by(algorithm), ongoings, current, ScaleMemory(), FAR_S)
+    assert min(wanted) >= current
+
+
+@given(algorithms, traffic)
+def test_the_memory_stays_small(algorithm, ticks):
+    spec, wanted, memory, now = by(algorithm), 1, ScaleMemory(), 0.0
+    for ongoing, pause_s in ticks * 10:
+        now += pause_s
+        wanted, memory = autoscale(spec, load(ongoing or 0, at=now), wanted, memory, now)
+    assert len(memory.buckets) <= 62
+    assert len(memory.recommendations) <= 11
+    assert len(memory.forecast.misses) <= 361
+    assert len(memory.forecast.pending) <= 120

@@ -39,6 +39,7 @@ from cloudlm.core.wire_rollout import (
 SPEC = DeploymentSpec("bank", "models:/bank/1")
 RUN = {"model", "driver", "engine", "options", "env", "adapters"}
 AROUND = {
+    "scaling",
     "placement",
     "name",
     "min_replicas",

@@ -33,6 +33,7 @@ from cloudlm.core.deployment import (
 )
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job, JobState
+from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import KeyRecord, LedgerRow, Outcome, Role
 from cloudlm.state.base import State
 from cloudlm.state.memory import MemoryState
@@ -72,7 +73,8 @@ statuses = st.builds(
     message=texts,
     updated_at=times,
 )
-demands = st.builds(Demand, names, names, small, small, times, times)
+demands = st.builds(Demand, names, names, small, small, times, times, times, ttft_s=times)
+paces = st.builds(Pace, names, texts, times, weight=times)
 roles = st.sampled_from([role.value for role in Role])
 words = st.sampled_from(["default", "acme", "web"])
 ids = st.sampled_from(["root", "p-1", "p-2"])
@@ -174,6 +176,9 @@ operations = st.one_of(
     endpoint_calls(),
     calls("put_demand", st.lists(demands, max_size=3)),
     calls("list_demand", since=times),
+    calls("demand_mark"),
+    calls("put_pace", paces),
+    calls("list_paces"),
     calls("put_key", keys),
     calls("get_key", names),
     calls("revoke_key", names, now=times),
@@ -221,6 +226,7 @@ async def compare(template: Path, history: list[Call]) -> None:
             for method in EVERYTHING:
                 assert await getattr(sql, method)() == await getattr(memory, method)(), method
             assert await sql.list_demand(since=0.0) == await memory.list_demand(since=0.0)
+            assert await sql.list_paces() == await memory.list_paces()
         finally:
             await sql.close()
 

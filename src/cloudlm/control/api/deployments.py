@@ -178,11 +178,6 @@ async def check_can_run(services: Services, spec: DeploymentSpec) -> None:
             "or 'cloudlm models import'), then deploy models:/name/version",
             param="model",
         )
-    if spec.min_replicas == 0:
-        raise InvalidRequest(
-            "min_replicas must be at least 1: scaling to zero is not available yet",
-            param="min_replicas",
-        )
     if spec.engine not in ENGINES:
         raise InvalidRequest(
             f"unknown engine {spec.engine!r}; there is: {', '.join(ENGINES)}", param="engine"

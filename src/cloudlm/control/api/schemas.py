@@ -6,6 +6,7 @@ from typing import Any
 
 from cloudlm.core.rollout import DEFAULT_STRATEGY, MAX_STEPS, Kind
 from cloudlm.core.routing import MAX_HEDGE_AFTER_S, SESSION_HEADER, Policy
+from cloudlm.core.scaling import IDLE_S, Algorithm
 from cloudlm.core.spec import CLOUDLM, ENGINES
 
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -62,7 +63,7 @@ SPEC: dict[str, Any] = {
         "model": {"type": "string", "examples": ["models:/bank/3", "models:/bank@champion"]},
         "driver": {"type": "string", "default": "process"},
         "engine": {"enum": list(ENGINES), "default": CLOUDLM},
-        "min_replicas": {**_COUNT, "default": 1},
+        "min_replicas": {**_COUNT, "minimum": 0, "default": 1},
         "max_replicas": {**_COUNT, "default": 1},
         "target_ongoing_requests": {"type": "number", "exclusiveMinimum": 0, "default": 8},
         "max_surge": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 1},
@@ -112,6 +113,36 @@ SPEC: dict[str, Any] = {
             "description": "Traffic, service level and bounds by which machines are chosen.",
         },
         "rollout": _STRATEGY,
+        "scaling": {
+            "type": "object",
+            "description": "What decides how many replicas there are.",
+            "additionalProperties": False,
+            "properties": {
+                "algorithm": {"enum": [one.value for one in Algorithm], "default": "tokens"},
+                "target_ttft_ms": {"type": "number", "minimum": 0, "default": 0},
+                "target_tpot_ms": {"type": "number", "minimum": 0, "default": 0},
+                "utilization": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+                "stable_window_s": {"type": "number", "minimum": 6, "default": 60},
+                "up_window_s": {"type": "number", "minimum": 0, "default": 0},
+                "down_window_s": {"type": ["number", "null"], "minimum": 0},
+                "idle_s": {"type": "number", "minimum": 0, "default": IDLE_S},
+                "schedules": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["cron", "duration_s"],
+                        "properties": {
+                            "cron": {"type": "string", "examples": ["0 8 * * mon-fri"]},
+                            "duration_s": {"type": "number", "minimum": 60},
+                            "min_replicas": {"type": ["integer", "null"], "minimum": 0},
+                            "max_replicas": {"type": ["integer", "null"], "minimum": 1},
+                            "timezone": {"type": "string", "default": "UTC"},
+                        },
+                    },
+                },
+            },
+        },
         "asleep": {
             "type": ["boolean", "null"],
             "description": "true puts the replicas to sleep, false keeps them awake.",
@@ -122,7 +153,7 @@ SCALE: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "required": ["min_replicas", "max_replicas"],
-    "properties": {"min_replicas": _COUNT, "max_replicas": _COUNT},
+    "properties": {"min_replicas": {**_COUNT, "minimum": 0}, "max_replicas": _COUNT},
 }
 PROMOTION: dict[str, Any] = {
     "type": "object",

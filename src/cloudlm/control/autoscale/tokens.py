@@ -1,0 +1,193 @@
+"""The default rule: replicas for the token work that will be there when a new one is ready. Pure.
+
+*Load.* Prompts and answers cost time of their own: the work that arrives in a second is the tokens
+of its prompts that are not cached, and the answers to be expected, each times the version's
+measured time per token. By Little's law that is the number of requests that will be at replicas at
+once; unlike a count of requests it knows long prompts before they are answered, and a queue is not
+taken for load. Until a version's pace is measured, requests at once stand for it.
+
+*Forecast.* The load one start ahead, and a margin out of the forecaster's own errors: ``forecast``.
+
+*Staffing.* The fewest replicas with which at most a small share of requests waits longer than the
+time to the first token that is asked for: the Erlang C formula in the form of Halfin and Whitt
+(*Heavy-traffic limits for queues with many exponential servers*, 1981) for what chance alone does,
+and forecast plus margin, less what a queue gives back within that wait, for what traffic does.
+
+*Backlog.* What waits is worked off within one start, by what is free of replicas that answer and of
+those that are starting; only the rest asks for more.
+
+*Going down.* A replica that goes and is asked for again costs a start: it goes only when it was not
+needed for some starts' length (ski rental; Gandhi, Harchol-Balter, Raghunathan and Kozuch,
+*AutoScale*, ACM TOCS 2012).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from cloudlm.control.autoscale.facts import Fleet, ScaleMemory, Signals
+from cloudlm.control.autoscale.forecast import observed
+from cloudlm.control.autoscale.windows import stabilised
+from cloudlm.core.deployment import DeploymentSpec
+from cloudlm.core.pace import Pace
+
+UNKNOWN_START_S = 60.0
+LATE_SHARE = 0.03
+"""Of requests. Whole replicas, kept for a while, leave about a third of it."""
+WAIT_S = 1.0
+STARTS_KEPT = 3.0
+LEAST_DOWN_WINDOW_S = 60.0
+TOLERANCE = 0.1
+_TIMES_MEMORY_S = 30.0
+_OVERLOADED = 1.5
+
+
+def by_tokens(
+    spec: DeploymentSpec,
+    signals: Signals,
+    fleet: Fleet,
+    current: int,
+    memory: ScaleMemory,
+    now: float,
+) -> tuple[int, ScaleMemory]:
+    """Wanted replicas without the spec's bounds, of which the highest limits the search."""
+    memory = _learned(spec, signals, fleet, current, memory)
+    pace, slots = memory.pace, spec.target_ongoing_requests
+    start_s = pace.start_s or UNKNOWN_START_S
+    prompt = _mean_prompt(signals)
+    request_s = pace.request_s(prompt, slots) if pace.known else WAIT_S
+    load = _load(signals, pace, slots)
+    ahead = observed(memory.forecast, load, signals.requests_per_s, request_s, start_s, now)
+    backlog = _backlog(signals, fleet, current, slots, request_s, start_s, ahead.load, pace.known)
+    wait_s = spec.scaling.target_ttft_ms / 1000.0 or WAIT_S
+    most = max(spec.max_replicas, current)
+    wanted = needed(ahead.load + backlog, slots, request_s, wait_s, most, by_chance=pace.known)
+    eased = (ahead.load + ahead.margin) / (1.0 + wait_s / max(request_s, wait_s))
+    wanted = max(wanted, min(math.ceil(eased / slots - 1e-9), most))
+    wanted, late = _in_time(spec, fleet, current, memory, wanted)
+    down_s = spec.scaling.down_window_s
+    if down_s is None:
+        down_s = max(STARTS_KEPT * start_s, LEAST_DOWN_WINDOW_S)
+    steady, history = stabilised(
+        memory.recommendations, wanted, current, now, spec.scaling.up_window_s, down_s
+    )
+    why = (
+        f"tokens: {ahead.load:.3g} requests' work foreseen in {start_s:.3g} s, up to "
+        f"{ahead.margin:.3g} more, {backlog:.3g} for what waits, {slots:g} at each replica{late}"
+    )
+    return steady, replace(memory, forecast=ahead, recommendations=history, why=why)
+
+
+def needed(
+    load: float, slots: float, request_s: float, wait_s: float, most: int, *, by_chance: bool
+) -> int:
+    """The fewest replicas of ``slots`` requests at once for ``load``, at most ``most``; with
+    ``by_chance`` so many that at most LATE_SHARE of requests that arrive by chance wait for longer
+    than ``wait_s``."""
+    replicas = max(math.ceil(load / slots - 1e-9), 0)
+    while (
+        by_chance
+        and replicas < most
+        and late_share(load, replicas * slots, request_s, wait_s) > LATE_SHARE
+    ):
+        replicas += 1
+    return min(replicas, most)
+
+
+def late_share(load: float, servers: float, request_s: float, wait_s: float) -> float:
+    """The share of requests that wait longer than ``wait_s`` for one of ``servers``: Erlang C after
+    Halfin and Whitt, with exponential times of mean ``request_s``."""
+    if load <= 0.0:
+        return 0.0
+    if servers <= load:
+        return 1.0
+    beta = (servers - load) / math.sqrt(load)
+    density = math.exp(-beta * beta / 2.0) / math.sqrt(2.0 * math.pi)
+    below = 0.5 * (1.0 + math.erf(beta / math.sqrt(2.0)))
+    waits = density / (density + beta * below)
+    return waits * math.exp(-(servers - load) * wait_s / max(request_s, 1e-9))
+
+
+def _load(signals: Signals, pace: Pace, slots: float) -> float:
+    """The work that arrives, as requests at once."""
+    if not pace.known:
+        return signals.ongoing
+    prompts = signals.prompt_tokens_per_s * pace.prompt_token_s
+    return prompts + signals.requests_per_s * pace.output_tokens * pace.token_s(slots)
+
+
+def _mean_prompt(signals: Signals) -> float:
+    if signals.requests_per_s > 0:
+        return signals.prompt_tokens_per_s / signals.requests_per_s
+    return signals.waiting_prompt_tokens / signals.queued if signals.queued else 0.0
+
+
+def _backlog(
+    signals: Signals,
+    fleet: Fleet,
+    current: int,
+    slots: float,
+    request_s: float,
+    start_s: float,
+    load: float,
+    known: bool,
+) -> float:
+    """What must be served beside ``load`` for one start's length to work off the queue, as requests
+    at once; what is free of replicas that answer or start is subtracted."""
+    if not known or signals.queued <= 0:
+        return 0.0
+    horizon_s = max(start_s, request_s)
+    waiting_s = signals.queued * request_s
+    served_s = fleet.answering(current) * slots * horizon_s
+    for age_s in fleet.starting_s:
+        served_s += slots * max(0.0, horizon_s - max(start_s - age_s, 0.0))
+    free_s = max(served_s - load * horizon_s, 0.0)
+    return max(waiting_s - free_s, 0.0) / horizon_s
+
+
+def _learned(
+    spec: DeploymentSpec, signals: Signals, fleet: Fleet, current: int, memory: ScaleMemory
+) -> ScaleMemory:
+    """With what a fresh report says of the version's pace. At replicas that are far beyond their
+    target requests wait for each other, which says nothing of the pace."""
+    ready = fleet.answering(current)
+    fresh = signals.measured_at > memory.measured_at
+    if not fresh or not signals.finished_per_s or not signals.tpot_s or ready <= 0:
+        return replace(memory, measured_at=max(signals.measured_at, memory.measured_at))
+    ongoing = max(signals.ongoing - signals.queued, 0.0) / ready
+    pace = memory.pace
+    if ongoing <= _OVERLOADED * spec.target_ongoing_requests:
+        computed = signals.computed_tokens_per_s / signals.finished_per_s
+        answer = signals.output_tokens_per_s / signals.finished_per_s
+        pace = pace.answered(signals.ttft_s / max(computed, 1.0), answer, signals.tpot_s, ongoing)
+    return replace(
+        memory,
+        pace=pace,
+        measured_at=signals.measured_at,
+        ttft_s=signals.ttft_s,
+        tpot_s=signals.tpot_s,
+    )
+
+
+def _in_time(
+    spec: DeploymentSpec, fleet: Fleet, current: int, memory: ScaleMemory, wanted: int
+) -> tuple[int, str]:
+    """More while answers take longer than asked for, once those that are starting have begun to
+    help; no fewer until they are well within it."""
+    scaling = spec.scaling
+    ratios = [
+        measured_s * 1000.0 / asked_ms
+        for measured_s, asked_ms in (
+            (memory.ttft_s, scaling.target_ttft_ms),
+            (memory.tpot_s, scaling.target_tpot_ms),
+        )
+        if asked_ms and measured_s
+    ]
+    worst = max(ratios, default=0.0)
+    if worst > 1.0 + TOLERANCE and not fleet.starting_s:
+        more = math.ceil(max(fleet.answering(current), 1) * min(worst, 2.0))
+        return max(wanted, more), f"; answers take {worst:.2g} times what is asked"
+    if worst > 1.0 - TOLERANCE:
+        return max(wanted, current), "; answers take about what is asked"
+    return wanted, ""

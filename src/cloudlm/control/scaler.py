@@ -1,0 +1,188 @@
+"""How many replicas each deployment is to have: gathers the facts for ``autoscale`` and remembers.
+
+Measures how long replicas take to start, keeps each version's pace in the state, so that a restart
+of control loses none of it, and notices at once when somebody asks for a deployment that has no
+replica. Must not decide by itself or touch replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
+from cloudlm.control.observe import Seen
+from cloudlm.control.plan import group_name
+from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import Demand, Deployment, GroupObservation, Replica
+from cloudlm.core.errors import CloudlmError
+from cloudlm.core.pace import Pace
+from cloudlm.state.base import State
+from cloudlm.telemetry.logs import get_logger
+
+LOOK_S = 0.05
+HURRY_S = 0.1
+SAVE_EVERY_S = 60.0
+DEMAND_FRESH_S = 10.0
+_log = get_logger(__name__)
+
+
+class Scaler:
+    """What is remembered of every deployment; all but the paces is lost with the process."""
+
+    def __init__(self, state: State, clock: Clock) -> None:
+        self._state = state
+        self._clock = clock
+        self._wanted: dict[str, int] = {}
+        self._memory: dict[str, ScaleMemory] = {}
+        self._why: dict[str, str] = {}
+        self._paces: dict[tuple[str, str], Pace] | None = None
+        self._saved: dict[tuple[str, str], tuple[float, Pace]] = {}
+        self._starting: dict[str, float] = {}
+        self._resting: dict[str, frozenset[str]] = {}  # with the models that each serves
+        self._hurried: set[str] = set()
+        self._mark = 0.0
+
+    async def recall(self) -> None:
+        """At the first pass: the paces that an earlier control measured."""
+        if self._paces is None:
+            self._paces = {(p.deployment, p.model): p for p in await self._state.list_paces()}
+
+    def why(self, name: str) -> str:
+        """How the number wanted last changed, for people; empty if it has not yet."""
+        return self._why.get(name, "")
+
+    def forget(self, name: str) -> None:
+        """The deployment is gone."""
+        for known in (self._wanted, self._memory, self._why):
+            known.pop(name, None)
+        for key in [key for key in self._paces or {} if key[0] == name]:
+            assert self._paces is not None
+            del self._paces[key]
+            self._saved.pop(key, None)
+        self._resting.pop(name, None)
+        self._hurried.discard(name)
+
+    def wanted(
+        self,
+        deployment: Deployment,
+        demand: Sequence[Demand],
+        groups: Sequence[GroupObservation],
+        seen: Seen,
+        recalled: int,
+    ) -> int:
+        """The replicas wanted now. ``recalled`` is what an earlier control wanted."""
+        name = deployment.spec.name
+        now = self._clock.monotonic()
+        current = self._wanted.get(name, recalled)
+        memory = self._memory.get(name, ScaleMemory())
+        memory = replace(memory, pace=self._pace(deployment, groups, seen, memory.pace))
+        fleet = _fleet(groups, seen, current, self._clock.now())
+        wanted, memory = autoscale(deployment.spec, demand, current, memory, now, fleet)
+        if wanted != current and name in self._wanted:
+            self._why[name] = f"{current} → {wanted} replicas; {memory.why}"
+        elif wanted == 0 and not deployment.deleting:
+            self._why[name] = memory.why
+        self._wanted[name], self._memory[name] = wanted, memory
+        busy = any(one.ongoing or one.requests_per_s for one in demand)
+        self._note(deployment, at_rest=wanted == 0, hurried=busy and wanted > 0 and not fleet.ready)
+        self._mark = max([self._mark, *(one.measured_at for one in demand)])
+        return wanted
+
+    async def save(self) -> None:
+        """Bring what was measured into the state: starts at once, the rest now and then."""
+        now = self._clock.monotonic()
+        for memory in self._memory.values():
+            pace = memory.pace
+            key = pace.deployment, pace.model
+            at, before = self._saved.get(key, (now - SAVE_EVERY_S, Pace()))
+            old = now - at >= SAVE_EVERY_S or before.start_s != pace.start_s
+            measured = pace.model and (pace.start_s or pace.weight)
+            if not measured or pace == before or not old:
+                continue
+            try:
+                await self._state.put_pace(pace)
+                self._saved[key] = now, pace
+            except CloudlmError as error:
+                fields = {"deployment": pace.deployment, "reason": error.message}
+                _log.warning("pace_not_written", extra={"fields": fields})
+                return
+
+    async def pause(self, interval_s: float) -> None:
+        """Wait for the next pass: less while requests wait for a first replica, and no longer than
+        until somebody asks for a deployment that has none."""
+        if self._hurried:
+            await self._clock.sleep(min(interval_s, HURRY_S))
+            return
+        until = self._clock.monotonic() + interval_s
+        while (left_s := until - self._clock.monotonic()) > 0:
+            await self._clock.sleep(min(left_s, LOOK_S) if self._resting else left_s)
+            if self._resting and await self._is_called():
+                return
+
+    def _note(self, deployment: Deployment, *, at_rest: bool, hurried: bool) -> None:
+        spec = deployment.spec
+        self._resting.pop(spec.name, None)
+        self._hurried.discard(spec.name)
+        if at_rest and not deployment.deleting:
+            self._resting[spec.name] = frozenset((spec.name, *spec.adapters))
+        if hurried:
+            self._hurried.add(spec.name)
+
+    async def _is_called(self) -> bool:
+        """Whether there is news of anybody who asks for a deployment at rest."""
+        try:
+            mark = await self._state.demand_mark()
+            if mark <= self._mark:
+                return False
+            self._mark = mark
+            since = self._clock.now() - DEMAND_FRESH_S
+            found = await self._state.list_demand(since=since)
+        except CloudlmError:
+            return False  # the next pass will say what is wrong
+        served = frozenset[str]().union(*self._resting.values())
+        return any(d.model in served and (d.ongoing or d.requests_per_s) for d in found)
+
+    def _pace(
+        self, deployment: Deployment, groups: Sequence[GroupObservation], seen: Seen, pace: Pace
+    ) -> Pace:
+        """The pace of the version that the newest revision runs. One never seen begins with that of
+        the version before, which is likely to be like it."""
+        name = deployment.spec.name
+        group = group_name(name, deployment.revision)
+        spec = next((one.spec for one in groups if one.name == group and one.spec), None)
+        known = self._paces or {}
+        if spec is not None and (pace.deployment, pace.model) != (name, spec.model):
+            found = known.get((name, spec.model))
+            pace = found or replace(pace, deployment=name, model=spec.model)
+        elif spec is None and not pace.deployment:
+            like = [one for one in known.values() if one.deployment == name]
+            own = [one for one in like if one.model == deployment.spec.model]
+            pace = next(iter((*own, *like)), pace)
+        replicas = next((one.replicas for one in groups if one.name == group), ())
+        return self._started(replicas, seen, pace)
+
+    def _started(self, replicas: Sequence[Replica], seen: Seen, pace: Pace) -> Pace:
+        """With the starts of replicas that were seen starting and answer now."""
+        for replica in replicas:
+            if replica.id not in seen.ready:
+                self._starting[replica.id] = replica.started_at
+                continue
+            began = self._starting.pop(replica.id, 0.0)
+            if began and began == replica.started_at and not replica.restarts:
+                pace = pace.started(max(self._clock.now() - began, 0.001))
+        return pace
+
+
+def _fleet(groups: Sequence[GroupObservation], seen: Seen, current: int, wall_s: float) -> Fleet:
+    """What is known of the replicas, those of older revisions that still answer included."""
+    replicas = [replica for group in groups for replica in group.replicas]
+    ready = [one.id for one in replicas if one.id in seen.ready]
+    starting = [one for one in replicas if one.id not in seen.ready | seen.sleeping]
+    ages = [max(wall_s - one.started_at, 0.0) if one.started_at else 0.0 for one in starting]
+    expected = max(current - len(ready), 0)
+    ages = sorted(ages, reverse=True)[:expected]
+    ages += [0.0] * (expected - len(ages))  # asked for, and not seen yet
+    heard = sum(one in seen.busy for one in ready)
+    missing = len(ready) - heard if heard else 0  # drivers that answer for replicas say nothing
+    return Fleet(len(ready), tuple(ages), missing, wall_s)

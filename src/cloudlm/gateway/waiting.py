@@ -1,0 +1,87 @@
+"""Requests for models that have no replica at the moment and start one when asked.
+
+They are *held*: they wait at the gate as others do, in order, each until its deadline, so many and
+no more. This module says which models hold, tells control of the first request at once instead of
+in the next second, and looks for the new endpoint more often than usual. When it is there, requests
+go to it as many at once as the deployment wants at a replica, until nobody waits: a replica that
+was just started must not get the whole herd. Must not start anything or choose a replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+
+from cloudlm.core.clock import Clock
+from cloudlm.gateway.demand import DemandReporter
+from cloudlm.gateway.gate import Gate
+from cloudlm.gateway.view import ServedModel, Snapshot, View
+from cloudlm.telemetry.logs import get_logger
+
+LOOK_EVERY_S = 0.05
+GATHER_S = 0.02
+"""How long the first report of a herd waits for the rest of it."""
+
+_log = get_logger(__name__)
+
+
+class Waiting:
+    """Knows for which models requests are held now. ``timeout_s`` is the longest wait of a held
+    request, seconds."""
+
+    def __init__(
+        self, view: View, gate: Gate, demand: DemandReporter, clock: Clock, timeout_s: float
+    ) -> None:
+        self._view = view
+        self._gate = gate
+        self._demand = demand
+        self._clock = clock
+        self.timeout_s = timeout_s
+        self._models: set[str] = set()
+        self._called = asyncio.Event()
+        view.on_change.append(self._follow)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The models for which requests are held, or were and are being let go one by one."""
+        return frozenset(self._models)
+
+    def hold(self, model: ServedModel) -> None:
+        """A request for ``model`` comes to the gate next, to wait for its first replica."""
+        if model.name not in self._models:
+            self._models.add(model.name)
+            self._gate.narrow(model.name, math.ceil(model.target_ongoing_requests))
+            _log.info("holding", extra={"fields": {"model": model.name}})
+        self._called.set()
+
+    async def run(self) -> None:
+        """Tell control at once of whoever is held, and look out for replicas, until cancelled."""
+        told: frozenset[str] = frozenset()
+        while True:
+            if not self._models:
+                told = frozenset()
+                self._called.clear()
+                await self._called.wait()
+                await self._clock.sleep(GATHER_S)
+            try:
+                if not self.models <= told and await self._demand.report():
+                    told = self.models
+                await self._view.refresh()
+                if self._view.ready:
+                    self._let_go(self._view.snapshot().models)
+            except Exception:
+                _log.exception("holding_failed")
+            await self._clock.sleep(LOOK_EVERY_S)
+
+    def _follow(self, view: Snapshot) -> None:
+        self._let_go(view.models)
+
+    def _let_go(self, models: Mapping[str, ServedModel]) -> None:
+        """Models that answer and for which nobody waits are as all others again."""
+        for name in list(self._models):
+            served = models.get(name)
+            answers = served is None or bool(served.endpoints)
+            if not self._gate.queued(name) and (answers or not self._gate.ongoing(name)):
+                self._models.discard(name)
+                self._gate.widen(name)

@@ -1,0 +1,152 @@
+"""Control's side of scaling: to zero and back, starts measured, paces kept over a restart."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cloudlm.control.probe import Sample
+from cloudlm.core.deployment import Demand, DeploymentPhase
+from cloudlm.core.pace import Pace
+from cloudlm.core.scaling import Algorithm, Scaling
+
+SOON = Scaling(idle_s=5.0)
+
+
+async def tell(plane, ongoing, rate=1.0, model="bank"):
+    report = Demand(model, "g1", ongoing, ongoing, rate if ongoing else 0.0, plane.clock.now())
+    await plane.state.put_demand([report])
+
+
+async def test_at_zero_it_is_idle_and_says_so(plane):
+    await plane.ask(min_replicas=0, scaling=SOON)
+    await plane.steps(3)
+    status = await plane.state.get_status("bank")
+    assert (status.phase, status.wanted_replicas) == (DeploymentPhase.IDLE, 0)
+    assert plane.running() == []
+
+
+async def test_a_request_starts_one_and_idleness_ends_it(plane):
+    await plane.ask(min_replicas=0, max_replicas=4, scaling=SOON)
+    await plane.steps(2)
+    await tell(plane, 1)
+    await plane.steps(3)
+    assert len(plane.running()) == 1
+    assert await plane.serving() == ["bank-r1-0"]
+    status = await plane.state.get_status("bank")
+    assert status.phase is DeploymentPhase.READY
+    assert "0 → 1 replicas" in status.message
+    for _ in range(40):
+        await tell(plane, 0)
+        await plane.steps(1)
+    assert plane.running() == []
+    assert (await plane.state.get_status("bank")).phase is DeploymentPhase.IDLE
+
+
+async def test_silence_takes_the_last_replica_from_nobody(plane):
+    await plane.ask(min_replicas=0, scaling=SOON)
+    await plane.steps(2)
+    await tell(plane, 1)
+    await plane.steps(3)
+    await plane.steps(100, seconds=10.0)
+    assert len(plane.running()) == 1
+    plane.restart()
+    await plane.steps(5)
+    assert len(plane.running()) == 1
+
+
+async def test_a_request_while_the_last_replica_leaves_keeps_it(plane):
+    await plane.ask(min_replicas=0, scaling=SOON)
+    await plane.steps(2)
+    await tell(plane, 1)
+    await plane.steps(3)
+    plane.prober.samples["bank-r1-0"] = Sample(True, ready=True, running=1, steps=1)
+    while await plane.serving():
+        await tell(plane, 0)
+        await plane.steps(1)
+    assert len(plane.running()) == 1
+    await tell(plane, 1)
+    await plane.steps(2)
+    assert await plane.serving() == ["bank-r1-0"]
+
+
+async def test_a_start_is_measured_and_a_restart_of_control_keeps_it(plane):
+    plane.prober.default = Sample(True, ready=False)
+    await plane.ask()
+    await plane.steps(12, seconds=1.0)
+    plane.prober.default = Sample(True, ready=True)
+    await plane.steps(2)
+    (pace,) = await plane.state.list_paces()
+    assert (pace.deployment, pace.model) == ("bank", "models:/bank/1")
+    assert pace.start_s == pytest.approx(12.0, abs=2.0)
+    plane.restart()
+    await plane.steps(3)
+    assert plane.reconciler._scaler._memory["bank"].pace == pace
+
+
+async def test_nothing_is_kept_of_what_was_not_measured(plane):
+    await plane.ask()
+    await plane.steps(1, seconds=0.0)
+    assert await plane.state.list_paces() == []
+
+
+async def test_a_version_never_seen_begins_with_the_pace_of_the_one_before(plane):
+    await plane.state.put_pace(Pace("bank", "models:/bank/1", start_s=40.0))
+    await plane.ask()
+    await plane.steps(3)
+    plane.restart()
+    await plane.ask(model="models:/bank/2")
+    await plane.steps(3)
+    pace = plane.reconciler._scaler._memory["bank"].pace
+    assert pace.model == "models:/bank/2"
+    assert pace.start_s == pytest.approx(40.0, abs=39.9)
+
+
+async def test_what_was_learnt_of_answers_is_kept_too(plane):
+    await plane.ask(scaling=Scaling(Algorithm.TOKENS))
+    await plane.steps(2)
+    for _ in range(140):
+        one = Demand(
+            "bank", "g1", 2, 0, 1.0, plane.clock.now(), 100.0, 0.0, 1.0, 50.0, 90.0, 0.1, 0.02
+        )
+        await plane.state.put_demand([one])
+        await plane.steps(1)
+    (pace,) = await plane.state.list_paces()
+    assert pace.known
+    assert pace.output_tokens == pytest.approx(50.0)
+    assert pace.prompt_token_s == pytest.approx(0.1 / 90.0)
+
+
+async def test_a_deleted_deployment_leaves_no_pace(plane):
+    await plane.ask()
+    await plane.steps(3)
+    await plane.state.put_pace(Pace("bank", "models:/bank/1", start_s=1.0))
+    await plane.state.mark_deleting("bank", now=0.0)
+    await plane.steps(8)
+    assert await plane.state.get_deployment("bank") is None
+    assert await plane.state.list_paces() == []
+
+
+async def test_news_of_a_first_request_ends_the_pause_at_once(plane):
+    await plane.ask(min_replicas=0)
+    await plane.steps(2)
+    pause = asyncio.create_task(plane.reconciler._scaler.pause(60.0))
+    await asyncio.sleep(0)
+    await plane.clock.advance(10.0)
+    assert not pause.done()
+    await tell(plane, 3)
+    await plane.clock.advance(0.06)
+    assert pause.done()
+
+
+async def test_while_requests_wait_for_a_first_replica_passes_follow_quickly(plane):
+    plane.prober.default = Sample(True, ready=False)
+    await plane.ask(min_replicas=0)
+    await plane.steps(2)
+    await tell(plane, 3)
+    await plane.steps(2)
+    pause = asyncio.create_task(plane.reconciler._scaler.pause(0.5))
+    await asyncio.sleep(0)
+    await plane.clock.advance(0.11)
+    assert pause.done()

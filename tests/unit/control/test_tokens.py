@@ -1,0 +1,179 @@
+"""The default rule: token work, what starts already, how long a start takes, and prediction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
+from cloudlm.control.autoscale.facts import Forecast
+from cloudlm.control.autoscale.forecast import observed
+from cloudlm.control.autoscale.tokens import LATE_SHARE, late_share, needed
+from cloudlm.core.deployment import Demand, DeploymentSpec
+from cloudlm.core.pace import Pace
+from cloudlm.core.scaling import Scaling
+
+SPEC = DeploymentSpec("bank", "models:/bank/1", max_replicas=50)
+TOKEN_S, PROMPT_S = 0.03, 0.0001
+
+
+def measured(start_s=30.0, output_tokens=200.0):
+    """A pace that was measured: a start, 0.1 ms per prompt token, 30 ms per further one."""
+    pace = Pace("bank", "models:/bank/1", start_s=start_s)
+    for _ in range(20):
+        pace = pace.answered(PROMPT_S, output_tokens, TOKEN_S, 8.0)
+    return pace
+
+
+def demand(rate, prompt=1000.0, answer=200.0, queued=0, at=0.0):
+    stay_s = prompt * PROMPT_S + answer * TOKEN_S
+    return [
+        Demand(
+            "bank",
+            "g1",
+            round(rate * stay_s) + queued,
+            queued,
+            rate,
+            at,
+            prompt_tokens_per_s=rate * prompt,
+            waiting_prompt_tokens=queued * prompt,
+            finished_per_s=rate,
+            output_tokens_per_s=rate * answer,
+            computed_tokens_per_s=rate * prompt,
+            ttft_s=prompt * PROMPT_S,
+            tpot_s=TOKEN_S,
+        )
+    ]
+
+
+def follow(reports, current=1, memory=None, start=0.0, spec=SPEC, fleet=None):
+    memory, found = memory or ScaleMemory(pace=measured()), []
+    for number, report in enumerate(reports):
+        now = start + number
+        report = [replace(one, measured_at=now) for one in report]
+        seen = Fleet(current) if fleet is None else fleet
+        current, memory = autoscale(spec, report, current, memory, now, seen)
+        found.append(current)
+    return found, memory
+
+
+def test_long_prompts_need_replicas_before_they_are_answered():
+    few, _ = follow([demand(2.0)] * 120)
+    many, _ = follow([demand(2.0, prompt=60_000.0)] * 120)
+    assert many[-1] >= few[-1] + 2
+
+
+def test_the_load_is_the_work_by_littles_law():
+    _, memory = follow([demand(4.0)] * 120)
+    assert memory.forecast.load == pytest.approx(4.0 * (0.1 + 6.0), rel=0.02)
+
+
+def test_a_queue_is_not_taken_for_load():
+    calm, _ = follow([demand(4.0)] * 120)
+    waiting, memory = follow([demand(4.0)] * 119 + [demand(4.0, queued=20)])
+    assert memory.forecast.load == pytest.approx(24.4, rel=0.02)
+    assert waiting[-1] <= calm[-1] + math.ceil(20 * 6.1 / 30 / 8)
+
+
+def test_what_starts_already_is_subtracted_from_the_backlog():
+    base, memory = follow([demand(4.0)] * 120, current=4)
+    late = [demand(4.0, queued=200)]
+    alone, _ = follow(late, 4, memory, 120.0, fleet=Fleet(4))
+    helped, _ = follow(late, 14, memory, 120.0, fleet=Fleet(4, (29.0,) * 10))
+    assert alone[-1] > base[-1]
+    assert helped[-1] == base[-1]  # those on their way will have served it
+
+
+def test_a_replica_goes_after_three_starts_in_which_it_was_not_needed():
+    for start_s in (30.0, 120.0):
+        memory = ScaleMemory(pace=measured(start_s))
+        up, memory = follow([demand(8.0)] * 600, memory=memory)
+        down, _ = follow([demand(1.0)] * 1500, up[-1], memory, 600.0)
+        first = next(second for second, one in enumerate(down) if one < up[-1])
+        assert 3 * start_s <= first <= 3 * start_s + 10
+        assert down[-1] < up[-1]
+
+
+def test_on_a_slope_the_line_counts_and_on_the_level_the_long_averages():
+    level, slope = Forecast(), Forecast()
+    for second in range(1800):
+        noise = 5.0 * (1 if second * 7919 % 13 < 6 else -1)
+        level = observed(level, 50.0 + noise, 5.0, 6.0, 30.0, float(second))
+        slope = observed(slope, 0.1 * second, 5.0, 6.0, 30.0, float(second))
+    assert level.load == pytest.approx(50.0, abs=2.0)
+    assert slope.load == pytest.approx(0.1 * (1800 + 30), rel=0.02)  # one start ahead
+
+
+def test_bursts_that_come_again_find_replicas():
+    burst = [demand(0.5)] * 110 + [demand(12.0)] * 10
+    first, memory = follow(burst * 8)
+    again, _ = follow(burst, first[-1], memory, 960.0)
+    assert min(again) * 8 >= 30  # a burst's work, though it is over before a replica starts
+
+
+def test_unmeasured_it_goes_by_requests_at_once():
+    asked = [Demand("bank", "g1", 24, 0, 9.0, 0.0)]
+    assert autoscale(SPEC, asked, 1, ScaleMemory(), 0.0)[0] == 3
+
+
+def test_answers_slower_than_asked_bring_more_once_those_starting_have_helped():
+    spec = replace(SPEC, scaling=Scaling(target_ttft_ms=50.0))
+    slow = demand(4.0)  # 100 ms
+    _, memory = follow([slow] * 60, 6, spec=spec, fleet=Fleet(6))
+    more, memory = follow([slow], 6, memory, 60.0, spec=spec, fleet=Fleet(6))
+    assert more[-1] == 12
+    assert "2 times what is asked" in memory.why
+    same, _ = follow([slow], 12, memory, 61.0, spec=spec, fleet=Fleet(6, (1.0,) * 6))
+    assert same[-1] == 12
+
+
+def test_answers_about_as_quick_as_asked_keep_what_is_there():
+    spec = replace(SPEC, scaling=Scaling(target_tpot_ms=30.0))
+    kept, _ = follow([demand(0.2)] * 900, 5, spec=spec)
+    assert set(kept) == {5}
+
+
+@pytest.mark.parametrize(
+    ("load", "servers", "expected"),
+    [(0.0, 8, 0.0), (8.0, 8, 1.0), (9.0, 8, 1.0), (33.0, 40, 0.1427)],
+)
+def test_late_share_after_halfin_and_whitt(load, servers, expected):
+    assert late_share(load, servers, 6.0, 0.0) == pytest.approx(expected, abs=0.02)
+
+
+@given(st.floats(0, 300), st.floats(1, 64), st.floats(0.1, 60), st.floats(0, 5))
+def test_needed_is_enough_and_not_more(load, slots, request_s, wait_s):
+    found = needed(load, slots, request_s, wait_s, 1000, by_chance=True)
+    assert load == 0 or late_share(load, found * slots, request_s, wait_s) <= LATE_SHARE
+    if found and (found - 1) * slots > load:
+        assert late_share(load, (found - 1) * slots, request_s, wait_s) > LATE_SHARE
+
+
+@given(st.lists(st.floats(0, 200), min_size=1, max_size=200), st.floats(1, 600))
+def test_a_forecast_is_never_below_nothing_nor_far_above_the_most_that_came(loads, start_s):
+    memory = Forecast()
+    for number, load in enumerate(loads):
+        memory = observed(memory, load, load / 6, 6.0, start_s, float(number * 3))
+        if memory.count:
+            assert -1e-6 <= memory.load <= max(loads) * 2.001 + 1e-6
+            assert 0 <= memory.margin <= max(loads) + 1e-6
+
+
+def test_a_slow_start_counts_at_once_and_a_quick_one_little():
+    pace = Pace().started(30.0)
+    assert pace.start_s == 30.0
+    assert pace.started(60.0).start_s == 60.0
+    assert 20.0 < pace.started(10.0).start_s < 30.0
+
+
+def test_the_time_per_token_is_read_off_at_the_load_that_is_asked_for():
+    pace = Pace()
+    for _ in range(50):
+        for ongoing in (1.0, 4.0, 12.0):
+            pace = pace.answered(0.0, 100.0, 0.01 + 0.002 * ongoing, ongoing)
+    assert pace.token_s(8.0) == pytest.approx(0.026, rel=0.01)
+    assert pace.token_s(1.0) == pytest.approx(0.012, rel=0.05)
