@@ -82,3 +82,16 @@ def test_everything_over_tls(
     assert sorted(path.name for path in out.iterdir()) == ["ca.pem", "worker.pem"]
     refused = one.cli("certificates", "issue", "printer", "--to", str(out), check=False)
     assert (refused.returncode, "'worker' nor 'gateway'" in refused.stderr) == (1, True)
+
+
+def test_the_control_api_over_tls(
+    own_installation: Callable[..., Installation], tmp_path: Path
+) -> None:
+    one = own_installation("--control-tls", "self-signed", "--no-starter")
+    assert one.control.startswith("https://127.0.0.1:")
+    assert one.cli("status").stdout  # commands of this home trust it by themselves
+    elsewhere = {**one.environment, "CLOUDLM_HOME": str(tmp_path / "elsewhere")}
+    refused = one.cli("status", check=False, env=elsewhere)
+    assert refused.returncode == 1
+    trusted = {**elsewhere, "CLOUDLM_CA": str(one.facts["control_certificate"])}
+    assert one.cli("status", env=trusted).stdout

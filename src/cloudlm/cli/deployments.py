@@ -27,6 +27,7 @@ from cloudlm.cli.screen import (
 )
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
+from cloudlm.core.external import EXTERNAL, ExternalEndpoint
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
 from cloudlm.core.routing import Policy, Routing
@@ -64,6 +65,18 @@ def deploy(
         str, typer.Option("--replicas", metavar="MIN:MAX", help="How many replicas.")
     ] = "1:1",
     driver: Annotated[str, typer.Option("--driver", help="Where replicas run.")] = "process",
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--endpoint",
+            metavar="URL",
+            help="A service that answers, such as https://api.example.com/v1; MODEL is its name "
+            "for the model, and nothing is started. Repeatable.",
+        ),
+    ] = None,
+    secret: Annotated[
+        str, typer.Option("--secret", help="The endpoints' key: a name of 'cloudlm secrets'.")
+    ] = "",
     engine: Annotated[str, typer.Option("--engine", help=ENGINE_HELP)] = CLOUDLM,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
@@ -74,8 +87,9 @@ def deploy(
     ] = None,
     precision: Precision = None,
     policy: Annotated[
-        Policy, typer.Option("--policy", help="How requests are spread over the replicas.")
-    ] = Policy.LEAST_COST,
+        Policy | None,
+        typer.Option("--policy", help="How requests are spread (least_cost; endpoints: weighted)."),
+    ] = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
     wait: Wait = True,
@@ -83,12 +97,14 @@ def deploy(
 ) -> None:
     """Deploy a model under a name. A model from outside is imported first."""
     low, high = read_replicas(replicas)
+    endpoints = [url.rstrip("/") for url in endpoint or []]
+    usual = Policy.WEIGHTED if endpoints else Policy.LEAST_COST
     with control_client() as client:
-        ref = _registered(client, model, name)
+        ref = model if endpoints else _registered(client, model, name)
         spec = DeploymentSpec(
             name=name,
             model=ref,
-            driver=driver,
+            driver=EXTERNAL if endpoints else driver,
             engine=engine,
             min_replicas=low,
             max_replicas=high,
@@ -98,7 +114,8 @@ def deploy(
                 **partition_options(tensor_parallel, pipeline_parallel),
             },
             adapters=read_adapters(adapter or []),
-            routing=Routing(policy),
+            routing=Routing(policy or usual),
+            endpoints=tuple(ExternalEndpoint(url, model, secret) for url in endpoints),
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output)
@@ -114,7 +131,12 @@ def apply(
     """Make the deployments in a file exist as they stand there."""
     specs = read_specs(file)
     with control_client() as client:
-        ready = [replace(spec, model=_registered(client, spec.model, spec.name)) for spec in specs]
+        ready = [
+            spec
+            if spec.endpoints
+            else replace(spec, model=_registered(client, spec.model, spec.name))
+            for spec in specs
+        ]
         for spec in ready:
             client.deployments.apply(spec)
         _finish(client, [spec.name for spec in ready], wait, json_output)

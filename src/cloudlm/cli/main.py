@@ -28,6 +28,7 @@ from cloudlm.cli import (
     principals,
     roles,
     run,
+    secrets,
     serve,
     tenants,
     up,
@@ -93,6 +94,7 @@ usage.add_to(app)
 app.add_typer(audit.app, name="audit")
 app.add_typer(cache.app, name="cache")
 app.add_typer(certificates.app, name="certificates")
+app.add_typer(secrets.app, name="secrets")
 config.add_to(app)
 drivers.add_to(app)
 

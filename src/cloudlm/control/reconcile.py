@@ -15,6 +15,7 @@ from dataclasses import replace
 from cloudlm.control.autoscale import ScaleMemory, autoscale
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
+from cloudlm.control.external import as_external
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import Naps, Turner
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
@@ -236,6 +237,8 @@ class Reconciler:
             spec = one.observation.spec
             if spec is not None and spec.name == group:
                 self._versions[group] = spec.model, dict(spec.adapters)
+        if deployment.spec.endpoints:
+            return deployment.spec.model, {}  # the name of others, who say what it means
         if group not in self._versions:
             model = await self._fixed(deployment.spec.model)
             wanted = deployment.spec.adapters.items()
@@ -262,12 +265,15 @@ class Reconciler:
         replicas = {r.id for g in groups for r in g.observation.replicas}
         serving = {endpoint.replica for endpoint in self._endpoints.get(name, ())}
         endpoints = tuple(
-            Endpoint(
-                name,
-                replica.id,
-                replica.url,
-                group.observation.spec.revision,
-                0.0 if asleep or replica.id in seen.sleeping else 1.0,
+            as_external(
+                Endpoint(
+                    name,
+                    replica.id,
+                    replica.url,
+                    group.observation.spec.revision,
+                    0.0 if asleep or replica.id in seen.sleeping else 1.0,
+                ),
+                group.observation,
             )
             for group in groups
             if group.observation.spec is not None

@@ -76,7 +76,7 @@ def _phase(
     if asleep and not serving:
         return DeploymentPhase.SLEEPING
     if serving == 0:
-        hopeless = any(one.restarts >= _RESTARTS_TO_FAIL for one in failing)
+        hopeless = any(_is_hopeless(one) for one in failing)
         return DeploymentPhase.FAILED if hopeless else DeploymentPhase.STARTING
     if failing:
         return DeploymentPhase.DEGRADED
@@ -106,6 +106,12 @@ def _shown(
 def _is_failing(replica: Replica) -> bool:
     crashed_before = replica.state is ReplicaState.STARTING and replica.restarts > 0
     return replica.state in _FAILING or (crashed_before and bool(replica.message))
+
+
+def _is_hopeless(replica: Replica) -> bool:
+    """Whether it crashed again and again, or its address is known and refuses."""
+    refuses = replica.state is ReplicaState.FAILED and replica.url is not None
+    return refuses or replica.restarts >= _RESTARTS_TO_FAIL
 
 
 def _reason(replica: Replica) -> str:

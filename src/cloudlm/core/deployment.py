@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from cloudlm.core.external import ExternalEndpoint
 from cloudlm.core.price import Price
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
 
@@ -27,7 +28,9 @@ class DeploymentSpec:
     it is. ``adapters`` are LoRA adapters by name, which is a model's name in the API too, with
     the address of each. ``prices`` is what its tokens cost (None: the gateway's own table), and
     ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
-    ``routing`` is how requests are spread over the replicas.
+    ``routing`` is how requests are spread over the replicas. ``endpoints`` are those of driver
+    ``external``: services that are not ours, and nothing is started; ``model`` is then a name of
+    theirs.
     """
 
     name: str
@@ -45,6 +48,7 @@ class DeploymentSpec:
     prices: Price | None = None
     tenant: str = ""
     routing: Routing = DEFAULT_ROUTING
+    endpoints: tuple[ExternalEndpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,8 @@ class Deployment:
     """The desired fact: a spec with its generation.
 
     ``generation`` grows with every change; ``revision`` only when what a replica runs changes
-    (model, driver, engine, options, env, adapters), so that scaling restarts nothing. ``deleting``
-    asks control to stop everything and then remove the fact.
+    (model, driver, engine, options, env, adapters, endpoints), so that scaling restarts nothing.
+    ``deleting`` asks control to stop everything and then remove the fact.
     """
 
     spec: DeploymentSpec
@@ -108,7 +112,8 @@ class GroupSpec:
     """What a driver is asked to run: ``replicas`` alike copies of one revision.
 
     ``model`` and those of ``adapters`` (by name) are fixed versions (``models:/name/3``), never
-    an alias: a group must not change its bytes when an alias moves.
+    an alias: a group must not change its bytes when an alias moves. Replica n of driver
+    ``external`` is the n-th of ``endpoints``.
     """
 
     name: str
@@ -120,6 +125,7 @@ class GroupSpec:
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
+    endpoints: tuple[ExternalEndpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +153,22 @@ class GroupObservation:
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """The address of one replica that may be sent requests, unless its ``weight`` is 0: then it
-    sleeps. ``model`` is the API name."""
+    sleeps. ``model`` is the API name. ``priority`` 0 is asked first. Of another's service,
+    ``upstream_model`` is the name there, and ``secret`` names the key to ask with."""
 
     model: str
     replica: str
     url: str
     revision: int
     weight: float = 1.0
+    priority: int = 0
+    upstream_model: str = ""
+    secret: str = ""
+
+    @property
+    def is_external(self) -> bool:
+        """Whether what answers there is not one of our workers."""
+        return bool(self.upstream_model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from cloudlm.core.deployment import (
     ReplicaState,
 )
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.external import EXTERNAL, endpoints_body, endpoints_from_body
 from cloudlm.core.fields import Fields, check_text
 from cloudlm.core.job import Job, JobState
 from cloudlm.core.model import (
@@ -33,7 +34,7 @@ from cloudlm.core.model import (
     manifest_from_body,
 )
 from cloudlm.core.price import price_body, price_from_body
-from cloudlm.core.routing import routing_body, routing_from_body
+from cloudlm.core.routing import Policy, routing_body, routing_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
     MAX_ADDRESS_LENGTH,
@@ -116,6 +117,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "prices": None if spec.prices is None else price_body(spec.prices),
         "tenant": spec.tenant,
         "routing": routing_body(spec.routing),
+        "endpoints": endpoints_body(spec.endpoints),
     }
 
 
@@ -274,6 +276,9 @@ def endpoint_body(endpoint: Endpoint) -> dict[str, Any]:
         "url": endpoint.url,
         "revision": endpoint.revision,
         "weight": endpoint.weight,
+        "priority": endpoint.priority,
+        "upstream_model": endpoint.upstream_model,
+        "secret": endpoint.secret,
     }
 
 
@@ -345,10 +350,12 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
     options = fields.mapping("options", {}, max_entries=MAX_ENTRIES)
     env = fields.mapping("env", {}, max_entries=MAX_ENTRIES)
     prices = fields.raw("prices", None)
+    model = fields.text("model")
+    endpoints = endpoints_from_body(fields.items("endpoints", ()), model)
     return DeploymentSpec(
         name=fields.text("name") if name is None else fields.text("name", name),
-        model=fields.text("model"),
-        driver=fields.text("driver", "process"),
+        model=model,
+        driver=fields.text("driver", EXTERNAL if endpoints else "process"),
         engine=fields.text("engine", "cloudlm"),
         min_replicas=fields.integer("min_replicas", 1, low=-(2**31), high=2**31),
         max_replicas=fields.integer("max_replicas", 1, low=-(2**31), high=2**31),
@@ -360,7 +367,10 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         adapters=_adapters(fields),
         prices=None if prices is None else price_from_body(prices, fields.param("prices")),
         tenant=fields.text("tenant", "", max_length=64),
-        routing=routing_from_body(fields.raw("routing", {})),
+        routing=routing_from_body(
+            fields.raw("routing", {}), Policy.WEIGHTED if endpoints else Policy.LEAST_COST
+        ),
+        endpoints=endpoints,
     )
 
 

@@ -26,6 +26,7 @@ from cloudlm.core.access import (
 )
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.external import ExternalEndpoint
 from cloudlm.core.job import Job
 from cloudlm.core.price import Price
 from cloudlm.core.routing import Policy, Routing
@@ -57,6 +58,8 @@ def load_spec(text: str) -> DeploymentSpec:
         body["routing"] = _load_routing(body["routing"])
     if body.get("prices") is not None:
         body["prices"] = Price(**_known(Price, body["prices"]))
+    entries = body.get("endpoints", ())
+    body["endpoints"] = tuple(ExternalEndpoint(**_known(ExternalEndpoint, e)) for e in entries)
     return DeploymentSpec(**body)
 
 

@@ -112,6 +112,9 @@ endpoints = sa.Table(
     _text("url"),
     _whole("revision"),
     _number("weight"),
+    _whole("priority"),
+    _text("upstream_model"),
+    _text("secret"),
 )
 
 demand = sa.Table(

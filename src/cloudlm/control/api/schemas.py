@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.external import MAX_ENDPOINTS, MAX_PRIORITY
 from cloudlm.core.routing import MAX_HEDGE_AFTER_S, SESSION_HEADER, Policy
 from cloudlm.core.spec import CLOUDLM, ENGINES
 
@@ -62,6 +63,29 @@ SPEC: dict[str, Any] = {
                     "minimum": 0,
                     "maximum": MAX_HEDGE_AFTER_S,
                     "default": 0,
+                },
+            },
+        },
+        "endpoints": {
+            "type": "array",
+            "maxItems": MAX_ENDPOINTS,
+            "description": "Services that are not ours (driver 'external'); 'model' is their name "
+            "for it.",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["url"],
+                "properties": {
+                    "url": {"type": "string", "examples": ["https://api.example.com/v1"]},
+                    "model": {"type": "string", "description": "Its name there, if another."},
+                    "secret": {"type": "string", "description": "The key's name, never the key."},
+                    "weight": {"type": "number", "exclusiveMinimum": 0, "default": 1},
+                    "priority": {
+                        "type": "integer",
+                        "minimum": 0,
+                        "maximum": MAX_PRIORITY,
+                        "default": 0,
+                    },
                 },
             },
         },
