@@ -53,8 +53,8 @@ async def serve(settings: Settings, rows: Sequence[SettingRow]) -> None:
     """Control until SIGTERM. Raises Conflict (another control, port in use), StorageFailed,
     BadSetting, Unavailable. Replicas go on: they end with the lifeline's owner."""
     home = Home(settings.home).ensure()
-    door = Door("control", settings.control, home.tls, SystemClock())
     with only_control_of(home), listening(settings.control) as listener:
+        door = Door("control", settings.control, home.tls, SystemClock())
         state = await open_state(home.state_url(settings))
         registry = await asyncio.to_thread(
             open_registry, home.registry_url(settings), home=home.path, settings=settings.registry
