@@ -19,10 +19,13 @@ import pytest
 
 from cloudlm.core.clock import ManualClock, SystemClock
 from cloudlm.core.deployment import GroupObservation, GroupSpec, ReplicaState
-from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
+from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, NotSupported
+from cloudlm.core.external import ExternalEndpoint
 from cloudlm.core.plugins import load
 from cloudlm.drivers import procfs
 from cloudlm.drivers.base import Ability, Driver, DriverContext
+from cloudlm.drivers.external import ExternalDriver
+from cloudlm.drivers.external_look import Look
 from cloudlm.drivers.launch import GuardTiming
 from cloudlm.drivers.memory import MemoryDriver, MemoryWorld
 from cloudlm.drivers.process import ProcessDriver
@@ -61,6 +64,23 @@ class MemoryBench:
 
     async def close(self) -> None:
         pass
+
+
+class QuietLooks:
+    """Finds every endpoint well."""
+
+    async def look(self, endpoint: ExternalEndpoint) -> Look:
+        return Look()
+
+
+class ExternalBench(MemoryBench):
+    """The world is files and other people's services; what these do is no part of the contract."""
+
+    def driver(self) -> Driver:
+        return ExternalDriver(self._context, QuietLooks())
+
+    async def crash(self, driver: Driver, group: str, replica: str) -> None:
+        raise AssertionError("a service of others is not ours to crash")
 
 
 class ProcessBench:
@@ -124,6 +144,7 @@ class ProcessBench:
 @pytest.fixture(
     params=[
         pytest.param(MemoryBench, id="memory"),
+        pytest.param(ExternalBench, id="external"),
         pytest.param(ProcessBench, id="process", marks=pytest.mark.flow),
     ]
 )
@@ -133,7 +154,21 @@ async def bench(request, tmp_path):
     await made.close()
 
 
-SPEC = GroupSpec("bank-r1", "bank", 1, "models:/bank/1", replicas=1, options={"max_model_len": 64})
+SPEC = GroupSpec(
+    "bank-r1",
+    "bank",
+    1,
+    "models:/bank/1",
+    replicas=1,
+    options={"max_model_len": 64},
+    endpoints=tuple(ExternalEndpoint(f"https://e{n}.invalid/v1", "m") for n in range(3)),
+)
+
+
+def needs(driver: Driver, ability: Ability) -> None:
+    """Leave out what a driver does not claim to do."""
+    if ability not in driver.abilities:
+        pytest.skip(f"driver {driver.name!r} does not claim {ability}")
 
 
 async def one(driver: Driver, group: str, replica: str):
@@ -153,6 +188,7 @@ def reach(driver: Driver, count: int, name: str = "bank-r1") -> Callable[[], Awa
 
 
 def test_every_installed_driver_is_tested_here():
+    assert load("cloudlm.drivers", "external") is ExternalDriver
     assert load("cloudlm.drivers", "memory") is MemoryDriver
     assert load("cloudlm.drivers", "process") is ProcessDriver
 
@@ -163,7 +199,8 @@ async def test_what_does_not_exist_is_an_answer_not_an_error(bench):
     assert await driver.groups() == []
     await driver.delete("none-r1")
     await driver.stop_replica("none-r1", "none-r1-0")
-    with pytest.raises(NotFound):
+    kept = Ability.REPLICA_LOGS in driver.abilities
+    with pytest.raises(NotFound if kept else NotSupported):
         [line async for line in driver.logs("none-r1")]
 
 
@@ -226,7 +263,7 @@ async def test_a_group_never_changes_what_it_runs(bench):
 
 async def test_a_stopped_replica_is_started_anew(bench):
     driver = bench.driver()
-    assert Ability.STOPS_ONE_REPLICA in driver.abilities
+    needs(driver, Ability.STOPS_ONE_REPLICA)
     await driver.apply(replace(SPEC, replicas=2))
     await bench.until(reach(driver, 2))
     before = running(await driver.observe("bank-r1"))
@@ -242,6 +279,7 @@ async def test_a_stopped_replica_is_started_anew(bench):
 
 async def test_a_crash_backs_off_and_comes_back(bench):
     driver = bench.driver()
+    needs(driver, Ability.RESTARTS_REPLICAS)
     await driver.apply(SPEC)
     await bench.until(reach(driver, 1))
     await bench.crash(driver, "bank-r1", "bank-r1-0")
@@ -316,6 +354,7 @@ async def test_a_group_of_no_replicas_exists(bench):
 
 async def test_logs_of_one_and_of_all(bench):
     driver = bench.driver()
+    needs(driver, Ability.REPLICA_LOGS)
     await driver.apply(replace(SPEC, replicas=2))
 
     async def both() -> bool:
@@ -333,6 +372,7 @@ async def test_logs_of_one_and_of_all(bench):
 
 async def test_following_logs_sees_a_restart_and_ends_with_the_group(bench):
     driver = bench.driver()
+    needs(driver, Ability.REPLICA_LOGS)
     await driver.apply(SPEC)
     await bench.until(reach(driver, 1))
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/start.md are run as they stand, in order.
+"""The commands in README.md, docs/start.md and docs/operate.md are run as they stand, in order.
 
 Blocks marked ``bash`` are run; ``console`` and ``text`` blocks are transcripts. The commands meet a
 fresh installation on other ports than the documented ones; addresses are replaced accordingly.
@@ -19,6 +19,7 @@ from installations import Installation, start_installation, stop_installation
 pytestmark = pytest.mark.flow
 
 ROOT = Path(__file__).parents[2]
+PAPERS = ("README.md", "docs/start.md", "docs/operate.md")
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STARTS = ("make ", "cloudlm up", "git clone", "cd ", "source ")
 
@@ -28,7 +29,7 @@ def blocks(paper: str) -> list[str]:
 
 
 @pytest.mark.timeout(400)  # a dozen real starts one after the other
-@pytest.mark.parametrize("paper", ["README.md", "docs/start.md"])
+@pytest.mark.parametrize("paper", PAPERS)
 def test_the_commands_of_a_paper_work(paper: str, tmp_path: Path) -> None:
     running = start_installation(tmp_path / "home")
     work = tmp_path / "work"
@@ -66,7 +67,7 @@ def _run(block: str, running: Installation, work: Path) -> int:
 
 
 def test_only_known_commands_are_left_out() -> None:
-    for paper in ("README.md", "docs/start.md"):
+    for paper in PAPERS:
         for block in blocks(paper):
             for line in block.splitlines():
                 if line.startswith("make "):

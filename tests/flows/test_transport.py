@@ -82,3 +82,17 @@ def test_everything_over_tls(
     assert sorted(path.name for path in out.iterdir()) == ["ca.pem", "worker.pem"]
     refused = one.cli("certificates", "issue", "printer", "--to", str(out), check=False)
     assert (refused.returncode, "'worker' nor 'gateway'" in refused.stderr) == (1, True)
+
+
+def test_the_control_api_over_tls(
+    own_installation: Callable[..., Installation], tmp_path: Path
+) -> None:
+    one = own_installation("--control-tls", "self-signed", "--no-starter")
+    assert one.control.startswith("https://127.0.0.1:")
+    # Commands of this home trust it by themselves.
+    assert "no deployments" in one.cli("status").stderr
+    elsewhere = {**one.environment, "CLOUDLM_HOME": str(tmp_path / "elsewhere")}
+    refused = one.cli("status", check=False, env=elsewhere)
+    assert refused.returncode == 1
+    trusted = {**elsewhere, "CLOUDLM_CA": str(one.facts["control_certificate"])}
+    assert "no deployments" in one.cli("status", env=trusted).stderr

@@ -54,7 +54,7 @@ class Installation:
         """Run a command of the command line against this installation."""
         done = subprocess.run(
             [sys.executable, "-m", "cloudlm.cli.main", *arguments],
-            env=self.environment,
+            env=options.pop("env", self.environment),
             capture_output=True,
             text=True,
             timeout=100,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from cloudlm.cli.stack import Addresses, running_addresses
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import AuthenticationFailed
-from cloudlm.core.settings import GatewaySettings, Settings
+from cloudlm.core.settings import ControlSettings, GatewaySettings, Settings
+from cloudlm.security.transport import CONTROL_SELF_SIGNED
 from cloudlm.state.home import Home, load_settings
 
 if TYPE_CHECKING:
@@ -30,6 +31,19 @@ def gateway_url(settings: GatewaySettings, port: int) -> str:
     return local_url(settings.host, port, tls=given or settings.tls == "self-signed")
 
 
+def control_url(settings: ControlSettings, port: int) -> str:
+    """Where the control API of these settings answers on ``port``."""
+    given = settings.tls == "auto" and bool(settings.tls_cert)
+    return local_url(settings.host, port, tls=given or settings.tls == "self-signed")
+
+
+def trusted(home: Home) -> str | None:
+    """What clients of this home's control API trust besides the usual authorities: CLOUDLM_CA,
+    else the certificate for development, if one was made."""
+    made = home.tls / CONTROL_SELF_SIGNED
+    return os.environ.get("CLOUDLM_CA") or (str(made) if made.exists() else None)
+
+
 def control_client() -> Client:
     """A client of the control API at ``addresses``, with the key of the environment, else with the
     sign-in of 'cloudlm login' there. Raises AuthenticationFailed when there is neither."""
@@ -46,7 +60,12 @@ def control_client() -> Client:
             "first start, sign in with 'cloudlm login', or make a key with 'cloudlm keys create "
             "--local --role owner'"
         )
-    return Client(api_key=key, control_url=where.control_url, gateway_url=where.gateway_url)
+    return Client(
+        api_key=key,
+        control_url=where.control_url,
+        gateway_url=where.gateway_url,
+        ca=trusted(Home(settings.home)),
+    )
 
 
 def addresses(settings: Settings) -> Addresses:
@@ -56,12 +75,12 @@ def addresses(settings: Settings) -> Addresses:
     if running is None:
         running = Addresses(
             gateway_url=gateway_url(settings.gateway, settings.gateway.port),
-            control_url=local_url(settings.control.host, settings.control.port),
+            control_url=control_url(settings.control, settings.control.port),
         )
-    control_url = os.environ.get("CLOUDLM_CONTROL_URL") or running.control_url
+    control = os.environ.get("CLOUDLM_CONTROL_URL") or running.control_url
     return Addresses(
         gateway_url=os.environ.get("CLOUDLM_GATEWAY_URL") or running.gateway_url,
-        control_url=control_url.rstrip("/"),
+        control_url=control.rstrip("/"),
     )
 
 

@@ -144,7 +144,12 @@ def _user_key(running: Running, admin_key: str) -> str:
 def _client(running: Running, key: str) -> Client:
     from cloudlm.client import Client
 
-    return Client(api_key=key, control_url=running.control_url, gateway_url=running.gateway_url)
+    return Client(
+        api_key=key,
+        control_url=running.control_url,
+        gateway_url=running.gateway_url,
+        ca=running.control_trust,
+    )
 
 
 def _print_start(running: Running, ready_s: float) -> None:

@@ -27,6 +27,7 @@ from cloudlm.cli.screen import (
 )
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
+from cloudlm.core.external import EXTERNAL, ExternalEndpoint
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
 from cloudlm.core.rollout import Kind, Step, Strategy, longest_s
@@ -66,6 +67,18 @@ def deploy(
         str, typer.Option("--replicas", metavar="MIN:MAX", help="How many replicas.")
     ] = "1:1",
     driver: Annotated[str, typer.Option("--driver", help="Where replicas run.")] = "process",
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--endpoint",
+            metavar="URL",
+            help="A service that answers, such as https://api.example.com/v1; MODEL is its name "
+            "for the model, and nothing is started. Repeatable.",
+        ),
+    ] = None,
+    secret: Annotated[
+        str, typer.Option("--secret", help="The endpoints' key: a name of 'cloudlm secrets'.")
+    ] = "",
     engine: Annotated[str, typer.Option("--engine", help=ENGINE_HELP)] = CLOUDLM,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
@@ -76,8 +89,9 @@ def deploy(
     ] = None,
     precision: Precision = None,
     policy: Annotated[
-        Policy, typer.Option("--policy", help="How requests are spread over the replicas.")
-    ] = Policy.LEAST_COST,
+        Policy | None,
+        typer.Option("--policy", help="How requests are spread (least_cost; endpoints: weighted)."),
+    ] = None,
     strategy: Annotated[
         Kind, typer.Option("--strategy", help="How a new revision takes over.")
     ] = Kind.ROLLING,
@@ -110,12 +124,14 @@ def deploy(
 ) -> None:
     """Deploy a model under a name. A model from outside is imported first."""
     low, high = read_replicas(replicas)
+    endpoints = [url.rstrip("/") for url in endpoint or []]
+    usual = Policy.WEIGHTED if endpoints else Policy.LEAST_COST
     with control_client() as client:
-        ref = _registered(client, model, name)
+        ref = model if endpoints else _registered(client, model, name)
         spec = DeploymentSpec(
             name=name,
             model=ref,
-            driver=driver,
+            driver=EXTERNAL if endpoints else driver,
             engine=engine,
             min_replicas=low,
             max_replicas=high,
@@ -126,9 +142,10 @@ def deploy(
                 **partition_options(tensor_parallel, pipeline_parallel),
             },
             adapters=read_adapters(adapter or []),
-            routing=Routing(policy),
+            routing=Routing(policy or usual),
             rollout=read_strategy(strategy, canary),
             scaling=Scaling(algorithm, target_ttft_ms, target_tpot_ms, idle_s=idle_s),
+            endpoints=tuple(ExternalEndpoint(url, model, secret) for url in endpoints),
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output, WAIT_S + longest_s(spec.rollout))
@@ -144,7 +161,12 @@ def apply(
     """Make the deployments in a file exist as they stand there."""
     specs = read_specs(file)
     with control_client() as client:
-        ready = [replace(spec, model=_registered(client, spec.model, spec.name)) for spec in specs]
+        ready = [
+            spec
+            if spec.endpoints
+            else replace(spec, model=_registered(client, spec.model, spec.name))
+            for spec in specs
+        ]
         for spec in ready:
             client.deployments.apply(spec)
         wait_s = WAIT_S + max(longest_s(spec.rollout) for spec in ready)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cloudlm.cli.connect import addresses
+from cloudlm.cli.connect import addresses, trusted
 from cloudlm.cli.options import Json, date_text, grants_text
 from cloudlm.cli.screen import out, print_json, say
 from cloudlm.cli.session import Session, Sessions
@@ -49,11 +49,12 @@ def login(
         say(f"open {code.address} on any machine and type {code.code}")
         say(f"or open {code.address_with_code}")
 
-    with Client(control_url=where.control_url, gateway_url=where.gateway_url) as client:
+    ca = trusted(Home(settings.home))
+    with Client(None, where.control_url, where.gateway_url, ca=ca) as client:
         place = client.signin_place()
     with SignIn(place, client_secret=settings.oidc.client_secret) as signin:
         tokens = signin.on_device(show_code) if device else signin.in_browser(show, port=port)
-    with Client(tokens.id_token, where.control_url, where.gateway_url) as client:
+    with Client(tokens.id_token, where.control_url, where.gateway_url, ca=ca) as client:
         principal = client.whoami().principal
     sessions = Sessions(Home(settings.home).path)
     with sessions.locked():

@@ -31,6 +31,7 @@ from cloudlm.cli import (
     roles,
     rollouts,
     run,
+    secrets,
     serve,
     simulate,
     tenants,
@@ -101,6 +102,7 @@ simulate.add_to(app)
 app.add_typer(audit.app, name="audit")
 app.add_typer(cache.app, name="cache")
 app.add_typer(certificates.app, name="certificates")
+app.add_typer(secrets.app, name="secrets")
 config.add_to(app)
 drivers.add_to(app)
 

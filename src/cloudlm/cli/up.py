@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 
 from cloudlm.cli import connect
-from cloudlm.cli.connect import local_url
 from cloudlm.cli.options import absolute
 from cloudlm.cli.screen import bytes_bar, out, print_json, print_marked, say, spinner
 from cloudlm.cli.stack import Addresses, Stack, demand_free_port, free_port
@@ -24,7 +23,13 @@ from cloudlm.core.deployment import DeploymentPhase, DeploymentSpec, DeploymentS
 from cloudlm.core.errors import BadSetting, Unavailable
 from cloudlm.core.settings import Settings, environment_name
 from cloudlm.security.tls import pinned_context
-from cloudlm.security.transport import SELF_SIGNED, gateway_context, gateway_pair
+from cloudlm.security.transport import (
+    CONTROL_SELF_SIGNED,
+    SELF_SIGNED,
+    gateway_pair,
+    own_context,
+    own_pair,
+)
 from cloudlm.state.home import Home, load_settings
 
 READY_TIMEOUT_S = 300.0
@@ -42,6 +47,8 @@ class Running:
     status: DeploymentStatus | None
     trust: Path | None = None
     """The certificate that clients must be told to trust, if it is one for development."""
+    control_trust: str | None = None
+    """The same of the control API; the commands of this home trust it by themselves."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -71,6 +78,14 @@ def up(
     tls_key: Annotated[
         str | None, typer.Option("--tls-key", "--ssl-keyfile", help="PEM file of its private key.")
     ] = None,
+    control_tls: Annotated[
+        str | None,
+        typer.Option(
+            "--control-tls",
+            metavar="self-signed|auto|off",
+            help="The same for the control API; its certificate is in control.tls_cert.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", help="Gateway processes on the one port.")
     ] = None,
@@ -88,6 +103,7 @@ def up(
         "gateway.tls_cert": absolute(tls_cert),
         "gateway.tls_key": absolute(tls_key),
         "gateway.workers": workers,
+        "control.tls": control_tls,
     }
     with running_stack(flags, starter=starter) as (running, stack):
         if json_output:
@@ -110,7 +126,10 @@ def running_stack(flags: dict[str, Any], *, starter: bool) -> Iterator[tuple[Run
     home = Home(settings.home).ensure()
     pair = gateway_pair(settings.gateway, home.tls, time.time())
     if pair is not None:
-        _ = gateway_context(settings.gateway, pair)  # a bad file refuses before anything starts
+        _ = own_context(settings.gateway, pair)  # a bad file refuses before anything starts
+    controls = own_pair("control", settings.control, home.tls, time.time())
+    if controls is not None:
+        _ = own_context(settings.control, controls)
     gateway_port, control_port = _choose_ports(settings)
     given = {environment_name(name): str(value) for name, value in flags.items() if value}
     environment = {
@@ -123,7 +142,8 @@ def running_stack(flags: dict[str, Any], *, starter: bool) -> Iterator[tuple[Run
     }
     gateway_url = connect.gateway_url(settings.gateway, gateway_port)
     own = pinned_context(str(pair.files[0])) if pair is not None else None
-    control_url = local_url(settings.control.host, control_port)
+    controls_own = pinned_context(str(controls.files[0])) if controls is not None else None
+    control_url = connect.control_url(settings.control, control_port)
     with _terminate_as_interrupt(), Stack(home, environment) as stack:
         admin_key, name = asyncio.run(_prepare(settings, home, starter))
         with _key_shown_on_failure(admin_key):
@@ -131,11 +151,16 @@ def running_stack(flags: dict[str, Any], *, starter: bool) -> Iterator[tuple[Run
                 stack.start("gateway", "cloudlm.gateway", settings.gateway.drain_timeout_s)
                 stack.start("control", "cloudlm.control", settings.control.drain_timeout_s)
                 stack.wait_ready("gateway", f"{gateway_url}/readyz", own)
-                stack.wait_ready("control", f"{control_url}/readyz")
+                stack.wait_ready("control", f"{control_url}/readyz", controls_own)
             status = _wait_for_model(settings, home, stack, name) if name else None
             stack.announce(Addresses(gateway_url, control_url))
         trusted = home.tls / SELF_SIGNED if settings.gateway.tls == "self-signed" else None
-        yield Running(gateway_url, control_url, admin_key, name, status, trusted), stack
+        made = settings.control.tls == "self-signed"
+        control_trust = str(home.tls / CONTROL_SELF_SIGNED) if made else None
+        yield (
+            Running(gateway_url, control_url, admin_key, name, status, trusted, control_trust),
+            stack,
+        )
 
 
 @contextlib.contextmanager
@@ -289,6 +314,7 @@ def _as_json(running: Running) -> dict[str, Any]:
         "model": running.starter,
         "phase": running.status.phase if running.status else None,
         "certificate": str(running.trust) if running.trust else None,
+        "control_certificate": running.control_trust,
     }
 
 
@@ -299,6 +325,9 @@ def _print_running(running: Running) -> None:
     if running.trust:
         out.print("  certificate  self-signed, for development; clients trust it with")
         out.print(f"               export SSL_CERT_FILE={running.trust}")
+    if running.control_trust:
+        out.print("  control's    self-signed too; elsewhere clients trust it with")
+        out.print(f"               export CLOUDLM_CA={running.control_trust}")
     if running.starter and running.status:
         out.print(f"  model        {running.starter} ({running.status.phase})")
     if running.admin_key:

@@ -39,6 +39,7 @@ class AsyncClient:
 
     ``api_key`` is CLOUDLM_API_KEY if not given (or OPENAI_API_KEY, if that is a key of cloudlm);
     ``control_url`` CLOUDLM_CONTROL_URL, ``gateway_url`` CLOUDLM_GATEWAY_URL, else this machine.
+    ``ca`` (CLOUDLM_CA) is a PEM file of authorities to trust besides the usual ones.
     ``transport`` replaces the network. Every method raises ``core.errors``: Unavailable if nothing
     answers, else what the server said. Raises BadSetting for an address or key that cannot be.
     """
@@ -49,10 +50,11 @@ class AsyncClient:
         control_url: str | None = None,
         gateway_url: str | None = None,
         *,
+        ca: str | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.connection = Connection.read(api_key, control_url, gateway_url)
+        self.connection = Connection.read(api_key, control_url, gateway_url, ca=ca)
         self._http = httpx2.AsyncClient(transport=transport, **self.connection.http_options)
         self._clock = clock or SystemClock()
         self.models = AsyncModels(self)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from cloudlm.core.errors import (
     UpstreamTimeout,
     error_from_body,
 )
+from cloudlm.security.tls import client_context
 
 T = TypeVar("T")
 DEFAULT_CONTROL_URL = "http://127.0.0.1:8001"
@@ -44,6 +44,8 @@ class Connection:
     control_url: str
     gateway_url: str
     api_key: str | None = field(repr=False)
+    ca: str | None = None
+    """PEM file of a certificate, or authorities, to trust besides the usual ones."""
 
     @classmethod
     def read(
@@ -52,6 +54,8 @@ class Connection:
         control_url: str | None,
         gateway_url: str | None,
         environ: Mapping[str, str] | None = None,
+        *,
+        ca: str | None = None,
     ) -> Connection:
         """Fill in what is not given from the environment. Raises BadSetting."""
         found = os.environ if environ is None else environ
@@ -65,6 +69,7 @@ class Connection:
                 "gateway_url",
             ),
             api_key=_check_key(api_key or key_of(found)),
+            ca=ca or found.get("CLOUDLM_CA") or None,
         )
 
     @property
@@ -74,19 +79,27 @@ class Connection:
             "timeout": TIMEOUT,
             "follow_redirects": False,
             "trust_env": not _is_local(self.control_url),
+            **self._verified(self.control_url),
         }
 
     @property
     def gateway_is_local(self) -> bool:
-        return _is_local(self.gateway_url)
+        """Whether the official clients need an HTTP client of ours."""
+        return _is_local(self.gateway_url) or bool(self._verified(self.gateway_url))
 
     @property
     def local_options(self) -> dict[str, Any]:
         """What the HTTP client of a gateway on this machine is made with: no proxy of the
         environment, and OpenSSL's own authorities, which SSL_CERT_FILE replaces."""
-        if not self.gateway_url.startswith("https:"):
-            return {"trust_env": False}
-        return {"trust_env": False, "verify": ssl.create_default_context()}
+        trust_env = not _is_local(self.gateway_url)
+        return {"trust_env": trust_env, **self._verified(self.gateway_url)}
+
+    def _verified(self, url: str) -> dict[str, Any]:
+        """How a server is known: on this machine, or with ``ca``, by OpenSSL's authorities and
+        ``ca``; else as the HTTP client knows servers."""
+        if not url.startswith("https:") or not (self.ca or _is_local(url)):
+            return {}
+        return {"verify": client_context([(self.ca, "CLOUDLM_CA")] if self.ca else [], None)}
 
     def openai_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the official clients are made with; ``options`` of the caller win."""

@@ -34,6 +34,8 @@ from cloudlm.drivers.base import DriverContext
 from cloudlm.drivers.guard import lock_file
 from cloudlm.registry.importer import import_address
 from cloudlm.registry.registry import Registry, open_registry
+from cloudlm.security.credentials import Credentials
+from cloudlm.security.door import Door
 from cloudlm.security.policies import load_policies
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
@@ -52,13 +54,14 @@ async def serve(settings: Settings, rows: Sequence[SettingRow]) -> None:
     BadSetting, Unavailable. Replicas go on: they end with the lifeline's owner."""
     home = Home(settings.home).ensure()
     with only_control_of(home), listening(settings.control) as listener:
+        door = Door("control", settings.control, home.tls, SystemClock())
         state = await open_state(home.state_url(settings))
         registry = await asyncio.to_thread(
             open_registry, home.registry_url(settings), home=home.path, settings=settings.registry
         )
         try:
             async with running(settings, rows, home, state, registry) as services:
-                await _answer(services, listener)
+                await _answer(services, listener, door)
         finally:
             await asyncio.to_thread(registry.close)
             await state.close()
@@ -120,6 +123,7 @@ async def running(
                 callers=Callers(state, pepper, clock, people, policies),
                 oidc=settings.oidc,
                 auditor=auditor,
+                credentials=Credentials(home.credentials, os.environ),
             )
         finally:
             for task in (loop, *tending):
@@ -198,8 +202,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _answer(services: Services, listener: socket.socket) -> None:
+async def _answer(services: Services, listener: socket.socket, door: Door) -> None:
     """Serve the API until a signal."""
+    context = door.context
     config = uvicorn.Config(
         build_api(services),
         log_config=None,
@@ -208,6 +213,7 @@ async def _answer(services: Services, listener: socket.socket) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=STOP_TIMEOUT_S,
         lifespan="off",
+        ssl_context_factory=None if context is None else lambda *_: context,
     )
     server = _Server(config)
 
@@ -219,5 +225,9 @@ async def _answer(services: Services, listener: socket.socket) -> None:
         loop.add_signal_handler(signum, stop)
     get_logger("uvicorn.error").setLevel(logging.WARNING)
     _log.info("control_listens", extra={"fields": {"port": listener.getsockname()[1]}})
-    await server.serve(sockets=[listener])
+    following = asyncio.create_task(door.run())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        following.cancel()
     _log.info("control_stopped")

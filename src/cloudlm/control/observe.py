@@ -103,11 +103,13 @@ class Observer:
             *(self._probe_one(r) for g, r in replicas if self._is_to_probe(g.driver, r))
         )
         ready, sleeping, stalled, busy = set(), set(), set(), {}
-        for _, replica in replicas:
+        for group, replica in replicas:
             record = self._record(replica)
             if record is None:
                 if replica.state is ReplicaState.READY:  # the driver answers for it
                     ready.add(replica.id)
+                if self._ends_nothing(group.driver):
+                    busy[replica.id] = 0
                 continue
             if record.misses == 0 and record.answered:
                 busy[replica.id] = record.busy
@@ -130,6 +132,10 @@ class Observer:
         has_address = Ability.PER_REPLICA_ADDRESS in self._drivers.get(driver).abilities
         runs = replica.state in (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING)
         return has_address and runs and replica.url is not None
+
+    def _ends_nothing(self, driver: str) -> bool:
+        """Whether requests at a replica go on when it is removed."""
+        return Ability.KEEPS_RUNNING in self._drivers.get(driver).abilities
 
     async def _probe_one(self, replica: Replica) -> None:
         assert replica.url is not None

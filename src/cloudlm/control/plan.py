@@ -78,6 +78,7 @@ def desired_group(
         options=dict(spec.options),
         env=dict(spec.env),
         adapters=dict(adapters or {}),
+        endpoints=spec.endpoints,
     )
 
 

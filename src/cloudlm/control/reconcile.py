@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
+from cloudlm.control.external import as_external
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import Naps, Turner
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
@@ -211,9 +212,7 @@ class Reconciler:
             problem,
             self._clock.now(),
             seen.sleeping,
-            note=decision.note
-            if decision is not None and decision.note
-            else self._scaler.why(name),
+            note=("" if decision is None else decision.note) or self._scaler.why(name),
         )
         await self._write_status(status)
         # A driver that is not installed runs nothing that we could stop.
@@ -257,6 +256,8 @@ class Reconciler:
             spec = one.observation.spec
             if spec is not None and spec.name == group:
                 running = spec.model, dict(spec.adapters)
+        if deployment.spec.endpoints:
+            return deployment.spec.model, {}  # the name of others, who say what it means
         known = self._versions.get(group)
         if known is None or (running is not None and running != known):
             name, number = deployment.spec.name, deployment.revision
@@ -294,14 +295,17 @@ class Reconciler:
         serving = {endpoint.replica for endpoint in self._endpoints.get(name, ())}
         serving |= seen.ready  # the control before us may have taken its endpoint a moment ago
         endpoints = tuple(
-            Endpoint(
-                name,
-                replica.id,
-                replica.url,
-                group.observation.spec.revision,
-                0.0 if asleep or replica.id in seen.sleeping else 1.0,
-                shares.get(group.observation.spec.revision),
-                mirrors.get(group.observation.spec.revision, 0.0),
+            as_external(
+                Endpoint(
+                    name,
+                    replica.id,
+                    replica.url,
+                    group.observation.spec.revision,
+                    0.0 if asleep or replica.id in seen.sleeping else 1.0,
+                    shares.get(group.observation.spec.revision),
+                    mirrors.get(group.observation.spec.revision, 0.0),
+                ),
+                group.observation,
             )
             for group in groups
             if group.observation.spec is not None

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from cloudlm.core.external import ExternalEndpoint
 from cloudlm.core.placement import Placement
 from cloudlm.core.price import Price
 from cloudlm.core.rollout import DEFAULT_STRATEGY, Strategy
@@ -32,7 +33,8 @@ class DeploymentSpec:
     ``tenant`` to whom it belongs: nobody else sees or uses it (empty: all may be granted it).
     ``routing`` is how requests are spread over the replicas, ``scaling`` what decides how many
     there are, ``rollout`` how a new revision takes over, and ``placement`` what is wished of the
-    machines that they run on (None: nothing).
+    machines that they run on (None: nothing). ``endpoints`` are those of driver ``external``:
+    services that are not ours, and nothing is started; ``model`` is then a name of theirs.
     """
 
     name: str
@@ -53,6 +55,7 @@ class DeploymentSpec:
     placement: Placement | None = None
     rollout: Strategy = DEFAULT_STRATEGY
     scaling: Scaling = DEFAULT_SCALING
+    endpoints: tuple[ExternalEndpoint, ...] = ()
 
     @property
     def may_be_none(self) -> bool:
@@ -65,10 +68,10 @@ class Deployment:
     """The desired fact: a spec with its generation.
 
     ``generation`` grows with every change; ``revision`` only when what a replica runs changes
-    (model, driver, engine, options, env, adapters), so that scaling restarts nothing. Going back
-    to an earlier revision takes its number too; ``last_revision`` is the highest that was ever
-    given (0: it is ``revision``). ``deleting`` asks control to stop everything and then remove the
-    fact.
+    (model, driver, engine, options, env, adapters, endpoints), so that scaling restarts nothing.
+    Going back to an earlier revision takes its number too; ``last_revision`` is the highest that
+    was ever given (0: it is ``revision``). ``deleting`` asks control to stop everything and then
+    remove the fact.
     """
 
     spec: DeploymentSpec
@@ -119,6 +122,7 @@ def running(spec: DeploymentSpec, *, over: DeploymentSpec) -> DeploymentSpec:
         options=spec.options,
         env=spec.env,
         adapters=spec.adapters,
+        endpoints=spec.endpoints,
     )
 
 
@@ -139,7 +143,8 @@ class GroupSpec:
     """What a driver is asked to run: ``replicas`` alike copies of one revision.
 
     ``model`` and those of ``adapters`` (by name) are fixed versions (``models:/name/3``), never
-    an alias: a group must not change its bytes when an alias moves.
+    an alias: a group must not change its bytes when an alias moves. Replica n of driver
+    ``external`` is the n-th of ``endpoints``.
     """
 
     name: str
@@ -151,6 +156,7 @@ class GroupSpec:
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
+    endpoints: tuple[ExternalEndpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +186,9 @@ class Endpoint:
     """The address of one replica that may be sent requests, unless its ``weight`` is 0: then it
     sleeps. ``model`` is the API name. While requests are split between revisions, ``share`` is the
     part of them, 0 to 1, that goes to this revision, whatever its number of replicas (None: no
-    split), and ``mirror`` the part of them that this revision gets a copy of."""
+    split), and ``mirror`` the part of them that this revision gets a copy of.
+    ``priority`` 0 is asked first. Of another's service, ``upstream_model`` is the name there, and
+    ``secret`` names the key to ask with."""
 
     model: str
     replica: str
@@ -189,6 +197,14 @@ class Endpoint:
     weight: float = 1.0
     share: float | None = None
     mirror: float = 0.0
+    priority: int = 0
+    upstream_model: str = ""
+    secret: str = ""
+
+    @property
+    def is_external(self) -> bool:
+        """Whether what answers there is not one of our workers."""
+        return bool(self.upstream_model)
 
 
 @dataclass(frozen=True, slots=True)

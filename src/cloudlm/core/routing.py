@@ -28,6 +28,7 @@ class Policy(StrEnum):
     LEAST_LOAD = "least_load"
     POWER_OF_TWO = "power_of_two"
     SESSION_AFFINITY = "session_affinity"
+    WEIGHTED = "weighted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +67,13 @@ def routing_body(routing: Routing) -> dict[str, Any]:
     }
 
 
-def routing_from_body(body: Any) -> Routing:
-    """Read a routing by type; ``check_routing`` looks at the values. Raises InvalidRequest and
+def routing_from_body(body: Any, policy: Policy = Policy.LEAST_COST) -> Routing:
+    """Read a routing by type, with ``policy`` if it names none; ``check_routing`` looks at the
+    values. Raises InvalidRequest and
     UnprocessableRequest naming the field."""
     fields = Fields(body, "routing", path="routing.")
     found = Routing(
-        policy=fields.choice("policy", Policy, Policy.LEAST_COST),
+        policy=fields.choice("policy", Policy, policy),
         session_header=fields.text("session_header", SESSION_HEADER),
         hedge_after_s=fields.number("hedge_after_s", 0.0),
     )

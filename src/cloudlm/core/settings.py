@@ -207,6 +207,19 @@ class ControlSettings:
 
     host: str = setting("127.0.0.1", "Address the control API listens on.")
     port: int = setting(8001, "Port of the control API; 0 picks a free one.", low=0, high=65535)
+    tls: str = setting(
+        "auto",
+        "auto: TLS if tls_cert is set; self-signed: with a certificate for development, made in "
+        "home/tls; off: plain HTTP.",
+        choices=("auto", "self-signed", "off"),
+    )
+    tls_cert: str = setting(
+        "", "PEM file of the control API's certificate, those of its issuers after it."
+    )
+    tls_key: str = setting("", "PEM file of its private key; empty if tls_cert holds it too.")
+    tls_min_version: str = setting(
+        "1.2", "Oldest TLS version that clients may speak.", choices=("1.2", "1.3")
+    )
     reconcile_interval_s: float = setting(
         0.5, "Pause between two reconciliations, seconds.", low=0.05
     )
@@ -363,6 +376,27 @@ class VllmSettings:
 
 
 @dataclass(frozen=True)
+class ExternalSettings:
+    """Endpoints of services that are not this installation's (``driver: external``)."""
+
+    networks: str = setting(
+        "",
+        "Where such endpoints may be besides the public internet, '127.0.0.0/8, 10.2.0.0/16, …'; "
+        "link-local and metadata addresses never are.",
+    )
+    plaintext: str = setting(
+        "loopback",
+        "Where they may be reached without TLS, of what networks allows; networks trusts all of "
+        "it with prompts and keys.",
+        choices=("loopback", "networks"),
+    )
+    ca: str = setting("", "PEM file of authorities that they may have, besides the system's.")
+    probe_interval_s: float = setting(
+        30.0, "Pause between two looks at GET /models of such an endpoint, seconds.", low=1.0
+    )
+
+
+@dataclass(frozen=True)
 class RegistrySettings:
     """Model versions and their local copies."""
 
@@ -449,6 +483,7 @@ class Settings:
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
+    external: ExternalSettings = field(default_factory=ExternalSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     access: AccessSettings = field(default_factory=AccessSettings)
     oidc: OidcSettings = field(default_factory=OidcSettings)

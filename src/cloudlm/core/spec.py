@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import BadSetting, InvalidRequest
+from cloudlm.core.external import EXTERNAL, check_endpoints
 from cloudlm.core.fields import check_text, kind_of
 from cloudlm.core.model import AddressKind, address_kind, check_name, parse_ref
 from cloudlm.core.rollout import check_strategy
@@ -36,9 +38,11 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
     """Return ``spec`` if control may accept it. Raises InvalidRequest naming the field."""
     check_name(spec.name)
     check_text(spec.model, "model", low=1, max_length=MAX_ADDRESS_LENGTH)
-    if address_kind(spec.model) is AddressKind.REGISTRY:
-        parse_ref(spec.model)
     check_name(spec.driver, "driver")
+    if spec.driver == EXTERNAL or spec.endpoints:
+        spec = _check_external(spec)
+    elif address_kind(spec.model) is AddressKind.REGISTRY:
+        parse_ref(spec.model)
     check_name(spec.engine, "engine")
     check_replicas(spec.min_replicas, spec.max_replicas)
     if not 0 < spec.target_ongoing_requests <= 1e6:
@@ -64,6 +68,31 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
     check_strategy(spec.rollout)
     check_scaling(spec.scaling)
     return spec
+
+
+def _check_external(spec: DeploymentSpec) -> DeploymentSpec:
+    """The spec with as many replicas as it has endpoints. Raises InvalidRequest for what only a
+    replica of ours can have."""
+    if spec.driver != EXTERNAL:
+        raise InvalidRequest(
+            f"endpoints are for driver {EXTERNAL!r}, not for {spec.driver!r}", param="driver"
+        )
+    check_endpoints(spec.endpoints)
+    count = len(spec.endpoints)
+    if (spec.min_replicas, spec.max_replicas) not in ((1, 1), (count, count)):
+        raise InvalidRequest(
+            f"a deployment of driver {EXTERNAL!r} has a replica for each of its endpoints ({count} "
+            "here): leave min_replicas and max_replicas out, and change its endpoints instead",
+            param="min_replicas",
+        )
+    for name in ("options", "env", "adapters", "asleep"):
+        if getattr(spec, name):
+            raise InvalidRequest(
+                f"{name} is for replicas that this installation starts; driver {EXTERNAL!r} starts "
+                "none",
+                param=name,
+            )
+    return replace(spec, min_replicas=count, max_replicas=count)
 
 
 def check_replicas(min_replicas: int, max_replicas: int) -> None:

@@ -23,6 +23,7 @@ from cloudlm.core.deployment import (
     ReplicaState,
 )
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.external import EXTERNAL, endpoints_body, endpoints_from_body
 from cloudlm.core.fields import Fields, check_text
 from cloudlm.core.job import Job, JobState
 from cloudlm.core.model import (
@@ -35,7 +36,7 @@ from cloudlm.core.model import (
 from cloudlm.core.placement import placement_body, placement_from_body
 from cloudlm.core.price import price_body, price_from_body
 from cloudlm.core.rollout import strategy_body, strategy_from_body
-from cloudlm.core.routing import routing_body, routing_from_body
+from cloudlm.core.routing import Policy, routing_body, routing_from_body
 from cloudlm.core.scaling import scaling_body, scaling_from_body
 from cloudlm.core.spec import (
     MAX_ADAPTERS,
@@ -122,6 +123,7 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "placement": None if spec.placement is None else placement_body(spec.placement),
         "rollout": strategy_body(spec.rollout),
         "scaling": scaling_body(spec.scaling),
+        "endpoints": endpoints_body(spec.endpoints),
     }
 
 
@@ -284,6 +286,9 @@ def endpoint_body(endpoint: Endpoint) -> dict[str, Any]:
         "weight": endpoint.weight,
         "share": endpoint.share,
         "mirror": endpoint.mirror,
+        "priority": endpoint.priority,
+        "upstream_model": endpoint.upstream_model,
+        "secret": endpoint.secret,
     }
 
 
@@ -360,10 +365,12 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
     options = fields.mapping("options", {}, max_entries=MAX_ENTRIES)
     env = fields.mapping("env", {}, max_entries=MAX_ENTRIES)
     prices, placement = fields.raw("prices", None), fields.raw("placement", None)
+    model = fields.text("model")
+    endpoints = endpoints_from_body(fields.items("endpoints", ()), model)
     return DeploymentSpec(
         name=fields.text("name") if name is None else fields.text("name", name),
-        model=fields.text("model"),
-        driver=fields.text("driver", "process"),
+        model=model,
+        driver=fields.text("driver", EXTERNAL if endpoints else "process"),
         engine=fields.text("engine", "cloudlm"),
         min_replicas=fields.integer("min_replicas", 1, low=-(2**31), high=2**31),
         max_replicas=fields.integer("max_replicas", 1, low=-(2**31), high=2**31),
@@ -375,7 +382,10 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         adapters=_adapters(fields),
         prices=None if prices is None else price_from_body(prices, fields.param("prices")),
         tenant=fields.text("tenant", "", max_length=64),
-        routing=routing_from_body(fields.raw("routing", {})),
+        routing=routing_from_body(
+            fields.raw("routing", {}), Policy.WEIGHTED if endpoints else Policy.LEAST_COST
+        ),
+        endpoints=endpoints,
         placement=None if placement is None else placement_from_body(placement),
         rollout=strategy_from_body(fields.raw("rollout", {})),
         scaling=scaling_from_body(fields.raw("scaling", {})),

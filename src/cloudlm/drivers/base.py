@@ -29,6 +29,8 @@ class Ability(StrEnum):
     SCALES_ITSELF = "scales_itself"
     RUNS_JOBS = "runs_jobs"
     SPOT = "spot"
+    KEEPS_RUNNING = "keeps_running"
+    """Deleting a group stops nothing there: requests under way go on."""
 
 
 @dataclass(frozen=True, slots=True)

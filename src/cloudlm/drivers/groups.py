@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from cloudlm.core.deployment import GroupSpec
 from cloudlm.core.errors import Conflict, InvalidRequest
+from cloudlm.core.external import ExternalEndpoint
 
 _GROUP_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.ASCII)
 
@@ -46,3 +49,9 @@ def replica_index(replica: str) -> int:
     """The number at the end of a replica's id; 0 if there is none."""
     number = replica.rpartition("-")[2]
     return int(number) if number.isdigit() else 0
+
+
+def group_from_body(body: Mapping[str, Any]) -> GroupSpec:
+    """A group out of the JSON of its fields. Raises TypeError and KeyError if it is none."""
+    endpoints = tuple(ExternalEndpoint(**entry) for entry in body.get("endpoints", ()))
+    return GroupSpec(**{**body, "endpoints": endpoints})

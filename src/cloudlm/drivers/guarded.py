@@ -18,9 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, ReplicaState
+from cloudlm.core.external import endpoints_body
 from cloudlm.drivers import procfs
 from cloudlm.drivers.base import DriverContext
-from cloudlm.drivers.groups import check_same_group, replica_ids, replica_index
+from cloudlm.drivers.groups import (
+    check_same_group,
+    group_from_body,
+    replica_ids,
+    replica_index,
+)
 from cloudlm.drivers.guard import EXIT_ALREADY_GUARDED, backoff_s
 from cloudlm.drivers.launch import GuardOptions, GuardTiming, lifeline_from, start_guard
 from cloudlm.drivers.runfiles import read_json, write_json
@@ -31,7 +37,15 @@ _GROUP_FILE = "group.json"
 _GUARD_START_TIMEOUT_S = 10.0
 _GUARD_STOP_MARGIN_S = 5.0
 # Settings of other processes, and what belongs to our own guard, are no business of a worker.
-_WITHHELD = ("CLOUDLM_STATE_", "CLOUDLM_GATEWAY_", "CLOUDLM_CONTROL_", "CLOUDLM_GUARD_")
+_WITHHELD = (
+    "CLOUDLM_STATE_",
+    "CLOUDLM_GATEWAY_",
+    "CLOUDLM_CONTROL_",
+    "CLOUDLM_GUARD_",
+    "CLOUDLM_EXTERNAL_",
+    "CLOUDLM_SECRET_",
+    "CLOUDLM_ORIGIN_",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +285,7 @@ class GuardedReplicas:
         if body is None and not path.exists():
             return None
         try:
-            return _Group(GroupSpec(**(body or {})["spec"]), bool((body or {})["deleting"]))
+            return _Group(group_from_body((body or {})["spec"]), bool((body or {})["deleting"]))
         except (KeyError, TypeError):
             # Unreadable: belongs to no deployment, so that control deletes it and starts afresh.
             return _Group(GroupSpec(name, "", 0, "", replicas=0), deleting=False)
@@ -284,6 +298,7 @@ class GuardedReplicas:
             "options": dict(group.spec.options),
             "env": dict(group.spec.env),
             "adapters": dict(group.spec.adapters),
+            "endpoints": endpoints_body(group.spec.endpoints),
         }
         write_json(folder / _GROUP_FILE, {"spec": spec, "deleting": group.deleting})
 

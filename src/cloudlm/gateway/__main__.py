@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from cloudlm.gateway.channel import Channel
 from cloudlm.gateway.crew import Crew, Seat
 from cloudlm.gateway.desk import Desk
 from cloudlm.gateway.server import GatewayServer, listen
+from cloudlm.security.credentials import Credentials
 from cloudlm.security.issuer import open_issuer
 from cloudlm.security.policies import load_policies
 from cloudlm.state.home import Home, load_settings
@@ -50,6 +52,8 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
             issuer=open_issuer(settings.oidc, clock),
             policies=load_policies(settings.access.policies),
             clock=clock,
+            external=settings.external,
+            credentials=Credentials(home.credentials, os.environ),
             place=Place(seat.number, channel) if seat is not None and channel is not None else None,
         )
         server = make_server(gateway)

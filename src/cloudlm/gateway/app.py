@@ -21,19 +21,19 @@ from starlette.routing import Route
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, Unavailable
 from cloudlm.core.price import read_prices
-from cloudlm.core.settings import GatewaySettings
+from cloudlm.core.settings import ExternalSettings, GatewaySettings
 from cloudlm.core.tenant import read_weights
 from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.channel import Channel
-from cloudlm.gateway.chat import Handler, Rooms, Screen, refusal
+from cloudlm.gateway.chat import Handler, Rooms, refusal
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
-from cloudlm.gateway.desk import Numbers, SharedCounters
-from cloudlm.gateway.door import Door
+from cloudlm.gateway.desk import Cooling, Numbers, SharedCounters
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
+from cloudlm.gateway.foreign import Foreign
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.known import Tenants
@@ -44,17 +44,23 @@ from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.model_routes import read_routes
 from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
+from cloudlm.gateway.sender import Sender
 from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServer
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.gateway.waiting import Waiting
 from cloudlm.security.access import Policies
+from cloudlm.security.credentials import Credentials
+from cloudlm.security.door import Door
 from cloudlm.security.issuer import Issuer
-from cloudlm.security.transport import replica_context
+from cloudlm.security.outside import Outside
+from cloudlm.security.transport import external_context, replica_context
 from cloudlm.state.base import State
+from cloudlm.state.home import Home
 from cloudlm.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
+    from cloudlm.gateway.live_guardrails import LiveGuardrails
     from cloudlm.gateway.semantic.likeness import Likeness
 
 _PLAIN_PATHS = frozenset(
@@ -84,7 +90,7 @@ class Gateway:
     """All parts of one gateway. ``home`` holds the ledger's journal and the certificates,
     ``pepper`` opens key digests, ``worker_token`` opens workers, ``issuer`` knows the tokens of
     people who sign in, ``policies`` hold beside roles, ``place`` is given to one of several
-    processes."""
+    processes, ``external`` and ``credentials`` say which other services may be asked, and how."""
 
     def __init__(
         self,
@@ -98,6 +104,8 @@ class Gateway:
         issuer: Issuer | None = None,
         policies: Policies | None = None,
         place: Place | None = None,
+        external: ExternalSettings = ExternalSettings(),
+        credentials: Credentials | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
@@ -118,15 +126,29 @@ class Gateway:
         self.loads = Loads()
         self.meter = Meter()
         self.numbers = Numbers(place.channel, self.meter.exposition, clock) if place else None
+        cooling = None
+        if place is not None:
+            cooling = Cooling(
+                place.channel,
+                lambda replica, wait_s: self.loads.cool(replica, clock.monotonic() + wait_s),
+            )
         self.ledger = Ledger(open_journal(home), state, clock)
-        self.door = Door(settings, home / "tls", clock)
+        self.door = Door("gateway", settings, home / "tls", clock)
         self.replica_tls = replica_context(settings, home / "tls")
-        self.upstream = Upstream(
+        own = Upstream(
             token=worker_token,
             connect_timeout_s=settings.connect_timeout_s,
             tls=self.replica_tls,
             plaintext=settings.upstream_plaintext == "anywhere",
         )
+        self.external_tls = external_context(external)
+        foreign = Foreign(
+            credentials=credentials or Credentials(Home(home).credentials, {}),
+            outside=Outside(external),
+            tls=self.external_tls,
+            connect_timeout_s=settings.connect_timeout_s,
+        )
+        self.upstream = Sender(own, foreign)
         name = f"{socket.gethostname()}:{settings.port}"
         if place is not None:
             name += f"/{place.number}"
@@ -139,6 +161,7 @@ class Gateway:
         likeness = None
         if settings.semantic_models:
             likeness = self._likeness(settings, home, weights, pepper, clock)
+        self.guardrails = _guardrails(settings, home, self.meter)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -157,7 +180,8 @@ class Gateway:
                 likeness=likeness,
                 routes=routes,
                 refused=self.refusals.note,
-                guardrails=_guardrails(settings, home, self.meter),
+                cooled=cooling.tell if cooling is not None else lambda *_: None,
+                guardrails=self.guardrails,
                 people=None if issuer is None else People(issuer, self.view),
             )
         )
@@ -245,6 +269,9 @@ class Gateway:
         ]
         tasks.append(asyncio.create_task(self.door.run(), name="door"))
         tasks.append(asyncio.create_task(self.replica_tls.follow(), name="replica_tls"))
+        tasks.append(asyncio.create_task(self.external_tls.follow(), name="external_tls"))
+        if self.guardrails is not None:
+            tasks.append(asyncio.create_task(self.guardrails.follow(), name="guardrails"))
         if self.numbers is not None:
             tasks.append(asyncio.create_task(self.numbers.run(), name="numbers"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
@@ -288,12 +315,12 @@ def _counters(settings: GatewaySettings, clock: Clock, place: Place | None) -> C
     return RedisCounters(settings.limits_url, clock, outage)
 
 
-def _guardrails(settings: GatewaySettings, home: Path, meter: Meter) -> Screen | None:
+def _guardrails(settings: GatewaySettings, home: Path, meter: Meter) -> LiveGuardrails | None:
     if not settings.guardrails:
         return None
-    from cloudlm.gateway.guardrails import open_guardrails  # RE2 is for those who want it
+    from cloudlm.gateway.live_guardrails import LiveGuardrails  # RE2 is for those who want it
 
-    return open_guardrails(home / Path(settings.guardrails).expanduser(), meter)
+    return LiveGuardrails(home / Path(settings.guardrails).expanduser(), meter)
 
 
 def make_server(gateway: Gateway) -> GatewayServer:

@@ -1,5 +1,6 @@
 """What several gateway processes on one port say to their parent, over a socket each of them was
-born with: one JSON line per message, an answer to each that carries a number.
+born with: one JSON line per message, an answer to each that carries a number; and what one has to
+tell the others, which the parent passes on.
 
 The socket is a lifeline too: its end tells either side that the other has died. Must not know what
 is said.
@@ -24,7 +25,8 @@ ANSWER_TIMEOUT_S = 5.0
 
 
 class _Line(msgspec.Struct, array_like=True):
-    """``number`` 0 wants no answer; ``what`` is empty in an answer."""
+    """``number`` 0 wants no answer, and is news if the parent says it; ``what`` is empty in an
+    answer."""
 
     number: int
     what: str
@@ -47,6 +49,8 @@ class Channel:
         self._writer = writer
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self.on_news: Callable[[str, msgspec.Raw], None] = lambda *_: None
+        """Called with what other processes tell all."""
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
@@ -84,6 +88,9 @@ class Channel:
         with contextlib.suppress(OSError, ValueError):
             while text := await self._reader.readline():
                 line = _lines.decode(text)
+                if not line.number:
+                    self.on_news(line.what, line.data)
+                    continue
                 future = self._waiting.get(line.number)
                 if future is not None and not future.done():
                     future.set_result(line.data)
@@ -103,9 +110,23 @@ def _gone() -> Unavailable:
     return Unavailable("the gateway's parent process does not answer", retry_after_s=1.0)
 
 
-async def attend(end: socket.socket, hear: Callable[[str, msgspec.Raw], Awaitable[Any]]) -> None:
-    """The parent's side: have ``hear`` take what one process says, in order, until it is gone."""
+Tell = Callable[[str, Any], None]
+
+
+async def attend(
+    end: socket.socket,
+    hear: Callable[[str, msgspec.Raw], Awaitable[Any]],
+    seated: Callable[[Tell], None] = lambda _: None,
+) -> None:
+    """The parent's side: have ``hear`` take what one process says, in order, until it is gone.
+    ``seated`` is given what tells that process news."""
     reader, writer = await asyncio.open_connection(sock=end, limit=MAX_LINE_BYTES)
+
+    def tell(what: str, data: Any) -> None:
+        if not writer.is_closing():
+            writer.write(_encoded(0, what, data))
+
+    seated(tell)
     try:
         with contextlib.suppress(OSError, ValueError):
             while text := await reader.readline():

@@ -49,21 +49,24 @@ from cloudlm.gateway.hedge import Race, quickest
 from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
+from cloudlm.gateway.levels import has_priorities
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.mirror import Mirror
 from cloudlm.gateway.model_routes import ModelRoute
 from cloudlm.gateway.people import People
+from cloudlm.gateway.policies import DRAWN
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import HedgeBudget, RetryBudget, full_jitter
 from cloudlm.gateway.router import choose
+from cloudlm.gateway.sender import Sender
 from cloudlm.gateway.sessions import session_of
 from cloudlm.gateway.split import choose_side, mark_of
-from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable, Upstream
+from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.gateway.waiting import Waiting
 from cloudlm.security import keys
@@ -84,7 +87,8 @@ _log = get_logger(__name__)
 class Screen(Protocol):
     """What looks at requests and answers between client and model: ``guardrails``."""
 
-    moderation: Moderation
+    @property
+    def moderation(self) -> Moderation: ...
 
     async def screen(self, exchange: Exchange, call: Call, model: ServedModel) -> Call: ...
 
@@ -102,7 +106,7 @@ class Rooms:
     waiting: Waiting
     loads: Loads
     demand: DemandReporter
-    upstream: Upstream
+    upstream: Sender
     ledger: Ledger
     meter: Meter
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -112,6 +116,7 @@ class Rooms:
     fraction: Callable[[], float] = random.random
     guardrails: Screen | None = None
     refused: Callable[[GatewayRequest, Exchange, CloudlmError], None] = lambda *_: None
+    cooled: Callable[[str, float], None] = lambda *_: None
 
 
 class Handler:
@@ -374,16 +379,15 @@ class Handler:
             deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
             with exchange.interrupt if race is None else Interrupt():
                 answer = await rooms.upstream.send(
-                    endpoint.url + call.path,
+                    endpoint,
+                    call.path,
                     call.body,
                     said,
-                    replica=replica,
                     timeout_s=rooms.settings.first_token_timeout_s,
                     now=rooms.clock.now(),
                 )
                 if call.stream:
-                    revision = endpoint.revision
-                    resumer = Resumer(rooms, exchange, call, revision, said, self._judge)
+                    resumer = Resumer(rooms, exchange, call, endpoint, said, self._judge)
                     relay = Relay(exchange, attempt, answer, call, rooms.settings, resumer)
                     await relay.begin(deadline)
                     win()
@@ -411,6 +415,7 @@ class Handler:
         if isinstance(error, ReplicaRefused):
             if error.retry_after_s:
                 self._rooms.loads.cool(replica, now + error.retry_after_s)
+                self._rooms.cooled(replica, error.retry_after_s)
             elif error.answered_status >= 500 and error.elsewhere:
                 self._rooms.loads.failed(replica, now)
         elif error.retry is Retry.ELSEWHERE:
@@ -455,13 +460,14 @@ class Handler:
         rooms = self._rooms
         model = rooms.view.snapshot().models.get(call.model)
         policy = exchange.routing.policy
-        drawn = policy is Policy.POWER_OF_TWO
+        endpoints = model.endpoints if model is not None else ()
+        drawn = policy in DRAWN or has_priorities(endpoints)
         among = choose
         if model is not None and model.split:
             mark = mark_of(exchange.session or exchange.request_id.encode(), model.name)
             among = functools.partial(choose_side, mark=mark, stay=stay)
         return among(
-            model.endpoints if model is not None else (),
+            endpoints,
             rooms.loads,
             rooms.clock.monotonic(),
             tried=tried,

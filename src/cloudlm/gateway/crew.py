@@ -137,7 +137,11 @@ class Crew:
         if self._stopping.is_set():  # the signal came while it was being started
             process.terminate()
         attending = asyncio.create_task(
-            attend(ours, lambda what, data: self._desk.hear(number, what, data))
+            attend(
+                ours,
+                lambda what, data: self._desk.hear(number, what, data),
+                lambda tell: self._desk.seated(number, tell),
+            )
         )
         try:
             return await process.wait()

@@ -1,9 +1,9 @@
 """What several gateway processes on one port keep together, in their parent: the counts of limits,
-so that they hold for all of them, and each one's numbers, so that whichever is asked for metrics
-tells those of all.
+so that they hold for all of them, each one's numbers, so that whichever is asked for metrics tells
+those of all, and which replica asked one of them for time.
 
-``Desk`` is in the parent, ``SharedCounters`` and ``Numbers`` in each process. Must not start
-processes.
+``Desk`` is in the parent, ``SharedCounters``, ``Numbers`` and ``Cooling`` in each process. Must not
+start processes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 
 from cloudlm.core.clock import Clock
-from cloudlm.gateway.channel import Channel
+from cloudlm.gateway.channel import Channel, Tell
 from cloudlm.gateway.counters import LocalCounters
 from cloudlm.gateway.limits import LEASE_S, Bound, Lease, Verdict
 
 NUMBERS_INTERVAL_S = 1.0
+_COOL = "cool"
 
 
 class _Reserve(msgspec.Struct, array_like=True):
@@ -44,6 +45,11 @@ class _Tend(msgspec.Struct, array_like=True):
     month: int
 
 
+class _Cool(msgspec.Struct, array_like=True):
+    replica: str
+    wait_s: float
+
+
 class Desk:
     """Answers what processes ask, see ``hear``."""
 
@@ -51,6 +57,7 @@ class Desk:
         self._counters = LocalCounters(clock, lease_s)
         self._scopes: dict[int, set[str]] = {}
         self._numbers: dict[int, str] = {}
+        self._tells: dict[int, Tell] = {}
         self.on_ready: Callable[[int], None] = lambda _: None
 
     async def hear(self, process: int, what: str, data: msgspec.Raw) -> Any:
@@ -81,6 +88,10 @@ class Desk:
         elif what == "numbers":
             self._numbers[process] = msgspec.json.decode(data, type=str)
             return self._numbers
+        elif what == _COOL:
+            cool = msgspec.json.decode(data, type=_Cool)
+            for tell in [tell for other, tell in self._tells.items() if other != process]:
+                tell(_COOL, cool)
         elif what == "ready":
             self.on_ready(process)
         else:
@@ -93,10 +104,15 @@ class Desk:
         self._scopes[process] = scopes
         self._counters.keep_only(set().union(*self._scopes.values()))
 
+    def seated(self, process: int, tell: Tell) -> None:
+        """A process can be told news."""
+        self._tells[process] = tell
+
     def gone(self, process: int) -> None:
         """A process ended: its numbers with it. What it had reserved stays until the leases end."""
         self._numbers.pop(process, None)
         self._scopes.pop(process, None)
+        self._tells.pop(process, None)
 
 
 class SharedCounters:
@@ -123,6 +139,25 @@ class SharedCounters:
     async def run(self) -> None:
         """Nothing is to be done."""
         await asyncio.Event().wait()
+
+
+class Cooling:
+    """What replicas ask of one process, they ask of all: to be left alone for a while. ``heard`` is
+    given the replica and the seconds that another process was told."""
+
+    def __init__(self, channel: Channel, heard: Callable[[str, float], None]) -> None:
+        self._channel = channel
+        self._heard = heard
+        channel.on_news = self._take
+
+    def tell(self, replica: str, wait_s: float) -> None:
+        """Have the other processes leave ``replica`` alone too; never waits."""
+        self._channel.tell(_COOL, _Cool(replica, wait_s))
+
+    def _take(self, what: str, data: msgspec.Raw) -> None:
+        if what == _COOL:
+            cool = msgspec.json.decode(data, type=_Cool)
+            self._heard(cool.replica, cool.wait_s)
 
 
 class Numbers:

@@ -107,6 +107,10 @@ class Guardrails:
             return call
         return _outward(rules, call, mapping, findings)
 
+    def close(self) -> None:
+        """Take no more requests; those that are being read are read to their end."""
+        self._readers.shutdown(wait=False)
+
     def _rules(self, model: ServedModel) -> Ruleset | None:
         """The first policy that names the model or, for an adapter, what it belongs to."""
         name = (model.name, model.parent)

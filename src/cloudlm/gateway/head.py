@@ -9,7 +9,6 @@ whatever could be read in two ways is refused and the connection closed. Pure: n
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -23,6 +22,7 @@ from cloudlm.core.errors import (
     PayloadTooLarge,
     PermissionDenied,
 )
+from cloudlm.security.transport import is_loopback
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
@@ -175,14 +175,6 @@ class HostGuard:
                 "this server listens on this machine only and answers to 'localhost' and "
                 "'127.0.0.1'; set gateway.host to serve others"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` is an address of this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def host_name(header: str) -> str:

@@ -76,14 +76,14 @@ def order(route: ModelRoute, health: Callable[[str], float], draw: float) -> tup
     available at all come last."""
     able = {model: min(OVERPROVISIONING * health(model), 1.0) for model in route.models}
     shares = level_shares([_health(level, health) for level in route.levels])
-    number, rest = _drawn(shares, draw)
+    number, rest = drawn(shares, draw)
     levels = [*route.levels[number:], *route.levels[:number]] if route.levels else []
     found: list[str] = []
     for position, level in enumerate(levels):
         weights = [target.weight * able[target.model] for target in level]
         if not any(weights):
             weights = [target.weight for target in level]
-        first = _drawn(weights, rest)[0] if position == 0 else weights.index(max(weights))
+        first = drawn(weights, rest)[0] if position == 0 else weights.index(max(weights))
         found.append(level[first].model)
         others = sorted(range(len(level)), key=lambda one: -weights[one])
         found.extend(level[one].model for one in others if one != first)
@@ -97,8 +97,8 @@ def _health(level: Sequence[Target], health: Callable[[str], float]) -> float:
     return min(math.fsum(one.weight * health(one.model) for one in level) / whole, 1.0)
 
 
-def _drawn(weights: Sequence[float], draw: float) -> tuple[int, float]:
-    """Which one an even draw hits, and where in it, again from 0 to below 1."""
+def drawn(weights: Sequence[float], draw: float) -> tuple[int, float]:
+    """Which of ``weights`` an even draw hits, and where in it, again from 0 to below 1."""
     point = draw * math.fsum(weights)
     last = 0
     for number, weight in enumerate(weights):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.routing import Policy
 from cloudlm.gateway.loads import Loads, ReplicaLoad
+from cloudlm.gateway.model_routes import drawn
 
 REQUEST_BLOCKS = 4.0
 """What a request in flight costs beside its prompt, in blocks: its answer's steps."""
@@ -119,10 +120,19 @@ def closeness(session: bytes, endpoint: Endpoint) -> float:
     return -endpoint.weight / math.log(even) if even < 1.0 else math.inf
 
 
+def weighted(candidates: Sequence[Endpoint], _: Loads, facts: Facts) -> Endpoint:
+    """One drawn: each gets its weight's share of requests, whatever its load."""
+    return candidates[drawn([one.weight for one in candidates], facts.draws[0])[0]]
+
+
+DRAWN = frozenset({Policy.POWER_OF_TWO, Policy.WEIGHTED})
+"""The policies that need ``Facts.draws``."""
+
 DECIDERS: Mapping[Policy, Decider] = {
     Policy.LEAST_COST: least_cost,
     Policy.ROUND_ROBIN: round_robin,
     Policy.LEAST_LOAD: least_load,
     Policy.POWER_OF_TWO: power_of_two,
     Policy.SESSION_AFFINITY: session_affinity,
+    Policy.WEIGHTED: weighted,
 }

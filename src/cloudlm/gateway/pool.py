@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -308,11 +308,18 @@ class Line(asyncio.Protocol):
             self._transport.abort()
 
 
-class Pool:
-    """All lines. Make it inside the event loop. ``tls`` is spoken to https places."""
+Find = Callable[[Place], Awaitable[Sequence[str]]]
 
-    def __init__(self, *, connect_timeout_s: float, tls: ssl.SSLContext) -> None:
+
+class Pool:
+    """All lines. Make it inside the event loop. ``tls`` is spoken to https places. ``find`` says
+    at which IP addresses a place may be connected to (without it, where the system finds it)."""
+
+    def __init__(
+        self, *, connect_timeout_s: float, tls: ssl.SSLContext, find: Find | None = None
+    ) -> None:
         self._tls = tls
+        self._find = find
         self.sweep = Sweep()
         self._connect_timeout_s = connect_timeout_s
         self._idle: dict[Place, list[Line]] = {}
@@ -324,19 +331,32 @@ class Pool:
         return idle.pop() if idle else None
 
     async def connect(self, place: Place) -> Line:
-        """A new line. Raises OSError, of which TimeoutError and ssl.SSLError are kinds."""
-        loop = asyncio.get_running_loop()
+        """A new line. Raises OSError, of which TimeoutError and ssl.SSLError are kinds, and what
+        ``find`` raises."""
         line = Line(self, place)
         async with asyncio.timeout(self._connect_timeout_s):
-            await loop.create_connection(
-                lambda: line,
-                place.host,
-                place.port,
-                ssl=self._tls if place.tls else None,
-                server_hostname=place.host if place.tls else None,
-            )
+            hosts = [place.host] if self._find is None else await self._find(place)
+            await self._dial(line, hosts)
         self._lines.add(line)
         return line
+
+    async def _dial(self, line: Line, hosts: Sequence[str]) -> None:
+        """Connect to the first of ``hosts`` that accepts."""
+        loop, place = asyncio.get_running_loop(), line.place
+        for left in reversed(range(len(hosts))):
+            try:
+                await loop.create_connection(
+                    lambda: line,
+                    hosts[-1 - left],
+                    place.port,
+                    ssl=self._tls if place.tls else None,
+                    server_hostname=place.host if place.tls else None,
+                )
+            except OSError:
+                if not left:
+                    raise
+            else:
+                return
 
     def keep(self, line: Line) -> None:
         """``line`` may be used again."""

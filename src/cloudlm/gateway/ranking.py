@@ -49,7 +49,10 @@ class Ranking:
 
     def __init__(self, endpoints: tuple[Endpoint, ...]) -> None:
         self.endpoints = endpoints
-        self.even = all(one.weight == endpoints[0].weight > 0 for one in endpoints)
+        first = endpoints[0]
+        self.even = first.weight > 0 and all(
+            (one.weight, one.priority) == (first.weight, first.priority) for one in endpoints
+        )
         self.places = {one.replica: place for place, one in enumerate(endpoints)}
         self.touched: dict[str, None] = {}
         self._heaps: dict[_Order, tuple[list[_Key], list[_Key]]] = {}

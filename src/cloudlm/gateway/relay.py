@@ -182,7 +182,7 @@ class Relay:
             error = chunk["error"]
             status = error.get("code") if isinstance(error, dict) else None
             known = status if type(status) is int and 400 <= status <= 599 else 502
-            self._failure = ReplicaRefused(known, chunk, None)
+            self._failure = self._answer.translated(ReplicaRefused(known, chunk, None))
         elif openai.is_aborted(chunk):
             self._failure = UpstreamFailed("a replica gave up on the answer")
         else:

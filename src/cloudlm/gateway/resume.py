@@ -38,21 +38,22 @@ def may_help(error: CloudlmError) -> bool:
 
 class Resumer:
     """Finds who goes on with one stream. ``said`` are the headers for replicas; ``judge`` is told
-    of every failure; ``revision`` is what the stream began with."""
+    of every failure; ``begun`` is where the stream began."""
 
     def __init__(
         self,
         rooms: Rooms,
         exchange: Exchange,
         call: Call,
-        revision: int,
+        begun: Endpoint,
         said: dict[str, str],
         judge: Callable[[str, CloudlmError], None],
     ) -> None:
         self._rooms = rooms
         self._exchange = exchange
         self._call = call
-        self._revision = revision
+        self._revision = begun.revision
+        self._is_ours = not begun.is_external  # others know nothing of going on
         self._said = said
         self._judge = judge
         self._left = rooms.settings.max_resumes
@@ -65,7 +66,7 @@ class Resumer:
         rooms, exchange = self._rooms, self._exchange
         if not isinstance(error, RequestCancelled):
             self._judge(exchange.replica, error)
-        if not (progress.resumable and may_help(error)):
+        if not (self._is_ours and progress.resumable and may_help(error)):
             raise error
         body = progress.request(self._call.path, self._call.body, cached_tokens)
         deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
@@ -89,7 +90,8 @@ class Resumer:
         model = rooms.view.snapshot().models.get(self._call.model)
         serving = model.endpoints if model is not None else ()
         beside = model.beside if model is not None else ()  # they take no new requests, but these
-        same = [one for one in (*serving, *beside) if one.revision == self._revision]
+        ours = [one for one in (*serving, *beside) if not one.is_external]
+        same = [one for one in ours if one.revision == self._revision]
         keys = self._exchange.prompt_keys
         found = choose(same, rooms.loads, rooms.clock.monotonic(), tried=tried, keys=keys)
         if found is not None:
@@ -115,10 +117,10 @@ class Resumer:
         attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, turn))
         try:
             answer = await rooms.upstream.send(
-                endpoint.url + RESUME_PATH,
+                endpoint,
+                RESUME_PATH,
                 body,
                 self._said,
-                replica=replica,
                 timeout_s=timeout_s,
                 now=rooms.clock.now(),
             )

@@ -13,6 +13,7 @@ from collections.abc import Collection, Container, Sequence
 
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.routing import Policy
+from cloudlm.gateway.levels import by_priority, has_priorities
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.policies import DECIDERS, Facts
 from cloudlm.gateway.ranking import RANKED, RANKED_FROM, Ranking
@@ -36,14 +37,25 @@ def choose(
     """The endpoint for the next attempt, or None if none may get it; see ``eligible``.
 
     ``keys`` are the prompt's blocks, ``session`` whom it belongs to (empty: nobody known), and
-    ``draws`` two numbers drawn evenly from 0 to below 1, for ``power_of_two``.
+    ``draws`` two numbers drawn evenly from 0 to below 1, for the policies in ``DRAWN`` and for
+    endpoints of several priorities.
     """
     facts = Facts(now, keys, session, draws)
     if len(endpoints) >= RANKED_FROM and policy in RANKED and isinstance(endpoints, tuple):
         found = _ranked_choice(endpoints, loads, tried, policy, facts)
         if found is not None:
             return found
-    candidates = eligible(endpoints, loads, now, tried=tried, retrying=retrying)
+    levels: Sequence[Sequence[Endpoint]]
+    if has_priorities(endpoints):
+        levels, rest = by_priority(endpoints, loads, now, tried=tried, draw=draws[0])
+        facts = facts._replace(draws=(rest, draws[1]))
+    else:
+        levels = [endpoints]
+    candidates: list[Endpoint] = []
+    for level in levels:
+        candidates = eligible(level, loads, now, tried=tried, retrying=retrying)
+        if candidates:
+            break
     if len(candidates) < 2:
         return candidates[0] if candidates else None
     return DECIDERS[policy](candidates, loads, facts)

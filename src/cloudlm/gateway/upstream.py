@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -22,9 +22,9 @@ from cloudlm.core.errors import (
     UpstreamTimeout,
     error_from_body,
 )
-from cloudlm.gateway.head import is_loopback
-from cloudlm.gateway.pool import Broken, Line, Place, Pool, Silent, header_lines, read_url
+from cloudlm.gateway.pool import Broken, Find, Line, Place, Pool, Silent, header_lines, read_url
 from cloudlm.security.tls import LiveContext, client_context
+from cloudlm.security.transport import is_loopback
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
@@ -54,6 +54,10 @@ class ReplicaRefused(CloudlmError):
         return error_from_body(self.answered_status, self._answer).body()
 
 
+def _as_it_is(error: ReplicaRefused) -> CloudlmError:
+    return error
+
+
 class Answer:
     """The answer of one replica whose head has arrived. Must be closed."""
 
@@ -63,6 +67,8 @@ class Answer:
         self._replica = replica
         self.status = line.status
         self.headers = line.headers
+        self.translated: Callable[[ReplicaRefused], CloudlmError] = _as_it_is
+        """What an error inside the answer is to be called."""
 
     @property
     def is_event_stream(self) -> bool:
@@ -117,10 +123,33 @@ class Unreachable(UpstreamFailed):
     """A replica took no connection."""
 
 
+async def refusal(answer: Answer, replica: str, now: float) -> CloudlmError:
+    """The error that an answer with an error status is, for the caller to raise."""
+    status = answer.status
+    if not 400 <= status <= 599:
+        return UpstreamFailed(f"replica {replica} answered with the unexpected status {status}")
+    try:
+        raw = await answer.whole(_ERROR_BODY_TIMEOUT_S, MAX_ERROR_BYTES)
+        fields = msgspec.json.decode(raw)
+    except (CloudlmError, msgspec.DecodeError, ValueError, RecursionError):
+        fields = {}  # the status alone says enough
+    known = fields if isinstance(fields, dict) else {}
+    wait_s = retry_after(answer.headers.get("retry-after"), now)
+    return ReplicaRefused(status, known, wait_s)
+
+
+async def worker_refusal(answer: Answer, replica: str, now: float) -> CloudlmError:
+    """As ``refusal``, of a worker: what it says of a key is about our token, not the client's."""
+    if answer.status in (401, 403):
+        return UpstreamFailed(f"replica {replica} does not accept this gateway's token")
+    return await refusal(answer, replica, now)
+
+
 class Upstream:
     """The client of all replicas. ``token`` opens workers; never shown to clients. ``tls`` is
     spoken to https addresses (without it, the system's authorities count); over plain HTTP only
-    this machine is asked, unless ``plaintext`` trusts the network."""
+    this machine is asked, unless ``plaintext`` trusts the network. ``find`` says where a place
+    may be connected to, ``refused`` what an answer with an error status means."""
 
     def __init__(
         self,
@@ -129,7 +158,11 @@ class Upstream:
         connect_timeout_s: float,
         tls: ssl.SSLContext | None = None,
         plaintext: bool = False,
+        find: Find | None = None,
+        refused: Callable[[Answer, str, float], Awaitable[CloudlmError]] = worker_refusal,
     ) -> None:
+        self._find = find
+        self._refused = refused
         self._tls = tls or LiveContext(lambda: client_context((), None), ())
         self._plaintext = plaintext
         self._connect_timeout_s = connect_timeout_s
@@ -141,7 +174,7 @@ class Upstream:
 
     async def open(self) -> None:
         """Make the connection pool; call inside the event loop."""
-        self._pool = Pool(connect_timeout_s=self._connect_timeout_s, tls=self._tls)
+        self._pool = Pool(connect_timeout_s=self._connect_timeout_s, tls=self._tls, find=self._find)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -176,7 +209,7 @@ class Upstream:
         if answer.status == 200:
             return answer
         try:
-            raise await _refusal(answer, replica, now)
+            raise await self._refused(answer, replica, now)
         finally:
             answer.close()
 
@@ -238,22 +271,6 @@ class Upstream:
 
 def _silent(replica: str, seconds: float) -> UpstreamTimeout:
     return UpstreamTimeout(f"replica {replica} was silent for {seconds:g} s")
-
-
-async def _refusal(answer: Answer, replica: str, now: float) -> CloudlmError:
-    status = answer.status
-    if status in (401, 403):  # about our token, not about the client's key
-        return UpstreamFailed(f"replica {replica} does not accept this gateway's token")
-    if not 400 <= status <= 599:
-        return UpstreamFailed(f"replica {replica} answered with the unexpected status {status}")
-    try:
-        raw = await answer.whole(_ERROR_BODY_TIMEOUT_S, MAX_ERROR_BYTES)
-        fields = msgspec.json.decode(raw)
-    except (CloudlmError, msgspec.DecodeError, ValueError, RecursionError):
-        fields = {}  # the status alone says enough
-    known = fields if isinstance(fields, dict) else {}
-    wait_s = retry_after(answer.headers.get("retry-after"), now)
-    return ReplicaRefused(status, known, wait_s)
 
 
 def retry_after(text: str | None, now: float) -> float | None:

@@ -48,18 +48,20 @@ _USES = {
 }
 
 
-def ensure_self_signed(folder: Path, names: Sequence[str], now: float) -> Path:
-    """``gateway.pem`` with certificate and key for ``names`` besides those of this machine; beside
-    it ``gateway-cert.pem``, the certificate alone, for clients to trust. Raises StorageFailed."""
-    file, wanted = folder / "gateway.pem", (*LOCAL_NAMES, *names)
+def ensure_self_signed(
+    folder: Path, names: Sequence[str], now: float, server: str = "gateway"
+) -> Path:
+    """``<server>.pem`` with certificate and key for ``names`` besides those of this machine; beside
+    it ``<server>-cert.pem``, the certificate alone, for clients to trust. Raises StorageFailed."""
+    file, wanted = folder / f"{server}.pem", (*LOCAL_NAMES, *names)
     with _alone_in(folder):
         if not _good(file, wanted, now):
             key = ec.generate_private_key(ec.SECP256R1())
-            subject = _subject("cloudlm gateway, for development")
+            subject = _subject(f"cloudlm {server}, for development")
             made = _builder(subject, subject, key, key, now, SELF_SIGNED_DAYS)
             made = _for_leaf(made, wanted, [ExtendedKeyUsageOID.SERVER_AUTH])
             cert = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-            _write(folder / "gateway-cert.pem", cert, 0o644)
+            _write(folder / f"{server}-cert.pem", cert, 0o644)
             _write(file, _key_pem(key) + cert, 0o600)
     return file
 

@@ -5,11 +5,13 @@ replicas. ``folder`` is home's ``tls``. Must not open a socket.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from pathlib import Path
+from typing import Protocol
 
 from cloudlm.core.errors import BadSetting
-from cloudlm.core.settings import GatewaySettings, WorkerSettings
+from cloudlm.core.settings import ExternalSettings, GatewaySettings, WorkerSettings
 from cloudlm.security.tls import (
     LiveContext,
     Pair,
@@ -19,28 +21,51 @@ from cloudlm.security.tls import (
 )
 
 SELF_SIGNED = "gateway-cert.pem"
-"""In ``folder``: what clients trust when the gateway's certificate is a self-signed one."""
+CONTROL_SELF_SIGNED = "control-cert.pem"
+"""In ``folder``: what clients trust when the certificate of either is a self-signed one."""
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 
 
-def gateway_pair(settings: GatewaySettings, folder: Path, now: float) -> Pair | None:
-    """The certificate of the gateway's address, None without TLS. A self-signed one is made if it
-    is asked for. Raises BadSetting and StorageFailed."""
-    given = pair_of("gateway.tls", settings.tls_cert, settings.tls_key)
+class Spoken(Protocol):
+    """What the settings of a server say about its own address: those of gateway and control."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def tls(self) -> str: ...
+    @property
+    def tls_cert(self) -> str: ...
+    @property
+    def tls_key(self) -> str: ...
+    @property
+    def tls_min_version(self) -> str: ...
+
+
+def own_pair(server: str, settings: Spoken, folder: Path, now: float) -> Pair | None:
+    """The certificate of a server's address (``gateway``, ``control``), None without TLS. A
+    self-signed one is made if it is asked for. Raises BadSetting and StorageFailed."""
+    name = f"{server}.tls"
+    given = pair_of(name, settings.tls_cert, settings.tls_key)
     if settings.tls == "self-signed":
         if given is not None:
             raise BadSetting(
-                "gateway.tls is self-signed, and gateway.tls_cert names a certificate: choose one",
-                param="gateway.tls",
+                f"{name} is self-signed, and {name}_cert names a certificate: choose one",
+                param=name,
             )
         from cloudlm.security.authority import ensure_self_signed
 
-        return Pair("gateway.tls", str(ensure_self_signed(folder, _names(settings.host), now)))
+        names = _names(settings.host)
+        return Pair(name, str(ensure_self_signed(folder, names, now, server)))
     return given if settings.tls == "auto" else None
 
 
+def gateway_pair(settings: GatewaySettings, folder: Path, now: float) -> Pair | None:
+    """``own_pair`` of the gateway."""
+    return own_pair("gateway", settings, folder, now)
+
+
 def _names(host: str) -> list[str]:
-    """By what a gateway may be called besides localhost. Names that no certificate can bear are
+    """By what a server may be called besides localhost. Names that no certificate can bear are
     left out."""
     names = [socket.gethostname()]
     if host not in _EVERYWHERE:
@@ -48,13 +73,21 @@ def _names(host: str) -> list[str]:
     return [name for name in names if name.isascii() and " " not in name and name]
 
 
-def gateway_context(settings: GatewaySettings, pair: Pair) -> LiveContext:
-    """The context of the gateway's address. Raises BadSetting."""
+def own_context(settings: Spoken, pair: Pair) -> LiveContext:
+    """The context of a server's own address. Raises BadSetting."""
     context = LiveContext(
         lambda: server_context(pair, minimum=settings.tls_min_version), pair.files
     )
     _ = context.current
     return context
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is an address of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def worker_context(settings: WorkerSettings) -> LiveContext | None:
@@ -96,5 +129,18 @@ def replica_context(settings: GatewaySettings, folder: Path) -> LiveContext:
         files,
     )
     if given is not None or authorities:
+        _ = context.current
+    return context
+
+
+def external_context(settings: ExternalSettings) -> LiveContext:
+    """The context towards services that are not ours: the system's authorities and those of
+    ``external.ca``. No certificate of ours is shown to them. Raises BadSetting."""
+    authorities = [(settings.ca, "external.ca")] if settings.ca else []
+    context = LiveContext(
+        lambda: client_context(authorities, None),
+        [Path(path).expanduser() for path, _ in authorities],
+    )
+    if authorities:
         _ = context.current
     return context

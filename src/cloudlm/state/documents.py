@@ -26,6 +26,7 @@ from cloudlm.core.access import (
 )
 from cloudlm.core.deployment import DeploymentSpec, Endpoint, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.external import ExternalEndpoint
 from cloudlm.core.figures import ModelFigures
 from cloudlm.core.job import Job
 from cloudlm.core.pace import Pace
@@ -84,6 +85,8 @@ def load_spec(text: str) -> DeploymentSpec:
         body["prices"] = Price(**_known(Price, body["prices"]))
     if body.get("placement") is not None:
         body["placement"] = _load_placement(body["placement"])
+    entries = body.get("endpoints", ())
+    body["endpoints"] = tuple(ExternalEndpoint(**_known(ExternalEndpoint, e)) for e in entries)
     return DeploymentSpec(**body)
 
 

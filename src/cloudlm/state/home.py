@@ -161,6 +161,11 @@ class Home:
         return self.path / "audit-checkpoints.jsonl"
 
     @property
+    def credentials(self) -> Path:
+        """Keys of providers of external endpoints, a file each."""
+        return self._secrets / "endpoints"
+
+    @property
     def _secrets(self) -> Path:
         return self.path / "secrets"
 

@@ -147,6 +147,9 @@ endpoints = sa.Table(
     _number("weight"),
     _number("share", nullable=True),
     _number("mirror"),
+    _whole("priority"),
+    _text("upstream_model"),
+    _text("secret"),
 )
 
 demand = sa.Table(

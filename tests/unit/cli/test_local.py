@@ -174,7 +174,7 @@ class TestSettings:
     def test_drivers(self, ok: Ok) -> None:
         rows = json.loads(ok("drivers", "--json").stdout)
         assert {"memory", "process"} <= {row["name"] for row in rows}
-        assert [row["fault"] for row in rows if row["package"] == "cloudlm"] == ["", ""]
+        assert [row["fault"] for row in rows if row["package"] == "cloudlm"] == ["", "", ""]
         assert "restarts_replicas" in ok("drivers").stdout
 
 

@@ -18,6 +18,8 @@ from cloudlm.core.model import Manifest, ModelFile
 from cloudlm.core.settings import ControlSettings
 from cloudlm.core.wire import import_from_body
 from cloudlm.drivers.base import Ability, DriverContext
+from cloudlm.drivers.external import ExternalDriver
+from cloudlm.drivers.external_look import Look
 from cloudlm.drivers.memory import MemoryDriver, MemoryWorld
 from cloudlm.state.memory import MemoryState
 
@@ -125,6 +127,18 @@ class ScriptedTurner:
         self.prober.samples[replica] = Sample(True, ready=not asleep, sleeping=asleep)
 
 
+class ScriptedLooks:
+    """What looks at others' endpoints find, by URL; WELL for those not named."""
+
+    def __init__(self):
+        self.found = {}
+        self.looked = []
+
+    async def look(self, endpoint):
+        self.looked.append(endpoint.url)
+        return self.found.get(endpoint.url, Look())
+
+
 @dataclass
 class Plane:
     """Control and everything around it; ``restart`` makes a new control over the same world."""
@@ -136,6 +150,7 @@ class Plane:
     elsewhere: MemoryWorld = field(default_factory=MemoryWorld)
     registry: MemoryRegistry = field(default_factory=MemoryRegistry)
     prober: ScriptedProber = field(default_factory=ScriptedProber)
+    looks: ScriptedLooks = field(default_factory=ScriptedLooks)
     imported: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -147,6 +162,7 @@ class Plane:
         build = {
             "process": lambda context: ProbedDriver(context, self.world),
             "memory": lambda context: MemoryDriver(context, self.elsewhere),
+            "external": lambda context: ExternalDriver(context, self.looks),
         }
         self.drivers = Drivers(context, build)
         self.metrics = ControlMetrics()

@@ -37,7 +37,7 @@ from cloudlm.core.wire_rollout import (
 )
 
 SPEC = DeploymentSpec("bank", "models:/bank/1")
-RUN = {"model", "driver", "engine", "options", "env", "adapters"}
+RUN = {"model", "driver", "engine", "options", "env", "adapters", "endpoints"}
 AROUND = {
     "scaling",
     "placement",

@@ -18,7 +18,7 @@ import pytest
 import uvloop
 
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
-from cloudlm.core.settings import GatewaySettings
+from cloudlm.core.settings import ExternalSettings, GatewaySettings
 from cloudlm.core.tenant import LedgerRow, Role
 from cloudlm.gateway.app import Gateway
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse
@@ -368,7 +368,11 @@ def chat_body(**more: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def open_rig(
-    replicas: int = 1, home: Path | None = None, issuer: Issuer | None = None, **settings: Any
+    replicas: int = 1,
+    home: Path | None = None,
+    issuer: Issuer | None = None,
+    networks: str = "",
+    **settings: Any,
 ) -> Any:
     """A running gateway with so many ready replicas of MODEL."""
     with contextlib.ExitStack() as stack:
@@ -389,6 +393,7 @@ async def open_rig(
             pepper=PEPPER,
             worker_token="worker-token-for-tests",
             issuer=issuer,
+            external=ExternalSettings(networks=networks),
         )
         rig = Rig(gateway, state, mocks)
         rig.key, rig.key_id = minted.text, minted.record.id

@@ -21,10 +21,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cloudlm.core.access import Limits
+from cloudlm.core.clock import ManualClock
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import LedgerRow, Outcome, Role
+from cloudlm.gateway.channel import Channel, attend
 from cloudlm.gateway.crew import LONGEST_PAUSE_S, Seat, pause_s
-from cloudlm.gateway.desk import joined
+from cloudlm.gateway.desk import Cooling, Desk, joined
 from cloudlm.security.keys import mint
 from cloudlm.state.home import Home, load_settings
 from cloudlm.state.open import open_state
@@ -63,6 +65,49 @@ def test_a_seat_survives_the_command_line() -> None:
     for text in ("", "1,2", "a,b,c", "1,2,3,4"):
         with pytest.raises(ValueError):
             Seat.read(text)
+
+
+async def test_what_a_replica_asks_of_one_process_all_do() -> None:
+    """Promise 28: a time to be left alone holds at once in every process."""
+    desk = Desk(ManualClock())
+    heard: dict[int, list[tuple[str, float]]] = {0: [], 1: [], 2: []}
+    attending, channels = [], []
+    for number in heard:
+        ours, theirs = socket.socketpair()
+        attending.append(
+            asyncio.create_task(
+                attend(
+                    ours,
+                    lambda what, data, number=number: desk.hear(number, what, data),
+                    lambda tell, number=number: desk.seated(number, tell),
+                )
+            )
+        )
+        channels.append(await Channel.open(theirs))
+    cooling = [
+        Cooling(channel, lambda replica, wait_s, n=number: heard[n].append((replica, wait_s)))
+        for number, channel in enumerate(channels)
+    ]
+    for channel in channels:  # all are seated once the parent has answered each
+        await channel.ask("numbers", "", dict[int, str])
+    try:
+        cooling[0].tell("chat-r1-0", 17.5)
+        for channel in channels:
+            await channel.ask("numbers", "", dict[int, str])
+        async with asyncio.timeout(20):
+            while not (heard[1] and heard[2]):
+                await asyncio.sleep(0.01)
+        assert heard == {0: [], 1: [("chat-r1-0", 17.5)], 2: [("chat-r1-0", 17.5)]}
+        desk.gone(1)
+        cooling[2].tell("chat-r1-1", 1.0)
+        async with asyncio.timeout(20):
+            while not heard[0]:
+                await asyncio.sleep(0.01)
+        assert len(heard[1]) == 1
+    finally:
+        for channel in channels:
+            await channel.close()
+        await asyncio.gather(*attending)
 
 
 @dataclass

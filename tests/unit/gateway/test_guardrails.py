@@ -469,3 +469,35 @@ async def test_built_in_moderation_keeps_rights_and_limits(kit: Any) -> None:
 
         assert [await status(slow), await status(slow), await status(viewer)] == [200, 429, 403]
         rig.assert_nothing_open()
+
+
+async def test_a_changed_file_holds_for_the_next_request(
+    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(words: list[str]) -> None:
+        blocked = {"name": "n", "words": words, "mode": "block"}
+        tree = {"policies": {"p": {"models": ["*"], "blocklists": [blocked]}}}
+        fresh = tmp_path / "fresh.yaml"  # put there at once, as editors and orchestrators do
+        fresh.write_text(yaml.safe_dump(tree))
+        fresh.replace(tmp_path / "guardrails.yaml")
+
+    async def statuses(rig: Any) -> list[int]:
+        return [
+            (await rig.ask(kit.chat_body(messages=[{"role": "user", "content": word}]))).status
+            for word in ("apple", "pear")
+        ]
+
+    write(["apple"])
+    async with kit.open_rig(home=tmp_path, guardrails="guardrails.yaml") as rig:
+        assert await statuses(rig) == [400, 200]
+        assert not await rig.gateway.guardrails.renew()
+        write(["pear"])
+        assert await rig.gateway.guardrails.renew()
+        assert await statuses(rig) == [200, 400]
+        (tmp_path / "guardrails.yaml").write_text("policies: [")
+        assert not await rig.gateway.guardrails.renew()
+        assert "guardrails_not_renewed" in caplog.text
+        assert await statuses(rig) == [200, 400]
+        (tmp_path / "guardrails.yaml").unlink()
+        assert not await rig.gateway.guardrails.renew()
+        assert await statuses(rig) == [200, 400]

@@ -16,8 +16,9 @@ from cloudlm.core.errors import BadSetting
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway import connection as connection_module
 from cloudlm.gateway.app import make_server
-from cloudlm.gateway.head import host_name, is_loopback
+from cloudlm.gateway.head import host_name
 from cloudlm.gateway.server import listen
+from cloudlm.security.transport import is_loopback
 
 
 @contextlib.asynccontextmanager

@@ -13,11 +13,13 @@ from cloudlm.control.api.caller import caller_of
 from cloudlm.control.api.logs import log_lines
 from cloudlm.control.api.schemas import SCALE, SPEC
 from cloudlm.control.api.services import Services, body_of, read_object
+from cloudlm.control.external import check_secrets
 from cloudlm.core.access import DEFAULT_TENANT, Resource, Verb
 from cloudlm.core.deployment import Deployment, DeploymentSpec
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
+from cloudlm.core.external import EXTERNAL
 from cloudlm.core.model import ADAPTER, AddressKind, address_kind, check_name, parse_ref
-from cloudlm.core.spec import ENGINES
+from cloudlm.core.spec import ENGINES, check_spec
 from cloudlm.core.wire import deployment_body, scale_from_body, spec_from_body
 
 MAX_LOG_LINES = 10_000
@@ -172,6 +174,17 @@ def _scope(spec: DeploymentSpec) -> str:
 
 async def check_can_run(services: Services, spec: DeploymentSpec) -> None:
     """Raise InvalidRequest or ModelNotFound for what would only fail later."""
+    if spec.driver == EXTERNAL:
+        if check_spec(spec) != spec:
+            raise InvalidRequest(
+                f"{spec.name!r} has a replica for each of its endpoints, {len(spec.endpoints)}: "
+                "change its endpoints instead",
+                param="min_replicas",
+            )
+        services.drivers.get(spec.driver)
+        await asyncio.to_thread(check_secrets, spec, services.credentials)
+        await _check_names(services, spec)
+        return
     if address_kind(spec.model) is not AddressKind.REGISTRY:
         raise InvalidRequest(
             f"model {spec.model!r} is not in the registry: import it first (POST /api/v1/models "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cloudlm.core.external import MAX_ENDPOINTS, MAX_PRIORITY
 from cloudlm.core.rollout import DEFAULT_STRATEGY, MAX_STEPS, Kind
 from cloudlm.core.routing import MAX_HEDGE_AFTER_S, SESSION_HEADER, Policy
 from cloudlm.core.scaling import IDLE_S, Algorithm
@@ -139,6 +140,29 @@ SPEC: dict[str, Any] = {
                             "max_replicas": {"type": ["integer", "null"], "minimum": 1},
                             "timezone": {"type": "string", "default": "UTC"},
                         },
+                    },
+                },
+            },
+        },
+        "endpoints": {
+            "type": "array",
+            "maxItems": MAX_ENDPOINTS,
+            "description": "Services that are not ours (driver 'external'); 'model' is their name "
+            "for it.",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["url"],
+                "properties": {
+                    "url": {"type": "string", "examples": ["https://api.example.com/v1"]},
+                    "model": {"type": "string", "description": "Its name there, if another."},
+                    "secret": {"type": "string", "description": "The key's name, never the key."},
+                    "weight": {"type": "number", "exclusiveMinimum": 0, "default": 1},
+                    "priority": {
+                        "type": "integer",
+                        "minimum": 0,
+                        "maximum": MAX_PRIORITY,
+                        "default": 0,
                     },
                 },
             },

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, InternalError, RequestCancelled, UpstreamFailed
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway.account import Attempt, Exchange
@@ -25,7 +26,7 @@ from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.router import choose
 from cloudlm.gateway.semantic.meaning import Meaning
 from cloudlm.gateway.semantic.vectors import unit
-from cloudlm.gateway.upstream import Upstream
+from cloudlm.gateway.sender import Sender
 from cloudlm.gateway.version import Version, version_of
 from cloudlm.gateway.view import View
 from cloudlm.telemetry.logs import get_logger
@@ -44,7 +45,7 @@ class Means:
 
     view: View
     loads: Loads
-    upstream: Upstream
+    upstream: Sender
     ledger: Ledger
     tenants: Tenants
     clock: Clock
@@ -126,7 +127,7 @@ class DeployedEmbedder:
         attempt = Attempt(aside, means.ledger, lambda: means.loads.end(endpoint.replica, turn))
         try:
             with exchange.interrupt:
-                vector = await self._send(endpoint.url, text, aside, attempt)
+                vector = await self._send(endpoint, text, aside, attempt)
         except BaseException as error:
             known = error if isinstance(error, CloudlmError) else InternalError("not embedded")
             cut = isinstance(error, asyncio.CancelledError)
@@ -137,16 +138,16 @@ class DeployedEmbedder:
             exchange.tokens_aside += aside.usage.prompt_tokens
         return vector
 
-    async def _send(self, url: str, text: str, aside: Exchange, attempt: Attempt) -> Any:
+    async def _send(self, endpoint: Endpoint, text: str, aside: Exchange, attempt: Attempt) -> Any:
         means, key = self._means, aside.key
         assert key is not None
         facts = means.tenants.facts(key.tenant)
         body = {"model": self.name, "input": text, "cache_salt": facts.salt}
         answer = await means.upstream.send(
-            url + Operation.EMBEDDING.value,
+            endpoint,
+            Operation.EMBEDDING.value,
             openai.encode(body),
             {"x-request-id": aside.request_id, **facts.headers},
-            replica=aside.replica,
             timeout_s=self._timeout_s,
             now=means.clock.now(),
         )

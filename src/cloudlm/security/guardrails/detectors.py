@@ -9,6 +9,7 @@ ISO/IEC 7812 (Luhn), ISO 13616 (IBAN, modulo 97), E.164 (phone numbers), RFC 595
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from enum import StrEnum
 
 from cloudlm.security.guardrails.national_ids import NATIONAL_IDS
@@ -156,7 +157,7 @@ def _web_token(data: bytes, start: int, end: int) -> int:
 
 def _secret_rule(source: str, more: str) -> Rule:
     tail = Tail(more, _LONGEST_TOKEN) if more else None
-    return Rule(Kind.API_KEY, parse(source), _secret, tail)
+    return Rule(Kind.API_KEY, parse(source), _secret, tail, stands_apart=True)
 
 
 _PHONES = (
@@ -189,24 +190,30 @@ _KEY_TAIL = Tail(
 )
 
 
+def _apart(kind: Kind, forms: Iterable[tuple[str, Check]]) -> tuple[Rule, ...]:
+    """Rules whose checks all refuse what has a letter or digit to its left."""
+    return tuple(Rule(kind, parse(source), check, stands_apart=True) for source, check in forms)
+
+
 def rules_of(kind: Kind) -> tuple[Rule, ...]:
     """What finds a kind."""
     if kind is Kind.EMAIL:
-        return (Rule(kind, parse(_EMAIL), _email),)
+        return _apart(kind, [(_EMAIL, _email)])
     if kind is Kind.PHONE:
-        return tuple(Rule(kind, parse(source), check) for source, check in _PHONES)
+        return _apart(kind, _PHONES)
     if kind is Kind.CREDIT_CARD:
-        return (Rule(kind, parse(r"\b[2-6](?:[ -]?[0-9]){12,18}"), _card),)
+        return _apart(kind, [(r"\b[2-6](?:[ -]?[0-9]){12,18}", _card)])
     if kind is Kind.IBAN:
-        return (Rule(kind, parse(r"[A-Za-z]{2}[0-9]{2}(?: ?[A-Za-z0-9]){11,28}"), _iban),)
+        return _apart(kind, [(r"[A-Za-z]{2}[0-9]{2}(?: ?[A-Za-z0-9]){11,28}", _iban)])
     if kind is Kind.IP_ADDRESS:
-        four = parse(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3,8}")
-        six = parse(r"[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,8}")
-        return (Rule(kind, four, _ip), Rule(kind, six, _ip))
+        four = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3,8}"
+        six = r"[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,8}"
+        return _apart(kind, [(four, _ip), (six, _ip)])
     if kind is Kind.NATIONAL_ID:
-        return tuple(Rule(kind, parse(source), check) for source, check in NATIONAL_IDS)
+        return _apart(kind, NATIONAL_IDS)
     if kind is Kind.API_KEY:
-        token = Rule(kind, parse(_SIGNED), _web_token, Tail(r"[A-Za-z0-9_.-]*", 2 * _LONGEST_TOKEN))
+        tail = Tail(r"[A-Za-z0-9_.-]*", 2 * _LONGEST_TOKEN)
+        token = Rule(kind, parse(_SIGNED), _web_token, tail, stands_apart=True)
         return (*(_secret_rule(source, more) for source, more in _SECRETS), token)
     return (Rule(kind, parse(_PRIVATE_KEY), tail=_KEY_TAIL),)
 

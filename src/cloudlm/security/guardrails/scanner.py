@@ -10,6 +10,7 @@ Works on UTF-8 bytes, as the engine does. Must not know what rules are for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +22,7 @@ Check = Callable[[bytes, int, int], int]
 at one character on either side."""
 NO_MATCH = -1
 _UNDECIDED = -2
+_ROW = re.compile(rb"[0-9A-Za-z]+")
 _CONTEXT_BYTES = 4
 """Kept of what was let go, for the look at one character to the left."""
 
@@ -37,12 +39,14 @@ class Tail:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is looked for. Several rules may have one name."""
+    """What is looked for. Several rules may have one name. ``stands_apart``: the check refuses
+    whatever has a letter or digit to its left."""
 
     name: str
     pattern: Pattern
     check: Check | None = None
     tail: Tail | None = None
+    stands_apart: bool = False
 
 
 class Match(NamedTuple):
@@ -128,7 +132,13 @@ class Search:
                 return None, begin
             if end != NO_MATCH:
                 return Match(self._scanner.rules[number], begin, end, self._data), begin
-            self._look(number, begin + 1)
+            self._look(number, self._past(number, begin))
+
+    def _past(self, number: int, begin: int) -> int:
+        """From where a rule may match again that does not at ``begin``: what stands apart cannot
+        within the same letters and digits, so that a long row of them is looked at once."""
+        row = _ROW.match(self._data, begin) if self._scanner.rules[number].stands_apart else None
+        return begin + 1 if row is None else row.end()
 
     def _look(self, number: int, start: int) -> None:
         """Have a rule's next span begin at ``start`` or later."""

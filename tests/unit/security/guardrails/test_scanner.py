@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -105,6 +106,38 @@ def test_detectors_in_a_stream_are_those_of_the_whole_text(
     wanted = scan(_PERSONAL, text, _named)
     assert _streamed(_PERSONAL, _cut(text, cuts)) == wanted
     assert _streamed(_PERSONAL, list(text)) == wanted
+
+
+_SLOWLY = Scanner([replace(rule, stands_apart=False) for rule in _PERSONAL.rules])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(_PIECES, max_size=8).map("".join)
+    | st.text(alphabet="0123456789 -+.:_aAXé@", max_size=120)
+)
+def test_passing_over_a_row_of_letters_and_digits_misses_nothing(text: str) -> None:
+    assert scan(_PERSONAL, text, _named) == scan(_SLOWLY, text, _named)
+
+
+@pytest.mark.parametrize("row", ["1234567890", "a1", "4111111111111111", "DE89370400440532013000"])
+def test_a_long_row_of_digits_is_looked_at_once(row: str) -> None:
+    checked_at: list[int] = []
+
+    def counted(rule: Rule) -> Rule:
+        check = rule.check
+        if check is None:
+            return rule
+
+        def counting(data: bytes, start: int, end: int) -> int:
+            checked_at.append(start)
+            return check(data, start, end)
+
+        return replace(rule, check=counting)
+
+    scanner = Scanner([counted(rule) for rule in _PERSONAL.rules])
+    scan(scanner, row * 2_000, _named)
+    assert len(checked_at) <= 2 * len(scanner.rules)
 
 
 @settings(max_examples=100, deadline=None)

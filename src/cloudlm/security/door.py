@@ -1,4 +1,4 @@
-"""The gateway's certificate while it runs: which one it shows, when that ends, and its renewal.
+"""A server's certificate while it runs: which one it shows, when that ends, and its renewal.
 
 A changed file is taken for the next handshake; one that cannot serve is logged and the last good
 one goes on. Must not know requests.
@@ -12,10 +12,8 @@ from pathlib import Path
 
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError
-from cloudlm.core.settings import GatewaySettings
-from cloudlm.gateway.head import is_loopback
 from cloudlm.security.tls import LiveContext
-from cloudlm.security.transport import gateway_context, gateway_pair
+from cloudlm.security.transport import Spoken, is_loopback, own_context, own_pair
 from cloudlm.telemetry.logs import get_logger
 
 _REMAKE_INTERVAL_S = 3600.0
@@ -24,24 +22,25 @@ _log = get_logger(__name__)
 
 
 class Door:
-    """TLS on the gateway's address; ``context`` is None where plain HTTP is spoken. Raises
-    BadSetting and StorageFailed."""
+    """TLS on the address of ``server`` (``gateway`` or ``control``); ``context`` is None where it
+    speaks plain HTTP. Raises BadSetting and StorageFailed."""
 
-    def __init__(self, settings: GatewaySettings, folder: Path, clock: Clock) -> None:
+    def __init__(self, server: str, settings: Spoken, folder: Path, clock: Clock) -> None:
+        self._server = server
         self._settings = settings
         self._folder = folder
         self._clock = clock
-        self._pair = gateway_pair(settings, folder, clock.now())
+        self._pair = own_pair(server, settings, folder, clock.now())
         self.context: LiveContext | None = None
         self.expires_at = 0.0
         """When the certificate ends, Unix seconds; 0 without one."""
         if self._pair is not None:
-            self.context = gateway_context(settings, self._pair)
+            self.context = own_context(settings, self._pair)
             self.context.on_renewal.append(self._read_end)
             self._read_end()
         elif not is_loopback(settings.host):
-            fields = {"host": settings.host, "remedy": "gateway.tls_cert, or a proxy with TLS"}
-            _log.warning("gateway_without_tls", extra={"fields": fields})
+            fields = {"host": settings.host, "remedy": f"{server}.tls_cert, or a proxy with TLS"}
+            _log.warning(f"{server}_without_tls", extra={"fields": fields})
 
     def _read_end(self) -> None:
         from cloudlm.security.authority import expires_at
@@ -71,4 +70,4 @@ class Door:
             following.cancel()
 
     def _remake(self) -> None:
-        gateway_pair(self._settings, self._folder, self._clock.now())
+        own_pair(self._server, self._settings, self._folder, self._clock.now())
