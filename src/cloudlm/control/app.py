@@ -34,6 +34,7 @@ from cloudlm.drivers.base import DriverContext
 from cloudlm.drivers.guard import lock_file
 from cloudlm.registry.importer import import_address
 from cloudlm.registry.registry import Registry, open_registry
+from cloudlm.security.hosts import HostGuard
 from cloudlm.security.policies import load_policies
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
@@ -120,6 +121,7 @@ async def running(
                 callers=Callers(state, pepper, clock, people, policies),
                 oidc=settings.oidc,
                 auditor=auditor,
+                guard=HostGuard(settings.control.host, settings.control.allowed_origins),
             )
         finally:
             for task in (loop, *tending):

@@ -35,7 +35,6 @@ from cloudlm.gateway.desk import Numbers, SharedCounters
 from cloudlm.gateway.door import Door
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.gate import Gate
-from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
@@ -48,6 +47,7 @@ from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServe
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.security.access import Policies
+from cloudlm.security.hosts import HostGuard
 from cloudlm.security.issuer import Issuer
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
@@ -296,7 +296,7 @@ def make_server(gateway: Gateway) -> GatewayServer:
     site = Site(
         answer=answer,
         refuse=_refuse,
-        guard=HostGuard(settings.host),
+        guard=HostGuard(settings.host, settings.allowed_origins),
         max_body_bytes=settings.max_body_bytes,
         stuck_after_s=settings.idle_timeout_s,
         compress_min_bytes=settings.compress_min_bytes,

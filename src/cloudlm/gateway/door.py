@@ -13,7 +13,7 @@ from pathlib import Path
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.gateway.head import is_loopback
+from cloudlm.security.hosts import is_loopback
 from cloudlm.security.tls import LiveContext
 from cloudlm.security.transport import gateway_context, gateway_pair
 from cloudlm.telemetry.logs import get_logger

@@ -21,8 +21,8 @@ from cloudlm.core.errors import (
     UpstreamTimeout,
     error_from_body,
 )
-from cloudlm.gateway.head import is_loopback
 from cloudlm.gateway.pool import Broken, Line, Place, Pool, Silent, header_lines, read_url
+from cloudlm.security.hosts import is_loopback
 from cloudlm.security.tls import LiveContext, client_context
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024

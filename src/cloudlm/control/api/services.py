@@ -19,6 +19,7 @@ from cloudlm.core.clock import Clock
 from cloudlm.core.errors import InvalidRequest, RequestCancelled
 from cloudlm.core.requests import decode_body
 from cloudlm.core.settings import OidcSettings
+from cloudlm.security.hosts import HostGuard
 from cloudlm.state.base import State
 
 BODY_TIMEOUT_S = 30.0
@@ -39,6 +40,7 @@ class Services:
     callers: Callers
     auditor: Auditor
     oidc: OidcSettings = field(default_factory=OidcSettings)
+    guard: HostGuard = field(default_factory=lambda: HostGuard("0.0.0.0"))  # noqa: S104
 
 
 async def read_object(request: Request) -> dict[str, Any]:
