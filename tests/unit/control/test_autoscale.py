@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +44,7 @@ def test_down_only_to_the_highest_of_the_last_five_minutes():
     assert wanted == 1
 
 
+@pytest.mark.promise(29)
 def test_no_data_never_scales_down():
     wanted, memory = autoscale(SPEC, load(40), 1, ScaleMemory(), 0.0)
     for minute in range(60):
@@ -50,6 +52,7 @@ def test_no_data_never_scales_down():
     assert wanted == 5
 
 
+@pytest.mark.promise(29)
 def test_a_restart_without_memory_scales_nothing_down_at_once():
     wanted, memory = autoscale(SPEC, load(0), 6, ScaleMemory(), 1000.0)
     assert wanted == 6
