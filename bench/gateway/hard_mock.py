@@ -20,7 +20,8 @@ import asyncio
 import json
 from collections import Counter, deque
 from typing import ClassVar
-from unittest.mock import _ANSWER, _STREAM_HEAD, TOKENS, Replica, chunk, framed, http, run
+
+from mock import _ANSWER, _STREAM_HEAD, TOKENS, Replica, chunk, framed, http, run  # noqa: UP026
 
 _ERROR = b'{"error":{"message":"made to fail","type":"server_error","code":null}}'
 

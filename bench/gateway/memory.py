@@ -198,7 +198,12 @@ def main() -> int:
         running([*mock, "--delta-ms", "1"], {}, _CPUS[-1]) as failing,
     ):
         wait_for(f"http://127.0.0.1:{ports[0]}/_stats", failing)
-        contender = deployed("cloudlm", Path(folder, "home"), {_MODEL: ports})
+        contender = deployed(
+            "cloudlm",
+            Path(folder, "home"),
+            {_MODEL: ports},
+            settings={"CLOUDLM_LOG_LEVEL": "error"},  # faults are lines of the log otherwise
+        )
         with running(contender.command, contender.environment, _CPUS[0]) as process:
             wait_for(f"http://127.0.0.1:{contender.port}{contender.ready}", process)
             measure(contender, process.pid, ports[:1], args)

@@ -209,6 +209,7 @@ def main() -> int:
         *(part for port in refusing for part in ("--port", str(port))),
     ]
     settings = {
+        "CLOUDLM_LOG_LEVEL": "error",  # a refusal is a line of the log otherwise
         "CLOUDLM_GATEWAY_REPLICA_CAPACITY": str(args.slots),
         "CLOUDLM_GATEWAY_MAX_QUEUED_REQUESTS": str(args.slots // 2),
     }
