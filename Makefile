@@ -65,8 +65,12 @@ bench-engine: setup
 bench-engine-peers: setup
 	@$(BIN)/python bench/engine/peers.py
 
+# Latency and throughput, the ladder of streams, overload and outage, memory: about a quarter of an hour.
 bench-gateway: setup
 	@$(BIN)/python bench/gateway/run.py
+	@$(BIN)/python bench/gateway/streams.py --only all
+	@$(BIN)/python bench/gateway/overload.py
+	@$(BIN)/python bench/gateway/memory.py
 
 # Policies against each other in the simulator.
 bench-fleet: setup

@@ -1,4 +1,5 @@
-"""Writes docs/reference/*.md from the program itself: commands, settings, HTTP routes, drivers.
+"""Writes docs/reference/*.md from the program itself: commands, settings, HTTP routes, drivers,
+and from the tests: which of them shows which promise.
 
     python -m docs.generate           write the files
     python -m docs.generate --check   exit 1 if a file differs from what would be written
@@ -230,6 +231,13 @@ def errors_page() -> str:
     return "".join(lines)
 
 
+def promises_page() -> str:
+    """Every promise with the tests that show it."""
+    from docs.promises import page
+
+    return NOTE + page()
+
+
 PAGES = {
     "cli.md": cli_page,
     "settings.md": settings_page,
@@ -237,6 +245,7 @@ PAGES = {
     "drivers.md": drivers_page,
     "errors.md": errors_page,
     "access.md": access_page,
+    "promises.md": promises_page,
 }
 
 

@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,11 +49,25 @@ def free_port() -> int:
 
 def ours(name: str, folder: Path, fast: int, slow: int, source: str = "") -> Contender:
     """Our gateway with all its duties; ``source`` is the ``src`` of another checkout."""
+    return deployed(name, folder, {FAST: [fast], SLOW: [slow]}, source=source)
+
+
+def deployed(
+    name: str,
+    folder: Path,
+    models: Mapping[str, Sequence[int]],
+    *,
+    source: str = "",
+    settings: Mapping[str, str] | None = None,
+) -> Contender:
+    """Our gateway over models with replicas at these ports. ``settings`` are more variables of its
+    environment."""
     home, port = Home(folder).ensure(), free_port()
     environment = {
         "CLOUDLM_HOME": str(folder),
         "CLOUDLM_GATEWAY_PORT": str(port),
         "CLOUDLM_LOG_LEVEL": "warning",
+        **(settings or {}),
     }
     if source:
         environment["PYTHONPATH"] = source
@@ -62,21 +77,26 @@ def ours(name: str, folder: Path, fast: int, slow: int, source: str = "") -> Con
         port,
         port,
         "/readyz",
-        key=asyncio.run(_prepare(home, {FAST: fast, SLOW: slow})),
+        key=asyncio.run(_prepare(home, models)),
         environment=environment,
         home=home,
     )
 
 
-async def _prepare(home: Home, ports: dict[str, int]) -> str:
-    """Deploy the mock under both names and make a key; the key."""
+async def _prepare(home: Home, models: Mapping[str, Sequence[int]]) -> str:
+    """Deploy mocks under these names and make a key; the key."""
     settings, _ = load_settings({"home": str(home.path)}, {})
     state = await open_state(home.state_url(settings))
     now = time.time()
-    for model, port in ports.items():
+    for model, ports in models.items():
         await state.put_deployment(DeploymentSpec(model, "models:/bench/1"), now=now)
-        url = f"http://127.0.0.1:{port}"
-        await state.put_endpoints(model, [Endpoint(model, f"{model}-r1-0", url, 1)])
+        await state.put_endpoints(
+            model,
+            [
+                Endpoint(model, f"{model}-r1-{number}", f"http://127.0.0.1:{port}", 1)
+                for number, port in enumerate(ports)
+            ],
+        )
     minted = mint("bench", Role.USER, home.pepper(), now)
     await state.put_key(minted.record)
     await state.close()

@@ -82,7 +82,8 @@ async def test_what_was_kept_is_found(make: Any) -> None:
     assert answers.size_bytes > len(ANSWER.body)
 
 
-async def test_promise_7_never_at_another_place_or_tenant(make: Any) -> None:
+@pytest.mark.promise(7)
+async def test_never_at_another_place_or_tenant(make: Any) -> None:
     answers = await make()
     answers.put(PLACE, ANSWER)
     assert await answers.get(Place("other", PLACE.key)) is None
@@ -128,8 +129,9 @@ async def test_gateways_know_each_others_answers(shared: Any) -> None:
         assert two.near(PLACE) is None  # not longer than its time in all
 
 
+@pytest.mark.promise(32)
 @pytest.mark.redis
-async def test_promise_32_redis_learns_neither_answers_nor_tenants(
+async def test_redis_learns_neither_answers_nor_tenants(
     shared: Any, redis_server: RedisServer
 ) -> None:
     async with shared() as answers:
@@ -168,8 +170,9 @@ async def test_another_installations_answers_are_none(shared: Any) -> None:
         assert await two.get(PLACE) is None
 
 
+@pytest.mark.promise(26)
 @pytest.mark.redis
-async def test_promise_26_redis_goes_and_comes_back(shared: Any, redis_server: RedisServer) -> None:
+async def test_redis_goes_and_comes_back(shared: Any, redis_server: RedisServer) -> None:
     async with shared() as answers:
         answers.put(PLACE, ANSWER)
         redis_server.stop()
@@ -193,6 +196,7 @@ async def test_promise_26_redis_goes_and_comes_back(shared: Any, redis_server: R
             await until(lambda: other.get(places[1]))
 
 
+@pytest.mark.promise(26)
 @pytest.mark.redis
 async def test_a_silent_redis_is_away_as_well(redis_server: RedisServer) -> None:
     """It takes connections and never answers."""

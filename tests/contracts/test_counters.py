@@ -90,7 +90,8 @@ def give(
     counters.settle(verdict.lease, tokens=tokens, spend=spend, counts=counts, month=MONTH)
 
 
-async def test_promise_22_sixty_four_for_the_last_unit(make: Any) -> None:
+@pytest.mark.promise(22)
+async def test_sixty_four_for_the_last_unit(make: Any) -> None:
     for limits, how in (
         (Limits(requests_per_minute=1), {}),
         (Limits(tokens_per_minute=100), {"tokens": 60}),
@@ -131,6 +132,7 @@ async def test_settle_returns_the_difference(make: Any) -> None:
     assert third.requests.remaining == 4  # type: ignore[union-attr]
 
 
+@pytest.mark.promise(22)
 async def test_all_bounds_or_none(make: Any) -> None:
     counters = await make()
     wide, narrow = Limits(requests_per_minute=10), Limits(requests_per_minute=1)
@@ -141,6 +143,7 @@ async def test_all_bounds_or_none(make: Any) -> None:
     assert (await take(counters, wide)).requests.remaining == 8  # type: ignore[union-attr]
 
 
+@pytest.mark.promise(22)
 async def test_leases_expire_unless_renewed(make: Any) -> None:
     counters = await make(lease_s=0.4)
     limits = Limits(concurrent_streams=2, spend_per_month=1.0)
@@ -172,6 +175,7 @@ async def test_what_the_ledger_knows_was_spent(make: Any) -> None:
 # Redis alone -------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(22)
 @pytest.mark.redis
 async def test_gateways_together_keep_to_the_limit(shared: Any) -> None:
     limits = Limits(requests_per_minute=50, tokens_per_minute=1000)
@@ -181,8 +185,9 @@ async def test_gateways_together_keep_to_the_limit(shared: Any) -> None:
         assert len(taken) == 50
 
 
+@pytest.mark.promise(26)
 @pytest.mark.redis
-async def test_promise_26_redis_goes_and_comes_back(shared: Any, redis_server: Any) -> None:
+async def test_redis_goes_and_comes_back(shared: Any, redis_server: Any) -> None:
     limits = Limits(requests_per_minute=10, spend_per_month=1.0)
     outage = Outage(share=0.5, longest_s=1.0)
     async with shared(outage=outage) as counters:
@@ -211,6 +216,7 @@ async def test_promise_26_redis_goes_and_comes_back(shared: Any, redis_server: A
         assert (refusal.kind, refusal.used) == (Kind.SPEND, 0.5)
 
 
+@pytest.mark.promise(22)
 @pytest.mark.redis
 async def test_an_answer_that_was_lost_settles_nothing_twice(shared: Any) -> None:
     async with shared() as counters:
@@ -227,6 +233,7 @@ def test_an_address_that_cannot_be() -> None:
         RedisCounters("http://nowhere", SystemClock(), Outage())
 
 
+@pytest.mark.promise(22)
 async def test_processes_on_one_port_count_together() -> None:
     desk = Desk(SystemClock())
     async with at_desk(desk, 0) as one, at_desk(desk, 1) as other:

@@ -591,6 +591,7 @@ class TestJobs:
 
 
 class TestLedger:
+    @pytest.mark.promise(3)
     async def test_a_retry_doubles_nothing(self, state: State) -> None:
         await state.append_ledger([])
         await state.append_ledger([row(1), row(2), row(1)])
@@ -613,6 +614,7 @@ class TestLedger:
         assert await state.list_ledger(limit=5000) == rows
         assert len(await state.list_ledger()) == 1000
 
+    @pytest.mark.promise(6)
     async def test_no_text_can_stop_a_row(self, state: State) -> None:
         odd = replace(row(1), model=ODD, request_id=ODD)
         await state.append_ledger([odd])

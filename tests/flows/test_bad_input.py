@@ -78,6 +78,7 @@ def test_a_bad_body(installation: Installation, raw: bytes) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.promise(18)
 def test_a_body_of_ten_megabytes(installation: Installation) -> None:
     with installation.http() as client:
         answer = client.post("/v1/chat/completions", content=b"x" * 10_000_000)
@@ -98,6 +99,7 @@ def test_a_bad_key(installation: Installation, header: str | None) -> None:
     assert len(answers) == 1
 
 
+@pytest.mark.promise(33)
 def test_a_revoked_key_is_refused_within_a_second(installation: Installation) -> None:
     made = json.loads(installation.cli("keys", "create", "--name", "short", "--json").stdout)
     headers = {"authorization": f"Bearer {made['key']}"}
@@ -119,6 +121,7 @@ def test_a_user_key_may_not_administrate(installation: Installation) -> None:
     assert answer.status_code == 403
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize(
     "raw",
     [

@@ -65,6 +65,7 @@ def document(url: str, key: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, answer.json()
 
 
+@pytest.mark.promise(34, 18)
 def test_control_withstands_every_described_request(
     installation: Installation, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_control_withstands_every_described_request(
     assert installation.cli("whoami").returncode == 0
 
 
+@pytest.mark.promise(34, 18)
 def test_the_gateway_withstands_every_described_request(
     installation: Installation, tmp_path: Path
 ) -> None:

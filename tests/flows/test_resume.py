@@ -106,6 +106,7 @@ def rounded(value: Any) -> Any:
     return [rounded(one) for one in value] if isinstance(value, list) else value
 
 
+@pytest.mark.promise(1, 3)
 @pytest.mark.parametrize("case", CASES)
 def test_kill_in_the_stream(two: Installation, case: str) -> None:
     path, fields = CASES[case]
@@ -127,6 +128,7 @@ def test_kill_in_the_stream(two: Installation, case: str) -> None:
         assert sum(row["prompt_tokens"] for row in mine) == total["prompt_tokens"]
 
 
+@pytest.mark.promise(1, 11)
 def test_a_stopped_replica_is_a_stall(tmp_path: Path) -> None:
     """SIGSTOP: the connection stays open, and nothing comes."""
     os.environ["CLOUDLM_GATEWAY_IDLE_TIMEOUT_S"] = "1"

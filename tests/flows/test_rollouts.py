@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from installations import MODEL, QUESTION, Installation, processes_of, wait_for
 
-pytestmark = [pytest.mark.flow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.flow, pytest.mark.timeout(300), pytest.mark.promise(20)]
 CLIENTS = 2
 ASKED = {
     "model": MODEL,

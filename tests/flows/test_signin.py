@@ -177,10 +177,11 @@ def test_who_fits_no_rule_is_not_let_in(
     assert not (tmp_path / "own" / "login.json").exists()
 
 
+@pytest.mark.promise(33)
 def test_a_disabled_person_is_refused_everywhere_within_a_second(
     signed: Installation, foreign_issuer: str, tmp_path: Path
 ) -> None:
-    """Promise 33, through real processes."""
+    """Through real processes."""
     describe(foreign_issuer, "bob", groups=["bank"])
     me = person_of(signed, tmp_path)
     assert log_in(me, "bob")[0] == 0

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from installations import QUESTION, Installation, processes_of, wait_for
 
-pytestmark = pytest.mark.flow
+pytestmark = [pytest.mark.flow, pytest.mark.promise(19)]
 COLD = "cold"
 REQUESTS = 1000
 SPEC = f"""

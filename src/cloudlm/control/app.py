@@ -36,6 +36,7 @@ from cloudlm.registry.importer import import_address
 from cloudlm.registry.registry import Registry, open_registry
 from cloudlm.security.credentials import Credentials
 from cloudlm.security.door import Door
+from cloudlm.security.hosts import HostGuard
 from cloudlm.security.policies import load_policies
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
@@ -124,6 +125,7 @@ async def running(
                 oidc=settings.oidc,
                 auditor=auditor,
                 credentials=Credentials(home.credentials, os.environ),
+                guard=HostGuard(settings.control.host, settings.control.allowed_origins),
             )
         finally:
             for task in (loop, *tending):

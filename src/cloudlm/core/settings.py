@@ -41,6 +41,11 @@ class GatewaySettings:
 
     host: str = setting("127.0.0.1", "Address the gateway listens on.")
     port: int = setting(8000, "Port of the gateway; 0 picks a free one.", low=0, high=65535)
+    allowed_origins: str = setting(
+        "",
+        "Web pages that may ask a gateway on this machine besides its own, as "
+        "'https://chat.example, http://10.0.0.5:3000'; others are refused with 403.",
+    )
     workers: int = setting(
         1,
         "Processes that answer on this port; a dead one is replaced, limits hold for all together.",
@@ -207,6 +212,7 @@ class ControlSettings:
 
     host: str = setting("127.0.0.1", "Address the control API listens on.")
     port: int = setting(8001, "Port of the control API; 0 picks a free one.", low=0, high=65535)
+    allowed_origins: str = setting("", "The same as gateway.allowed_origins, for the control API.")
     tls: str = setting(
         "auto",
         "auto: TLS if tls_cert is set; self-signed: with a certificate for development, made in "

@@ -35,7 +35,6 @@ from cloudlm.gateway.desk import Cooling, Numbers, SharedCounters
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, request_id
 from cloudlm.gateway.foreign import Foreign
 from cloudlm.gateway.gate import Gate
-from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
@@ -52,6 +51,7 @@ from cloudlm.gateway.waiting import Waiting
 from cloudlm.security.access import Policies
 from cloudlm.security.credentials import Credentials
 from cloudlm.security.door import Door
+from cloudlm.security.hosts import HostGuard
 from cloudlm.security.issuer import Issuer
 from cloudlm.security.outside import Outside
 from cloudlm.security.transport import external_context, replica_context
@@ -335,7 +335,7 @@ def make_server(gateway: Gateway) -> GatewayServer:
     site = Site(
         answer=answer,
         refuse=_refuse,
-        guard=HostGuard(settings.host),
+        guard=HostGuard(settings.host, settings.allowed_origins),
         max_body_bytes=settings.max_body_bytes,
         stuck_after_s=settings.idle_timeout_s,
         compress_min_bytes=settings.compress_min_bytes,

@@ -22,7 +22,6 @@ from cloudlm.gateway.exchange import BodyStream, GatewayRequest, GatewayResponse
 from cloudlm.gateway.head import (
     MAX_HEAD_BYTES,
     Head,
-    HostGuard,
     Target,
     check,
     check_expect,
@@ -31,6 +30,7 @@ from cloudlm.gateway.head import (
     too_large,
 )
 from cloudlm.gateway.render import CONTINUE, LAST_CHUNK, chunk, render_head
+from cloudlm.security.hosts import HostGuard
 from cloudlm.telemetry.logs import get_logger
 
 HEAD_TIMEOUT_S = 15.0

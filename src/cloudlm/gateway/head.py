@@ -20,9 +20,7 @@ from cloudlm.core.errors import (
     MethodNotAllowed,
     NotSupported,
     PayloadTooLarge,
-    PermissionDenied,
 )
-from cloudlm.security.transport import is_loopback
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
@@ -48,7 +46,6 @@ _NAMES = {
     for name in _COMMON.split()
     for form in (name.encode(), name.title().encode(), name.title().replace("Id", "ID").encode())
 }
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(slots=True)
@@ -159,26 +156,3 @@ def too_large(max_body_bytes: int) -> CloudlmError:
         f"the body has more than {max_body_bytes} bytes, the limit of this server "
         "(gateway.max_body_bytes)"
     )
-
-
-class HostGuard:
-    """A gateway on loopback answers only to its own names, so that no web page can reach it through
-    a name of its own that resolves to this machine (DNS rebinding)."""
-
-    def __init__(self, host: str) -> None:
-        self._names = LOCAL_NAMES | {host.lower()} if is_loopback(host) else None
-
-    def check(self, headers: dict[str, str]) -> None:
-        """Raises PermissionDenied for a foreign name."""
-        if self._names is not None and host_name(headers.get("host", "")) not in self._names:
-            raise PermissionDenied(
-                "this server listens on this machine only and answers to 'localhost' and "
-                "'127.0.0.1'; set gateway.host to serve others"
-            )
-
-
-def host_name(header: str) -> str:
-    """The name in a ``Host`` header, without its port, in lower case."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].lower()

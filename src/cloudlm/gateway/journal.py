@@ -52,6 +52,7 @@ class Journal:
         self._lock = -1
         self._waiting: deque[tuple[Path, int]] = deque()
         self._waiting_bytes = 0
+        self._left: list[Path] = []  # in the state already, but the disk would not let go of them
 
     @property
     def waiting(self) -> list[Path]:
@@ -145,9 +146,12 @@ class Journal:
         """End the current segment; the next row begins a new one."""
         if self._active is None:
             return
-        os.close(self._active)
+        # Gone even if ``close`` fails; its number may soon be that of another file or socket.
+        descriptor, self._active = self._active, None
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
         self._queue(self._active_path, self._active_bytes)
-        self._active, self._active_bytes, self.active_rows = None, 0, 0
+        self._active_bytes = self.active_rows = 0
 
     def _queue(self, segment: Path, size_bytes: int) -> None:
         self._waiting.append((segment, size_bytes))
@@ -184,18 +188,28 @@ class Journal:
         gone = set(segments)
         self._waiting = deque(entry for entry in self._waiting if entry[0] not in gone)
         self._waiting_bytes = sum(size for _, size in self._waiting)
-        for segment in segments:
-            with contextlib.suppress(OSError):  # replayed at the next start; rows are idempotent
-                segment.unlink(missing_ok=True)
+        self._left = [one for one in (*self._left, *segments) if not _removed(one)]
 
     def close(self) -> None:
-        """Give up the lock; without waiting rows nothing is left on disk."""
+        """Give up the lock; without waiting rows nothing is left on disk. What could not be removed
+        is replayed at the next start, which changes nothing: rows are idempotent."""
         self.seal()
+        self.forget([])
         if self._lock >= 0:
-            if not self._waiting:
-                (self._folder / f"{self._name}.lock").unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = -1
+            if not self._waiting and not self._left:
+                _removed(self._folder / f"{self._name}.lock")
+            descriptor, self._lock = self._lock, -1
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file; False if the disk does not let it go."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _locked(path: Path) -> int:

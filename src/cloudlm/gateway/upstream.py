@@ -23,8 +23,8 @@ from cloudlm.core.errors import (
     error_from_body,
 )
 from cloudlm.gateway.pool import Broken, Find, Line, Place, Pool, Silent, header_lines, read_url
+from cloudlm.security.hosts import is_loopback
 from cloudlm.security.tls import LiveContext, client_context
-from cloudlm.security.transport import is_loopback
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024

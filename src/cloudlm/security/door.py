@@ -12,8 +12,9 @@ from pathlib import Path
 
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError
+from cloudlm.security.hosts import is_loopback
 from cloudlm.security.tls import LiveContext
-from cloudlm.security.transport import Spoken, is_loopback, own_context, own_pair
+from cloudlm.security.transport import Spoken, own_context, own_pair
 from cloudlm.telemetry.logs import get_logger
 
 _REMAKE_INTERVAL_S = 3600.0

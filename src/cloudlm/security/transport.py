@@ -5,7 +5,6 @@ replicas. ``folder`` is home's ``tls``. Must not open a socket.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from pathlib import Path
 from typing import Protocol
@@ -80,14 +79,6 @@ def own_context(settings: Spoken, pair: Pair) -> LiveContext:
     )
     _ = context.current
     return context
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` is an address of this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def worker_context(settings: WorkerSettings) -> LiveContext | None:

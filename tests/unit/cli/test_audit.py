@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cloudlm.cli.connect import open_local_state
 
 Ok = Callable[..., Any]
@@ -23,6 +25,7 @@ def database() -> Path:
     return asyncio.run(where())
 
 
+@pytest.mark.promise(31)
 def test_a_changed_record_and_a_cut_tail_are_named(ok: Ok, cli: Ok, tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         ok("keys", "create", "--local", "--name", name)

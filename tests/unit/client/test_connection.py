@@ -49,6 +49,7 @@ def test_a_key_cannot_write_headers(key: str) -> None:
     assert key not in str(caught.value)
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize(
     "url",
     [

@@ -115,9 +115,10 @@ TENANTED = [
 ]
 
 
+@pytest.mark.promise(34)
 @pytest.mark.parametrize("role", list(Role))
 async def test_nobody_reaches_another_tenants_objects(world, services, role):
-    """Promise 34: every route × role × foreign object id."""
+    """Every route × role × foreign object id."""
     client = await world(role.value, "acme", "root", tenant="acme")
     before = await services.state.list_identities(), await services.state.list_keys()
     deployed = await services.state.list_deployments()
@@ -142,6 +143,7 @@ async def test_nobody_reaches_another_tenants_objects(world, services, role):
     assert plain[0] == plain[1]
 
 
+@pytest.mark.promise(34)
 @pytest.mark.parametrize("role", list(Role))
 async def test_the_matrix_is_what_the_api_does(world, role):
     """Every route × role, on one's own tenant: refused exactly where the matrix says so."""
@@ -167,8 +169,10 @@ async def test_the_matrix_is_what_the_api_does(world, role):
         assert refused == (not allowed), (role, row.method, row.path, answer.text)
 
 
+@pytest.mark.promise(5)
+@pytest.mark.known_failure("CVE-2026-47101", "CVE-2026-47102")
 async def test_the_shapes_of_known_escalations_are_refused(world, services):
-    """Promise 5 and the LiteLLM shapes 47101, 47102: fields that are not offered, wider roles."""
+    """Fields that are not offered, wider roles."""
     admin = await world("admin", "acme", "p-acme", tenant="acme")
     keys = await services.state.list_keys()
     for body, status in (
@@ -203,6 +207,7 @@ async def test_the_shapes_of_known_escalations_are_refused(world, services):
     assert plain == [replace(one, last_used_at=None) for one in keys]
 
 
+@pytest.mark.promise(5)
 async def test_who_is_above_cannot_be_touched(world, services):
     """An admin of the default tenant neither disables the installation's root nor takes its key."""
     owner = await world()
@@ -221,6 +226,7 @@ async def test_who_is_above_cannot_be_touched(world, services):
     assert (await owner.get("/whoami")).status_code == 200
 
 
+@pytest.mark.promise(5)
 async def test_a_child_falls_with_its_maker(world, services):
     """At use: what an admin granted, and the keys it made, go with its rights."""
     root = await world()
@@ -262,6 +268,7 @@ async def test_a_developer_manages_its_own_keys(world):
     assert (wider.status_code, "more than you have" in wider.text) == (403, True)
 
 
+@pytest.mark.promise(5)
 async def test_models_of_a_key_only_narrow(world):
     narrow = await world("developer", "acme", "p-acme", tenant="acme", models=("bank", "x-*"))
     for models, status in ((["bank"], 201), (["x-1", "x-2*"], 201), (["*"], 403), (["b*"], 403)):

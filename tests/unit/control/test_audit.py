@@ -73,6 +73,7 @@ async def test_reading_is_not_told_and_failing_is(api, services):
     assert (await told(services))[-1] == ("POST /api/v1/keys", "failed", 400)
 
 
+@pytest.mark.promise(32)
 async def test_a_refusal_is_told_without_the_key(api, services, pepper):
     minted = mint("u", "user", pepper, 0.0)
     await services.state.put_key(minted.record)
@@ -112,6 +113,7 @@ async def test_what_cannot_be_told_does_not_happen(api, services, monkeypatch):
     assert len(await services.state.list_keys()) == len(before)
 
 
+@pytest.mark.promise(31)
 async def test_checkpoints_are_signed_and_lie_apart(api, services, plane):
     await api.post("/api/v1/keys", json={"name": "x"})
     await services.auditor.checkpoint()

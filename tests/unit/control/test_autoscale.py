@@ -14,6 +14,8 @@ from cloudlm.core.pace import Pace
 from cloudlm.core.scaling import Algorithm, Scaling
 from cloudlm.core.schedule import Schedule
 
+pytestmark = pytest.mark.promise(29)
+
 SPEC = DeploymentSpec("bank", "models:/bank/1", min_replicas=1, max_replicas=10)
 EVERY = pytest.mark.parametrize("algorithm", list(Algorithm))
 FAR_S = 1000.0

@@ -13,6 +13,8 @@ from cloudlm.control.autoscale.hpa import replicas
 from cloudlm.core.deployment import Demand, DeploymentSpec
 from cloudlm.core.scaling import Algorithm, Scaling
 
+pytestmark = pytest.mark.promise(29)
+
 SPEC = DeploymentSpec("bank", "models:/bank/1", max_replicas=100, scaling=Scaling(Algorithm.HPA))
 
 

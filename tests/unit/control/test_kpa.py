@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import pytest
+
 from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
 from cloudlm.core.deployment import Demand, DeploymentSpec
 from cloudlm.core.scaling import Algorithm, Scaling
+
+pytestmark = pytest.mark.promise(29)
 
 SPEC = DeploymentSpec(
     "bank",

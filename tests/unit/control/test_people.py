@@ -135,8 +135,9 @@ async def test_who_was_made_beforehand_needs_no_rule(control, plane, signing) ->
     ).status_code == 403
 
 
+@pytest.mark.promise(33)
 async def test_a_disabled_person_is_refused_by_the_next_request(control, plane, signing) -> None:
-    """Promise 33, for people."""
+    """For people as for keys."""
     text = signing.token(groups=["admins"])
     assert (await control(text)).status_code == 200
     made = await person(plane)
@@ -158,8 +159,9 @@ async def test_a_person_may_do_what_the_principal_may_and_no_more(control, signi
         assert (await control(text, "POST", "/keys", json=wanted)).status_code == 403
 
 
+@pytest.mark.promise(5)
 async def test_keys_of_a_person_end_with_what_the_person_may(control, plane, signing) -> None:
-    """Promise 5: what was made with a session never exceeds the person, at use too."""
+    """What was made with a session never exceeds the person, at use too."""
     other = Principal(
         "p-shop", "shop", PrincipalKind.SERVICE, "acme", grants=(Grant("user", "acme", "root"),)
     )
@@ -203,6 +205,7 @@ async def test_a_session_is_no_key_that_can_be_touched(control, plane, signing) 
     assert (await control(own)).status_code == 401
 
 
+@pytest.mark.promise(32)
 async def test_the_audit_log_names_the_person_and_never_the_token(control, plane, signing) -> None:
     text = signing.token(groups=["admins"])
     await control(text, "POST", "/projects", json={"name": "new"})

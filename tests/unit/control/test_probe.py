@@ -42,6 +42,7 @@ def test_idle_without_steps_is_no_stall():
     assert follow([(t, ready(steps=5)) for t in range(0, 1000, 10)]).verdict is Verdict.READY
 
 
+@pytest.mark.promise(11)
 def test_work_without_steps_is_a_stall():
     samples = [(t, ready(steps=5, running=1)) for t in range(0, 30)]
     assert follow(samples[:20]).verdict is Verdict.READY
@@ -58,6 +59,8 @@ def test_progress_is_no_stall_however_slow():
     assert follow(samples).verdict is Verdict.READY
 
 
+@pytest.mark.promise(11)
+@pytest.mark.known_failure("vllm#39863")
 def test_a_dead_engine_behind_a_living_server_is_a_stall_at_once():
     assert follow([(0, ready()), (1, ready(alive=False))]).verdict is Verdict.STALLED
 
@@ -70,6 +73,7 @@ def test_one_missed_probe_is_forgiven_two_are_not():
     assert judge(twice, ready(), 3, STALL_S).verdict is Verdict.READY
 
 
+@pytest.mark.promise(11)
 def test_silence_after_it_once_answered_is_a_stall():
     record = follow([(0, ready())] + [(t, UNREACHABLE) for t in range(1, 22)])
     assert record.verdict is Verdict.STALLED

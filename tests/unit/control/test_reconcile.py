@@ -94,6 +94,7 @@ async def test_gateways_get_a_moment_to_notice_even_if_nothing_runs(plane):
     assert plane.running() == []
 
 
+@pytest.mark.promise(20)
 async def test_a_rolling_update_always_has_somebody_to_answer(plane):
     await plane.ask(min_replicas=2, max_replicas=2)
     await plane.steps(2)
@@ -133,6 +134,7 @@ async def test_a_model_that_never_starts_is_failed_with_its_last_words(plane):
     assert status.message == "bank-r1-0: exit code 1: out of memory"
 
 
+@pytest.mark.promise(11)
 async def test_a_stalled_replica_is_ejected_and_restarted_once(plane):
     await plane.ask(min_replicas=2, max_replicas=2)
     await plane.steps(2)
@@ -158,6 +160,7 @@ async def test_a_silent_replica_is_asked_twice_and_loses_its_endpoint_in_that_pa
     assert (await plane.state.get_status("bank")).phase is DeploymentPhase.DEGRADED
 
 
+@pytest.mark.promise(29)
 async def test_demand_scales_up_and_silence_scales_nothing_down(plane):
     await plane.ask(max_replicas=4)
     await plane.steps(2)
@@ -226,6 +229,8 @@ async def test_an_unknown_driver_fails_its_deployment_alone(plane):
     assert [d.spec.name for d in await plane.state.list_deployments()] == ["bank"]
 
 
+@pytest.mark.promise(25)
+@pytest.mark.known_failure("ray#65076")
 async def test_one_deployments_fault_does_not_stop_the_others(plane, monkeypatch):
     await plane.ask("aaa")
     await plane.ask("bank")
@@ -279,6 +284,7 @@ async def test_moving_to_another_driver_is_a_rollout(plane):
     assert list(plane.world.groups) == ["bank-r2"]
 
 
+@pytest.mark.promise(25)
 @pytest.mark.parametrize("seed", range(5))
 async def test_killed_at_any_pass_a_new_control_ends_where_the_old_would_have(plane, seed):
     """Crashes in the middle of a pass, too: every write may be the last one."""
@@ -317,6 +323,8 @@ async def test_killed_at_any_pass_a_new_control_ends_where_the_old_would_have(pl
     assert len(plane.world.started) == len(set(plane.world.started))
 
 
+@pytest.mark.promise(25)
+@pytest.mark.known_failure("ray#65076")
 async def test_the_loop_survives_a_store_that_is_away(plane, monkeypatch):
     import asyncio
 

@@ -90,6 +90,7 @@ async def ready(state, generation):
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.promise(20)
 async def test_rollouts_under_requests_fail_none_of_them(control):
     state, make = control
     loop = asyncio.create_task(make().run())

@@ -10,6 +10,8 @@ from rolling_world import STRATEGIES, Answers, Killed, Kills, MortalState, morta
 
 from cloudlm.core.rollout import Kind, Outcome
 
+pytestmark = pytest.mark.promise(25)
+
 WANTED = 2
 PASSES = 70
 SCENARIOS = {

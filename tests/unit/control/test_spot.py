@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from cloudlm.control.catalogue.files import load_catalogue
 from cloudlm.control.spot import SpotFacts, SpotRules, SpotTarget, ZoneRecord, decide, spread
 
+pytestmark = pytest.mark.promise(30)
+
 NOW = 100_000.0
 
 

@@ -17,6 +17,8 @@ from cloudlm.core.deployment import Demand, DeploymentSpec
 from cloudlm.core.pace import Pace
 from cloudlm.core.scaling import Scaling
 
+pytestmark = pytest.mark.promise(29)
+
 SPEC = DeploymentSpec("bank", "models:/bank/1", max_replicas=50)
 TOKEN_S, PROMPT_S = 0.03, 0.0001
 

@@ -93,12 +93,26 @@ def test_a_manifest_survives_its_body() -> None:
     assert MANIFEST.size_bytes == 8
 
 
+@pytest.mark.promise(14)
+@pytest.mark.known_failure("CVE-2024-1561", "CVE-2026-49119")
 @pytest.mark.parametrize(
     "path", ["../x", "/x", "a/../b", "a//b", "", ".", "a\\b", "a\0", "x" * 300]
 )
 def test_a_manifest_cannot_leave_its_folder(path: str) -> None:
     body = MANIFEST.body()
     body["files"][0]["path"] = path
+    with pytest.raises(BrokenModel):
+        manifest_from_body(body)
+
+
+@pytest.mark.promise(14)
+@pytest.mark.known_failure("CVE-2024-37032")
+@pytest.mark.parametrize(
+    "digest", ["../../../etc/passwd", "0" * 63, "0" * 63 + "/", "0" * 65, "A" * 64, "0" * 64 + "\n"]
+)
+def test_a_digest_is_no_path(digest: str) -> None:
+    body = MANIFEST.body()
+    body["files"][0]["sha256"] = digest
     with pytest.raises(BrokenModel):
         manifest_from_body(body)
 

@@ -85,6 +85,7 @@ BAD_FIELDS: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.promise(18)
 @pytest.mark.parametrize(("name", "value"), BAD_FIELDS)
 def test_a_bad_field_is_named(name: str, value: Any) -> None:
     for parse, body in ((parse_chat, CHAT), (parse_completion, COMPLETION)):
@@ -199,6 +200,7 @@ FIELDS = [
 field_names = st.sampled_from(FIELDS)
 
 
+@pytest.mark.promise(18)
 @given(st.dictionaries(field_names, json_values, max_size=6))
 def test_any_json_is_read_or_refused(fields: dict[str, Any]) -> None:
     for parse, body in ((parse_chat, CHAT), (parse_completion, COMPLETION)):
@@ -208,6 +210,7 @@ def test_any_json_is_read_or_refused(fields: dict[str, Any]) -> None:
             json.dumps(error.body())
 
 
+@pytest.mark.promise(18)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
     with contextlib.suppress(InvalidRequest):

@@ -38,6 +38,7 @@ def test_a_request_for_a_key() -> None:
     assert wire.key_request_body(KeyRequest("a")) == {"name": "a", "role": "user"}
 
 
+@pytest.mark.promise(5)
 @pytest.mark.parametrize(
     "field", ["tenant", "digest", "id", "revoked_at", "made_with", "created_at", "user_role"]
 )
@@ -101,6 +102,7 @@ def test_a_role_belongs_to_no_project() -> None:
         wire.role_from_body({"name": "r", "rules": [], "scope": "acme/web"}, "acme", 0.0)
 
 
+@pytest.mark.promise(32)
 def test_a_keys_digest_never_leaves() -> None:
     record = KeyRecord(
         "k",

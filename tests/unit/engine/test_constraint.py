@@ -211,6 +211,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.promise(18)
 @pytest.mark.parametrize(("kind", "text"), HOSTILE)
 async def test_hostile_constraints_are_refused_or_cheap(kind: str, text: str) -> None:
     """Whatever is accepted must stay cheap at every token: 50 ms are far beyond llguidance's own
@@ -230,6 +231,7 @@ async def test_hostile_constraints_are_refused_or_cheap(kind: str, text: str) ->
             break
 
 
+@pytest.mark.promise(18)
 async def test_the_loop_goes_on_and_the_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
@@ -265,6 +267,8 @@ async def test_one_compiled_constraint_serves_many_apart() -> None:
     assert allowed(second) == set(b"a")
 
 
+@pytest.mark.promise(18, 40)
+@pytest.mark.known_failure("CVE-2025-29770")
 async def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KEPT", 2)
     made = Constrainer(Bytes(), SIZE, (EOS,))

@@ -286,6 +286,7 @@ async def test_cached_tokens_are_reported(start: Any) -> None:
 # Resume
 
 
+@pytest.mark.promise(1)
 async def test_resumed_anywhere_the_rest_is_the_same(start: Any) -> None:
     async with start() as (engine, runner):
         whole = runner.answer((1, 2, 3), 30)
@@ -350,6 +351,7 @@ async def test_bad_requests_are_refused_at_the_call(
         assert engine.stats().waiting == 0
 
 
+@pytest.mark.promise(21)
 async def test_too_long_requests_are_refused_at_the_call(start: Any) -> None:
     async with start(num_blocks=8, max_model_len=100) as (engine, _):
         with pytest.raises(ContextLengthExceeded, match=r"context is 100 tokens.*has 100"):
@@ -453,6 +455,8 @@ async def test_consumers_that_never_read_block_nobody(start: Any) -> None:
         assert [len(await read(one)) for one in lazy] == [6] * 4
 
 
+@pytest.mark.promise(2)
+@pytest.mark.known_failure("sglang#36475")
 async def test_random_cancellation_leaks_nothing(start: Any) -> None:
     chance, gate = random.Random(7), Gate()
     async with start(num_blocks=10, max_batch_tokens=5, before_step=gate) as (engine, runner):
@@ -500,6 +504,8 @@ async def test_a_loop_that_closed_does_not_hold_its_sequences(start: Any) -> Non
 # The end of the engine
 
 
+@pytest.mark.promise(11)
+@pytest.mark.known_failure("vllm#39863")
 async def test_a_dead_runner_fails_everybody_and_shows(
     start: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -576,6 +582,7 @@ async def test_closing_aborts_what_runs_and_what_waits(start: Any) -> None:
         await engine.close()  # again: nothing to do
 
 
+@pytest.mark.promise(11)
 async def test_progress_can_be_judged_while_a_step_hangs() -> None:
     gate, clock = Gate(), ManualClock()
     runner = PagedFakeRunner()

@@ -27,7 +27,7 @@ from cloudlm.security.keys import mint
 from cloudlm.state.memory import MemoryState
 
 PEPPER = b"p" * 32
-_ON_SOCKETS = ("test_pool", "test_server", "test_tls", "test_wire")
+_ON_SOCKETS = ("test_drops", "test_leaks", "test_pool", "test_server", "test_tls", "test_wire")
 MODEL = "tiny"
 USAGE = "usage"
 

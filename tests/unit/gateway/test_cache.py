@@ -93,6 +93,7 @@ def test_a_tools_schema_is_kept_in_its_order() -> None:
 _asked = st.tuples(st.text(max_size=6), st.lists(st.binary(max_size=6), max_size=4))
 
 
+@pytest.mark.promise(7)
 @given(_asked, _asked)
 def test_tenants_and_parts_never_meet_in_one_key(
     one: tuple[str, list[bytes]], other: tuple[str, list[bytes]]
@@ -152,6 +153,7 @@ def test_one_answer_cannot_take_the_store() -> None:
     assert store.get(_at(b"k"), 0.0) is None and store.size_bytes == 0
 
 
+@pytest.mark.promise(7, 40)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.integers(0, 3000), st.floats(0, 5)),
@@ -172,7 +174,8 @@ def test_the_store_keeps_its_bound_and_never_mixes(asked: list[tuple[int, int, f
 # Shares -----------------------------------------------------------------------------------------
 
 
-def test_promise_23_a_tenant_with_many_questions_empties_nobody_elses_share() -> None:
+@pytest.mark.promise(23)
+def test_a_tenant_with_many_questions_empties_nobody_elses_share() -> None:
     held: Holdings[int] = Holdings(100, {})
     for number in range(5):
         held.put(Place("quiet", bytes([number])), number, 10, 10.0, 0.0)

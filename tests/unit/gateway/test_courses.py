@@ -87,6 +87,7 @@ async def test_shares_and_sessions(kit: Any) -> None:
             assert len(mine) == 1
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_model_that_fails_is_replaced(kit: Any, stream: bool) -> None:
     async with routed(kit, "chat = small > large") as rig:
@@ -105,6 +106,7 @@ async def test_a_model_that_fails_is_replaced(kit: Any, stream: bool) -> None:
         assert b'cloudlm_gateway_requests_ongoing{model="small"} 0.0' in shown
 
 
+@pytest.mark.promise(28)
 @pytest.mark.parametrize("status", [429, 503])
 async def test_an_overloaded_model_is_replaced(kit: Any, status: int) -> None:
     async with routed(kit, "chat = small > large") as rig:
@@ -116,6 +118,7 @@ async def test_an_overloaded_model_is_replaced(kit: Any, status: int) -> None:
         assert len(rig.replicas[0].requests) == 1  # it got the time that it asked for
 
 
+@pytest.mark.promise(9)
 async def test_a_full_line_or_a_missing_replica_is_no_end(kit: Any) -> None:
     async with routed(
         kit, "chat = small > large", replica_capacity=1, max_queued_requests=0
@@ -158,8 +161,9 @@ async def test_other_faults_go_to_no_larger_window_and_bad_requests_nowhere(kit:
         assert not rig.replicas[1].requests
 
 
+@pytest.mark.promise(8)
 async def test_a_total_outage_does_not_multiply_attempts(kit: Any) -> None:
-    """Promise 8, for chains of models too."""
+    """For chains of models too."""
     async with routed(kit, "chat = small > large") as rig:
         for mock in rig.replicas:
             mock.default = kit.Plan(kind="status", status=500)

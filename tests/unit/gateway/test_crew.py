@@ -237,6 +237,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.promise(22)
 @pytest.mark.flow
 async def test_both_answer_count_and_account_together(crew: Crew) -> None:
     answers = await asyncio.gather(*(crew.ask() for _ in range(64)))
@@ -265,6 +266,7 @@ async def test_both_answer_count_and_account_together(crew: Crew) -> None:
     assert list((crew.home / "ledger").iterdir()) == []
 
 
+@pytest.mark.promise(3)
 @pytest.mark.flow
 async def test_one_is_killed_and_service_goes_on(crew: Crew, kit: Any) -> None:
     """kill -9 of one process: the other answers, a new one takes its place, no row is lost."""

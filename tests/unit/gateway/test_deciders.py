@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,8 @@ def test_tried_weightless_and_none() -> None:
     assert choose([], loads, 0.0) is None
 
 
+@pytest.mark.promise(28)
+@pytest.mark.known_failure("litellm#40130")
 def test_cooling_replica_is_a_last_resort_and_never_a_retry() -> None:
     loads = Loads()
     loads.cool("r0", until=10.0)
@@ -77,6 +80,8 @@ def test_cooling_replica_is_a_last_resort_and_never_a_retry() -> None:
     assert name(choose(endpoints(1), loads, 10.0, tried={"r1"}, retrying=True)) == "r0"
 
 
+@pytest.mark.promise(28)
+@pytest.mark.known_failure("litellm#34836")
 def test_failing_replica_is_distrusted_longer_and_longer() -> None:
     loads = Loads()
     for _ in range(3):
@@ -104,6 +109,7 @@ def test_forgotten_replicas() -> None:
     loads.end("busy")
 
 
+@pytest.mark.promise(8)
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 3)), max_size=200))
 def test_budget_never_exceeds_its_share(steps: list[tuple[float, int]]) -> None:
     """At each granted retry the last minute holds at most 20 % of retries, or 3."""
@@ -136,6 +142,8 @@ def test_budget_grows_with_requests() -> None:
     assert sum(budget.take(2.0) for _ in range(100)) == 20
 
 
+@pytest.mark.promise(8)
+@pytest.mark.known_failure("deer-flow#4294")
 def test_full_jitter() -> None:
     assert full_jitter(1, 0.0) == 0.0
     assert full_jitter(1, 0.999) < 0.05

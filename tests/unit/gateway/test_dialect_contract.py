@@ -51,6 +51,7 @@ def message_of(dialect: str, body: Any) -> str:
     return body
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("dialect", DIALECTS)
 async def test_an_answer_and_its_row(rig: Any, kit: Any, dialect: str) -> None:
     path, body = ask_of(dialect, kit.MODEL)
@@ -63,6 +64,7 @@ async def test_an_answer_and_its_row(rig: Any, kit: Any, dialect: str) -> None:
     rig.assert_nothing_open()
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("dialect", STREAMED)
 async def test_a_stream_and_its_row(rig: Any, kit: Any, dialect: str) -> None:
     _, body = ask_of(dialect, kit.MODEL)
@@ -77,6 +79,7 @@ async def test_a_stream_and_its_row(rig: Any, kit: Any, dialect: str) -> None:
     rig.assert_nothing_open()
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("dialect", STREAMED)
 async def test_a_stream_that_breaks_says_so(rig: Any, kit: Any, dialect: str) -> None:
     _, body = ask_of(dialect, kit.MODEL)

@@ -507,6 +507,7 @@ STREAMS = {
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=6)
 
 
+@pytest.mark.promise(38)
 @given(words=WORDS, cuts=st.lists(st.integers(0, 4000), max_size=12))
 @pytest.mark.parametrize("path", STREAMS)
 def test_text_survives_every_cut(path: str, words: list[str], cuts: list[int]) -> None:
@@ -547,6 +548,7 @@ NONSENSE = st.recursive(
 )
 
 
+@pytest.mark.promise(38)
 @given(choices=st.lists(NONSENSE, max_size=3))
 @pytest.mark.parametrize("path", STREAMS)
 def test_nonsense_of_a_replica_breaks_no_stream(path: str, choices: list[Any]) -> None:

@@ -120,6 +120,7 @@ async def fed(pieces: list[bytes]) -> tuple[list[GatewayRequest], bytes, Connect
     return seen, b"".join(transport.written), connection
 
 
+@pytest.mark.promise(6, 18)
 async def test_malformed_requests() -> None:
     chance = random.Random(20260401)
     for number in range(COUNT):

@@ -112,6 +112,7 @@ async def test_personal_data_stays_here_and_comes_back(kit: Any, tmp_path: Path)
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(38)
 async def test_a_stream_is_restored_wherever_it_is_cut(kit: Any, tmp_path: Path) -> None:
     async with _open(kit, tmp_path, {"pii": {"in": "redact"}}) as rig:
         _Script(rig, list("Dear <EMAIL_1>, <EMAIL"))
@@ -136,6 +137,7 @@ async def test_two_requests_never_share_what_was_hidden(kit: Any, tmp_path: Path
             assert result.headers["x-cloudlm-cache"] == expected
 
 
+@pytest.mark.promise(32)
 async def test_nothing_that_was_found_is_logged(
     kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""Promise 42: at most 5 % extra, the loser aborted and booked once as such."""
+"""Hedging: at most 5 % extra, the loser aborted and booked once as such."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ HEDGED = Routing(Policy.ROUND_ROBIN, hedge_after_s=0.05)
 SLOW_S = 1.0
 
 
+@pytest.mark.promise(42)
 @given(st.lists(st.integers(0, 5), max_size=400))
 def test_hedges_are_never_more_than_a_twentieth(tries: list[int]) -> None:
     budget, hedges = HedgeBudget(), 0
@@ -51,6 +52,7 @@ async def new_rows(rig: Any, before: int) -> list[Any]:
     return sorted(rows, key=lambda row: row.attempt)
 
 
+@pytest.mark.promise(42)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_quicker_one_answers_and_the_loser_is_aborted(kit: Any, stream: bool) -> None:
     async with kit.open_rig(2) as rig:
@@ -92,6 +94,7 @@ async def test_the_first_may_still_win(kit: Any) -> None:
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(42)
 async def test_no_hedge_without_budget_or_wish_or_a_trusted_replica(kit: Any) -> None:
     async with kit.open_rig(2) as rig:
         await hedging(rig, kit, earned=18)
@@ -138,6 +141,7 @@ async def test_both_fail_and_a_third_answers(kit: Any) -> None:
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(2, 42)
 async def test_a_client_that_leaves_ends_both(kit: Any) -> None:
     async with kit.open_rig(2) as rig:
         await hedging(rig, kit)

@@ -66,6 +66,7 @@ async def test_rows_reach_the_state_and_leave_nothing(tmp_path: Path) -> None:
     assert files(tmp_path / "ledger") == []
 
 
+@pytest.mark.promise(26)
 async def test_state_away_then_back(tmp_path: Path) -> None:
     state = SometimesState()
     ledger = make(tmp_path, state)
@@ -86,6 +87,7 @@ async def test_state_away_then_back(tmp_path: Path) -> None:
     await ledger.close()
 
 
+@pytest.mark.promise(3)
 async def test_doubtful_write_doubles_nothing(tmp_path: Path) -> None:
     state = SometimesState()
     ledger = make(tmp_path, state)
@@ -119,6 +121,7 @@ async def test_flush_cancelled_midway_loses_nothing(tmp_path: Path) -> None:
     assert await ids(state) == ["row1", "row2"]
 
 
+@pytest.mark.promise(3)
 async def test_killed_process_is_replayed_by_the_next(tmp_path: Path) -> None:
     """A child journals and is killed; its rows, but for a broken last line, are adopted."""
     child = os.fork()
@@ -153,6 +156,7 @@ class Running:
         return replace(row(self.number), outcome=Outcome.FAILED, completion_tokens=self.tokens)
 
 
+@pytest.mark.promise(3)
 async def test_attempts_open_when_the_process_is_killed_get_their_row(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
@@ -216,6 +220,7 @@ async def test_a_living_process_keeps_its_segments(tmp_path: Path) -> None:
     assert await ids(first) == ["row1"]
 
 
+@pytest.mark.promise(41)
 async def test_full_disk_keeps_rows_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +244,7 @@ async def test_full_disk_keeps_rows_in_memory(
     await ledger.close()
 
 
+@pytest.mark.promise(41)
 async def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path)
     journal.open()
@@ -253,6 +259,7 @@ async def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.Mon
     journal.close()
 
 
+@pytest.mark.promise(40)
 async def test_journal_is_bounded(tmp_path: Path) -> None:
     journal = Journal(tmp_path, max_waiting_bytes=1000)
     journal.open()

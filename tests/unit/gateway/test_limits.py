@@ -90,6 +90,7 @@ def test_a_request_that_was_never_sent_does_not_count():
     assert take(tally, limits).lease is not None
 
 
+@pytest.mark.promise(22)
 def test_leases_expire_unless_renewed():
     tally, limits = Tally(), Limits(concurrent_streams=2, spend_per_month=1.0)
     take(tally, limits, name="kept", spend=NANO // 2)
@@ -284,6 +285,7 @@ async def test_too_many_tokens_at_once_can_never_pass(rig: Any, kit: Any) -> Non
     assert "retry-after" not in result.headers
 
 
+@pytest.mark.promise(22)
 async def test_sixty_four_at_once_for_the_last_unit(rig: Any, kit: Any) -> None:
     headers = await limited(rig, kit, requests_per_minute=1)
     asked = [rig.ask(kit.chat_body(), headers=headers) for _ in range(64)]
@@ -291,6 +293,8 @@ async def test_sixty_four_at_once_for_the_last_unit(rig: Any, kit: Any) -> None:
     assert (statuses.count(200), statuses.count(429)) == (1, 63)
 
 
+@pytest.mark.promise(2)
+@pytest.mark.known_failure("litellm#27955")
 async def test_a_client_that_goes_away_gives_its_place_back(rig: Any, kit: Any) -> None:
     headers = await limited(rig, kit, concurrent_streams=1)
     rig.replicas[0].plans.append(kit.Plan(tokens=50, stall_at=3))
@@ -306,6 +310,7 @@ async def test_a_client_that_goes_away_gives_its_place_back(rig: Any, kit: Any) 
     assert time.monotonic() - began < 0.25
 
 
+@pytest.mark.promise(22)
 async def test_a_budget_stops(kit: Any) -> None:
     async with kit.open_rig(prices="tiny=1000/100/10000") as rig:
         headers = await limited(rig, kit, spend_per_month=0.8)

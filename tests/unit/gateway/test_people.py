@@ -70,10 +70,11 @@ async def test_bad_tokens_and_unknown_people_are_401(signed: Any, kit: Any, sign
     assert signed.replicas[0].requests == []
 
 
+@pytest.mark.promise(33)
 async def test_a_change_elsewhere_does_not_cut_people_and_their_own_does(
     signed: Any, kit: Any, signing: Any
 ) -> None:
-    """Promise 33: within a second, a running stream too."""
+    """Within a second, a running stream too."""
     signed.replicas[0].default = kit.Plan(tokens=200, pause_s=0.02)
     running = await signed.gateway.handler.handle(
         signed.request(kit.chat_body(stream=True), headers=bearer(signing))

@@ -164,6 +164,7 @@ async def test_no_second_try_once_a_byte_came_back() -> None:
         assert peer.connections == 1
 
 
+@pytest.mark.promise(10)
 async def test_silence() -> None:
     async with asking(Peer(b"", linger_s=5)) as ask:
         with pytest.raises(UpstreamTimeout):
@@ -207,6 +208,7 @@ async def test_errors_come_with_their_body() -> None:
         assert (caught.value.answered_status, caught.value.retry_after_s) == (429, 7.0)
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "a\rb", "a\0b"])
 async def test_headers_cannot_be_injected(value: str) -> None:
     async with asking(Peer(OK + b"Content-Length: 0\r\n\r\n")) as ask:
@@ -255,6 +257,7 @@ def certificate(folder: Path) -> ssl.SSLContext:
     return context
 
 
+@pytest.mark.promise(37)
 async def test_tls_to_replicas_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = certificate(tmp_path)
     async with asking(Peer(OK + b"Content-Length: 2\r\n\r\nhi"), ssl=context) as ask:

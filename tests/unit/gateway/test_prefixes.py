@@ -6,6 +6,7 @@ import random
 import time
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,10 +42,12 @@ def test_equal_beginnings_have_equal_keys(first: bytes, second: bytes, cut: int)
         assert (mine[block] == other[block]) == ((block + 1) * BLOCK_BYTES <= common)
 
 
+@pytest.mark.promise(7)
 def test_tenants_share_no_keys() -> None:
     assert not set(block_keys(LONG, "a")) & set(block_keys(LONG, "b"))
 
 
+@pytest.mark.known_failure("sglang#26263")
 def test_a_conversation_stays_where_it_is() -> None:
     loads, endpoints = Loads(), fleet(4)
     home = sent(loads, endpoints, LONG)
@@ -61,6 +64,7 @@ def test_cold_prompts_go_round() -> None:
     assert len(set(given_to)) == 4
 
 
+@pytest.mark.known_failure("sglang#21199")
 def test_a_shared_beginning_does_not_pile_up() -> None:
     """Everybody sends the same long prompt at once: the others take their part."""
     loads, endpoints = Loads(), fleet(3)
@@ -88,6 +92,7 @@ def test_blocks_are_forgotten_in_time() -> None:
     assert prefixes.known("r", keys, 11.0) == 0
 
 
+@pytest.mark.promise(40)
 @given(st.lists(st.integers(0, 30), max_size=40), st.integers(1, 50))
 def test_the_index_is_bounded_and_keeps_beginnings(lengths: list[int], kept: int) -> None:
     prefixes = Prefixes(kept_blocks=kept)

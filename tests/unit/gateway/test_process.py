@@ -91,6 +91,7 @@ async def test_port_in_use_is_one_line_and_exit_1(tmp_path: Path) -> None:
     assert "is in use by another process" in said
 
 
+@pytest.mark.promise(3)
 async def test_killed_in_a_stream_and_stopped_by_a_signal(kit: Any, tmp_path: Path) -> None:
     """kill -9 in mid-stream: the attempt's row comes with the next start. SIGTERM: exit code 0."""
     replica, port = kit.MockReplica("m-r1-0"), free_port()

@@ -130,7 +130,8 @@ async def test_models_are_cached_by_name_alone(kit: Any, names: str, on: bool) -
         assert len(rig.replicas[0].requests) == (1 if on else 2)
 
 
-async def test_promise_26_a_shared_cache_that_is_away_costs_nobody_an_answer(kit: Any) -> None:
+@pytest.mark.promise(26)
+async def test_a_shared_cache_that_is_away_costs_nobody_an_answer(kit: Any) -> None:
     """Nothing listens at port 9 of this machine."""
     pytest.importorskip("redis")
     async with kit.open_rig(cache_models="*", cache_url="redis://127.0.0.1:9/0") as rig:
@@ -220,6 +221,8 @@ async def test_a_condition_on_what_is_not_known_is_answered(cached: Any, kit: An
 # Never across tenants or versions ---------------------------------------------------------------
 
 
+@pytest.mark.promise(7)
+@pytest.mark.known_failure("litellm#29955")
 async def test_tenants_never_share_an_answer(cached: Any, kit: Any) -> None:
     theirs = await _key_of(cached, kit, "other")
     first = await cached.ask(_greedy(kit))
@@ -289,6 +292,7 @@ async def test_an_answer_of_a_revision_that_came_and_went_is_not_kept(
     assert cached.gateway.handler.recall.answers.size_bytes == 0
 
 
+@pytest.mark.promise(7)
 async def test_tenants_have_keys_of_their_own_for_the_very_same_call(cached: Any, kit: Any) -> None:
     """Even where nothing that a replica is sent tells them apart, as its cache salt does."""
     gateway = cached.gateway
@@ -312,6 +316,7 @@ _requests = st.lists(
 )
 
 
+@pytest.mark.promise(7)
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(_requests)
 async def test_a_hit_is_always_the_same_tenants_question_to_the_same_version(

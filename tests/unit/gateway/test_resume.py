@@ -21,6 +21,7 @@ async def whole_stream(rig: Any, kit: Any) -> bytes:
     return bytes(result.body)
 
 
+@pytest.mark.promise(1, 3)
 async def test_cut_anywhere(kit: Any) -> None:
     """Whatever byte is the last, the client gets the very bytes of an unbroken stream, and the
     ledger counts each token once."""
@@ -50,6 +51,7 @@ async def test_cut_anywhere(kit: Any) -> None:
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(1, 3)
 async def test_a_resumed_stream_is_two_attempts_and_one_request(kit: Any) -> None:
     async with kit.open_rig(replicas=2) as rig:
         rig.replicas[0].default = kit.Plan(**NOTES, cut_byte=1200)
@@ -74,6 +76,7 @@ async def test_a_resumed_stream_is_two_attempts_and_one_request(kit: Any) -> Non
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(1)
 async def test_a_stall_is_resumed(kit: Any) -> None:
     async with kit.open_rig(replicas=2, idle_timeout_s=0.1) as rig:
         rig.replicas[0].default = kit.Plan(**NOTES, stall_at=3)
@@ -87,6 +90,7 @@ async def test_a_stall_is_resumed(kit: Any) -> None:
         ]
 
 
+@pytest.mark.promise(1)
 async def test_garbage_in_a_stream_is_resumed(kit: Any) -> None:
     async with kit.open_rig(replicas=2) as rig:
         rig.replicas[0].default = kit.Plan(**NOTES, garbage_at=3)
@@ -95,6 +99,7 @@ async def test_garbage_in_a_stream_is_resumed(kit: Any) -> None:
         assert (result.tokens, result.events[-1]) == (4, "[DONE]")
 
 
+@pytest.mark.promise(1)
 async def test_a_foreign_endpoint_is_not_resumed(kit: Any) -> None:
     async with kit.open_rig(replicas=2) as rig:
         rig.replicas[0].default = kit.Plan(tokens=9, cut_byte=1500)
@@ -106,6 +111,7 @@ async def test_a_foreign_endpoint_is_not_resumed(kit: Any) -> None:
         assert row.completion_tokens == result.tokens
 
 
+@pytest.mark.promise(1)
 async def test_another_revision_is_not_asked(kit: Any) -> None:
     async with kit.open_rig(replicas=2) as rig:
         old, new = await rig.state.list_endpoints()
@@ -130,6 +136,7 @@ async def test_a_refusal_to_go_on_is_told(kit: Any) -> None:
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(1, 8)
 @pytest.mark.parametrize("limit", [0, 1, 2])
 async def test_the_number_of_resumes_is_limited(kit: Any, limit: int) -> None:
     """A request that kills its replicas does not kill them all."""
@@ -152,6 +159,7 @@ async def test_dead_replicas_are_passed_over(kit: Any) -> None:
         assert [row.completion_tokens > 0 for row in await rig.rows()] == [True, False, True]
 
 
+@pytest.mark.promise(2)
 async def test_a_client_that_leaves_during_a_resume(kit: Any) -> None:
     async with kit.open_rig(replicas=2) as rig:
         rig.replicas[0].default = kit.Plan(**NOTES, cut_byte=1200)

@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from cloudlm.core.access import Grant, Principal, PrincipalKind, Project, Tenant
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Role
@@ -45,8 +47,9 @@ async def test_an_expired_key_is_a_wrong_key(rig: Any, kit: Any) -> None:
         assert (await rig.ask(kit.chat_body(), headers=headers)).status == status
 
 
+@pytest.mark.promise(33)
 async def test_whatever_a_key_stands_on_stops_it_within_a_second(rig: Any, kit: Any) -> None:
-    """Promise 33: a disabled principal or tenant, a grant taken away; open streams are cut."""
+    """A disabled principal or tenant, a grant taken away; open streams are cut."""
     tenant = Tenant("acme")
     grants = (Grant("user", "acme", "root"),)
     holder = Principal("p", "p", PrincipalKind.SERVICE, "acme", grants=grants)

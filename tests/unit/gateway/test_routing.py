@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.tenant import Outcome
@@ -53,8 +55,9 @@ async def test_power_of_two_draws(kit: Any) -> None:
         assert len(set(await who_answered(rig, kit, 60))) == 4  # fails once in 10**7 runs
 
 
+@pytest.mark.promise(27)
 async def test_a_dead_replica_is_tried_by_one_request_at_a_time(kit: Any) -> None:
-    """Promise 27: when its distrust is over, one request finds out; the others go elsewhere."""
+    """When its distrust is over, one request finds out; the others go elsewhere."""
     async with kit.open_rig(3) as rig:
         await routed(rig, kit, Routing(Policy.ROUND_ROBIN))
         bad = rig.replicas[0]
@@ -71,8 +74,9 @@ async def test_a_dead_replica_is_tried_by_one_request_at_a_time(kit: Any) -> Non
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(8, 27)
 async def test_all_failing_is_a_panic_and_attempts_stay_few(kit: Any) -> None:
-    """Promises 8 and 27: correlated 5xx spread over all replicas, within the retry budget."""
+    """Correlated 5xx spread over all replicas, within the retry budget."""
     async with kit.open_rig(4) as rig:
         for one in rig.replicas:
             one.default = kit.Plan(kind="status", status=500)
@@ -87,6 +91,7 @@ async def test_all_failing_is_a_panic_and_attempts_stay_few(kit: Any) -> None:
         assert (await rig.ask(kit.chat_body())).status == 200
 
 
+@pytest.mark.promise(27)
 async def test_no_replica_is_said_at_once(rig: Any, kit: Any) -> None:
     await rig.state.put_endpoints(kit.MODEL, [Endpoint(kit.MODEL, "x", "http://h:1", 1, 0.0)])
     await rig.gateway.view.refresh()

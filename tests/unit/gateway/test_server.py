@@ -7,79 +7,16 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from served_gateway import close, connect, served, talk, wire
 
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway import connection as connection_module
-from cloudlm.gateway.app import make_server
-from cloudlm.gateway.head import host_name
 from cloudlm.gateway.server import listen
-from cloudlm.security.transport import is_loopback
-
-
-@contextlib.asynccontextmanager
-async def served(kit: Any, **settings: Any) -> AsyncIterator[Any]:
-    """A rig behind a server; ``rig.port`` is its port."""
-    async with kit.open_rig(**settings) as rig:
-        bound = listen("127.0.0.1", 0)
-        server = make_server(rig.gateway)
-        rig.port, rig.server = bound.getsockname()[1], server
-        task = asyncio.create_task(server.run(bound))
-        try:
-            await kit.until(lambda: server.started)
-            yield rig
-        finally:
-            server.stop()
-            await asyncio.wait_for(task, 10)
-
-
-async def connect(rig: Any, **how: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", rig.port, **how)
-
-
-def wire(rig: Any, body: Any = None, *, method: str = "POST", path: str = "", **more: str) -> bytes:
-    raw = b"" if body is None else json.dumps(body).encode()
-    headers = {
-        "host": "localhost",
-        "authorization": f"Bearer {rig.key}",
-        "content-length": str(len(raw)),
-        **{name.replace("_", "-"): value for name, value in more.items()},
-    }
-    lines = [f"{method} {path or '/v1/chat/completions'} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + raw
-
-
-async def talk(rig: Any, request: bytes) -> tuple[int, dict[str, str], bytes]:
-    """One request on a connection of its own."""
-    reader, writer = await connect(rig)
-    try:
-        writer.write(request)
-        head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode()
-        status = int(head.split()[1])
-        headers = {
-            name.lower(): value.strip()
-            for name, _, value in (line.partition(":") for line in head.splitlines()[1:] if line)
-        }
-        if "content-length" in headers:
-            return status, headers, await reader.readexactly(int(headers["content-length"]))
-        body = b""
-        while size := int(await reader.readline(), 16):
-            body += (await reader.readexactly(size + 2))[:-2]
-        return status, headers, body
-    finally:
-        await close(writer)
-
-
-async def close(writer: asyncio.StreamWriter) -> None:
-    """Drop a connection and wait until it is gone."""
-    writer.transport.abort()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
+from cloudlm.security.hosts import host_name, is_loopback
 
 
 async def test_health_and_metrics(kit: Any) -> None:
@@ -117,6 +54,7 @@ async def test_request_id(kit: Any, given: str, kept: bool) -> None:
         assert len(headers["x-request-id"]) > 5
 
 
+@pytest.mark.promise(18)
 async def test_body_limit(kit: Any) -> None:
     async with served(kit, max_body_bytes=10_000) as rig:
         big = kit.chat_body(messages=[{"role": "user", "content": "x" * 20_000}])
@@ -135,6 +73,7 @@ async def test_body_limit(kit: Any) -> None:
         assert not rig.replicas[0].requests
 
 
+@pytest.mark.promise(35)
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -153,7 +92,7 @@ async def test_host_allow_list(kit: Any, host: str, status: int) -> None:
             answer = await talk(rig, wire(rig, method=method, path=path, host=host))
             assert answer[0] == status
         answer = await talk(rig, wire(rig, method="OPTIONS", origin="http://evil.example"))
-        assert answer[0] == 405
+        assert answer[0] == 403
         assert not [name for name in answer[1] if name.startswith("access-control")]
 
 
@@ -167,6 +106,7 @@ def test_hosts() -> None:
     assert host_name("A.b:80") == "a.b"
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_client_that_drops_frees_the_replica(kit: Any, stream: bool) -> None:
     async with served(kit) as rig:
@@ -185,6 +125,7 @@ async def test_client_that_drops_frees_the_replica(kit: Any, stream: bool) -> No
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(2)
 async def test_clients_that_drop_at_any_byte_leave_nothing(kit: Any) -> None:
     async with served(kit, max_ongoing_requests=1) as rig:
         replica = rig.replicas[0]
@@ -203,6 +144,8 @@ async def test_clients_that_drop_at_any_byte_leave_nothing(kit: Any) -> None:
         assert len(await rig.rows()) == len(replica.requests)
 
 
+@pytest.mark.promise(10)
+@pytest.mark.known_failure("private-ai-gateway#44")
 async def test_stuck_reader_is_dropped(kit: Any) -> None:
     async with served(kit, idle_timeout_s=0.3) as rig:
         replica = rig.replicas[0]
@@ -222,6 +165,7 @@ async def test_stuck_reader_is_dropped(kit: Any) -> None:
         await close(writer)
 
 
+@pytest.mark.promise(10)
 async def test_slow_heads_are_dropped(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.05)
     async with served(kit) as rig:

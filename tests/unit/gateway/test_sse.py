@@ -24,6 +24,7 @@ def read(parts: list[bytes]) -> list[bytes]:
     return [data for part in parts for data in parser.feed(part)]
 
 
+@pytest.mark.promise(38)
 @given(
     events=st.lists(st.lists(LINE, min_size=1, max_size=3), max_size=6),
     ends=st.lists(st.sampled_from(["\n", "\r", "\r\n"]), min_size=1, max_size=8),
@@ -51,6 +52,7 @@ def test_any_chunking_gives_the_same_events(
     assert read([wire[n : n + 1] for n in range(len(wire))]) == wanted
 
 
+@pytest.mark.promise(38)
 @pytest.mark.parametrize(
     ("wire", "wanted"),
     [
@@ -76,6 +78,7 @@ def test_what_we_write_is_what_we_read() -> None:
     assert read([event(b'{"a":1}') + event(b"[DONE]")]) == [b'{"a":1}', b"[DONE]"]
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("wire", [b"x" * 2000, b"data: x\n" * 600, b"data: " + b"x" * 2000 + b"\n"])
 def test_bounded(wire: bytes) -> None:
     parser = SseParser(max_event_bytes=1024)

@@ -93,6 +93,7 @@ async def test_plain_and_unknown_are_refused(kit: Any, tmp_path: Path) -> None:
         await hang_up(writer)
 
 
+@pytest.mark.promise(10)
 async def test_a_handshake_that_never_comes_holds_up_no_end(
     kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ async def test_a_handshake_that_never_comes_holds_up_no_end(
     await hang_up(silent)
 
 
+@pytest.mark.promise(37)
 async def test_a_new_certificate_is_shown_to_the_next_client(kit: Any, tmp_path: Path) -> None:
     names = [socket.gethostname(), "127.0.0.1"]
     ensure_self_signed(tmp_path / "tls", names, time.time() - 3 * 86_400)
@@ -174,8 +176,9 @@ async def ask(url: str, folder: Path, **settings: Any) -> bytes:
         await upstream.close()
 
 
+@pytest.mark.promise(37)
 async def test_a_worker_elsewhere_wants_this_installations_gateway(tmp_path: Path) -> None:
-    """PROMISES, transport: replicas are reachable with a certificate of their installation only."""
+    """Replicas are reachable with a certificate of their installation only."""
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     for authority in (ours, theirs):
         authority.ensure(Purpose.GATEWAY, (), time.time())
@@ -192,6 +195,7 @@ async def test_a_worker_elsewhere_wants_this_installations_gateway(tmp_path: Pat
         assert await ask(url, tmp_path / "nobody", **other) == b'{"ok": true}'
 
 
+@pytest.mark.promise(37)
 async def test_no_prompt_goes_to_another_machine_in_the_clear(kit: Any, tmp_path: Path) -> None:
     async with kit.open_rig() as rig:
         elsewhere = [Endpoint(kit.MODEL, "away", "http://192.0.2.1:8100", 1)]

@@ -69,6 +69,7 @@ async def test_looks_keep_their_distance() -> None:
     assert state.versions_asked == 2
 
 
+@pytest.mark.promise(26)
 async def test_a_look_again_with_the_state_away_keeps_the_last_picture() -> None:
     state, clock = CountingState(), ManualClock()
     view = View(state, clock)
@@ -105,6 +106,7 @@ async def test_follows_changes_and_reads_only_then() -> None:
         view.snapshot().model("m", minted.record)
 
 
+@pytest.mark.promise(26)
 async def test_last_good_view_serves_for_a_stated_time() -> None:
     state, clock = CountingState(), ManualClock()
     view = View(state, clock, last_good_view_s=100.0)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import RequestCancelled
 from cloudlm.core.tenant import Outcome
+
+pytestmark = pytest.mark.promise(19)
 
 COLD = "cold"
 

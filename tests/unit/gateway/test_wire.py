@@ -256,6 +256,7 @@ async def test_pipelined_flood_is_not_read_while_an_answer_runs() -> None:
         writer.transport.abort()
 
 
+@pytest.mark.promise(18)
 @pytest.mark.parametrize(
     ("wire", "status"),
     [
@@ -274,6 +275,7 @@ async def test_oversized(wire: bytes, status: int) -> None:
         assert statuses(await echo.send(wire[:cut], wire[cut:], timeout_s=1))[:1] == [status]
 
 
+@pytest.mark.promise(18)
 async def test_chunk_extensions_do_not_hide_a_flood() -> None:
     async with echoing(max_body_bytes=1024) as echo:
         flood = [b"1;" + b"x" * 4000 + b"\r\na\r\n"] * 10
@@ -341,6 +343,7 @@ async def test_requests_per_connection_are_bounded(monkeypatch: pytest.MonkeyPat
         assert statuses(await echo.send(GOOD * 5)) == [200, 200, 200]
 
 
+@pytest.mark.promise(10)
 async def test_a_slow_body_gets_400_and_a_quiet_connection_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -373,6 +376,7 @@ async def test_a_refusal_reaches_a_client_that_still_sends() -> None:
         writer.transport.abort()
 
 
+@pytest.mark.promise(10)
 async def test_a_client_that_reads_no_answer_is_dropped() -> None:
     async with echoing() as echo:
         echo.stream = 2_000_000
@@ -406,6 +410,7 @@ async def test_nagle_is_off_and_keepalive_on() -> None:
         writer.transport.abort()
 
 
+@pytest.mark.promise(6)
 async def test_a_header_cannot_break_out_of_an_answer() -> None:
     async with echoing() as echo:
         got = await echo.send(b"GET /a%0d%0ax:%20y HTTP/1.1\r\nHost: a\r\n\r\n")

@@ -32,6 +32,7 @@ def test_facts_of_a_good_folder(model: Path) -> None:
     assert found.notes == ()
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize(
     "name",
     ["pytorch_model.bin", "a.pt", "a.pth", "a.pkl", "a.pickle", "a.ckpt", "a.joblib", "tf.h5",
@@ -47,6 +48,7 @@ def test_unsafe_weights_are_left_behind_or_refused(model: Path, name: str) -> No
         inspect_folder(model)
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize("name", ["modeling_x.py", "x.PY", "lib.so", "sub/x.py", "x.pyc"])
 def test_code_is_refused(model: Path, name: str) -> None:
     (model / name).parent.mkdir(exist_ok=True)
@@ -70,6 +72,8 @@ def test_code_for_a_network_of_our_own_does_not_matter(
         inspect_folder(model)
 
 
+@pytest.mark.promise(13)
+@pytest.mark.known_failure("CVE-2025-66448")
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize(
     "body",
@@ -92,6 +96,7 @@ def test_code_in_configuration_is_refused(
         inspect_folder(model)
 
 
+@pytest.mark.promise(14)
 def test_links_out_of_the_folder_are_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("{}")
     (model / "extra.json").symlink_to("../secret.json")
@@ -103,6 +108,7 @@ def test_links_out_of_the_folder_are_refused(model: Path, tmp_path: Path) -> Non
         inspect_folder(model)
 
 
+@pytest.mark.promise(14)
 def test_links_to_nowhere_loops_and_disguises(model: Path) -> None:
     (model / "extra.json").symlink_to("nowhere")
     with pytest.raises(BrokenModel, match="nowhere"):
@@ -129,6 +135,7 @@ def test_the_hub_caches_links_are_accepted(tmp_path: Path, model: Path) -> None:
     assert len(inspect_folder(snapshot).files) == 4
 
 
+@pytest.mark.promise(14)
 def test_special_files_are_refused(model: Path) -> None:
     os.mkfifo(model / "generation_config.json")
     with pytest.raises(UnsafeModel, match=r"generation_config\.json"):
@@ -197,6 +204,7 @@ def _tensor(begin: int = 0, end: int = 4, dtype: str = "F32", shape: object = (1
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
@@ -233,6 +241,7 @@ def test_bad_safetensors(model: Path, content: bytes, fault: str) -> None:
         inspect_folder(model)
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize("content", [b"PK\x03\x04" + b"\0" * 40, b"\x80\x04\x95" + b"\0" * 40])
 def test_disguised_pickles(model: Path, content: bytes) -> None:
     (model / "model.safetensors").write_bytes(content)
@@ -240,6 +249,7 @@ def test_disguised_pickles(model: Path, content: bytes) -> None:
         inspect_folder(model)
 
 
+@pytest.mark.promise(13)
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=300), st.booleans())
 def test_any_bytes_give_a_verdict(noise: bytes, framed: bool) -> None:

@@ -113,6 +113,7 @@ def test_deny_beats_allow(some, ask):
         assert not permits(everything, ask) or not ask.name
 
 
+@pytest.mark.promise(34)
 @given(rule_sets, asks)
 def test_what_no_rule_allows_is_denied(some, ask):
     powers = spell_out(some, "acme", "me")
@@ -175,6 +176,7 @@ def test_a_key_is_no_more_than_its_principal():
     assert not known.allows(wide, Ask("use", "inference", "m", "other/web"))
 
 
+@pytest.mark.promise(5)
 def test_a_grant_is_no_more_than_its_giver_has_now():
     boss = service("boss", Grant("admin", "acme"))
     child = service("child", Grant("admin", "acme", "boss"))
@@ -196,6 +198,7 @@ def test_two_who_grant_each_other_hold_nothing():
         assert not known.allows(key(principal=name), Ask("read", "keys", "x", "acme"))
 
 
+@pytest.mark.promise(5)
 def test_a_key_is_no_more_than_the_key_that_made_it():
     narrow = key(id="narrow", role="user", scope="acme", models=("bank",))
     child = key(id="child", made_with="narrow")
@@ -235,6 +238,7 @@ custom = st.sampled_from(["r0", "r1", "r2", "user", "developer", "admin"])
 model_lists = st.lists(patterns, min_size=1, max_size=2).map(tuple)
 
 
+@pytest.mark.promise(5)
 @settings(max_examples=400, deadline=None)
 @given(
     st.tuples(rule_sets, rule_sets, rule_sets),

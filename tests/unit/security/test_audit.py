@@ -1,4 +1,4 @@
-"""The audit log shows every tampering, at its place (promise 31)."""
+"""The audit log shows every tampering, at its place."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def test_a_whole_log_is_whole(count):
     assert verdict(records, head_of(records), marks) is None
 
 
+@pytest.mark.promise(31)
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_tampering_is_found_at_its_place(data):
@@ -90,6 +91,7 @@ def test_every_tampering_is_found_at_its_place(data):
     assert finding.seq == place + 1
 
 
+@pytest.mark.promise(31)
 @given(st.integers(1, 10), st.integers(1, 10))
 def test_a_cut_tail_is_noticed_also_when_the_noted_end_is_cut_too(kept, cut):
     records = log(kept + cut)
@@ -102,6 +104,7 @@ def test_a_cut_tail_is_noticed_also_when_the_noted_end_is_cut_too(kept, cut):
     assert verdict(left, head_of(left)) is None  # what only a checkpoint can know
 
 
+@pytest.mark.promise(31)
 @given(st.integers(1, 10), st.integers(0, 9))
 def test_a_log_written_anew_does_not_fit_its_checkpoints(count, place):
     records = log(count)

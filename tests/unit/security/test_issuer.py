@@ -162,6 +162,7 @@ def test_an_issuer_must_be_who_it_says() -> None:
         endpoint_of([], "jwks_uri", ISSUER)
 
 
+@pytest.mark.promise(15)
 def test_what_is_safe() -> None:
     for good in ("https://a.example", "http://127.0.0.1:5", "http://localhost:5", "http://[::1]"):
         assert is_safe_address(good), good

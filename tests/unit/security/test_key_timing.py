@@ -1,4 +1,4 @@
-"""Promise 39: how long a refusal takes does not say what was wrong with the key.
+"""How long a refusal takes does not say what was wrong with the key.
 
 Shown by construction, not by a clock: every refused key that has the form of one costs the same
 digests over the same number of bytes and the same comparisons of the same lengths, at the gateway
@@ -83,6 +83,8 @@ def wrong_keys() -> dict[str, tuple[str, Any]]:
     }
 
 
+@pytest.mark.promise(39)
+@pytest.mark.known_failure("CVE-2025-59425")
 def test_every_wrong_key_costs_the_same_work(work: Work) -> None:
     costs = {
         name: work.of(lambda text=text, found=found: keys.verify(text, found, PEPPER, NOW))
@@ -92,6 +94,7 @@ def test_every_wrong_key_costs_the_same_work(work: Work) -> None:
     assert costs == dict.fromkeys(costs, expected)
 
 
+@pytest.mark.promise(39)
 def test_the_whole_way_from_text_to_refusal_costs_the_same(work: Work) -> None:
     """With the checksum, which needs no secret to compute and is compared whole too."""
     for name, (text, found) in wrong_keys().items():
@@ -106,6 +109,7 @@ def test_the_whole_way_from_text_to_refusal_costs_the_same(work: Work) -> None:
         ), name
 
 
+@pytest.mark.promise(39)
 async def test_control_does_the_same_work_for_every_wrong_key(work: Work) -> None:
     """Also for a good key whose principal is disabled, which is found out after the digest."""
     state = MemoryState()
@@ -132,6 +136,8 @@ async def test_control_does_the_same_work_for_every_wrong_key(work: Work) -> Non
     assert len({tuple(sorted(cost.items())) for cost in costs.values()}) == 1, costs
 
 
+@pytest.mark.promise(39)
+@pytest.mark.known_failure("CVE-2025-59425")
 def test_an_unknown_key_is_compared_with_something_of_full_length(work: Work) -> None:
     """Not with an empty text, which would be refused sooner."""
     cost = work.of(lambda: keys.verify("clm_live_x", None, PEPPER, NOW))

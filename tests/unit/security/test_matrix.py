@@ -43,6 +43,7 @@ def flat(routes):
     return found
 
 
+@pytest.mark.promise(34)
 def test_every_route_of_control_has_a_row():
     app = build_app(MagicMock())
     documented = {
@@ -59,6 +60,7 @@ def test_every_route_of_control_has_a_row():
     assert documented | hidden == rows(Server.CONTROL)
 
 
+@pytest.mark.promise(34)
 def test_every_route_of_the_gateway_has_a_row():
     gateway = MagicMock(settings=GatewaySettings())
     served = {("GET", route.path) for route in gateway_app.make_app(gateway).routes}
@@ -69,6 +71,7 @@ def test_every_route_of_the_gateway_has_a_row():
     assert served == rows(Server.GATEWAY)
 
 
+@pytest.mark.promise(34)
 def test_every_route_of_the_worker_has_a_row_and_is_as_open_as_it_says():
     served = {(e.method, e.path.replace(":path}", "}")) for e in ROUTES}
     assert served == rows(Server.WORKER)

@@ -106,6 +106,7 @@ def test_who_granted_is_asked_too(tmp_path: Path) -> None:
     assert not may(directory, key(SUB), "bank")
 
 
+@pytest.mark.promise(5)
 def test_what_only_a_policy_permits_cannot_be_handed_on(directory: Directory) -> None:
     excess = directory.excess(key(BOB), "user", "acme", "bob", ("gift",))
     assert excess is not None

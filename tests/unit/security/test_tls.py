@@ -101,6 +101,7 @@ def test_it_is_made_once_and_anew_in_time(tmp_path: Path) -> None:
     assert ensure_self_signed(tmp_path, ["new.host"], now + 301 * DAY_S).read_bytes() == named
 
 
+@pytest.mark.promise(37)
 def test_workers_let_in_gateways_of_their_installation_alone(tmp_path: Path) -> None:
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     now = time.time()

@@ -121,6 +121,7 @@ def test_hmac_cannot_be_allowed_by_mistake() -> None:
             read_algorithms(text)
 
 
+@pytest.mark.promise(15)
 def test_keys_inside_a_token_are_not_looked_at() -> None:
     """A token that brings its own key, or says where to fetch it."""
     own = jwk.generate_key("RSA", 2048, {"kid": "k1"})

@@ -38,6 +38,7 @@ async def state(database: Database) -> SqlState:
     return SqlState(database)
 
 
+@pytest.mark.promise(41)
 async def test_a_locked_database_is_waited_for_then_given_up(sqlite_file: Path) -> None:
     state = SqlState(await Database.open(f"sqlite:///{sqlite_file}", busy_timeout_s=0.2))
     other = sqlite3.connect(sqlite_file, isolation_level=None)
@@ -77,6 +78,7 @@ async def _set(database: Database, pragma: str) -> None:
         await connection.exec_driver_sql(f"PRAGMA {pragma}")
 
 
+@pytest.mark.promise(41)
 async def test_a_full_disk_changes_nothing_and_says_so(state: SqlState, database: Database) -> None:
     await state.put_endpoints("bank", [Endpoint("bank", "r", "http://a", 1)])
     before = await state.version(), await state.list_endpoints()
@@ -109,6 +111,7 @@ async def test_a_damaged_database_says_so(sqlite_file: Path) -> None:
         await state.list_deployments()
 
 
+@pytest.mark.promise(6)
 async def test_an_unexpected_error_shows_no_sql(state: SqlState, sqlite_file: Path) -> None:
     with sqlite3.connect(sqlite_file) as connection:
         connection.execute("DROP TABLE api_keys")
@@ -120,6 +123,7 @@ async def test_an_unexpected_error_shows_no_sql(state: SqlState, sqlite_file: Pa
     assert "SELECT" not in shown
 
 
+@pytest.mark.promise(41)
 async def test_cancelled_writes_leave_no_lock(state: SqlState, database: Database) -> None:
     chance = random.Random(7)
     for turn in range(40):
@@ -166,6 +170,7 @@ WRITER = """
 """
 
 
+@pytest.mark.promise(41)
 async def test_kill_9_in_the_middle_of_writes_leaves_whole_facts(sqlite_file: Path) -> None:
     url = f"sqlite:///{sqlite_file}"
     chance = random.Random(11)

@@ -31,6 +31,7 @@ def test_an_event_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert (line["tokens"], line["text"], line["request_id"]) == (3, "a\nb", "req-1")
 
 
+@pytest.mark.promise(32)
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_a_key_never_appears(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(LogSettings(format=form), "gateway")
@@ -44,6 +45,7 @@ def test_a_key_never_appears(form: str, capsys: pytest.CaptureFixture[str]) -> N
     assert key.split("_")[2] in printed
 
 
+@pytest.mark.promise(32)
 @pytest.mark.parametrize("form", ["json", "text"])
 @pytest.mark.parametrize(
     ("text", "secret"),

@@ -199,6 +199,7 @@ async def test_unsupported_features_say_so(bench: Any) -> None:
     check_error(await bench.chat(messages=[{"role": "user", "content": image}]), 501)
 
 
+@pytest.mark.promise(36)
 async def test_a_template_of_the_request_is_never_used(bench: Any) -> None:
     payload = "{{ cycler.__init__.__globals__.os.popen('id').read() }}"
     await bench.chat(chat_template=payload, chat_template_kwargs={"x": payload})
@@ -290,6 +291,7 @@ FIELDS = st.sampled_from(
 )
 
 
+@pytest.mark.promise(18)
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -126,6 +126,7 @@ def test_the_openai_packages_errors(worker: Running) -> None:
         stranger.models.list()
 
 
+@pytest.mark.promise(2)
 def test_a_dropped_connection_frees_its_slot_at_once(worker: Running) -> None:
     worker.engine.answer = "x" * 200
     host, port = worker.url.removeprefix("http://").split(":")
@@ -153,6 +154,8 @@ def wait_for(true: Callable[[], bool], seconds: float = 5.0) -> bool:
     return False
 
 
+@pytest.mark.promise(11)
+@pytest.mark.known_failure("vllm#48966")
 def test_a_dead_engine_ends_the_process_with_a_reason(
     config: WorkerConfig, serving_of: Any, echo_engine: Any, capfd: Any
 ) -> None:

@@ -14,6 +14,7 @@ from cloudlm.core.errors import Overloaded
 from cloudlm.worker.prepare import INLINE_SIZE, Offload
 
 
+@pytest.mark.promise(24)
 async def test_probes_answer_and_small_prompts_run_while_a_huge_one_is_tokenised(
     bench: Any,
 ) -> None:
@@ -60,6 +61,7 @@ async def test_what_waits_for_a_thread_is_bounded() -> None:
         offload.close()
 
 
+@pytest.mark.promise(24)
 async def test_the_real_tokenizer_lets_the_loop_run() -> None:
     from cloudlm.engine.tokens import Tokenizer
 

@@ -106,6 +106,7 @@ def shown(chunks: list[Any], progress: Progress) -> list[Any]:
     return chunks
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize("case", CASES)
 async def test_every_cut(make_bench: Any, case: str) -> None:
     path, answer, fields = CASES[case]
@@ -153,6 +154,7 @@ def without_call_ids(chunks: Any) -> str:
     return text
 
 
+@pytest.mark.promise(1)
 async def test_what_is_given_is_not_computed_again(make_bench: Any) -> None:
     first, _ = bench_of(make_bench, "Hello, world")
     other, second = bench_of(make_bench, "Hello, world")

@@ -214,6 +214,8 @@ async def test_the_table_is_the_router(bench: Any) -> None:
     assert {entry.path for entry in ROUTES if entry.is_open} == OPEN
 
 
+@pytest.mark.promise(34)
+@pytest.mark.known_failure("vllm-api-key-paths")
 @pytest.mark.parametrize(("method", "path"), [*_route_cases(), ("GET", "/no/such/route")])
 @pytest.mark.parametrize(
     "headers",

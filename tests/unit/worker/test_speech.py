@@ -142,6 +142,7 @@ ALPHABET = st.sampled_from(
 )
 
 
+@pytest.mark.promise(38)
 @settings(max_examples=300, deadline=None)
 @given(
     parts=st.lists(ALPHABET, max_size=12),

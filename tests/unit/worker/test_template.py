@@ -81,6 +81,7 @@ ESCAPES = [
 ]
 
 
+@pytest.mark.promise(36)
 @pytest.mark.parametrize("payload", ESCAPES)
 async def test_the_sandbox_holds(make: Make, payload: str) -> None:
     try:
@@ -103,6 +104,7 @@ BOMBS = [
 ]
 
 
+@pytest.mark.promise(36)
 @pytest.mark.parametrize("bomb", BOMBS)
 async def test_a_template_without_end_is_ended(make: Make, bomb: str) -> None:
     template = make(bomb, cpu_s=0.3, memory_bytes=300 << 20)
@@ -112,6 +114,7 @@ async def test_a_template_without_end_is_ended(make: Make, bomb: str) -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.promise(36)
 async def test_output_has_a_cap(make: Make) -> None:
     template = make("{% for i in range(99999) %}0123456789{% endfor %}", output_limit=1000)
     with pytest.raises(BrokenModel, match="more than 1000 characters"):

@@ -76,7 +76,7 @@ def build_app(services: Services) -> FastAPI:
 
 def build_api(services: Services) -> ASGIApp:
     """The whole API, ready to be served."""
-    return Edge(build_app(services), services.callers, services.auditor)
+    return Edge(build_app(services), services.callers, services.auditor, services.guard)
 
 
 def _driver_routes(services: Services) -> APIRouter:

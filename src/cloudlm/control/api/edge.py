@@ -1,4 +1,5 @@
-"""The outermost layer of the control API: request id, key, right, size of the body, errors.
+"""The outermost layer of the control API: request id, host and origin, key, right, size of the
+body, errors.
 
 Default deny: whatever the path, a request goes no further without a valid key, and without a row in
 ``security.matrix`` that its key fulfils, so that a new route cannot be forgotten.
@@ -25,6 +26,7 @@ from cloudlm.core.errors import (
     Retry,
     StorageFailed,
 )
+from cloudlm.security.hosts import HostGuard
 from cloudlm.security.matrix import PREFIX, SHARED, Holder, control_row, shared_ask
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
@@ -36,7 +38,8 @@ _log = get_logger(__name__)
 class Edge:
     """Wraps all routes of the control API."""
 
-    def __init__(self, app: ASGIApp, callers: Callers, auditor: Auditor) -> None:
+    def __init__(self, app: ASGIApp, callers: Callers, auditor: Auditor, guard: HostGuard) -> None:
+        self._guard = guard
         self._app = app
         self._callers = callers
         self._auditor = auditor
@@ -68,6 +71,7 @@ class Edge:
     async def _let_in(self, scope: Scope, headers: Headers) -> None:
         """Raise AuthenticationFailed, NotFound, MethodNotAllowed or PermissionDenied unless this
         key may take this route."""
+        self._guard.check(headers)
         method, path = scope["method"], scope["path"]
         found = control_row(method, path)
         row = None if found is None else found.row

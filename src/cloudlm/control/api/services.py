@@ -20,6 +20,7 @@ from cloudlm.core.errors import InvalidRequest, RequestCancelled
 from cloudlm.core.requests import decode_body
 from cloudlm.core.settings import OidcSettings
 from cloudlm.security.credentials import Credentials
+from cloudlm.security.hosts import HostGuard
 from cloudlm.state.base import State
 
 BODY_TIMEOUT_S = 30.0
@@ -42,6 +43,7 @@ class Services:
     oidc: OidcSettings = field(default_factory=OidcSettings)
     credentials: Credentials | None = None
     """The keys of external endpoints; without them none is known here."""
+    guard: HostGuard = field(default_factory=lambda: HostGuard("0.0.0.0"))  # noqa: S104
 
 
 async def read_object(request: Request) -> dict[str, Any]:

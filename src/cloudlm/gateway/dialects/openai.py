@@ -30,6 +30,7 @@ from cloudlm.core.requests import (
 )
 from cloudlm.gateway.dialects import plain
 from cloudlm.gateway.dialects.base import EVENT_STREAM, Asker, Dialect, Parse, Rendering
+from cloudlm.gateway.dialects.orders import refuse_orders
 from cloudlm.gateway.exchange import GatewayRequest
 from cloudlm.gateway.sse import event
 from cloudlm.gateway.view import ServedModel
@@ -137,6 +138,7 @@ def parse_body(
     may_lead: MayLead = never,
 ) -> Call:
     """As ``parse``, from a decoded body, which is changed."""
+    refuse_orders(body)
     if body.get("priority") is not None:
         priority = read_priority(body)
         body["priority"] = priority if may_lead(str(body.get("model"))) else max(priority, 0)

@@ -162,7 +162,9 @@ async def test_a_request_that_wants_new_answers_gets_them(semantic: Any, kit: An
     assert (await semantic.ask(_body(kit, SAME), headers=headers)).headers[HEADER] == "bypass"
 
 
-async def test_promise_7_tenants_never_share_a_meaning(semantic: Any, kit: Any) -> None:
+@pytest.mark.promise(7)
+@pytest.mark.known_failure("semantic-router#2134", "litellm#29955")
+async def test_tenants_never_share_a_meaning(semantic: Any, kit: Any) -> None:
     holder = Principal(
         "p", "p", PrincipalKind.SERVICE, "other", grants=(Grant("user", "other", "root"),)
     )
@@ -183,6 +185,7 @@ async def _serve(rig: Any, model: str, replica: Any, revision: int = 1) -> None:
     await rig.gateway.view.refresh()
 
 
+@pytest.mark.promise(7)
 async def test_versions_and_models_never_share_a_meaning(kit: Any, tmp_path: Path) -> None:
     async with _rig(kit, tmp_path, semantic_models="*") as rig:
         await rig.ask(_body(kit))
@@ -279,6 +282,7 @@ async def test_a_calibration_of_other_rules_serves_nothing(kit: Any, tmp_path: P
         assert (await rig.ask(_body(kit, SAME))).headers[HEADER] == "hit"
 
 
+@pytest.mark.promise(7)
 async def test_a_threshold_can_only_be_raised(kit: Any, tmp_path: Path) -> None:
     async with _rig(kit, tmp_path, replace(KNOWN, threshold=1.0005), semantic_threshold=0.1) as rig:
         await rig.ask(_body(kit))
