@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cloudlm.control.api.deployments import _check_can_run
+from cloudlm.control.api.deployments import check_can_run
 from cloudlm.control.external import check_secrets
 from cloudlm.core.deployment import DeploymentPhase
 from cloudlm.core.errors import CloudlmError, InvalidRequest
@@ -155,7 +155,7 @@ async def test_what_only_our_replicas_can_is_refused(plane):
 
     services = SimpleNamespace(drivers=plane.drivers, state=plane.state, credentials=None)
     spec = spec_of({"url": FIRST}, {"url": SECOND})
-    await _check_can_run(services, spec)
+    await check_can_run(services, spec)
     for wrong in (
         replace(spec, min_replicas=1, max_replicas=1),
         replace(spec, max_replicas=5),
@@ -164,4 +164,4 @@ async def test_what_only_our_replicas_can_is_refused(plane):
         replace(spec, endpoints=(ExternalEndpoint("https://h?", "m"),)),
     ):
         with pytest.raises(CloudlmError):
-            await _check_can_run(services, wrong)
+            await check_can_run(services, wrong)

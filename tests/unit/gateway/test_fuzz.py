@@ -21,7 +21,7 @@ from cloudlm.core.requests import decode_body, parse_chat
 from cloudlm.gateway.connection import Connection, Site
 from cloudlm.gateway.dialects import openai, plain
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse
-from cloudlm.gateway.head import HostGuard
+from cloudlm.security.hosts import HostGuard
 
 COUNT = int(os.environ.get("CLOUDLM_FUZZ", "3000"))
 MAX_BODY_BYTES = 2000

@@ -17,8 +17,8 @@ from cloudlm.gateway import connection as connection_module
 from cloudlm.gateway.app import make_server
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse
-from cloudlm.gateway.head import HostGuard
 from cloudlm.gateway.server import GatewayServer, listen
+from cloudlm.security.hosts import HostGuard
 
 GOOD = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
