@@ -6,6 +6,7 @@ light or dark mode. Every text of a scenario is escaped. Pure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from itertools import pairwise
@@ -24,13 +25,13 @@ _STYLE = """
 @media (prefers-color-scheme:dark){:root{--page:#161615;--card:#1f1f1d;--text:#eeeeea;--dim:#a3a29b;
 --grid:#383834;--c0:#5b9df0;--c1:#f0853f;--c2:#3dbb8b;--c3:#d972c5;--c4:#c9a52c;--c5:#988df0}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1180px;padding:28px 20px 48px;background:var(--page);color:var(--text);
+body{margin:0 auto;max-width:1240px;padding:28px 20px 48px;background:var(--page);color:var(--text);
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:22px;margin:0 0 4px}h2{font-size:15px;margin:0 0 2px}
 p{margin:0 0 12px;color:var(--dim);max-width:75ch}
 .scroll{overflow-x:auto;margin:16px 0 24px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
+th,td{padding:6px 7px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 th{color:var(--dim);font-size:12px;font-weight:600;white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;font-weight:600}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:16px}
@@ -74,7 +75,7 @@ def _colours(count: int) -> str:
 
 
 def _table(results: Sequence[Result]) -> str:
-    head = "".join(f"<th>{escape(column.capitalize())}</th>" for column in COLUMNS)
+    head = "".join(f"<th>{escape(_heading(column))}</th>" for column in COLUMNS)
     rows = []
     for number, result in enumerate(results):
         first, *rest = table_row(result)
@@ -82,6 +83,14 @@ def _table(results: Sequence[Result]) -> str:
         key = f'<span class="key k{number}"></span>'
         rows.append(f"<tr><td>{key}{escape(first)}</td>{cells}</tr>")
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _heading(column: str) -> str:
+    """A column's name as a page has it: capitals where they stand for words."""
+    words = column.capitalize()
+    for short in ("TTFT", "TPOT", "Mtok"):
+        words = re.sub(short, short, words, flags=re.IGNORECASE)
+    return words
 
 
 def _cards(results: Sequence[Result]) -> list[str]:

@@ -87,7 +87,9 @@ def plot(title: str, lines: Sequence[Line], x: Axis, y: Axis, x_label: str = "")
         )
     for value, text in x.ticks:
         at = _x(x, value)
-        parts.append(_text(at, HEIGHT - BOTTOM + 16, "middle", text))
+        # The last one ends with the axis, or the picture's edge would cut it.
+        anchor = "end" if at > WIDTH - 2 * RIGHT else "middle"
+        parts.append(_text(at, HEIGHT - BOTTOM + 16, anchor, text))
     if x_label:
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 2, "middle", x_label))
     for line in lines:
