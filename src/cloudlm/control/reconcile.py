@@ -239,7 +239,10 @@ class Reconciler:
         if deployment.spec.asleep:
             demand = ()  # requests are refused, and say nothing
         recalled = self._recalled_wanted(deployment.spec.name)
-        return self._scaler.wanted(deployment, demand, groups, seen, recalled)
+        name = deployment.spec.name
+        written = (self._endpoints or {}).get(name, ())
+        aside = {one.replica for one in written if one.share == 0.0}
+        return self._scaler.wanted(deployment, demand, groups, seen, recalled, aside)
 
     def _recalled_wanted(self, name: str) -> int:
         status = (self._statuses or {}).get(name)

@@ -7,7 +7,7 @@ replica. Must not decide by itself or touch replicas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
@@ -70,14 +70,16 @@ class Scaler:
         groups: Sequence[GroupObservation],
         seen: Seen,
         recalled: int,
+        aside: Collection[str] = (),
     ) -> int:
-        """The replicas wanted now. ``recalled`` is what an earlier control wanted."""
+        """The replicas wanted now. ``recalled`` is what an earlier control wanted; ``aside`` are
+        replicas that get no requests, beside a revision that gets them all."""
         name = deployment.spec.name
         now = self._clock.monotonic()
         current = self._wanted.get(name, recalled)
         memory = self._memory.get(name, ScaleMemory())
         memory = replace(memory, pace=self._pace(deployment, groups, seen, memory.pace))
-        fleet = _fleet(groups, seen, current, self._clock.now())
+        fleet = _fleet(groups, seen, current, self._clock.now(), aside)
         wanted, memory = autoscale(deployment.spec, demand, current, memory, now, fleet)
         if wanted != current and name in self._wanted:
             self._why[name] = f"{current} → {wanted} replicas; {memory.why}"
@@ -174,9 +176,16 @@ class Scaler:
         return pace
 
 
-def _fleet(groups: Sequence[GroupObservation], seen: Seen, current: int, wall_s: float) -> Fleet:
-    """What is known of the replicas, those of older revisions that still answer included."""
-    replicas = [replica for group in groups for replica in group.replicas]
+def _fleet(
+    groups: Sequence[GroupObservation],
+    seen: Seen,
+    current: int,
+    wall_s: float,
+    aside: Collection[str],
+) -> Fleet:
+    """What is known of the replicas, those of older revisions that still answer included, as long
+    as they get requests."""
+    replicas = [one for group in groups for one in group.replicas if one.id not in aside]
     ready = [one.id for one in replicas if one.id in seen.ready]
     starting = [one for one in replicas if one.id not in seen.ready | seen.sleeping]
     ages = [max(wall_s - one.started_at, 0.0) if one.started_at else 0.0 for one in starting]

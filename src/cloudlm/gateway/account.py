@@ -96,12 +96,19 @@ class Exchange:
 class Attempt:
     """One request sent to one replica."""
 
-    def __init__(self, exchange: Exchange, ledger: Ledger, on_settled: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        ledger: Ledger,
+        on_settled: Callable[[], None],
+        on_begun: Callable[[], None] = lambda: None,
+    ) -> None:
         assert exchange.key is not None
         self.id = unique()
         self._exchange = exchange
         self._ledger = ledger
         self._on_settled = on_settled
+        self._on_begun = on_begun
         self._number = exchange.attempts
         self._replica = exchange.replica
         self._started_at = exchange.clock.now()
@@ -125,6 +132,7 @@ class Attempt:
             exchange = self._exchange
             now = exchange.clock.monotonic()
             self._first_token_s = now - self._started
+            self._on_begun()
             if not exchange.answered:  # later ones go on with the same answer
                 exchange.meter.first_token(exchange.model, now - exchange.started)
                 exchange.answered = True

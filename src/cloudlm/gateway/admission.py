@@ -32,7 +32,8 @@ class Criticality(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request. ``cost`` is in tokens; it must begin before ``deadline``, monotonic seconds."""
+    """One request. ``cost`` is in tokens; it must begin before ``deadline``, monotonic seconds.
+    One that is ``held`` waits where there is no replica at all."""
 
     model: str
     tenant: str
@@ -44,6 +45,7 @@ class Ticket:
     order: int = 0
     admitted: bool = False
     waits: bool = False
+    held: bool = False
 
     @property
     def end(self) -> float:
@@ -132,7 +134,9 @@ class _Line:
 
 
 class Admission:
-    """All lines. ``max_ongoing`` bounds what the gateway holds, ``max_queued`` each line."""
+    """All lines. ``max_ongoing`` bounds what the gateway has to do, ``max_queued`` each line; those
+    that are held for a replica's start count only in their line, or they would keep requests out
+    for which there is one."""
 
     def __init__(self, max_ongoing: int, max_queued: int) -> None:
         self._max_ongoing = max_ongoing
@@ -143,7 +147,7 @@ class Admission:
 
     @property
     def total(self) -> int:
-        """Requests in the gateway, waiting or not."""
+        """Requests in the gateway, waiting or not, but for those that are held."""
         return self._total
 
     def ongoing(self, model: str) -> int:
@@ -174,14 +178,16 @@ class Admission:
         if now + wait_s > ticket.deadline:
             raise _overloaded(f"it could not begin within its deadline ({wait_s:.1f} s)", wait_s)
         victim = None
-        if length >= self._max_queued or self._total >= self._max_ongoing:
+        ticket.held = capacity <= 0
+        full = self._total >= self._max_ongoing and not ticket.held
+        if length >= self._max_queued or full:
             victim = line.last_served()
             if victim is None or not ticket < victim:
                 raise _overloaded(f"{length} requests wait already", wait_s)
             line.drop(victim)
-            self._total -= 1
+            self._total -= not victim.held
         line.push(ticket)
-        self._total += 1
+        self._total += not ticket.held
         return victim
 
     def leave(self, ticket: Ticket, capacity: int, now: float) -> list[Ticket]:
@@ -189,7 +195,7 @@ class Admission:
         line = self._lines.get(ticket.model)
         if line is None or not (ticket.waits or ticket.admitted):
             return []  # it was turned away
-        self._total -= 1
+        self._total -= not ticket.held
         if ticket.waits:
             line.drop(ticket)
         else:
@@ -209,6 +215,8 @@ class Admission:
             if ticket.waits:
                 line.remove(ticket)
                 line.admit(ticket)
+                self._total += ticket.held
+                ticket.held = False
                 admitted.append(ticket)
         return admitted
 

@@ -208,10 +208,10 @@ class Handler:
         assert exchange.key is not None
         call, view = await course.call(), self._rooms.view.snapshot()
         known = view.models.get(call.model)
-        if (known is None or not known.endpoints or known.asleep) and not course.others:
+        if (known is None or not known.endpoints or known.asleep) and not course.may_turn:
             view = await self._rooms.view.look_again()
         model = view.deployed(call.model, exchange.key)
-        held_s = self._expect(exchange, call, model, may_hold=not course.others)
+        held_s = self._expect(exchange, call, model, may_hold=not course.may_turn)
         ticket = self._rooms.gate.ticket(
             exchange, request.headers, may_lead=asker.may_lead(model.name), held_s=held_s
         )
@@ -271,6 +271,12 @@ class Handler:
         exchange.model = model.name
         rooms.demand.count(model.name, len(call.body))
         held_s = None
+        if model.asleep:
+            raise ModelAsleep(
+                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
+                f"it; 'cloudlm wake {model.parent or model.name}' does",
+                retry_after_s=ASLEEP_RETRY_AFTER_S,
+            )
         if not model.endpoints and model.holds and may_hold:
             held_s = rooms.waiting.timeout_s
         elif not model.endpoints:
@@ -278,12 +284,6 @@ class Handler:
                 f"model {model.name!r} is deployed but none of its replicas is ready yet "
                 "(starting…); try again in a few seconds",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
-            )
-        if model.asleep:
-            raise ModelAsleep(
-                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
-                f"it; 'cloudlm wake {model.parent or model.name}' does",
-                retry_after_s=ASLEEP_RETRY_AFTER_S,
             )
         rooms.meter.entered(model.name)
         exchange.at_leave(lambda: rooms.meter.left(model.name))

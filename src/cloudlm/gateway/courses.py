@@ -60,6 +60,11 @@ class Course:
         """The models that may still be asked."""
         return {*self._later, *self._longer}
 
+    @property
+    def may_turn(self) -> bool:
+        """Whether another model may be asked if this one has no replica."""
+        return bool(self._later)
+
     async def call(self) -> Call:
         """What the model is asked: the client's call under the model's own name."""
         call = self._call

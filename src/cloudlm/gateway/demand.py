@@ -112,9 +112,9 @@ class DemandReporter:
 
     def ended(self, row: LedgerRow) -> None:
         """Take from an attempt's row what it says of the work; one that failed or that no replica
-        answered says nothing."""
+        answered says nothing, and copies (attempt 0) are nobody's requests."""
         work = self._work.get(row.model)
-        if work is not None and row.outcome is Outcome.FINISHED and row.replica:
+        if work is not None and row.attempt and row.outcome is Outcome.FINISHED and row.replica:
             work.end(row)
 
     def measure(self) -> list[Demand]:

@@ -25,8 +25,9 @@ from cloudlm.security.credentials import Credentials, NoCredential
 from cloudlm.security.outside import Forbidden, Outside
 from cloudlm.telemetry.logs import get_logger
 
+CHAT_PATH = "/v1/chat/completions"
 PATHS = {
-    "/v1/chat/completions": "/chat/completions",
+    CHAT_PATH: "/chat/completions",
     "/v1/completions": "/completions",
     "/v1/embeddings": "/embeddings",
 }
@@ -38,6 +39,7 @@ _LARGE_BODY_BYTES = 256 * 1024
 _OURS = ("cache_salt", "priority")
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
 _FAULTS_OF_OURS = frozenset({401, 402, 403, 404, 405, 407, 410, 421})
+_NOT_THERE = frozenset({404, 405})
 _BUSY = frozenset({503, 529})
 _NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
 _MAX_SAID = 300
@@ -84,12 +86,9 @@ class Foreign:
         ``Upstream.send`` does, and NotSupported for what only our workers know."""
         target = PATHS.get(path)
         if target is None:
-            raise NotSupported(
-                f"{path} is not offered for model {endpoint.model!r}: it is answered by another "
-                "service"
-            )
+            raise _not_offered(endpoint, path)
         key = self._key(endpoint)
-        told = functools.partial(self._translated, endpoint, key)
+        told = functools.partial(self._translated, endpoint, key, path)
         headers = {"user-agent": f"cloudlm/{__version__}"}
         if key:
             headers["authorization"] = f"Bearer {key}"
@@ -132,11 +131,15 @@ class Foreign:
             "the gateway's log says why"
         )
 
-    def _translated(self, endpoint: Endpoint, key: str, error: ReplicaRefused) -> CloudlmError:
+    def _translated(
+        self, endpoint: Endpoint, key: str, path: str, error: ReplicaRefused
+    ) -> CloudlmError:
         """A service's refusal as this gateway's clients may see it."""
         status = error.answered_status
         told = error.body()["error"]
         said = hidden(str(told.get("message") or ""), key)[:_MAX_SAID]
+        if status in _NOT_THERE and path != CHAT_PATH:
+            return _not_offered(endpoint, path)  # many offer chat alone, and are well
         if status in _FAULTS_OF_OURS or told.get("code") in _NO_MONEY:
             return self._unfit(endpoint, f"it answered {status}: {said}")
         if status == 429 or status in _BUSY:
@@ -161,6 +164,12 @@ def foreign_body(body: bytes, model: str) -> bytes:
     if "stream_options" in fields:
         fields["stream_options"] = _WITH_USAGE
     return _encoder.encode(fields)
+
+
+def _not_offered(endpoint: Endpoint, path: str) -> NotSupported:
+    return NotSupported(
+        f"{path} is not offered for model {endpoint.model!r}: it is answered by another service"
+    )
 
 
 def hidden(text: str, key: str) -> str:

@@ -232,7 +232,8 @@ class Line(asyncio.Protocol):
         try:
             await self._wait(self._loop.time() + silence_s)
         finally:
-            self._sink = None
+            if self._sink is sink:
+                self._sink = None
 
     def _pour(self, sink: Callable[[bytes], bool]) -> None:
         self._due = self._loop.time() + self._silence_s
@@ -264,14 +265,16 @@ class Line(asyncio.Protocol):
         return self._complete and not self._pieces
 
     async def _wait(self, due: float) -> None:
-        self._waiter = self._loop.create_future()
+        waiter = self._waiter = self._loop.create_future()
         self._due = due
         try:
-            await self._waiter
+            await waiter
         finally:
-            self._waiter = None
-            self._due = NEVER
-        if self._silent:
+            mine = self._waiter is waiter
+            if mine:  # else the line was released meanwhile, and is perhaps another's
+                self._waiter = None
+                self._due = NEVER
+        if mine and self._silent:
             self._silent = False
             raise Silent
 
@@ -291,6 +294,8 @@ class Line(asyncio.Protocol):
     def release(self) -> None:
         """The exchange is over: keep the line if its answer was read to its end."""
         transport = self._transport
+        self._wake()
+        self._waiter = self._sink = None  # whoever waits still, waits no longer for this line
         self._busy = False
         unsent = transport is not None and transport.get_write_buffer_size() > 0
         if self.ended and self._keep and not (self._surplus or self._lost or unsent):
@@ -341,18 +346,21 @@ class Pool:
         return line
 
     async def _dial(self, line: Line, hosts: Sequence[str]) -> None:
-        """Connect to the first of ``hosts`` that accepts."""
+        """Connect to the first of ``hosts`` that accepts; one that says nothing gets its share of
+        the time that is left."""
         loop, place = asyncio.get_running_loop(), line.place
+        due = loop.time() + self._connect_timeout_s
         for left in reversed(range(len(hosts))):
             try:
-                await loop.create_connection(
-                    lambda: line,
-                    hosts[-1 - left],
-                    place.port,
-                    ssl=self._tls if place.tls else None,
-                    server_hostname=place.host if place.tls else None,
-                )
-            except OSError:
+                async with asyncio.timeout((due - loop.time()) / (left + 1)):
+                    await loop.create_connection(
+                        lambda: line,
+                        hosts[-1 - left],
+                        place.port,
+                        ssl=self._tls if place.tls else None,
+                        server_hostname=place.host if place.tls else None,
+                    )
+            except OSError:  # TimeoutError is one
                 if not left:
                     raise
             else:

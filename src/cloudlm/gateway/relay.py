@@ -11,6 +11,7 @@ slows the replica down. Must not choose or retry.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any, Protocol, Self
 
 from cloudlm.core.chat import Usage
@@ -125,9 +126,11 @@ class Relay:
             wanted = not self._ready or write(self._hand_over())
             return wanted and not self._over
 
+        here = copy_context()  # what arrives comes in that of the connection: another request's
         try:
             with self._exchange.interrupt:
-                await self._answer.flow(pour, self._settings.idle_timeout_s)
+                silence_s = self._settings.idle_timeout_s
+                await self._answer.flow(lambda piece: here.run(pour, piece), silence_s)
         except CloudlmError as error:
             if isinstance(error, RequestCancelled):
                 self._tell(error)

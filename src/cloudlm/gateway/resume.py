@@ -114,7 +114,12 @@ class Resumer:
         exchange.replica = replica
         rooms.meter.resumed(exchange.model)
         turn = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
-        attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, turn))
+        attempt = Attempt(
+            exchange,
+            rooms.ledger,
+            lambda: rooms.loads.end(replica, turn),
+            lambda: rooms.loads.computed(replica, turn),
+        )
         try:
             answer = await rooms.upstream.send(
                 endpoint,

@@ -55,12 +55,15 @@ class ServedModel:
     beside: tuple[Endpoint, ...] = ()
     split: bool = False
     holds: bool = False
+    to_sleep: bool = False
     target_ongoing_requests: float = 8.0
 
     @property
     def asleep(self) -> bool:
-        """Whether all its replicas sleep."""
-        return bool(self.endpoints) and all(one.weight <= 0 for one in self.endpoints)
+        """Whether all its replicas sleep, or those that come will."""
+        if not self.endpoints:
+            return self.to_sleep
+        return all(one.weight <= 0 for one in self.endpoints)
 
 
 class HiddenModel(ModelNotFound):
@@ -265,6 +268,7 @@ def _served(deployment: Deployment, name: str, endpoints: list[Endpoint]) -> Ser
         beside=tuple(beside),
         split=is_split(taken),
         holds=spec.may_be_none and not spec.asleep,
+        to_sleep=bool(spec.asleep),
         target_ongoing_requests=spec.target_ongoing_requests,
     )
 

@@ -4,7 +4,9 @@ They are *held*: they wait at the gate as others do, in order, each until its de
 no more. This module says which models hold, tells control of the first request at once instead of
 in the next second, and looks for the new endpoint more often than usual. When it is there, requests
 go to it as many at once as the deployment wants at a replica, until nobody waits: a replica that
-was just started must not get the whole herd. Must not start anything or choose a replica.
+was just started must not get the whole herd. Where so many come that always somebody waits, it is
+sent twice as many every few seconds, until it is as any other. Must not start anything or choose a
+replica.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from cloudlm.core.clock import Clock
 from cloudlm.gateway.demand import DemandReporter
@@ -20,10 +23,21 @@ from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.telemetry.logs import get_logger
 
 LOOK_EVERY_S = 0.05
+DOUBLE_EVERY_S = 5.0
+"""How often a replica that was just started is sent twice as many at once, while requests wait."""
 GATHER_S = 0.02
 """How long the first report of a herd waits for the rest of it."""
 
 _log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A model whose requests were held: how many a replica gets ``at_once``, and when that doubles
+    (infinity: it has no replica)."""
+
+    at_once: int
+    double_at: float = math.inf
 
 
 class Waiting:
@@ -38,7 +52,7 @@ class Waiting:
         self._demand = demand
         self._clock = clock
         self.timeout_s = timeout_s
-        self._models: set[str] = set()
+        self._models: dict[str, _Held] = {}
         self._called = asyncio.Event()
         view.on_change.append(self._follow)
 
@@ -50,8 +64,8 @@ class Waiting:
     def hold(self, model: ServedModel) -> None:
         """A request for ``model`` comes to the gate next, to wait for its first replica."""
         if model.name not in self._models:
-            self._models.add(model.name)
-            self._gate.narrow(model.name, math.ceil(model.target_ongoing_requests))
+            held = self._models[model.name] = _Held(math.ceil(model.target_ongoing_requests))
+            self._gate.narrow(model.name, held.at_once)
             _log.info("holding", extra={"fields": {"model": model.name}})
         self._called.set()
 
@@ -79,9 +93,17 @@ class Waiting:
 
     def _let_go(self, models: Mapping[str, ServedModel]) -> None:
         """Models that answer and for which nobody waits are as all others again."""
-        for name in list(self._models):
+        now = self._clock.monotonic()
+        for name, held in list(self._models.items()):
             served = models.get(name)
             answers = served is None or bool(served.endpoints)
             if not self._gate.queued(name) and (answers or not self._gate.ongoing(name)):
-                self._models.discard(name)
+                del self._models[name]
                 self._gate.widen(name)
+            elif not answers:
+                held.double_at = math.inf
+            elif held.double_at == math.inf:
+                held.double_at = now + DOUBLE_EVERY_S
+            elif held.double_at <= now:
+                held.at_once, held.double_at = 2 * held.at_once, now + DOUBLE_EVERY_S
+                self._gate.narrow(name, held.at_once)

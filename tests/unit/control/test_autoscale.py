@@ -226,3 +226,15 @@ def test_the_memory_stays_small(algorithm, ticks):
     assert len(memory.recommendations) <= 11
     assert len(memory.forecast.misses) <= 361
     assert len(memory.forecast.pending) <= 120
+
+
+@EVERY
+def test_a_gateway_that_falls_silent_keeps_the_last_replica(algorithm):
+    spec = replace(by(algorithm, idle_s=20.0), min_replicas=0)
+    memory, current = ScaleMemory(), 1
+    for second in range(10):
+        both = [*load(1, gateway="g1"), *load(0, gateway="g2")]
+        current, memory = autoscale(spec, both, current, memory, float(second))
+    for second in range(10, 60):
+        current, memory = autoscale(spec, load(0, gateway="g2"), current, memory, float(second))
+        assert current == 1

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from cloudlm.control.observe import Seen
 from cloudlm.control.probe import Sample
-from cloudlm.core.deployment import Demand, DeploymentPhase
+from cloudlm.control.scaler import _fleet
+from cloudlm.core.deployment import (
+    Demand,
+    DeploymentPhase,
+    GroupObservation,
+    GroupSpec,
+    Replica,
+    ReplicaState,
+)
 from cloudlm.core.pace import Pace
 from cloudlm.core.scaling import Algorithm, Scaling
 
@@ -150,3 +160,18 @@ async def test_while_requests_wait_for_a_first_replica_passes_follow_quickly(pla
     await asyncio.sleep(0)
     await plane.clock.advance(0.11)
     assert pause.done()
+
+
+def test_replicas_that_get_no_requests_are_no_capacity():
+    spec = GroupSpec("bank-r1", "bank", 1, "models:/bank/1", 2)
+    new = replace(spec, name="bank-r2", revision=2)
+    groups = [
+        GroupObservation(
+            one.name, one, tuple(Replica(f"{one.name}-{n}", ReplicaState.READY) for n in range(2))
+        )
+        for one in (spec, new)
+    ]
+    ready = frozenset(r.id for group in groups for r in group.replicas)
+    seen = Seen(ready=ready)
+    assert _fleet(groups, seen, 2, 0.0, ()).ready == 4
+    assert _fleet(groups, seen, 2, 0.0, {"bank-r2-0", "bank-r2-1"}).ready == 2

@@ -254,3 +254,20 @@ async def test_a_new_replica_lets_in_who_waits(kit: Any) -> None:
         assert (await second).status == 200
         assert not first.done()
         await first
+
+
+def test_those_held_for_a_start_keep_nobody_else_out() -> None:
+    admission = Admission(2, 8)
+    held = [Ticket("cold", "t") for _ in range(5)]
+    for ticket in held:
+        admission.enter(ticket, 0, 0.0)
+    other = Ticket("warm", "t")
+    admission.enter(other, 1, 0.0)
+    assert (other.admitted, admission.total) == (True, 1)
+    assert admission.leave(held.pop(), 0, 0.0) == []
+    assert admission.total == 1
+    assert len(admission.pump("cold", 3)) == 3
+    assert admission.total == 4
+    for ticket in (*held, other):
+        admission.leave(ticket, 3, 1.0)
+    assert (admission.total, admission.ongoing("cold")) == (0, 0)

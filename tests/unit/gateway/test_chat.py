@@ -729,3 +729,24 @@ def _close_shared() -> Any:
         loop.run_until_complete(context.__aexit__(None, None, None))
         loop.close()
         _kept.clear()
+
+
+async def test_what_is_said_of_a_stream_carries_its_own_request_id(
+    rig: Any, kit: Any, monkeypatch: Any
+) -> None:
+    """Events arrive on a connection that an earlier request opened."""
+    from cloudlm.telemetry.logs import request_id_var
+
+    said: list[str | None] = []
+    ended = rig.gateway.meter.request_ended
+
+    def noted(*about: Any) -> None:
+        said.append(request_id_var.get())
+        ended(*about)
+
+    monkeypatch.setattr(rig.gateway.meter, "request_ended", noted)
+    for name in ("first", "second"):
+        headers = {**rig.headers, "x-request-id": name}
+        asking = asyncio.create_task(rig.ask(kit.chat_body(stream=True), headers=headers))
+        assert (await asking).status == 200
+    assert said == ["first", "second"]

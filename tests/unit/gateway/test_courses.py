@@ -285,3 +285,25 @@ async def test_a_cached_answer_after_a_failure_names_no_replica(kit: Any) -> Non
         assert "x-cloudlm-replica" not in result.headers
         rows = {row.outcome: row.replica for row in await rig.rows() if row.attempt == 2}
         assert rows == {Outcome.CACHED: ""}
+
+
+async def test_a_larger_window_is_no_reason_not_to_wait_for_the_first_replica(kit: Any) -> None:
+    async with routed(kit, "chat = cold ^ large") as rig:
+        spec = DeploymentSpec("cold", "models:/m/1", min_replicas=0)
+        await rig.state.put_deployment(spec, now=1.0)
+        await rig.gateway.view.refresh()
+        asking = asyncio.create_task(rig.ask(kit.chat_body(model="chat")))
+        await kit.until(lambda: rig.gateway.admission.queued("cold") == 1)
+        mock = rig.replicas[0]
+        await rig.state.put_endpoints("cold", [Endpoint("cold", mock.name, mock.url, 1)])
+        result = await asking
+        assert (result.status, result.json["model"]) == (200, "cold")
+
+
+async def test_one_that_is_put_to_sleep_before_it_came_says_so(kit: Any) -> None:
+    async with routed(kit, "chat = small") as rig:
+        spec = DeploymentSpec("dozing", "models:/m/1", asleep=True)
+        await rig.state.put_deployment(spec, now=1.0)
+        await rig.gateway.view.refresh()
+        result = await rig.ask(kit.chat_body(model="dozing"))
+        assert "is asleep" in result.json["error"]["message"]

@@ -153,6 +153,19 @@ class TestRefusals:
             assert f"it answered {status}: bad key ***" in reasons(caplog)
             rig.assert_nothing_open()
 
+    @pytest.mark.parametrize("status", [404, 405])
+    async def test_what_it_does_not_offer_says_nothing_of_it(self, kit, tmp_path, status) -> None:
+        async with foreign_rig(kit, tmp_path, 2) as rig:
+            for mock in rig.replicas:
+                mock.default = kit.Plan("status", status=status, error={"error": {"message": "?"}})
+            body = {"model": kit.MODEL, "input": "hi"}
+            result = await rig.ask(body, path="/v1/embeddings")
+            assert result.status == 501
+            assert "not offered" in result.json["error"]["message"]
+            assert sum(len(mock.requests) for mock in rig.replicas) == 1
+            assert not any(rig.gateway.loads.of(mock.name).failures for mock in rig.replicas)
+            rig.assert_nothing_open()
+
     async def test_another_endpoint_answers_instead(self, kit, tmp_path) -> None:
         async with foreign_rig(kit, tmp_path, 2) as rig:
             first, second = rig.replicas

@@ -266,3 +266,43 @@ async def test_tls_to_replicas_is_verified(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
     async with asking(Peer(OK + b"Content-Length: 2\r\n\r\nhi"), ssl=context) as ask:
         assert [await ask(), await ask()] == [b"hi", b"hi"]
+
+
+async def test_a_line_given_back_while_it_pours_is_not_touched_by_who_poured() -> None:
+    """An answer that is ended in the middle of a piece which holds its end too: the line goes to
+    the next request before the first one's task runs again."""
+    body = b"5\r\nhello\r\n"
+    peer = Peer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+    server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    upstream = Upstream(token="t" * 20, connect_timeout_s=1.0)
+    await upstream.open()
+    next_ones: list[asyncio.Task[Any]] = []
+
+    async def ask() -> Any:
+        url = f"http://127.0.0.1:{port}/v1/x"
+        return await upstream.send(url, b"{}", {}, replica="r", timeout_s=60.0, now=0.0)
+
+    try:
+        first = await ask()
+        assert await first.piece(60.0) == b"hello"
+
+        def end(_: bytes) -> bool:
+            next_ones.append(asyncio.create_task(ask()))
+            first.close()
+            return False
+
+        pouring = asyncio.create_task(first.flow(end, 60.0))
+        await asyncio.sleep(0)
+        peer.writers[0].write(body + b"0\r\n\r\n")
+        await pouring
+        second = await asyncio.wait_for(next_ones[0], 10.0)
+        assert await second.piece(60.0) == b"hello"
+        assert peer.connections == 1
+        second.close()
+    finally:
+        await upstream.close()
+        server.close()
+        for writer in peer.writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.01)

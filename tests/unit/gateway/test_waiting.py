@@ -167,3 +167,20 @@ async def test_demand_in_tokens(rig: Any, kit: Any) -> None:
     assert demand.tpot_s >= 0.0
     again = {row.model: row for row in rig.gateway.demand.measure()}[kit.MODEL]
     assert (again.requests_per_s, again.output_tokens_per_s, again.finished_per_s) == (0, 0, 0)
+
+
+async def test_where_always_somebody_waits_more_go_in_after_a_while(rig: Any, kit: Any) -> None:
+    await deploy(rig, target_ongoing_requests=1.0)
+    rig.replicas[0].default = kit.Plan("silence")
+    asking = [asyncio.create_task(rig.ask(kit.chat_body(model=COLD))) for _ in range(8)]
+    await kit.until(lambda: held(rig) == 8)
+    await start(rig)
+    await kit.until(lambda: held(rig) == 7)
+    waiting = rig.gateway.waiting
+    waiting._models[COLD].double_at = 0.0  # that much later
+    await kit.until(lambda: held(rig) == 6)
+    waiting._models[COLD].double_at = 0.0
+    await kit.until(lambda: held(rig) == 4)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)

@@ -30,7 +30,7 @@ NEVER = [
     "ff02::1",
     "255.255.255.255",
     "250.1.1.1",
-    *map(str, METADATA),
+    *sorted(map(str, METADATA)),
 ]
 PRIVATE = [
     "127.0.0.1",

@@ -67,7 +67,7 @@ def autoscale(
         wanted, memory = current, replace(memory, why="a gateway is silent: nothing goes down")
     if signals.busy:
         wanted = max(wanted, 1)
-    elif low == 0:
+    elif low == 0 and (complete or current == 0):
         wanted, memory = _at_rest(spec, wanted, current, memory, now)
     return max(low, min(high, wanted)), memory
 
