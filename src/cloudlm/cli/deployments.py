@@ -392,7 +392,10 @@ def _finish(
         print_json([deployment_body(view.deployment, view.status) for view in found])
         return
     for view in found:
-        say(f"{view.name} is {view.phase} ({view.spec.model})")
+        if view.settled:
+            say(f"{view.name} is {view.phase} ({view.spec.model})")
+        else:  # its phase is of the time before
+            say(f"{view.name} is asked for ({view.spec.model}); see: cloudlm status {view.name}")
 
 
 def _progress_text(state: DeploymentStatus) -> str:

@@ -135,6 +135,10 @@ def _fault(error: Exception) -> str:
         cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
         why = getattr(cause, "verify_message", "") or getattr(cause, "reason", "")
         return f"no trusted TLS: {why or type(cause).__name__}"
+    if isinstance(getattr(error, "os_error", error), ConnectionRefusedError):
+        return "cannot be reached: nothing listens there (connection refused)"
+    if isinstance(error, TimeoutError):
+        return "cannot be reached: no answer in time"
     return f"cannot be reached: {type(error).__name__}"
 
 

@@ -49,7 +49,8 @@ def read_scenario(path: Path, *, seed: int | None = None) -> Scenario:
             raise InvalidRequest(f"{path} is too large for a scenario")
         body = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the scenario {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"the scenario {path} cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         raise InvalidRequest(f"{path} is no YAML: {error}") from None
     try:

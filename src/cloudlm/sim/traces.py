@@ -161,7 +161,8 @@ def _lines(path: Path) -> Iterator[str]:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from file
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the trace {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"the trace {path} cannot be read: {reason}") from None
 
 
 def _read(where: str, name: str, text: str, kind: Callable[[str], Any]) -> Any:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cloudlm.control.autoscale.facts import Fleet, ScaleMemory, Signals
+from cloudlm.control.autoscale.facts import Fleet, Forecast, ScaleMemory, Signals
 from cloudlm.control.autoscale.forecast import observed
 from cloudlm.control.autoscale.windows import stabilised
 from cloudlm.core.deployment import DeploymentSpec
@@ -72,11 +72,20 @@ def by_tokens(
     steady, history = stabilised(
         memory.recommendations, wanted, current, now, spec.scaling.up_window_s, down_s
     )
-    why = (
-        f"tokens: {ahead.load:.3g} requests' work foreseen in {start_s:.3g} s, up to "
-        f"{ahead.margin:.3g} more, {backlog:.3g} for what waits, {slots:g} at each replica{late}"
-    )
+    why = f"tokens: {_said(signals, ahead, backlog, start_s)}, {slots:g} at each replica{late}"
     return steady, replace(memory, forecast=ahead, recommendations=history, why=why)
+
+
+def _said(signals: Signals, ahead: Forecast, backlog: float, start_s: float) -> str:
+    """For people: the work at once that replicas are wanted for."""
+    if ahead.load + ahead.margin + backlog <= 0:
+        return f"{signals.ongoing:g} requests ask" if signals.ongoing else "nobody asks"
+    parts = [f"{ahead.load:.3g} requests at once foreseen in {start_s:.3g} s"]
+    if ahead.margin > 0:
+        parts.append(f"up to {ahead.margin:.3g} more")
+    if backlog > 0:
+        parts.append(f"{backlog:.3g} for what waits")
+    return ", ".join(parts)
 
 
 def needed(
