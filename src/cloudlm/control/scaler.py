@@ -178,7 +178,8 @@ def _fleet(groups: Sequence[GroupObservation], seen: Seen, current: int, wall_s:
     """What is known of the replicas, those of older revisions that still answer included."""
     replicas = [replica for group in groups for replica in group.replicas]
     ready = [one.id for one in replicas if one.id in seen.ready]
-    starting = [one for one in replicas if one.id not in seen.ready | seen.sleeping]
+    known = seen.ready | seen.sleeping
+    starting = [one for one in replicas if one.id not in known]
     ages = [max(wall_s - one.started_at, 0.0) if one.started_at else 0.0 for one in starting]
     expected = max(current - len(ready), 0)
     ages = sorted(ages, reverse=True)[:expected]

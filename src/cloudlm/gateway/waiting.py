@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 
 from cloudlm.core.clock import Clock
+from cloudlm.gateway.capacity import herd_is_over
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.view import ServedModel, Snapshot, View
@@ -82,6 +83,7 @@ class Waiting:
         for name in list(self._models):
             served = models.get(name)
             answers = served is None or bool(served.endpoints)
-            if not self._gate.queued(name) and (answers or not self._gate.ongoing(name)):
+            queued, ongoing = self._gate.queued(name), self._gate.ongoing(name)
+            if herd_is_over(queued, ongoing, answers=answers):
                 self._models.discard(name)
                 self._gate.widen(name)
