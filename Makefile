@@ -72,7 +72,7 @@ bench-gateway: setup
 	@$(BIN)/python bench/gateway/overload.py
 	@$(BIN)/python bench/gateway/memory.py
 
-# Policies against each other in the simulator.
+# Policies against each other in the simulator: routing, autoscaling, spot.
 bench-fleet: setup
 	@$(BIN)/python bench/fleet/run.py --record
 

@@ -14,11 +14,17 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import autoscaling
 import routing
+import spot
 
 RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 TRACES = Path(__file__).parent / "traces"
-PARTS: Mapping[str, Callable[[argparse.Namespace], str]] = {"routing": routing.section}
+PARTS: Mapping[str, Callable[[argparse.Namespace], str]] = {
+    "routing": routing.section,
+    "autoscaling": autoscaling.section,
+    "spot": spot.section,
+}
 BEGIN, END = "<!-- bench-fleet {}: begin -->", "<!-- bench-fleet {}: end -->"
 
 
@@ -37,6 +43,7 @@ def main() -> None:
     ask.add_argument("--traces", type=Path, default=TRACES, help="folder of the recorded traces")
     ask.add_argument("--requests", type=int, default=800, help="requests of a drawn pattern")
     ask.add_argument("--seeds", type=int, default=2, help="how many seeds a pattern is drawn from")
+    ask.add_argument("--short", action="store_true", help="one scaling trace of each kind")
     ask.add_argument("--only", choices=sorted(PARTS), help="one part alone")
     ask.add_argument("--record", action="store_true", help="write into bench/RESULTS.md")
     asked = ask.parse_args()

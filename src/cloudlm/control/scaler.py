@@ -187,7 +187,8 @@ def _fleet(
     as they get requests."""
     replicas = [one for group in groups for one in group.replicas if one.id not in aside]
     ready = [one.id for one in replicas if one.id in seen.ready]
-    starting = [one for one in replicas if one.id not in seen.ready | seen.sleeping]
+    known = seen.ready | seen.sleeping
+    starting = [one for one in replicas if one.id not in known]
     ages = [max(wall_s - one.started_at, 0.0) if one.started_at else 0.0 for one in starting]
     expected = max(current - len(ready), 0)
     ages = sorted(ages, reverse=True)[:expected]

@@ -13,6 +13,7 @@ from cloudlm.core.clock import Clock
 from cloudlm.core.errors import CloudlmError, InvalidRequest
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.admission import Admission, Criticality, Ticket, too_late, turned_away
+from cloudlm.gateway.capacity import Capacities
 from cloudlm.gateway.view import Snapshot
 
 PRIORITY_HEADER = "x-request-priority"
@@ -33,11 +34,8 @@ class Gate:
     ) -> None:
         self._admission = admission
         self._clock = clock
-        self._replica_capacity = replica_capacity
         self._longest_wait_s = longest_wait_s
-        self._capacities: dict[str, int] = {}
-        self._replicas: dict[str, int] = {}
-        self._narrow: dict[str, int] = {}
+        self._capacities = Capacities(replica_capacity)
         self._waiting: dict[Ticket, asyncio.Future[CloudlmError | None]] = {}
 
     @property
@@ -81,7 +79,7 @@ class Gate:
         """Come in, at once or when it is this request's turn; leaves when the exchange leaves the
         model. Raises Overloaded, or what the exchange was cut with."""
         now = self._clock.monotonic()
-        victim = self._admission.enter(ticket, self._capacity(ticket.model), now)
+        victim = self._admission.enter(ticket, self._capacities.of(ticket.model), now)
         exchange.at_leave(lambda: self._leave(ticket))
         if victim is not None:
             self._tell(victim, turned_away())
@@ -103,34 +101,28 @@ class Gate:
 
     def follow(self, view: Snapshot) -> None:
         """Called when the state changed: more replicas hold more."""
-        self._replicas = {name: len(model.endpoints) for name, model in view.models.items()}
+        models = view.models.items()
+        self._capacities.follow({name: len(model.endpoints) for name, model in models})
         self._reckon()
 
     def narrow(self, model: str, at_once: int) -> None:
         """From now on send each replica of ``model`` only so many requests at once."""
-        self._narrow[model] = min(max(at_once, 1), self._replica_capacity)
+        self._capacities.narrow(model, at_once)
         self._reckon()
 
     def widen(self, model: str) -> None:
         """Send each replica of ``model`` as many as any other's again."""
-        if self._narrow.pop(model, None) is not None:
+        if self._capacities.widen(model):
             self._reckon()
 
     def _reckon(self) -> None:
-        """How many each model takes now; lets in who has a place by it."""
-        self._capacities = {
-            name: self._narrow.get(name, self._replica_capacity) * replicas
-            for name, replicas in self._replicas.items()
-        }
-        for name, capacity in self._capacities.items():
+        """Let in who has a place by what each model takes now."""
+        for name in self._capacities:
             if self._admission.queued(name):
-                self._let_in(self._admission.pump(name, capacity))
-
-    def _capacity(self, model: str) -> int:
-        return self._capacities.get(model, 0)
+                self._let_in(self._admission.pump(name, self._capacities.of(name)))
 
     def _leave(self, ticket: Ticket) -> None:
-        capacity = self._capacity(ticket.model)
+        capacity = self._capacities.of(ticket.model)
         self._let_in(self._admission.leave(ticket, capacity, self._clock.monotonic()))
 
     def _let_in(self, tickets: list[Ticket]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloudlm.core.clock import Clock
+from cloudlm.gateway.capacity import herd_is_over
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.view import ServedModel, Snapshot, View
@@ -97,7 +98,8 @@ class Waiting:
         for name, held in list(self._models.items()):
             served = models.get(name)
             answers = served is None or bool(served.endpoints)
-            if not self._gate.queued(name) and (answers or not self._gate.ongoing(name)):
+            queued, ongoing = self._gate.queued(name), self._gate.ongoing(name)
+            if herd_is_over(queued, ongoing, answers=answers):
                 del self._models[name]
                 self._gate.widen(name)
             elif not answers:

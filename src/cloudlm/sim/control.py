@@ -1,52 +1,54 @@
 """Control in virtual time: one pass after the other, with the deciders of ``control.reconcile``.
 
-What a pass does is what the reconciler does: read the demand, ask the autoscaler, ask the plan,
-withdraw endpoints before replicas stop, and let nothing stop before it is drained. A crash loses
-everything but what is written down. Must not decide.
+What a pass does is what the reconciler does: read the demand, ask production's own scaler (which
+measures starts and paces, asks the autoscaler, and says when to look again), ask the plan, withdraw
+endpoints before replicas stop, and let nothing stop before it is drained. A crash loses everything
+but what is written down. Must not decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
-from cloudlm.control.autoscale import ScaleMemory, autoscale
 from cloudlm.control.drain import Drains
+from cloudlm.control.observe import Seen
 from cloudlm.control.plan import Action, Apply, Plan, plan
 from cloudlm.control.probe import UNREACHABLE, ProbeRecord, Sample, Verdict, judge
-from cloudlm.control.scaler import DEMAND_FRESH_S
+from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
 from cloudlm.core.deployment import (
-    Demand,
     Deployment,
     DeploymentSpec,
     Endpoint,
     GroupObservation,
     ReplicaState,
 )
+from cloudlm.core.scaling import DEFAULT_SCALING, Algorithm, check_scaling
 from cloudlm.core.settings import ControlSettings
 from cloudlm.gateway.view import POLL_INTERVAL_S
 from cloudlm.sim.fleet import Fleet, Unit
-from cloudlm.sim.state import SimState
-from cloudlm.sim.timeline import Timeline, WallClock
+from cloudlm.sim.state import ScalerState, SimState
+from cloudlm.sim.timeline import Timeline, WallClock, at_once
 
-Autoscaler = Callable[
-    [DeploymentSpec, Sequence[Demand], int, ScaleMemory, float], tuple[int, ScaleMemory]
-]
-"""As ``control.autoscale.autoscale``."""
+if TYPE_CHECKING:
+    from cloudlm.state.base import State
 
-
-def fixed(
-    spec: DeploymentSpec,
-    demand: Sequence[Demand],
-    current: int,
-    memory: ScaleMemory,
-    now: float,
-) -> tuple[int, ScaleMemory]:
-    """No autoscaler: as many as the spec allows, always."""
-    return spec.max_replicas, memory
+FIXED = "fixed"
+AUTOSCALERS = (*(one.value for one in Algorithm), FIXED)
+"""By the name that a policy gives: the algorithms of production, and as many as the spec allows,
+always."""
 
 
-AUTOSCALERS: Mapping[str, Autoscaler] = {"default": autoscale, "fixed": fixed}
-"""By the name that a scenario gives. ``default`` is what production runs."""
+def scaled(spec: DeploymentSpec, autoscaler: str) -> DeploymentSpec:
+    """The spec under an autoscaler of that name; without one it is what the spec itself says.
+    Raises InvalidRequest for settings that do not go with it."""
+    if not autoscaler:
+        return spec
+    if autoscaler == FIXED:
+        return replace(spec, min_replicas=spec.max_replicas, scaling=DEFAULT_SCALING)
+    scaling = replace(spec.scaling, algorithm=Algorithm(autoscaler))
+    return replace(spec, scaling=check_scaling(scaling))
 
 
 class SimControl:
@@ -55,14 +57,12 @@ class SimControl:
     def __init__(
         self,
         spec: DeploymentSpec,
-        autoscaler: Autoscaler,
         settings: ControlSettings,
         timeline: Timeline,
         state: SimState,
         fleet: Fleet,
     ) -> None:
         self._deployment = Deployment(spec)
-        self._autoscaler = autoscaler
         self._settings = settings
         self._timeline = timeline
         self._state = state
@@ -76,15 +76,19 @@ class SimControl:
 
     def forget(self) -> None:
         """The process was lost, and with it all that it remembered."""
-        self._scale: tuple[int, ScaleMemory] | None = None
+        self._scaler = Scaler(cast("State", ScalerState(self._state)), self.clock)
         self._drains = Drains(self._settings.drain_timeout_s)
         self._records: dict[str, tuple[int, ProbeRecord]] = {}
 
     def run(self) -> None:
-        """One pass, and the next one after the interval."""
-        self._timeline.after(self._settings.reconcile_interval_s, self.run)
-        if not self.down and not self._state.down:
-            self.step()
+        """One pass after the other, as production paces them: sooner while requests are held."""
+        self._timeline.go(self._passes())
+
+    async def _passes(self) -> None:
+        while True:
+            if not self.down and not self._state.down:
+                self.step()
+            await self._scaler.pause(self._settings.reconcile_interval_s)
 
     def step(self) -> None:
         """One pass over everything."""
@@ -96,9 +100,10 @@ class SimControl:
         for unit in stalled:
             self._fleet.crash(unit)  # control has it stopped; its driver starts it again
         demand = self._state.list_demand(self.clock.now() - DEMAND_FRESH_S)
-        current, memory = self._scale or (self._state.wanted, ScaleMemory())
-        wanted, memory = self._autoscaler(spec, demand, current, memory, now)
-        self._scale = wanted, memory
+        at_once(self._scaler.recall())
+        seen = Seen(ready=frozenset(ready), busy=busy)
+        wanted = self._scaler.wanted(self._deployment, demand, groups, seen, self._state.wanted)
+        at_once(self._scaler.save())
         self._state.wanted = self.wanted = wanted
         step = plan(self._deployment, wanted, groups, ready, spec.model)
         self._withdraw(groups, ready, step, now)

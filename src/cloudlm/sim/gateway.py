@@ -7,6 +7,7 @@ for a stream. Must not decide: ``router``, ``admission``, ``retry`` and ``demand
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
@@ -20,6 +21,7 @@ from cloudlm.core.routing import Policy
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.gateway.admission import Admission, Ticket
+from cloudlm.gateway.capacity import Capacities, herd_is_over
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.prefixes import BLOCK_BYTES
@@ -27,6 +29,7 @@ from cloudlm.gateway.retry import RetryBudget, full_jitter
 from cloudlm.gateway.router import choose
 from cloudlm.gateway.view import ServedModel, Snapshot
 from cloudlm.sim.fleet import Fleet
+from cloudlm.sim.holding import Holding
 from cloudlm.sim.measure import Books
 from cloudlm.sim.replica import Work
 from cloudlm.sim.state import SimState
@@ -107,9 +110,18 @@ class _Picture:
         self.follow(())
 
     def follow(self, endpoints: tuple[Endpoint, ...]) -> None:
-        model = ServedModel(self.spec.name, 0.0, endpoints, routing=self.spec.routing)
+        spec = self.spec
+        model = ServedModel(
+            spec.name,
+            0.0,
+            endpoints,
+            routing=spec.routing,
+            holds=spec.may_be_none,
+            target_ongoing_requests=spec.target_ongoing_requests,
+        )
         self._snapshot = Snapshot(0, {model.name: model})
         self.endpoints = endpoints
+        self.model = model
 
     def snapshot(self) -> Snapshot:
         return self._snapshot
@@ -142,6 +154,8 @@ class SimGateway:
         self._admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self._waiting: dict[Ticket, Request] = {}
         self._picture = _Picture(spec)
+        self._capacities = Capacities(settings.replica_capacity)
+        self._holding = Holding(timeline, self._look_out, self._herd_is_over)
         self._coming: deque[Ticket] = deque()
         self._serving = False
         self._numbers = 0
@@ -161,6 +175,7 @@ class SimGateway:
         if endpoints == self._picture.endpoints:
             return
         self._picture.follow(endpoints)
+        self._capacities.follow({self._spec.name: len(endpoints)})
         self.loads.keep_only({endpoint.replica for endpoint in endpoints})
         self._let_in(self._admission.pump(self._spec.name, self._capacity()))
 
@@ -173,16 +188,21 @@ class SimGateway:
         """A client asks."""
         request = Request(arrival, number)
         name, now = self._spec.name, self.timeline.now
-        self._demand.count(name)
+        self._demand.count(name, arrival.prompt_tokens * BYTES_PER_TOKEN)
         self._books.arrived(arrival)
-        if not self._picture.endpoints:
+        held = not self._picture.endpoints
+        if held and not self._picture.model.holds:
             self._end(request, Outcome.REFUSED)
             return
+        if held and self._holding.begin():
+            at_once = math.ceil(self._picture.model.target_ongoing_requests)
+            self._capacities.narrow(name, at_once)
+        limits = self._settings
         ticket = request.ticket = Ticket(
             name,
             arrival.tenant,
             cost=arrival.prompt_tokens + arrival.output_tokens,
-            deadline=now + self._settings.queue_timeout_s,
+            deadline=now + (limits.hold_timeout_s if held else limits.queue_timeout_s),
         )
         try:
             victim = self._admission.enter(ticket, self._capacity(), now)
@@ -205,7 +225,26 @@ class SimGateway:
     # Admission -----------------------------------------------------------------------------------
 
     def _capacity(self) -> int:
-        return self._settings.replica_capacity * len(self._picture.endpoints)
+        return self._capacities.of(self._spec.name)
+
+    def _look_out(self, told: bool) -> bool:
+        """While requests are held: tell control of them at once, and look for replicas. Whether
+        control was told."""
+        if self._state.down:
+            return told
+        if not told:
+            self.report()
+        self.follow(self._state.endpoints)
+        return True
+
+    def _herd_is_over(self) -> bool:
+        """Whether nobody is held any more; its replicas are then sent as many as others."""
+        name, answers = self._spec.name, bool(self._picture.endpoints)
+        admission = self._admission
+        if not herd_is_over(admission.queued(name), admission.ongoing(name), answers=answers):
+            return False
+        self._capacities.widen(name)
+        return True
 
     def _let_in(self, tickets: Sequence[Ticket]) -> None:
         """Serve them one after the other: one that ends at once lets in more."""
@@ -407,8 +446,10 @@ class SimGateway:
             unit.open.pop(attempt, None)
         self.loads.end(attempt.replica, attempt.turn)
         self._books.attempts += 1
+        row = self._row(attempt, outcome, shown)
+        self._demand.ended(row)
         if self._books.rows is not None:
-            self._books.rows.append(self._row(attempt, outcome, shown))
+            self._books.rows.append(row)
 
     def _row(self, attempt: Attempt, outcome: Outcome, shown: int) -> LedgerRow:
         request = attempt.request

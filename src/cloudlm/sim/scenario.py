@@ -18,7 +18,7 @@ from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.fields import Fields
 from cloudlm.core.settings import ControlSettings, GatewaySettings
 from cloudlm.core.wire import spec_from_body
-from cloudlm.sim.control import AUTOSCALERS
+from cloudlm.sim.control import AUTOSCALERS, scaled
 from cloudlm.sim.faults import Fault, FaultKind, check_fault, drawn_faults
 from cloudlm.sim.figures import Figures, bundled, read_figures
 from cloudlm.sim.fleet import PLACERS, Zone
@@ -77,6 +77,7 @@ def _scenario(body: Any, path: Path, seed: int | None) -> Scenario:
         control=_settings(ControlSettings, top.mapping("control", {}), "control"),
         gateways=top.integer("gateways", 1, low=1, high=256),
         warm=top.flag("warm", True),
+        begin_with=top.integer("begin_with", 0, low=0, high=100_000),
         seed=seed,
     )
     common = top.mapping("deployment", {})
@@ -168,12 +169,18 @@ def _policy(body: Any, common: dict[str, Any]) -> Policy:
     given = Fields(body, "a policy", path="policies.")
     own = given.mapping("deployment", {})
     name = given.text("name", low=1, max_length=64)
-    policy = Policy(
-        name,
-        spec_from_body({**DEPLOYMENT, **common, **own}),
-        named(given, "autoscaler", "default", AUTOSCALERS),
-        named(given, "placement", "spread", PLACERS),
-    )
+    spec = spec_from_body({**DEPLOYMENT, **common, **own})
+    algorithm = spec.scaling.algorithm.value
+    autoscaler = named(given, "autoscaler", algorithm, AUTOSCALERS)
+    scaling = {**common, **own}.get("scaling") or {}
+    if scaling.get("algorithm", autoscaler) != autoscaler:
+        raise InvalidRequest(
+            f"the policy {name!r} has autoscaler {autoscaler} and scaling.algorithm {algorithm}; "
+            "leave one of them out",
+            param="policies.autoscaler",
+        )
+    scaled(spec, autoscaler)  # raises for settings that do not go with it
+    policy = Policy(name, spec, autoscaler, named(given, "placement", "spread", PLACERS))
     given.end()
     return policy
 

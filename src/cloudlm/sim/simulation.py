@@ -8,10 +8,11 @@ from itertools import cycle
 from random import Random
 
 from cloudlm.core.deployment import DeploymentSpec
+from cloudlm.core.pace import Pace
 from cloudlm.core.settings import ControlSettings, GatewaySettings
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.gateway.demand import INTERVAL_S
-from cloudlm.sim.control import AUTOSCALERS, SimControl
+from cloudlm.sim.control import SimControl, scaled
 from cloudlm.sim.faults import Fault, Faults
 from cloudlm.sim.figures import Figures
 from cloudlm.sim.fleet import PLACERS, Fleet, Zone
@@ -29,17 +30,19 @@ CHECK_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What is compared: a deployment as a user would write it, who scales it, where replicas go."""
+    """What is compared: a deployment as a user would write it, who scales it (one of
+    ``control.AUTOSCALERS``; empty: as the spec says), where replicas go."""
 
     name: str
     spec: DeploymentSpec
-    autoscaler: str = "default"
+    autoscaler: str = ""
     placement: str = "spread"
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is the same for all policies. ``warm``: the least replicas run when time begins."""
+    """What is the same for all policies. ``warm``: the least replicas run when time begins, or
+    ``begin_with`` if that is more, and how long a start takes was measured with them."""
 
     figures: Figures
     zones: tuple[Zone, ...] = (Zone("zone"),)
@@ -49,6 +52,7 @@ class Setting:
     control: ControlSettings = field(default_factory=ControlSettings)
     gateways: int = 1
     warm: bool = True
+    begin_with: int = 0
     seed: int = 0
     keep_rows: bool = False
 
@@ -100,9 +104,10 @@ class World:
             switchboard,
             switchboard.lost,
         )
+        self._spec = spec = scaled(policy.spec, policy.autoscaler)
+        self._setting = setting
         self.control = SimControl(
-            policy.spec,
-            AUTOSCALERS[policy.autoscaler],
+            spec,
             setting.control,
             timeline,
             self.state,
@@ -111,7 +116,7 @@ class World:
         self.gateways = [
             SimGateway(
                 f"gateway-{number}",
-                policy.spec,
+                spec,
                 setting.gateway,
                 timeline,
                 self.state,
@@ -134,7 +139,12 @@ class World:
             work.gateway.watch(work, produced)
 
     def warm_up(self) -> None:
-        """Have the least replicas run when time begins."""
+        """Have replicas run when time begins."""
+        spec, start_s = self._spec, self._setting.figures.start_s
+        if start_s > 0:
+            pace = Pace(spec.name, spec.model, start_s=start_s)
+            self.state.paces[spec.name, spec.model] = pace
+        self.state.wanted = max(self._setting.begin_with, spec.min_replicas)
         self.fleet.at_once = True
         self.control.step()
         self.timeline.run(0.0)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from random import Random
 
 from cloudlm.core.deployment import Demand, Endpoint
+from cloudlm.core.errors import StorageFailed
+from cloudlm.core.pace import Pace
 from cloudlm.sim.timeline import Timeline
 
 
@@ -36,6 +38,7 @@ class SimState:
         self._followers: list[Callable[[tuple[Endpoint, ...]], None]] = []
         self.endpoints: tuple[Endpoint, ...] = ()
         self.wanted = 0
+        self.paces: dict[tuple[str, str], Pace] = {}
         self.down = False
         self.trouble = Trouble()
 
@@ -68,6 +71,11 @@ class SimState:
         """Reports not older than ``since`` (wall time)."""
         return [one for one in self._demand.values() if one.measured_at >= since]
 
+    def check(self) -> None:
+        """Raises StorageFailed while the store is down."""
+        if self.down:
+            raise StorageFailed("the simulated state store is down")
+
     def _take(self, rows: Sequence[Demand]) -> None:
         if not self.down:
             self._demand.update({(one.model, one.gateway): one for one in rows})
@@ -76,3 +84,26 @@ class SimState:
         if not self.down:
             for follower in self._followers:
                 follower(self.endpoints)
+
+
+class ScalerState:
+    """What ``control.scaler`` asks of the port ``state.base.State``."""
+
+    def __init__(self, state: SimState) -> None:
+        self._state = state
+
+    async def list_demand(self, *, since: float) -> list[Demand]:
+        self._state.check()
+        return self._state.list_demand(since)
+
+    async def demand_mark(self) -> float:
+        self._state.check()
+        return max((one.measured_at for one in self._state.list_demand(0.0)), default=0.0)
+
+    async def put_pace(self, pace: Pace) -> None:
+        self._state.check()
+        self._state.paces[pace.deployment, pace.model] = pace
+
+    async def list_paces(self) -> list[Pace]:
+        self._state.check()
+        return [self._state.paces[key] for key in sorted(self._state.paces)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 EPOCH = 1_700_000_000.0
 """The wall time at which every simulation begins, Unix seconds."""
 
@@ -39,6 +40,14 @@ class Timeline:
         """Do ``action`` in ``delay_s`` seconds."""
         self.at(self.now + delay_s, action, *arguments)
 
+    def go(self, task: Coroutine[float, None, None]) -> None:
+        """Run a coroutine that waits with a ``WallClock`` alone, in virtual time."""
+        try:
+            seconds = task.send(None)
+        except StopIteration:
+            return
+        self.after(seconds, self.go, task)
+
     def run(self, until: float = math.inf) -> None:
         """Do everything up to ``until``, or until somebody sets ``stopped``."""
         heap = self._heap
@@ -49,7 +58,8 @@ class Timeline:
 
 
 class WallClock:
-    """One process's clock on a timeline (the port ``core.clock.Clock``, without waiting)."""
+    """One process's clock on a timeline (the port ``core.clock.Clock``): who sleeps is run by the
+    timeline (``Timeline.go``)."""
 
     __slots__ = ("_timeline", "ahead_s")
 
@@ -65,4 +75,25 @@ class WallClock:
         return self._timeline.now
 
     async def sleep(self, seconds: float) -> None:
-        raise NotImplementedError("nothing waits in virtual time: ask the timeline for a call")
+        await _Sleep(seconds)
+
+
+class _Sleep:
+    """Tells the timeline that runs a coroutine how long to wait."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __await__(self) -> Generator[float, None, None]:
+        yield self._seconds
+
+
+def at_once(task: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine gives that waits for nothing."""
+    try:
+        task.send(None)
+    except StopIteration as end:
+        found: T = end.value
+        return found
+    task.close()
+    raise AssertionError("it waits: have a timeline run it")

@@ -85,7 +85,7 @@ async def test_let_go_only_so_many_at_once_and_in_order(kit: Any) -> None:
         order = [int(text.removeprefix("n")) for text in sent]
         assert all(abs(place - number) <= 1 for place, number in enumerate(order))
         await kit.until(lambda: not rig.gateway.waiting.models)
-        assert rig.gateway.gate._capacity(COLD) == rig.gateway.settings.replica_capacity
+        assert rig.gateway.gate._capacities.of(COLD) == rig.gateway.settings.replica_capacity
 
 
 async def test_a_deadline_that_passes_is_503_and_never_502(kit: Any) -> None:

@@ -39,6 +39,7 @@ def test_a_scenario_is_read(tmp_path: Path) -> None:
     found = scenario(
         tmp_path,
         seed=9,
+        begin_with=2,
         gateway={"queue_timeout_s": 3, "replica_capacity": 8},
         zones=[{"name": "z", "price_per_hour": 3, "most": 4}],
         faults=[{"at": 3, "kind": "zone_loss", "zone": "z"}],
@@ -49,6 +50,8 @@ def test_a_scenario_is_read(tmp_path: Path) -> None:
     assert found.setting.gateway.replica_capacity == 8
     assert found.setting.figures.slots == 4
     assert {one.kind for one in found.setting.faults} == {FaultKind.ZONE_LOSS, FaultKind.CRASH}
+    assert [one.autoscaler for one in found.policies] == ["tokens", "fixed"]
+    assert found.setting.begin_with == 2
     assert found.policies[0].spec.routing.policy is Route.ROUND_ROBIN
     assert list(found.arrivals()) == list(found.arrivals())
     assert [one.at for one in found.setting.faults] == sorted(
@@ -67,6 +70,25 @@ def test_a_scenario_is_read(tmp_path: Path) -> None:
         ({"policies": []}, "at least one"),
         ({"policies": [{"name": "a"}, {"name": "a"}]}, "its own name"),
         ({"policies": [{"name": "a", "autoscaler": "x"}]}, "autoscaler 'x' is unknown"),
+        (
+            {
+                "policies": [
+                    {
+                        "name": "a",
+                        "autoscaler": "hpa",
+                        "deployment": {"scaling": {"algorithm": "kpa"}},
+                    }
+                ]
+            },
+            "has autoscaler hpa and scaling.algorithm kpa",
+        ),
+        (
+            {
+                "deployment": {"scaling": {"target_ttft_ms": 9}},
+                "policies": [{"name": "a", "autoscaler": "kpa"}],
+            },
+            "kpa follows requests at once alone",
+        ),
         ({"policies": [{"name": "a", "deployment": {"max_replicas": 0}}]}, "max_replicas"),
         ({"faults": [{"kind": "crash"}]}, "faults.at"),
         ({"faults": [{"kind": "flood", "at": 1}]}, "must be one of crash, stall"),
