@@ -15,24 +15,19 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from tests.fuzz import bugs
-from tests.fuzz.run import Verdict, judge, shrunk, tried
+from tests.fuzz.run import Verdict, judge, judge_seeds, shrunk, tried
 from tests.fuzz.schedule import draw
 
 _BATCH = 10
 
 
-def _batch(seeds: Sequence[int]) -> list[Verdict]:
-    logging.disable(logging.CRITICAL)
-    return [judge(draw(seed)) for seed in seeds]
-
-
 def _all(seeds: range, jobs: int) -> Iterator[Verdict]:
     batches = [seeds[n : n + _BATCH] for n in range(0, len(seeds), _BATCH)]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for verdicts in pool.imap_unordered(_batch, batches):
+        for verdicts in pool.imap_unordered(judge_seeds, batches):
             yield from verdicts
 
 

@@ -170,7 +170,7 @@ def _all_served(story: Story, told: list[_Told]) -> None:
     kinds = {fault.kind for fault in schedule.faults}
     ill = {fault.who for fault in schedule.faults}
     goes_on = schedule.max_resumes > 0 and len(ill) < schedule.replicas and len(ill) == 1
-    goes_on = goes_on and EVERYBODY not in ill and kinds <= _ONE_REPLICAS and not schedule.control
+    goes_on = goes_on and EVERYBODY not in ill and kinds <= _ONE_REPLICAS
     for one in told:
         ask = one.seen.ask
         free = ask.key < 2 and not one.seen.left and ask.deadline_ms is None

@@ -28,8 +28,6 @@ FAULTS = (
     "gateway_kill",
     "clock_jump",
     "rollout",
-    "control_kill",
-    "scale",
     "revoke",
 )
 
@@ -66,7 +64,7 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """All that a run depends on. ``concurrent``, ``per_minute`` and ``spend`` are the limits of
-    each key (None: none); ``control``: replicas are started by the reconciler."""
+    each key (None: none)."""
 
     seed: int
     replicas: int
@@ -75,7 +73,6 @@ class Schedule:
     hedge_after_s: float
     policy: str
     cached: bool
-    control: bool
     max_resumes: int
     concurrent: tuple[int | None, ...]
     per_minute: tuple[int | None, ...]
@@ -107,7 +104,6 @@ def draw(seed: int, requests: int = 100) -> Schedule:
             ("least_cost", "least_cost", "least_load", "round_robin", "power_of_two")
         ),
         cached=chance.random() < 0.4,
-        control=False,
         max_resumes=chance.choice((3, 3, 1, 0)),
         concurrent=(None, None, chance.choice((None, 1, 3)), chance.choice((None, 2))),
         per_minute=(None, None, chance.choice((None, 10)), chance.choice((None, 15))),

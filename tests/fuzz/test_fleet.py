@@ -86,4 +86,4 @@ def test_a_failing_schedule_is_shrunk() -> None:
         small = shrunk(whole)
         assert judge(small).broken
     assert len(small.asks) == 1
-    assert not small.faults
+    assert len(small.faults) <= 1

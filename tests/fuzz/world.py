@@ -107,7 +107,6 @@ class World:
         self._serving: dict[asyncio.Task[Any], Seen] = {}
         self._trace = hashlib.blake2b(digest_size=8)
         self.revision = 1
-        self.control: Any = None
 
     # The run ------------------------------------------------------------------------------------
 
@@ -125,8 +124,6 @@ class World:
         await self._converged()
         self._leaks()
         await self._end_gateway()
-        if self.control is not None:
-            await self.control.end()
         for row in self.state._ledger.values():
             self.story.rows.setdefault(row.request_id, []).append(row)
         self.story.took_s = self.loop.time()
@@ -159,14 +156,11 @@ class World:
             )
             self.keys.append(minted)
             await self.state.put_key(minted.record)
-        if self.control is not None:
-            await self.control.begin()
-            return
         await self.state.put_deployment(self.spec(1, schedule.replicas), now=EPOCH_S)
         await self.serve([self.new_replica(f"{MODEL}-r1-{n}", 1) for n in range(schedule.replicas)])
 
     def spec(self, version: int, replicas: int) -> DeploymentSpec:
-        """What is asked of control, or what would be."""
+        """What is deployed."""
         schedule = self.schedule
         routing = Routing(Policy(schedule.policy), hedge_after_s=schedule.hedge_after_s)
         return DeploymentSpec(
@@ -380,8 +374,8 @@ class World:
                 if self.story.revoked_at is None:
                     self.story.revoked_at = now
                 await self.state.revoke_key(self.keys[3].record.id, now=self.clock.now())
-            case "rollout" | "scale" | "control_kill":
-                await self._change(fault)
+            case "rollout":
+                await self._roll_out(fault)
             case "network":
                 for one in there[:: 1 + int(fault.how * 2)]:
                     one.cut_until = max(one.cut_until, until)
@@ -392,9 +386,6 @@ class World:
     async def _ill(self, who: Replica, fault: Fault, until: float) -> None:
         if fault.kind == "crash":
             who.crash()
-            if self.control is not None:
-                self.control.crashed(who)
-                return
             await asyncio.sleep(fault.for_s)
             if who.name in self.replicas:
                 who.alive = True
@@ -403,20 +394,18 @@ class World:
         else:
             who.troubles[fault.kind] = (until, fault.how)
 
-    async def _change(self, fault: Fault) -> None:
-        """A roll-out or a change of scale: by control, or as control would have written it."""
-        if self.control is not None:
-            await self.control.change(fault)
-        elif fault.kind == "rollout":
-            self.revision += 1
-            old = [one for one in self.replicas.values() if one.alive]
-            number = self.revision
-            names = [f"{MODEL}-r{number}-{n}" for n in range(self.schedule.replicas)]
-            await self.serve([self.new_replica(name, number) for name in names])
-            await asyncio.sleep(fault.for_s)
-            for one in old:
-                one.crash()
-                self.replicas.pop(one.name, None)
+    async def _roll_out(self, fault: Fault) -> None:
+        """A new revision takes over, as control would have written it; those of the old one are
+        stopped by force after a while."""
+        self.revision += 1
+        old = [one for one in self.replicas.values() if one.alive]
+        number = self.revision
+        names = [f"{MODEL}-r{number}-{n}" for n in range(self.schedule.replicas)]
+        await self.serve([self.new_replica(name, number) for name in names])
+        await asyncio.sleep(fault.for_s)
+        for one in old:
+            one.crash()
+            self.replicas.pop(one.name, None)
 
     # The end --------------------------------------------------------------------------------------
 
@@ -425,8 +414,6 @@ class World:
         self.weather.heal()
         for one in self.replicas.values():
             one.heal()
-        if self.control is not None:
-            await self.control.converged()
         await asyncio.sleep(SETTLE_S)
         probes = []
         for number in range(PROBES):
