@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test setup check format docs starter native fuzz-gateway bench-engine bench-engine-peers bench-gateway bench-fleet clean
+.PHONY: demo test setup check format docs starter native fuzz-gateway fuzz-fleet bench-engine bench-engine-peers bench-gateway bench-fleet clean
 
 setup: $(DEV)
 
@@ -56,6 +56,12 @@ native: $(STAMP)
 # 100,000 malformed requests against the gateway's server; the tests send a few thousand.
 fuzz-gateway: setup
 	@CLOUDLM_FUZZ=100000 $(BIN)/python -m pytest -q --timeout 900 tests/unit/gateway/test_fuzz.py
+
+# The fleet under random faults in virtual time: SEEDS=10000 for the whole, SEED=17 for one again,
+# BUGS=1 plants bugs that must be caught. Sets are alike in all processes (PYTHONHASHSEED).
+SEEDS ?= 1000
+fuzz-fleet: setup
+	@PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz --seeds $(SEEDS) $(if $(SEED),--seed $(SEED)) $(if $(BUGS),--bugs)
 
 # Our engine and every peer that is installed, in one run (about an hour with all of them).
 bench-engine: setup

@@ -1,0 +1,233 @@
+"""What may never be, whatever happened. Must not change what it looks at."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from typing import Any
+
+from tests.fuzz.replicas import PROMPT_TOKENS, right_answer
+from tests.fuzz.schedule import EVERYBODY, KEYS, TENANTS
+from tests.fuzz.world import PEPPER, Seen, Story
+
+from cloudlm.core.price import NANO
+from cloudlm.core.tenant import Outcome
+from cloudlm.security.keys import tenant_mark
+
+RETRY_SHARE, RETRY_FLOOR, HEDGE_SHARE = 0.2, 3, 0.05
+REVOKED_WITHIN_S = 1.0
+REVISIONS = range(1, 10)
+_ONE_REPLICAS = {"crash", "stall", "garbage", "cut", "abort", "error_event"}
+
+
+def check(story: Story) -> list[tuple[str, str]]:
+    """The name of every broken invariant, and how."""
+    told = {id(seen): _Told(seen, story) for seen in (*story.seen, *story.probes)}
+    for one in told.values():
+        _tokens(story, one)
+        _ledger(story, one)
+    _all_served(story, [told[id(seen)] for seen in story.seen])
+    for seen in story.probes:
+        if not told[id(seen)].complete:
+            text = b"".join(seen.pieces)[:200]
+            story.note("convergence", f"after all faults: {seen.status} {seen.ended} {text!r}")
+    _retries(story)
+    _revoked(story)
+    _limits(story, list(told.values()))
+    return story.broken
+
+
+class _Told:
+    """What a client was told, read from its bytes."""
+
+    def __init__(self, seen: Seen, story: Story) -> None:
+        self.seen = seen
+        self.name = f"q{seen.ask.number}"
+        self.text = ""
+        self.error: dict[str, Any] | None = None
+        self.usage: dict[str, Any] | None = None
+        self.done = 0
+        self.finishes = 0
+        self.right = 0
+        body = b"".join(seen.pieces)
+        if seen.status and seen.stream:
+            self._read_stream(body, story)
+        elif seen.status:
+            fields = json.loads(body)
+            self.error = fields.get("error")
+            if self.error is None:
+                self.text = fields["choices"][0]["message"]["content"]
+                self.usage = fields["usage"]
+                self.done = self.finishes = 1
+        self.tokens = self._count(story)
+
+    def _read_stream(self, body: bytes, story: Story) -> None:
+        for part in body.split(b"\n\n"):
+            data = part.removeprefix(b"data: ")
+            if data == b"[DONE]":
+                self.done += 1
+            elif data:
+                try:
+                    self._event(json.loads(data))
+                except (ValueError, KeyError, TypeError):
+                    story.note("tokens", f"{self.name} was sent {data[:80]!r}")
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self.error = event.get("error", self.error)
+        self.usage = event.get("usage") or self.usage
+        for choice in event.get("choices", ()):
+            self.text += choice["delta"].get("content") or ""
+            self.finishes += choice["finish_reason"] is not None
+
+    def _count(self, story: Story) -> int | None:
+        """How many tokens of the right answer it is; None if it is no beginning of it."""
+        for revision in REVISIONS:
+            right = right_answer(
+                self.seen.mark,
+                f"prompt {self.seen.ask.prompt}",
+                revision,
+                self.seen.ask.max_tokens,
+            )
+            text = ""
+            for count, token in enumerate((*right.texts, "")):
+                if text == self.text:
+                    self.right = len(right.texts)
+                    return count
+                text += token
+        return None
+
+    @property
+    def complete(self) -> bool:
+        return self.done == 1 and self.error is None and self.tokens == self.right
+
+
+def _tokens(story: Story, told: _Told) -> None:
+    """No token lost or doubled, none of another tenant, and no end that is none."""
+    name, seen = told.name, told.seen
+    if told.tokens is None:
+        whose = "tenant" if _anothers(told) else "tokens"
+        story.note(whose, f"{name} was told {told.text!r}, no beginning of its own answer")
+        return
+    if told.done > 1 or told.finishes > 1:
+        story.note("tokens", f"{name} ended {told.done} times, finished {told.finishes} times")
+    if told.done and (told.error or not told.finishes or told.tokens != told.right):
+        story.note("tokens", f"{name} ended as if whole after {told.tokens} of {told.right} tokens")
+    if told.done and told.usage and told.usage["completion_tokens"] != told.tokens:
+        story.note("usage", f"{name} was told {told.usage} for {told.tokens} tokens")
+    if seen.stream and seen.ask.usage and told.done and not told.usage:
+        story.note("usage", f"{name} was not told its usage")
+    if seen.stream and seen.ended in ("read", "whole") and not told.done and told.error is None:
+        story.note("tokens", f"{name} was cut off without a word")
+    if told.error is not None and told.error.get("code") == "internal_error":
+        story.note("internal", f"{name}: {told.error}")
+
+
+def _anothers(told: _Told) -> bool:
+    """Whether it is the answer of another tenant."""
+    ask = told.seen.ask
+    marks = {tenant_mark(tenant, PEPPER) for tenant in TENANTS} - {told.seen.mark}
+    return any(
+        told.text.startswith(right_answer(mark, f"prompt {ask.prompt}", revision, 99).texts[0])
+        for mark in marks
+        for revision in REVISIONS
+    )
+
+
+def _ledger(story: Story, told: _Told) -> None:
+    """Exactly one row per attempt, and tokens in rows as many as were relayed."""
+    name, seen = told.name, told.seen
+    rows = story.rows.get(name, [])
+    assert story.upstream is not None
+    sends = sum(send.request_id == name for send in story.upstream.sends) if seen.asked else 0
+    sent = [row for row in rows if row.outcome not in (Outcome.CACHED, Outcome.SEMANTIC)]
+    cut_off = seen.left or seen.killed or story.revoked_at is not None
+    if not sends <= len(sent) <= sends + cut_off:
+        story.note("ledger", f"{name}: {len(sent)} rows for {sends} attempts")
+    numbers = sorted(row.attempt for row in rows)
+    if numbers != list(range(1, len(rows) + 1)):
+        story.note("ledger", f"{name}: attempts {numbers}")
+    counted, seen_tokens = sum(row.completion_tokens for row in rows), told.tokens or 0
+    if counted != seen_tokens and not (seen.killed and counted < seen_tokens):
+        story.note("ledger", f"{name}: {counted} tokens in rows, {seen_tokens} relayed")
+    if told.complete and sum(row.prompt_tokens for row in rows) != PROMPT_TOKENS:
+        story.note("ledger", f"{name}: prompt tokens {[row.prompt_tokens for row in rows]}")
+    finished = sum(row.outcome is Outcome.FINISHED for row in rows)
+    if finished > 1 or (told.complete and not seen.killed and not _good(rows)):
+        story.note("ledger", f"{name}: outcomes {[row.outcome.value for row in rows]}")
+    for row in rows:
+        if row.tenant != KEYS[seen.ask.key]:
+            story.note("tenant", f"{name} of {KEYS[seen.ask.key]} was accounted to {row.tenant}")
+
+
+def _good(rows: list[Any]) -> bool:
+    return any(row.outcome in (Outcome.FINISHED, Outcome.CACHED) for row in rows)
+
+
+def _all_served(story: Story, told: list[_Told]) -> None:
+    """Where nothing hinders it, every request is answered; and a stream that broke goes on while
+    there is a replica that was never ill."""
+    schedule = story.schedule
+    kinds = {fault.kind for fault in schedule.faults}
+    ill = {fault.who for fault in schedule.faults}
+    goes_on = schedule.max_resumes > 0 and len(ill) < schedule.replicas and len(ill) == 1
+    goes_on = goes_on and EVERYBODY not in ill and kinds <= _ONE_REPLICAS
+    for one in told:
+        ask = one.seen.ask
+        free = ask.key < 2 and not one.seen.left and ask.deadline_ms is None
+        if not kinds and free and schedule.queued > 100 and not one.complete:
+            what = b"".join(one.seen.pieces)[:120]
+            story.note("served", f"{one.name} had no answer though nothing failed: {what!r}")
+        if goes_on and one.seen.stream and one.text and not one.seen.left and not one.complete:
+            story.note("resume", f"{one.name} was not gone on with: {one.error}")
+
+
+def _retries(story: Story) -> None:
+    """Attempts within 1.2 times the requests, or a floor, for each life of the gateway."""
+    assert story.upstream is not None
+    first = [send for send in story.upstream.sends if not send.resumed]
+    requests = len({send.request_id for send in first})
+    most = max(RETRY_FLOOR, RETRY_SHARE * requests) + RETRY_FLOOR * (story.lives - 1)
+    if story.schedule.hedge_after_s:
+        most += HEDGE_SHARE * requests
+    if story.took_s > 60:
+        most += RETRY_FLOOR
+    if len(first) - requests > most:
+        story.note("retries", f"{len(first)} attempts at {requests} requests")
+    per_request = Counter(send.request_id for send in first)
+    if per_request and max(per_request.values()) > 3:
+        story.note("retries", f"{per_request.most_common(1)[0]} attempts")
+    resumed = Counter(send.request_id for send in story.upstream.sends if send.resumed)
+    if resumed and max(resumed.values()) > story.schedule.max_resumes:
+        story.note("retries", f"{resumed.most_common(1)[0]} times gone on with")
+
+
+def _revoked(story: Story) -> None:
+    """A revoked key is refused within a second."""
+    calm = not any(fault.kind.startswith("state") for fault in story.schedule.faults)
+    if story.revoked_at is None or not calm:
+        return
+    assert story.upstream is not None
+    names = {f"q{ask.number}" for ask in story.schedule.asks if ask.key == 3}
+    for send in story.upstream.sends:
+        if send.request_id in names and send.at > story.revoked_at + REVOKED_WITHIN_S:
+            story.note("revoked", f"{send.request_id} was sent though its key is revoked")
+
+
+def _limits(story: Story, told: list[_Told]) -> None:
+    """What keys may use at most: at once, in a minute, in money; and what replicas hold at once."""
+    schedule = story.schedule
+    key_of = {one.name: one.seen.ask.key for one in told}
+    spent: dict[int, int] = defaultdict(int)
+    counted: dict[int, set[str]] = defaultdict(set)
+    for name, rows in story.rows.items():
+        for row in rows:
+            spent[key_of[name]] += row.cost
+            counted[key_of[name]].add(name)
+    unsure = any(fault.kind.startswith(("state", "lost")) for fault in schedule.faults)
+    for key in range(len(KEYS)):
+        budget, rate = schedule.spend[key], schedule.per_minute[key]
+        if budget is not None and spent[key] > budget * NANO and not (story.lives > 1 and unsure):
+            story.note("budget", f"key {key} spent {spent[key] / NANO:.4f} of {budget}")
+        short = story.took_s < 60 and story.lives == 1
+        if rate is not None and short and len(counted[key]) > rate:
+            story.note("limits", f"key {key}: {len(counted[key])} requests a minute of {rate}")

@@ -1,0 +1,142 @@
+"""What one seed stands for: a fleet, its load and its faults, as plain data. Must not run them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+LOAD_S = 12.0
+"""Requests arrive within so many seconds, and faults begin there."""
+PROMPTS = 12
+EVERYBODY = -1
+TENANTS = ("red", "blue")
+
+FAULTS = (
+    "crash",
+    "stall",
+    "refuse",
+    "status",
+    "garbage",
+    "cut",
+    "abort",
+    "error_event",
+    "slow",
+    "network",
+    "state_down",
+    "state_hangs",
+    "lost_ack",
+    "gateway_kill",
+    "clock_jump",
+    "rollout",
+    "revoke",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """``kind`` at ``at_s`` for ``for_s`` seconds; ``who`` is a replica's number (EVERYBODY: all)
+    and ``how`` what the kind makes of it: a status, seconds, a share."""
+
+    at_s: float
+    kind: str
+    who: int
+    for_s: float
+    how: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. ``prompt`` is its number: equal ones are equal questions. ``leaves_after_s``:
+    the client goes away then (None: it stays); ``slow_s``: it pauses after each piece."""
+
+    number: int
+    at_s: float
+    key: int
+    prompt: int
+    stream: bool
+    usage: bool
+    max_tokens: int
+    leaves_after_s: float | None
+    slow_s: float
+    deadline_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """All that a run depends on. ``concurrent``, ``per_minute`` and ``spend`` are the limits of
+    each key (None: none)."""
+
+    seed: int
+    replicas: int
+    capacity: int
+    queued: int
+    hedge_after_s: float
+    policy: str
+    cached: bool
+    max_resumes: int
+    concurrent: tuple[int | None, ...]
+    per_minute: tuple[int | None, ...]
+    spend: tuple[float | None, ...]
+    asks: tuple[Ask, ...]
+    faults: tuple[Fault, ...]
+
+
+KEYS = (TENANTS[0], TENANTS[1], TENANTS[0], TENANTS[1])
+"""The tenant of each key. The first two have no limits."""
+
+
+def draw(seed: int, requests: int = 100) -> Schedule:
+    """The schedule of a seed."""
+    chance = random.Random(seed)
+    replicas = chance.choice((1, 2, 2, 3, 3, 4, 6))
+    faults = tuple(
+        sorted((_fault(chance, replicas) for _ in range(chance.randint(0, 6))), key=_when)
+    )
+    hurry = chance.choice((1.0, 1.0, 0.3, 0.05))  # all at once, or spread
+    asks = tuple(_ask(chance, n, hurry) for n in range(requests))
+    return Schedule(
+        seed=seed,
+        replicas=replicas,
+        capacity=chance.choice((2, 8, 64)),
+        queued=chance.choice((5, 1000)),
+        hedge_after_s=chance.choice((0.0, 0.0, 0.0, 0.3)),
+        policy=chance.choice(
+            ("least_cost", "least_cost", "least_load", "round_robin", "power_of_two")
+        ),
+        cached=chance.random() < 0.4,
+        max_resumes=chance.choice((3, 3, 1, 0)),
+        concurrent=(None, None, chance.choice((None, 1, 3)), chance.choice((None, 2))),
+        per_minute=(None, None, chance.choice((None, 10)), chance.choice((None, 15))),
+        spend=(None, None, chance.choice((None, 0.004)), None),
+        asks=asks,
+        faults=faults,
+    )
+
+
+def _when(one: Fault | Ask) -> float:
+    return one.at_s
+
+
+def _ask(chance: random.Random, number: int, hurry: float) -> Ask:
+    return Ask(
+        number=number,
+        at_s=round(chance.random() * LOAD_S * hurry, 4),
+        key=chance.choice((0, 0, 1, 1, 2, 3)),
+        prompt=chance.randrange(PROMPTS),
+        stream=chance.random() < 0.8,
+        usage=chance.random() < 0.5,
+        max_tokens=chance.randint(2, 12),
+        leaves_after_s=round(chance.random() * 2, 4) if chance.random() < 0.08 else None,
+        slow_s=0.05 if chance.random() < 0.05 else 0.0,
+        deadline_ms=chance.choice((200, 2000)) if chance.random() < 0.05 else None,
+    )
+
+
+def _fault(chance: random.Random, replicas: int) -> Fault:
+    return Fault(
+        at_s=round(chance.random() * LOAD_S, 4),
+        kind=chance.choice(FAULTS),
+        who=chance.randrange(replicas) if chance.random() < 0.8 else EVERYBODY,
+        for_s=round(0.1 + chance.random() * 5, 4),
+        how=round(chance.random(), 4),
+    )
