@@ -101,6 +101,14 @@ def test_a_bad_canary_goes_back_and_gets_no_further_request():
     assert gone.shares == {}
 
 
+def test_going_back_gives_nothing_to_one_that_was_given_up_before():
+    aborted = replace(begun(wish()), target=3, rejected=2, order=Order.ABORT)
+    present = {1: 4, 2: 1, 3: 1}
+    decision = decide(wish(3), aborted, Facts(4, present, present), T + 1.0)
+    assert decision.back == "aborted"
+    assert decision.shares == {2: 0.0, 3: 0.0}
+
+
 def test_without_automatic_return_it_stays_and_says_so():
     deployment = wish(auto_rollback=False)
     rollout = begun(deployment)
@@ -200,6 +208,33 @@ def test_blue_green_by_hand_waits_before_the_switch_alone():
     assert decide(deployment, switched.rollout, ready, T + 70.0).rollout.plain
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": Kind.BLUE_GREEN}, {"steps": (Step(100.0, 60.0),)}, {"steps": (Step(50.0, 60.0),)}],
+)
+def test_a_stable_revision_that_answers_takes_over_from_a_target_that_does_not(changes):
+    deployment = wish(**changes)
+    decision = decide(deployment, stable(), facts({1: 4, 2: 4}), T)
+    gone = decide(deployment, decision.rollout, facts({1: 4, 2: 0}), T + 1.0)
+    assert gone.shares == {1: 1.0, 2: 0.0}
+    assert "revision 2 gets 0 % of the requests" in gone.note
+    paused = replace(decision.rollout, paused_at=T + 1.0)
+    assert decide(deployment, paused, facts({1: 4, 2: 0}), T + 2.0).shares == gone.shares
+    both = decide(deployment, decision.rollout, facts({1: 0, 2: 0}), T + 1.0)
+    assert both.shares == decision.shares, "there is nobody who could take over"
+    again = decide(deployment, gone.rollout, facts({1: 4, 2: 1}), T + 2.0)
+    assert again.shares == decision.shares
+
+
+def test_a_target_that_does_not_answer_is_not_promoted():
+    deployment = wish(kind=Kind.BLUE_GREEN)
+    rollout = decide(deployment, stable(), facts({1: 4, 2: 4}), T).rollout
+    over = decide(deployment, rollout, facts({1: 4, 2: 0}), T + 61.0)
+    assert (over.rollout.plain, over.rollout.stage, over.ended) == (False, 1, ())
+    assert over.waits == "a replica of revision 2 that answers"
+    assert decide(deployment, over.rollout, facts({1: 4, 2: 4}), T + 62.0).rollout.plain
+
+
 def test_a_mirror_gets_copies_and_no_request():
     deployment = wish(kind=Kind.MIRROR, mirror_percent=25.0)
     decision = decide(deployment, stable(), facts(), T + 0.0)
@@ -296,6 +331,8 @@ def check(strategy, before, known, decision, now):
     if decision.size is not None:
         limit = stages_of(strategy)[kept.stage]
         assert decision.shares[kept.target] <= limit.share
+        if known.ready.get(kept.stable) and not known.ready.get(kept.target):
+            assert decision.shares[kept.target] == 0.0
         assert kept.under_way
         assert 0 <= decision.size <= known.wanted
         rest = decision.shares.get(kept.stable)
@@ -311,5 +348,5 @@ def check(strategy, before, known, decision, now):
         assert kept.stable and kept.under_way
     if before.paused_at and before.target == kept.target and kept.order is not Order.ABORT:
         assert (kept, decision.back) == (before, "")
-    if before.target == kept.target and not before.plain:
+    if before.target == kept.target and kept.under_way and not before.plain:
         assert kept.stage >= before.stage
