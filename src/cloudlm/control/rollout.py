@@ -113,8 +113,9 @@ def is_staged(strategy: Strategy, rollout: Rollout) -> bool:
 
 
 def size_of(stage: Stage, wanted: int) -> int:
-    """How many replicas of the target a stage has, of ``wanted``."""
-    return math.ceil(wanted * stage.size - 1e-9)
+    """How many replicas of the target a stage has, of ``wanted``: one even of none, for nothing
+    is known of a revision that was never started."""
+    return math.ceil(max(wanted, 1) * stage.size - 1e-9)
 
 
 # The ways ---------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> D
     missing = [f"{math.ceil(left_s)} s more"] if left_s > 0 else []
     if stage.measured:
         missing += lacking(strategy, facts.new)
-    if size and not ready:
+    if not ready:
         missing = [f"a replica of revision {rollout.target} that answers"]
     if missing:
         return _carried(strategy, rollout, stage, facts, waits=", ".join(missing))

@@ -261,9 +261,18 @@ def test_a_rolling_update_is_over_when_nothing_else_is_left():
     assert back.shares == {}, "replicas of both are needed"
 
 
-def test_scaled_to_nothing_there_is_nothing_to_wait_for():
-    decision = decide(wish(), stable(), facts({1: 0, 2: 0}, wanted=0), T + 0.0)
-    assert decision.size == 0
+@pytest.mark.parametrize("kind", [Kind.CANARY, Kind.BLUE_GREEN, Kind.MIRROR])
+def test_scaled_to_nothing_a_revision_is_started_before_it_is_judged(kind):
+    deployment = wish(kind=kind)
+    idle = facts({1: 0, 2: 0}, wanted=0)
+    decision = decide(deployment, stable(), idle, T + 0.0)
+    assert (decision.size, decision.rollout.since) == (1, 0.0)
+    later = decide(deployment, decision.rollout, idle, T + 500.0)
+    assert (later.rollout.since, later.rollout.plain, later.ended) == (0.0, False, ())
+    assert later.waits == "0 of 1 replicas ready"
+
+
+def test_scaled_to_nothing_a_rolling_update_has_nothing_to_wait_for():
     assert decide(wish(kind=Kind.ROLLING), stable(), facts({2: 0}, wanted=0), T + 0.0).ended
 
 
@@ -334,7 +343,7 @@ def check(strategy, before, known, decision, now):
         if known.ready.get(kept.stable) and not known.ready.get(kept.target):
             assert decision.shares[kept.target] == 0.0
         assert kept.under_way
-        assert 0 <= decision.size <= known.wanted
+        assert 1 <= decision.size <= max(known.wanted, 1)
         rest = decision.shares.get(kept.stable)
         assert rest is None or rest + decision.shares[kept.target] == pytest.approx(1.0)
     if kept.rejected in known.present and decision.shares:
