@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cloudlm.core.deployment import Deployment, GroupObservation, GroupSpec
+from cloudlm.core.deployment import Deployment, GroupObservation, GroupSpec, ReplicaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,37 @@ def plan(
     if current is not None and not _runs_same(current, target):
         # A leftover of an earlier deployment of this name: out of the way first.
         return Plan((_delete(current),))
+    if target.endpoints:
+        return _plan_external(target, current, old, ready)
     actions: list[Action] = []
     grown = _grow(target, current, old, wanted + deployment.spec.max_surge)
     if grown is not None:
         actions.append(grown)
     floor = wanted - (1 if deployment.spec.max_surge == 0 else 0)
     actions += _shrink(old, current, wanted, ready, floor)
+    return Plan(tuple(actions))
+
+
+def _plan_external(
+    target: GroupSpec,
+    current: GroupObservation | None,
+    old: Sequence[GroupObservation],
+    ready: Collection[str],
+) -> Plan:
+    """Nothing is started, so all endpoints are there at once. Old groups go whole as soon as one
+    endpoint answers, and each was looked at or as many answer as did before."""
+    whole = replace(target, replicas=len(target.endpoints))
+    actions: list[Action] = []
+    if current is None or current.spec != whole or len(current.replicas) < whole.replicas:
+        actions.append(Apply(whole))
+    seen = () if current is None else current.replicas[: whole.replicas]
+    answering = sum(one.id in ready for one in seen)
+    before = sum(one.id in ready for group in old for one in group.replicas)
+    known = len(seen) == whole.replicas and all(
+        one.id in ready or one.state is not ReplicaState.STARTING for one in seen
+    )
+    if answering and (known or answering >= before):
+        actions += [_delete(group) for group in old]
     return Plan(tuple(actions))
 
 

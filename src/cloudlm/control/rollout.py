@@ -113,8 +113,9 @@ def is_staged(strategy: Strategy, rollout: Rollout) -> bool:
 
 
 def size_of(stage: Stage, wanted: int) -> int:
-    """How many replicas of the target a stage has, of ``wanted``."""
-    return math.ceil(wanted * stage.size - 1e-9)
+    """How many replicas of the target a stage has, of ``wanted``: one even of none, for nothing
+    is known of a revision that was never started."""
+    return math.ceil(max(wanted, 1) * stage.size - 1e-9)
 
 
 # The ways ---------------------------------------------------------------------------------------
@@ -155,6 +156,8 @@ def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> D
     missing = [f"{math.ceil(left_s)} s more"] if left_s > 0 else []
     if stage.measured:
         missing += lacking(strategy, facts.new)
+    if not ready:
+        missing = [f"a replica of revision {rollout.target} that answers"]
     if missing:
         return _carried(strategy, rollout, stage, facts, waits=", ".join(missing))
     if stage.share < 1.0 and not strategy.auto_promote:
@@ -199,10 +202,12 @@ def _onward(strategy: Strategy, rollout: Rollout, stage: int, facts: Facts, now:
 
 def _back(strategy: Strategy, rollout: Rollout, why: str, facts: Facts) -> Decision:
     """To the stable revision. Where that is whole, the target gets no further request."""
-    cut = rollout.target if is_staged(strategy, rollout) else rollout.rejected
+    shares = dict(_without(rollout.rejected, facts))
+    if is_staged(strategy, rollout):
+        shares |= _without(rollout.target, facts)
     reason = f"revision {rollout.target} was rolled back: {why}"
     kept = replace(rollout, reason=reason)
-    return Decision(kept, hold=True, shares=_without(cut, facts), back=why, note=reason)
+    return Decision(kept, hold=True, shares=shares, back=why, note=reason)
 
 
 def _carried(
@@ -213,13 +218,16 @@ def _carried(
     said: str = "",
     waits: str = "",
 ) -> Decision:
-    """Requests as ``stage`` has them, replicas of the target as the present one."""
+    """Requests as ``stage`` has them, replicas of the target as the present one. While none of
+    these answers, but the stable revision does, it takes over: that is what it was kept for."""
     stages, target = stages_of(strategy), rollout.target
-    shares = dict.fromkeys(facts.present, 1.0 - stage.share)
-    shares[target] = stage.share
+    unheard = not facts.ready.get(target) and facts.ready.get(rollout.stable)
+    share = 0.0 if unheard else stage.share
+    shares = dict.fromkeys(facts.present, 1.0 - share)
+    shares[target] = share
     if rollout.rejected:
         shares[rollout.rejected] = 0.0
-    gets = f"{100 * stage.share:g} % of the requests"
+    gets = f"{100 * share:g} % of the requests"
     if stage.mirror:
         gets = f"copies of {100 * stage.mirror:g} % of the requests"
     note = f"step {rollout.stage + 1} of {len(stages)}: revision {target} gets {gets}"

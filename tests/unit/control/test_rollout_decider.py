@@ -101,6 +101,14 @@ def test_a_bad_canary_goes_back_and_gets_no_further_request():
     assert gone.shares == {}
 
 
+def test_going_back_gives_nothing_to_one_that_was_given_up_before():
+    aborted = replace(begun(wish()), target=3, rejected=2, order=Order.ABORT)
+    present = {1: 4, 2: 1, 3: 1}
+    decision = decide(wish(3), aborted, Facts(4, present, present), T + 1.0)
+    assert decision.back == "aborted"
+    assert decision.shares == {2: 0.0, 3: 0.0}
+
+
 def test_without_automatic_return_it_stays_and_says_so():
     deployment = wish(auto_rollback=False)
     rollout = begun(deployment)
@@ -200,6 +208,33 @@ def test_blue_green_by_hand_waits_before_the_switch_alone():
     assert decide(deployment, switched.rollout, ready, T + 70.0).rollout.plain
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": Kind.BLUE_GREEN}, {"steps": (Step(100.0, 60.0),)}, {"steps": (Step(50.0, 60.0),)}],
+)
+def test_a_stable_revision_that_answers_takes_over_from_a_target_that_does_not(changes):
+    deployment = wish(**changes)
+    decision = decide(deployment, stable(), facts({1: 4, 2: 4}), T)
+    gone = decide(deployment, decision.rollout, facts({1: 4, 2: 0}), T + 1.0)
+    assert gone.shares == {1: 1.0, 2: 0.0}
+    assert "revision 2 gets 0 % of the requests" in gone.note
+    paused = replace(decision.rollout, paused_at=T + 1.0)
+    assert decide(deployment, paused, facts({1: 4, 2: 0}), T + 2.0).shares == gone.shares
+    both = decide(deployment, decision.rollout, facts({1: 0, 2: 0}), T + 1.0)
+    assert both.shares == decision.shares, "there is nobody who could take over"
+    again = decide(deployment, gone.rollout, facts({1: 4, 2: 1}), T + 2.0)
+    assert again.shares == decision.shares
+
+
+def test_a_target_that_does_not_answer_is_not_promoted():
+    deployment = wish(kind=Kind.BLUE_GREEN)
+    rollout = decide(deployment, stable(), facts({1: 4, 2: 4}), T).rollout
+    over = decide(deployment, rollout, facts({1: 4, 2: 0}), T + 61.0)
+    assert (over.rollout.plain, over.rollout.stage, over.ended) == (False, 1, ())
+    assert over.waits == "a replica of revision 2 that answers"
+    assert decide(deployment, over.rollout, facts({1: 4, 2: 4}), T + 62.0).rollout.plain
+
+
 def test_a_mirror_gets_copies_and_no_request():
     deployment = wish(kind=Kind.MIRROR, mirror_percent=25.0)
     decision = decide(deployment, stable(), facts(), T + 0.0)
@@ -226,9 +261,18 @@ def test_a_rolling_update_is_over_when_nothing_else_is_left():
     assert back.shares == {}, "replicas of both are needed"
 
 
-def test_scaled_to_nothing_there_is_nothing_to_wait_for():
-    decision = decide(wish(), stable(), facts({1: 0, 2: 0}, wanted=0), T + 0.0)
-    assert decision.size == 0
+@pytest.mark.parametrize("kind", [Kind.CANARY, Kind.BLUE_GREEN, Kind.MIRROR])
+def test_scaled_to_nothing_a_revision_is_started_before_it_is_judged(kind):
+    deployment = wish(kind=kind)
+    idle = facts({1: 0, 2: 0}, wanted=0)
+    decision = decide(deployment, stable(), idle, T + 0.0)
+    assert (decision.size, decision.rollout.since) == (1, 0.0)
+    later = decide(deployment, decision.rollout, idle, T + 500.0)
+    assert (later.rollout.since, later.rollout.plain, later.ended) == (0.0, False, ())
+    assert later.waits == "0 of 1 replicas ready"
+
+
+def test_scaled_to_nothing_a_rolling_update_has_nothing_to_wait_for():
     assert decide(wish(kind=Kind.ROLLING), stable(), facts({2: 0}, wanted=0), T + 0.0).ended
 
 
@@ -296,8 +340,10 @@ def check(strategy, before, known, decision, now):
     if decision.size is not None:
         limit = stages_of(strategy)[kept.stage]
         assert decision.shares[kept.target] <= limit.share
+        if known.ready.get(kept.stable) and not known.ready.get(kept.target):
+            assert decision.shares[kept.target] == 0.0
         assert kept.under_way
-        assert 0 <= decision.size <= known.wanted
+        assert 1 <= decision.size <= max(known.wanted, 1)
         rest = decision.shares.get(kept.stable)
         assert rest is None or rest + decision.shares[kept.target] == pytest.approx(1.0)
     if kept.rejected in known.present and decision.shares:
@@ -311,5 +357,5 @@ def check(strategy, before, known, decision, now):
         assert kept.stable and kept.under_way
     if before.paused_at and before.target == kept.target and kept.order is not Order.ABORT:
         assert (kept, decision.back) == (before, "")
-    if before.target == kept.target and not before.plain:
+    if before.target == kept.target and kept.under_way and not before.plain:
         assert kept.stage >= before.stage
