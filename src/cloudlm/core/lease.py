@@ -8,6 +8,9 @@ tools/leaderelection). So no two clocks are ever compared, and one that jumps ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from cloudlm.core.fields import Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,16 @@ class Lease:
     def same_holding(self, other: Lease) -> bool:
         """Whether both are of one stretch of holding."""
         return (self.holder, self.token) == (other.holder, other.token)
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """Which control leads, as one of them tells it: ``here`` is itself. ``holder`` is empty while
+    nobody does."""
+
+    holder: str
+    token: int
+    here: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +65,14 @@ def may_take(watch: Watch, holder: str, now: float) -> bool:
     renewed for as long as it lasts."""
     lease = watch.lease
     return lease.holder in ("", holder) or now - watch.since >= lease.lasts_s
+
+
+def leader_body(leader: Leader) -> dict[str, Any]:
+    """The leader on the wire."""
+    return {"holder": leader.holder, "token": leader.token, "here": leader.here}
+
+
+def leader_from_body(body: Any) -> Leader:
+    """Raises InvalidRequest for what is none."""
+    fields = Fields(body, "a leader")
+    return Leader(fields.text("holder"), fields.integer("token"), fields.flag("here"))

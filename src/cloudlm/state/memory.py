@@ -164,7 +164,7 @@ class MemoryState(MemoryReleases, MemoryLeases, MemoryAccess, MemoryAudit):
         return summed(query, self._ledger.values())
 
     def fenced(self, lease: Lease) -> State:
-        return cast("State", FencedMemory(self, lease))
+        return cast("State", FencedMemory(self, self._leases, lease))
 
     async def close(self) -> None:
         """Nothing to close; the facts stay readable."""

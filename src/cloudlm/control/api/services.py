@@ -12,9 +12,11 @@ from cloudlm.control.api.caller import Callers
 from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs
+from cloudlm.control.leading import Leadership
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import ModelRegistry
+from cloudlm.control.terms import Terms
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import InvalidRequest, RequestCancelled
 from cloudlm.core.requests import decode_body
@@ -31,7 +33,7 @@ class Services:
     state: State
     registry: ModelRegistry
     drivers: Drivers
-    reconciler: Reconciler
+    reconciler: Reconciler | Terms
     jobs: Jobs
     metrics: ControlMetrics
     pepper: bytes
@@ -39,6 +41,7 @@ class Services:
     callers: Callers
     auditor: Auditor
     oidc: OidcSettings = field(default_factory=OidcSettings)
+    leadership: Leadership | None = None
 
 
 async def read_object(request: Request) -> dict[str, Any]:
