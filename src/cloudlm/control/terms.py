@@ -89,11 +89,10 @@ class Terms:
             term.over.set()
             for task in work:
                 task.cancel()
-            for task in work:
-                with contextlib.suppress(asyncio.CancelledError, CloudlmError):
-                    await task
-            await self._reconciler.close()
-            self._reconciler = None
+            reconciler, self._reconciler = self._reconciler, None
+            # Not one by one with their cancelling suppressed: that would swallow our own.
+            await asyncio.gather(*work, return_exceptions=True)
+            await reconciler.close()
 
     async def _follow(self) -> None:
         leader = self._leadership.leader

@@ -4,19 +4,29 @@ Promise 25."""
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx2
 import pytest
 from rolling_world import Killed, Kills, MortalState, mortal_driver
 
+from cloudlm.control.api.app import build_api
+from cloudlm.control.api.caller import Callers
+from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
-from cloudlm.control.leading import LEASE, Leadership
+from cloudlm.control.first_key import ensure_admin_key
+from cloudlm.control.jobs import Jobs
+from cloudlm.control.leading import LEASE, Leadership, holder_of
 from cloudlm.control.observe import Observer
 from cloudlm.control.standby import Standby
-from cloudlm.control.terms import CheckedDrivers
+from cloudlm.control.terms import CheckedDrivers, Terms
 from cloudlm.core.errors import Superseded, Unavailable
 from cloudlm.drivers.base import Ability, DriverContext
 from cloudlm.drivers.memory import MemoryDriver, MemoryWorld
 
 LASTS_S = 10.0
+PEPPER = b"p" * 32
 
 
 class Control:
@@ -215,3 +225,93 @@ async def test_who_stands_by_gives_up_what_only_its_machine_knows(plane):
         await plane.clock.advance(0.5)
         await standby.step(one.term.lease)
     assert not here.groups
+
+
+async def test_a_control_leads_follows_and_leads_again(plane):
+    leadership = Leadership(plane.state, plane.clock, plane.metrics, "one", LASTS_S)
+    observer = Observer(plane.drivers, plane.prober, plane.clock, 20.0)
+    standby = Standby(plane.drivers, observer, plane.clock, 30.0)
+    jobs = Jobs(plane.state, plane.clock, {}, alone=False)
+    terms = Terms(leadership, plane.drivers, jobs, standby, 0.01, plane.reconciler_of)
+    other = Leadership(plane.state, plane.clock, plane.metrics, "other", LASTS_S)
+    services = Services(
+        state=plane.state,
+        registry=plane.registry,
+        drivers=plane.drivers,
+        reconciler=terms,
+        jobs=jobs,
+        metrics=plane.metrics,
+        pepper=PEPPER,
+        clock=plane.clock,
+        callers=Callers(plane.state, PEPPER, plane.clock),
+        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
+        leadership=leadership,
+    )
+    key = await ensure_admin_key(plane.state, PEPPER, plane.clock)
+    headers = {"authorization": f"Bearer {key}"}
+    transport = httpx2.ASGITransport(app=build_api(services))
+
+    async def until(check):
+        async with asyncio.timeout(20):
+            while not await check():
+                await plane.clock.advance(0.5)
+                await asyncio.sleep(0.001)
+
+    async def looked():
+        return terms.has_looked
+
+    async def serves():
+        return await plane.serving() == ["bank-r1-0"]
+
+    running = asyncio.create_task(terms.run())
+    await plane.ask()
+    async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+        unknown = await client.get("/api/v1/leader", headers=headers)
+        assert unknown.status_code == 503
+        await leadership.beat()
+        await until(looked)
+        await until(serves)
+        assert terms.models_in_use() == {"models:/bank/1"}
+        told = (await client.get("/api/v1/leader", headers=headers)).json()
+        assert told == {"holder": "one", "token": 1, "here": True}
+        await other.beat()
+        await plane.clock.advance(LASTS_S + 1)
+        await other.beat()
+        await leadership.beat()  # overtaken
+        assert leadership.term is None
+
+        async def ended():
+            return not terms.has_looked
+
+        await until(ended)
+        assert (await client.get("/readyz")).status_code == 503, "nobody was seen leading"
+        await other.beat()
+        await leadership.beat()
+        assert (await client.get("/readyz")).status_code == 200
+        told = (await client.get("/api/v1/leader", headers=headers)).json()
+        assert told == {"holder": "other", "token": 2, "here": False}
+        await plane.ask(model="models:/bank/2")
+        for _ in range(20):
+            terms.nudge()
+            await plane.clock.advance(0.5)
+            await asyncio.sleep(0.001)
+        assert plane.world.started == ["bank-r1-0"], "who follows starts nothing"
+        await other.give_back()
+        await leadership.beat()
+
+        async def changed():
+            return await plane.serving() == ["bank-r2-0"]
+
+        await until(changed)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await jobs.close()
+    assert len(set(plane.world.started)) == len(plane.world.started)
+
+
+def test_homes_differ_and_one_home_is_one_holder(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    assert holder_of(one) == holder_of(one) != holder_of(other)
+    assert f":{one}#" in holder_of(one)
