@@ -19,7 +19,7 @@ import pytest
 
 from cloudlm.core.clock import ManualClock, SystemClock
 from cloudlm.core.deployment import GroupObservation, GroupSpec, ReplicaState
-from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, NotSupported
+from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, NotSupported, Superseded
 from cloudlm.core.external import ExternalEndpoint
 from cloudlm.core.plugins import load
 from cloudlm.drivers import procfs
@@ -399,3 +399,30 @@ async def test_following_logs_sees_a_restart_and_ends_with_the_group(bench):
 
     await bench.until(ended)
     await task
+
+
+async def test_orders_of_a_control_that_was_overtaken_are_refused(bench):
+    old, new = bench.driver(), bench.driver()
+    old.fence(1)
+    new.fence(2)
+    await old.apply(SPEC)
+    await bench.until(reach(new, 1))  # a look is enough
+    before = await new.observe(SPEC.name)
+    for order in (
+        old.apply(replace(SPEC, replicas=0)),
+        old.stop_replica(SPEC.name, f"{SPEC.name}-0"),
+        old.delete(SPEC.name),
+    ):
+        with pytest.raises(Superseded, match="token 2"):
+            await order
+    assert [one.id for one in (await old.observe(SPEC.name)).replicas] == [
+        one.id for one in before.replicas
+    ]
+    again = bench.driver()
+    again.fence(2)  # the next control process has a token as great or greater
+    await again.delete(SPEC.name)
+
+    async def gone() -> bool:
+        return await again.groups() == [] or (await again.observe(SPEC.name)).spec is None
+
+    await bench.until(gone)

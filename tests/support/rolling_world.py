@@ -22,6 +22,8 @@ _WRITES = (
     "fix_revision",
     "return_to",
     "remove_deployment",
+    "take_lease",
+    "renew_lease",
 )
 
 
@@ -35,6 +37,7 @@ class Kills:
 
     def __init__(self, at=0, every=0):
         self.count = 0
+        self.at = at
         self._next = at
         self._every = every
 

@@ -26,7 +26,13 @@ from cloudlm.cli.screen import (
     spinner,
 )
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
-from cloudlm.core.errors import CloudlmError, InvalidRequest, error_from_body
+from cloudlm.core.errors import (
+    CloudlmError,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    error_from_body,
+)
 from cloudlm.core.external import EXTERNAL, ExternalEndpoint
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
@@ -180,15 +186,31 @@ def status(
     """Show deployments and their replicas."""
     with control_client() as client:
         found = [client.deployments.get(name)] if name else client.deployments.list()
+        leading = "" if name or json_output else _leading(client)
     if json_output:
         print_json([deployment_body(view.deployment, view.status) for view in found])
         return
     rows = [_status_row(view) for view in found]
     columns = ("NAME", "PHASE", "READY", "MODEL", "REVISION", "MESSAGE")
     print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
+    if leading:
+        print_text(leading)
     if name and found[0].status and found[0].status.replicas:
         print_text("")
         _print_replicas(found[0].status)
+
+
+def _leading(client: Client) -> str:
+    """Who leads, if that is another control than the one that answers; empty if it is that."""
+    try:
+        leader = client.leader()
+    except (NotFound, Unavailable):  # older than this client, or just started
+        return ""
+    if leader.here:
+        return ""
+    if not leader.holder:
+        return "no control leads at this moment: what was asked waits"
+    return f"led by {leader.holder} (token {leader.token}); this control stands by"
 
 
 def _status_row(view: DeploymentView) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from cloudlm.client.calls import Call, NewKey, all_of, nothing, path_of
 from cloudlm.core import wire_access as wire
 from cloudlm.core.access import CustomRole, Grant, Limits, Principal, Project, Tenant
 from cloudlm.core.fields import Fields
+from cloudlm.core.lease import Leader, leader_from_body
 from cloudlm.core.tenant import KeyRecord
 from cloudlm.core.wire_access import KeyRequest
 
@@ -44,6 +45,10 @@ def signin_place() -> Call[Place]:
         return Place(fields.text("issuer"), fields.text("client_id"), fields.text("scopes"))
 
     return Call("GET", path_of("signin"), read, needs_key=False)
+
+
+def leader() -> Call[Leader]:
+    return Call("GET", path_of("leader"), leader_from_body)
 
 
 def whoami() -> Call[Whoami]:

@@ -24,6 +24,7 @@ from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
+from cloudlm.core.lease import Leader
 from cloudlm.core.model import Manifest
 from cloudlm.core.usage import UsageRow
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
@@ -85,6 +86,10 @@ class AsyncClient:
     async def signin_place(self) -> Place:
         """Where people sign in; needs no key. Raises NotFound if nobody does here."""
         return await self.send(access_calls.signin_place())
+
+    async def leader(self) -> Leader:
+        """Which of several controls on one state leads, as the one that is asked knows it."""
+        return await self.send(access_calls.leader())
 
     async def whoami(self) -> Whoami:
         """The key in use and the principal that it speaks for."""

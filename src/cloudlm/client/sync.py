@@ -18,6 +18,7 @@ from cloudlm.client.sync_rollouts import Rollouts
 from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.job import Job
+from cloudlm.core.lease import Leader
 from cloudlm.core.model import Manifest
 from cloudlm.core.usage import UsageRow
 from cloudlm.core.wire import DeploymentView, DriverEntry, ModelEntry
@@ -81,6 +82,10 @@ class Client:
     def signin_place(self) -> Place:
         """Where people sign in; needs no key. Raises NotFound if nobody does here."""
         return self.send(access_calls.signin_place())
+
+    def leader(self) -> Leader:
+        """Which of several controls on one state leads, as the one that is asked knows it."""
+        return self.send(access_calls.leader())
 
     def whoami(self) -> Whoami:
         """The key in use and the principal that it speaks for."""

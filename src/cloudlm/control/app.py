@@ -20,12 +20,16 @@ from cloudlm.control.audit import Auditor
 from cloudlm.control.certificates import Certificates
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, import_kind
+from cloudlm.control.leading import Leadership, holder_of
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import HttpTurner
+from cloudlm.control.observe import Observer
 from cloudlm.control.people import open_people
 from cloudlm.control.probe import HttpProber
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import Progress
+from cloudlm.control.standby import Standby
+from cloudlm.control.terms import Terms
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import BadSetting, Conflict, StorageFailed
 from cloudlm.core.model import Manifest
@@ -96,16 +100,26 @@ async def running(
 
     people = open_people(settings.oidc, state, clock)
     policies = load_policies(settings.access.policies)
-    jobs = Jobs(state, clock, {"import": import_kind(importer)})
+    jobs = Jobs(state, clock, {"import": import_kind(importer)}, alone=False)
     async with (
         HttpProber(settings.control.probe_timeout_s, tls) as prober,
         HttpTurner(home.worker_token(), tls) as turner,
     ):
-        reconciler = Reconciler(
-            state, drivers, registry, prober, clock, settings.control, metrics, turner
+        leadership = Leadership(
+            state, clock, metrics, holder_of(home.path), settings.control.lease_s
         )
-        await jobs.resume()
-        loop = asyncio.create_task(reconciler.run())
+
+        def reconciler(fenced: State, checked: Drivers) -> Reconciler:
+            return Reconciler(
+                fenced, checked, registry, prober, clock, settings.control, metrics, turner
+            )
+
+        observer = Observer(drivers, prober, clock, settings.control.stall_timeout_s)
+        standby = Standby(drivers, observer, clock, settings.control.drain_timeout_s)
+        interval_s = settings.control.reconcile_interval_s
+        terms = Terms(leadership, drivers, jobs, standby, interval_s, reconciler)
+        loop = asyncio.create_task(terms.run())
+        holding = asyncio.create_task(leadership.run())
         pepper = home.pepper()
         auditor = Auditor(state, clock, home.audit_seed(), home.audit_checkpoints)
         tending = [
@@ -116,7 +130,7 @@ async def running(
                 state=state,
                 registry=registry,
                 drivers=drivers,
-                reconciler=reconciler,
+                reconciler=terms,
                 jobs=jobs,
                 metrics=metrics,
                 pepper=pepper,
@@ -126,15 +140,17 @@ async def running(
                 auditor=auditor,
                 credentials=Credentials(home.credentials, os.environ),
                 guard=HostGuard(settings.control.host, settings.control.allowed_origins),
+                leadership=leadership,
             )
         finally:
-            for task in (loop, *tending):
+            # The lease goes last of these: nothing acts any more when another may.
+            for task in (loop, holding, *tending):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-            await reconciler.close()
             await auditor.checkpoint()
             await jobs.close()
+            await leadership.give_back()
             await drivers.close()
 
 

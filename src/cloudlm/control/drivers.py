@@ -23,6 +23,7 @@ class Drivers:
         self._context = context
         self._build = build
         self._built: dict[str, Driver] = {}
+        self._token = 0
 
     def get(self, name: str) -> Driver:
         """The driver. Raises InvalidRequest if there is none of that name, NotSupported if it
@@ -31,7 +32,14 @@ class Drivers:
             builders = self._build or {}
             builder = builders[name] if name in builders else load(GROUP, name)
             self._built[name] = builder(self._context)
+            _fence(self._built[name], self._token)
         return self._built[name]
+
+    def fence(self, token: int) -> None:
+        """Every driver's orders carry this token from now on."""
+        self._token = token
+        for driver in self._built.values():
+            _fence(driver, token)
 
     def in_use(self) -> dict[str, Driver]:
         """Those built so far, by name."""
@@ -52,3 +60,10 @@ class Drivers:
         for driver in self._built.values():
             await driver.close()
         self._built.clear()
+
+
+def _fence(driver: Driver, token: int) -> None:
+    """A plug-in older than tokens notes none; control looks at its lease before orders anyway."""
+    fence = getattr(driver, "fence", None)
+    if fence is not None:
+        fence(token)

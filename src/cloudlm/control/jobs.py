@@ -7,7 +7,6 @@ Must not know what a job does; kinds are given by the assembly.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +24,9 @@ MAX_ATTEMPTS = 3
 _RUNNING_AT_ONCE = 2
 _TELL_INTERVAL_S = 0.5
 _WRITE_ATTEMPTS = 5
+_LOOK_INTERVAL_S = 2.0
+_JOBS_AT_FIRST = 1000
+_JOBS_LATER = 100
 _log = get_logger(__name__)
 
 Report = Callable[[float, str], None]
@@ -48,9 +50,12 @@ class Kind:
 
 @dataclass(slots=True)
 class _Running:
+    state: State
     stop: threading.Event = field(default_factory=threading.Event)
     progress: float = 0.0
     message: str = ""
+    left: bool = False
+    """Whether another control goes on with it."""
 
 
 def import_kind(importer: Importer) -> Kind:
@@ -75,8 +80,12 @@ def import_kind(importer: Importer) -> Kind:
 class Jobs:
     """Submits, runs, cancels and resumes jobs."""
 
-    def __init__(self, state: State, clock: Clock, kinds: Mapping[str, Kind]) -> None:
+    def __init__(
+        self, state: State, clock: Clock, kinds: Mapping[str, Kind], *, alone: bool = True
+    ) -> None:
+        """``alone``: what is submitted runs here at once; else only while ``lead`` runs."""
         self._state = state
+        self._writer: State | None = state if alone else None
         self._clock = clock
         self._kinds = dict(kinds)
         self._slots = asyncio.Semaphore(_RUNNING_AT_ONCE)
@@ -98,7 +107,7 @@ class Jobs:
             f"job-{secrets.token_hex(8)}", kind, dict(checked), created_at=now, updated_at=now
         )
         await self._state.put_job(job)
-        self._start(job)
+        self._start(job)  # if this control leads; else the leader finds it
         return job
 
     async def cancel(self, job_id: str) -> Job:
@@ -121,15 +130,34 @@ class Jobs:
             raise NotFound(f"job {job_id[:80]!r} does not exist")
         return job
 
-    async def resume(self) -> None:
-        """Once, at start: go on with what the control before us left unfinished."""
-        for job in reversed(await self._state.list_jobs(limit=1000)):
+    async def lead(self, state: State) -> None:
+        """Run the jobs of all controls until cancelled, writing to ``state``; what is unfinished
+        then is the next leader's."""
+        self._writer, limit = state, _JOBS_AT_FIRST
+        try:
+            while True:
+                try:
+                    await self.resume(limit)
+                    limit = _JOBS_LATER
+                except CloudlmError as error:
+                    _log.warning("jobs_not_seen", extra={"fields": {"reason": error.message}})
+                await self._clock.sleep(_LOOK_INTERVAL_S)
+        finally:
+            self._writer = None
+            for running in self._running.values():
+                running.left = True
+                running.stop.set()
+
+    async def resume(self, limit: int = 1000) -> None:
+        """Go on with what another control was asked for, or left unfinished."""
+        for job in reversed(await self._state.list_jobs(limit=limit)):
             if job.state.ended or job.id in self._running:
                 continue
             attempts = _attempts(job)
             if job.kind not in self._kinds or attempts >= MAX_ATTEMPTS:
                 error = InternalError(f"interrupted {attempts} times by the end of control")
-                await self._end(replace(job, state=JobState.FAILED, error=error.body()))
+                failed = replace(job, state=JobState.FAILED, error=error.body())
+                await self._end(failed, self._writer or self._state)
                 continue
             self._start(job)
 
@@ -142,7 +170,9 @@ class Jobs:
             await asyncio.wait(self._tasks, timeout=10.0)
 
     def _start(self, job: Job) -> None:
-        self._running[job.id] = _Running()
+        if self._writer is None or job.id in self._running:
+            return
+        self._running[job.id] = _Running(self._writer)
         task = asyncio.create_task(self._run(job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -153,8 +183,10 @@ class Jobs:
             async with self._slots:
                 if not running.stop.is_set():
                     await self._work(job, running)
-                elif not self._closing:
-                    await self._end(replace(job, state=JobState.CANCELLED))
+                elif not (self._closing or running.left):
+                    await self._end(replace(job, state=JobState.CANCELLED), running.state)
+        except Conflict:
+            pass  # it has ended otherwise, or is another control's
         except Exception:
             _log.exception("job_not_recorded", extra={"fields": {"job": job.id}})
         finally:
@@ -169,7 +201,7 @@ class Jobs:
         now = self._clock.now()
         attempts = {"attempts": _attempts(job) + 1}
         job = replace(job, state=JobState.RUNNING, result=attempts, updated_at=now)
-        await self._state.put_job(job)
+        await running.state.put_job(job)
         work = asyncio.create_task(
             asyncio.to_thread(self._kinds[job.kind].work, job.arguments, report)
         )
@@ -177,7 +209,7 @@ class Jobs:
             await self._tell(job, running)
         ended = self._ended(job, work, running)
         if ended is not None:
-            await self._end(ended)
+            await self._end(ended, running.state)
 
     async def _tell(self, job: Job, running: _Running) -> None:
         """Progress is a nicety: that it cannot be written now ends no job."""
@@ -187,8 +219,12 @@ class Jobs:
             message=running.message,
             updated_at=self._clock.now(),
         )
-        with contextlib.suppress(CloudlmError):
-            await self._state.put_job(told)
+        try:
+            await running.state.put_job(told)
+        except Conflict:  # cancelled at another control, or another control's by now
+            running.stop.set()
+        except CloudlmError:
+            pass
 
     def _ended(
         self, job: Job, work: asyncio.Task[Mapping[str, object]], running: _Running
@@ -199,18 +235,20 @@ class Jobs:
         if error is None:
             return replace(told, state=JobState.SUCCEEDED, progress=1.0, result=work.result())
         if isinstance(error, JobStopped):
-            return None if self._closing else replace(told, state=JobState.CANCELLED)
+            return (
+                None if self._closing or running.left else replace(told, state=JobState.CANCELLED)
+            )
         if not isinstance(error, CloudlmError):
             _log.error("job_failed", exc_info=error, extra={"fields": {"job": job.id}})
             error = InternalError("the job failed; see control's log")
         return replace(told, state=JobState.FAILED, message=error.message, error=error.body())
 
-    async def _end(self, job: Job) -> None:
+    async def _end(self, job: Job, state: State) -> None:
         """Write the end; a store that is away for a moment must not lose it."""
         job = replace(job, updated_at=self._clock.now())
         for attempt in range(1, _WRITE_ATTEMPTS + 1):
             try:
-                await self._state.put_job(job)
+                await state.put_job(job)
                 break
             except Conflict:
                 return  # it has ended otherwise

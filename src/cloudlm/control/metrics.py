@@ -35,6 +35,16 @@ class ControlMetrics:
             ["deployment"],
             registry=self._registry,
         )
+        self._leads = Gauge(
+            "cloudlm_control_leads",
+            "1 while this control leads, 0 while another does.",
+            registry=self._registry,
+        )
+        self._token = Gauge(
+            "cloudlm_control_lease_token",
+            "Token of the lease while this control leads; grows with each new leader.",
+            registry=self._registry,
+        )
         self._shown: set[str] = set()
 
     def passed(self, duration_s: float) -> None:
@@ -45,6 +55,11 @@ class ControlMetrics:
 
     def stalled(self) -> None:
         self._stalled.inc()
+
+    def leads(self, token: int) -> None:
+        """With the lease of this token; 0: not any more."""
+        self._leads.set(int(token > 0))
+        self._token.set(token)
 
     def deployment(self, name: str, wanted: int, ready: int) -> None:
         self._shown.add(name)

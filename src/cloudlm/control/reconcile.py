@@ -33,7 +33,7 @@ from cloudlm.core.deployment import (
     Endpoint,
     GroupObservation,
 )
-from cloudlm.core.errors import CloudlmError, InvalidRequest
+from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
 from cloudlm.core.model import parse_ref
 from cloudlm.core.settings import ControlSettings
 from cloudlm.drivers.base import Ability
@@ -81,13 +81,15 @@ class Reconciler:
     # The loop -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Pass after pass until cancelled."""
+        """Pass after pass until cancelled. Raises Superseded once another control leads."""
         while True:
             started = self._clock.monotonic()
             try:
                 await self.step()
                 self.has_looked = True
                 self._metrics.passed(self._clock.monotonic() - started)
+            except Superseded:
+                raise
             except CloudlmError as error:
                 self._metrics.failed()
                 _log.warning("pass_failed", extra={"fields": {"reason": error.message}})
@@ -128,6 +130,8 @@ class Reconciler:
             try:
                 served = {name, *deployment.spec.adapters}
                 await self._converge(deployment, seen, [d for d in demand if d.model in served])
+            except Superseded:
+                raise
             except CloudlmError as error:
                 _log.warning(
                     "deployment_failed",
@@ -188,6 +192,8 @@ class Reconciler:
                     step = self._releases.plan(
                         deployment, decision, wanted, observations, answering, versions
                     )
+            except Superseded:
+                raise
             except CloudlmError as error:
                 problem = error.message
         if fault is None:
@@ -353,6 +359,8 @@ class Reconciler:
                 continue
             try:
                 await self._carry_out(action, drivers.get(name, driver))
+            except Superseded:
+                raise
             except CloudlmError as error:
                 problem = error.message
             except TimeoutError:
@@ -407,6 +415,8 @@ class Reconciler:
                 problem = await self._act(step, DEFAULT, groups, seen)
                 if not groups and self._endpoints is not None:
                     self._endpoints.pop(name, None)
+            except Superseded:
+                raise
             except Exception as error:
                 problem = str(error)
             if problem:
@@ -433,6 +443,8 @@ class Reconciler:
                 try:
                     await driver.stop_replica(group.observation.name, replica.id)
                     self._stopped_stalled[replica.id] = lives[replica.id]
+                except Superseded:
+                    raise
                 except CloudlmError as error:
                     fields["reason"] = error.message
                     _log.warning("replica_not_stopped", extra={"fields": fields})

@@ -22,6 +22,7 @@ errors are translated into this tree once, at the seam where they enter.
     │   └── ModelNotFound 404
     ├── MethodNotAllowed 405
     ├── Conflict 409
+    │   └── Superseded 409           (an order of a control that leads no longer)
     ├── LimitExceeded 429             (retry later)
     │   └── BudgetExceeded 429
     ├── RequestCancelled 499          (the client went away)
@@ -201,6 +202,12 @@ class Conflict(CloudlmError):
     status = 409
     type = "conflict_error"
     code = "conflict"
+
+
+class Superseded(Conflict):
+    """Whoever asked held a lease that another holds by now, and must stop acting at once."""
+
+    code = "superseded"
 
 
 class LimitExceeded(CloudlmError):

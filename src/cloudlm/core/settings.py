@@ -242,6 +242,12 @@ class ControlSettings:
         "Longest wait for a replica's running requests before it is stopped, seconds.",
         low=0.0,
     )
+    lease_s: float = setting(
+        10.0,
+        "Of several controls on one state another leads when the leader was silent for so long, "
+        "seconds.",
+        low=0.5,
+    )
 
 
 @dataclass(frozen=True)

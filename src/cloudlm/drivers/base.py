@@ -31,6 +31,8 @@ class Ability(StrEnum):
     SPOT = "spot"
     KEEPS_RUNNING = "keeps_running"
     """Deleting a group stops nothing there: requests under way go on."""
+    ONLY_HERE = "only_here"
+    """Only a control on this machine, with this home, sees and orders the replicas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,13 @@ class Driver(Protocol):
 
     name: str
     abilities: frozenset[Ability]
+
+    def fence(self, token: int) -> None:
+        """Orders that are given from now on carry this token, that of the lease of whoever gives
+        them. Where a driver can, it notes the greatest token beside what it runs; ``apply``,
+        ``stop_replica`` and ``delete`` with a smaller one raise Superseded and change nothing.
+        Without a call the token is 0."""
+        ...
 
     async def groups(self) -> list[str]:
         """Names of all groups that exist here, also those of an earlier process."""

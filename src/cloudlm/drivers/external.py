@@ -19,6 +19,7 @@ from cloudlm.core.errors import InvalidRequest, NotSupported, StorageFailed
 from cloudlm.core.external import EXTERNAL, ExternalEndpoint
 from cloudlm.drivers.base import Ability, DriverContext
 from cloudlm.drivers.external_look import Looker, Looks, Record
+from cloudlm.drivers.fence import NotedToken
 from cloudlm.drivers.groups import (
     check_group,
     check_group_name,
@@ -58,6 +59,13 @@ class ExternalDriver:
         self._known: dict[str, GroupSpec] | None = None
         self._records: dict[str, Record] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
+        self._leader = NotedToken(context.home / "run" / "external-leader.json")
+        self._token = 0
+
+    def fence(self, token: int) -> None:
+        if token != self._token:
+            self._known = None  # somebody else may have given orders since
+        self._token = token
 
     async def groups(self) -> list[str]:
         return sorted(await self._groups())
@@ -79,6 +87,7 @@ class ExternalDriver:
 
     async def apply(self, spec: GroupSpec) -> None:
         check_group(spec)
+        await self._in_thread(self._leader.check, self._token)
         if spec.replicas > len(spec.endpoints):
             raise InvalidRequest(
                 f"group {spec.name!r} has {len(spec.endpoints)} endpoints and cannot have "
@@ -95,8 +104,10 @@ class ExternalDriver:
 
     async def stop_replica(self, name: str, replica: str) -> None:
         """There is nothing to stop."""
+        await self._in_thread(self._leader.check, self._token)
 
     async def delete(self, name: str) -> None:
+        await self._in_thread(self._leader.check, self._token)
         known = await self._groups()
         spec = known.get(check_group_name(name))
         if spec is not None:

@@ -21,6 +21,7 @@ from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, Replic
 from cloudlm.core.external import endpoints_body
 from cloudlm.drivers import procfs
 from cloudlm.drivers.base import DriverContext
+from cloudlm.drivers.fence import NotedToken
 from cloudlm.drivers.groups import (
     check_same_group,
     group_from_body,
@@ -78,7 +79,8 @@ class _StartFailure:
 
 
 class GuardedReplicas:
-    """All groups under ``home/run``. Methods block and raise OSError or Conflict."""
+    """All groups under ``home/run``. Methods block and raise OSError or Conflict; those that put
+    something right take the token of whoever asks."""
 
     def __init__(
         self, context: DriverContext, command_builder: CommandBuilder, timing: GuardTiming
@@ -91,6 +93,7 @@ class GuardedReplicas:
         self._scheme = "https" if certificate else "http"
         self._command_builder = command_builder
         self._timing = timing
+        self._token = NotedToken(self._run / "leader.json")
         self._lifeline = lifeline_from(context.environment)
         self._lock = threading.RLock()
         self._guards: dict[int, subprocess.Popen[bytes]] = {}
@@ -103,14 +106,14 @@ class GuardedReplicas:
     def groups(self) -> list[str]:
         return sorted(path.parent.name for path in self._run.glob(f"*/{_GROUP_FILE}"))
 
-    def observe(self, name: str) -> GroupObservation:
+    def observe(self, name: str, token: int) -> GroupObservation:
         with self._lock:
             group = self._read_group(name)
             if group is None:
                 return GroupObservation(name, None)
-            guarded = self._settle(group)
+            guarded = self._settle(group) if self._token.allows(token) else self._living(name)
             if group.deleting:
-                if not guarded:
+                if not guarded and self._token.allows(token):
                     self._forget(name)
                     return GroupObservation(name, None)
                 replicas = [self._replica(one) for one in guarded.values()]
@@ -125,8 +128,9 @@ class GuardedReplicas:
                 name, group.spec, tuple(sorted(replicas, key=lambda one: replica_index(one.id)))
             )
 
-    def apply(self, spec: GroupSpec) -> None:
+    def apply(self, spec: GroupSpec, token: int) -> None:
         with self._lock:
+            self._token.check(token)
             group = self._read_group(spec.name)
             exists = group is not None and not group.deleting
             if group is not None and exists:
@@ -136,8 +140,9 @@ class GuardedReplicas:
             self._applied.add(spec.name)
             self._settle(_Group(spec, deleting=False))
 
-    def stop_replica(self, name: str, replica: str) -> None:
+    def stop_replica(self, name: str, replica: str, token: int) -> None:
         with self._lock:
+            self._token.check(token)
             found = self._guarded(name).get(replica)
             if found is None or not found.alive:
                 return
@@ -145,8 +150,9 @@ class GuardedReplicas:
             if child is not None:
                 procfs.send(child, signal.SIGKILL)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, token: int) -> None:
         with self._lock:
+            self._token.check(token)
             group = self._read_group(name)
             if group is None:
                 return
@@ -194,6 +200,10 @@ class GuardedReplicas:
             self._start(group.spec, to_start)
         found = self._guarded(name) if to_start else guarded
         return {replica: one for replica, one in found.items() if one.alive}
+
+    def _living(self, name: str) -> dict[str, _Guarded]:
+        """The guards that live, with nothing put right: another control's business."""
+        return {replica: one for replica, one in self._guarded(name).items() if one.alive}
 
     def _clean_up(self, name: str, one: _Guarded) -> None:
         """After a guard that was killed: nothing it started may live on, nor its files."""

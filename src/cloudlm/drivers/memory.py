@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, ReplicaState
 from cloudlm.core.errors import NotFound
 from cloudlm.drivers.base import Ability, DriverContext
+from cloudlm.drivers.fence import check_token
 from cloudlm.drivers.groups import (
     check_group,
     check_group_name,
@@ -50,7 +51,8 @@ class MemoryWorld:
     """What exists "out there", and the orders that tests give it.
 
     ``start_s``: seconds from start to READY. ``broken``: models whose replicas end at once, with
-    the reason. ``started`` and ``stopped`` list replica ids in order.
+    the reason. ``started`` and ``stopped`` list replica ids in order. ``token`` is the greatest
+    that an order or a look had.
     """
 
     start_s: float = 0.0
@@ -58,6 +60,7 @@ class MemoryWorld:
     started: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     groups: dict[str, _MemoryGroup] = field(default_factory=dict)
+    token: int = 0
 
 
 class MemoryDriver:
@@ -71,6 +74,10 @@ class MemoryDriver:
     def __init__(self, context: DriverContext, world: MemoryWorld | None = None) -> None:
         self._clock = context.clock
         self.world = world if world is not None else MemoryWorld()
+        self._token = 0
+
+    def fence(self, token: int) -> None:
+        self._token = token
 
     # The contract -------------------------------------------------------------------------------
 
@@ -81,11 +88,14 @@ class MemoryDriver:
         group = self.world.groups.get(check_group_name(name))
         if group is None:
             return GroupObservation(name, None)
+        self.world.token = max(self.world.token, self._token)
         replicas = [self._observed(group, one) for one in sorted(group.replicas, key=replica_index)]
         return GroupObservation(name, group.spec, tuple(replicas))
 
     async def apply(self, spec: GroupSpec) -> None:
-        group = self.world.groups.get(check_group(spec).name)
+        check_group(spec)
+        self._check_token()
+        group = self.world.groups.get(spec.name)
         if group is None:
             group = self.world.groups[spec.name] = _MemoryGroup(spec)
         check_same_group(group.spec, spec)
@@ -99,12 +109,16 @@ class MemoryDriver:
                 group.replicas[replica] = self._new_replica(replica)
 
     async def stop_replica(self, name: str, replica: str) -> None:
-        group = self.world.groups.get(check_group_name(name))
+        check_group_name(name)
+        self._check_token()
+        group = self.world.groups.get(name)
         if group is not None and replica in group.replicas:
             self._end(group.replicas[replica], "stopped")
 
     async def delete(self, name: str) -> None:
-        group = self.world.groups.pop(check_group_name(name), None)
+        check_group_name(name)
+        self._check_token()
+        group = self.world.groups.pop(name, None)
         if group is not None:
             self.world.stopped.extend(group.replicas)
 
@@ -146,6 +160,10 @@ class MemoryDriver:
     def say(self, name: str, replica: str, line: str) -> None:
         """Write a line into a replica's log."""
         self.world.groups[name].replicas[replica].log.append(line)
+
+    def _check_token(self) -> None:
+        check_token(self._token, self.world.token)
+        self.world.token = self._token
 
     # Its life -----------------------------------------------------------------------------------
 

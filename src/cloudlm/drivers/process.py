@@ -50,6 +50,7 @@ class ProcessDriver:
             Ability.PER_REPLICA_ADDRESS,
             Ability.RESTARTS_REPLICAS,
             Ability.STOPS_ONE_REPLICA,
+            Ability.ONLY_HERE,
         }
     )
 
@@ -62,22 +63,26 @@ class ProcessDriver:
     ) -> None:
         self._clock = context.clock
         self._replicas = GuardedReplicas(context, command_builder, timing or GuardTiming())
+        self._token = 0
+
+    def fence(self, token: int) -> None:
+        self._token = token
 
     async def groups(self) -> list[str]:
         return await _in_thread(self._replicas.groups)
 
     async def observe(self, name: str) -> GroupObservation:
-        return await _in_thread(self._replicas.observe, check_group_name(name))
+        return await _in_thread(self._replicas.observe, check_group_name(name), self._token)
 
     async def apply(self, spec: GroupSpec) -> None:
         check_group(spec)
-        await _in_thread(self._replicas.apply, spec)
+        await _in_thread(self._replicas.apply, spec, self._token)
 
     async def stop_replica(self, name: str, replica: str) -> None:
-        await _in_thread(self._replicas.stop_replica, check_group_name(name), replica)
+        await _in_thread(self._replicas.stop_replica, check_group_name(name), replica, self._token)
 
     async def delete(self, name: str) -> None:
-        await _in_thread(self._replicas.delete, check_group_name(name))
+        await _in_thread(self._replicas.delete, check_group_name(name), self._token)
 
     async def logs(
         self, name: str, *, replica: str | None = None, tail: int = 100, follow: bool = False

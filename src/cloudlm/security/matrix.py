@@ -183,7 +183,7 @@ def _rows() -> Iterator[Row]:
     for server, paths in _OPEN.items():
         yield from (Row(server, "GET", path, Holder.OPEN) for path in paths)
     yield Row(Server.CONTROL, "GET", f"{PREFIX}/signin", Holder.OPEN)
-    for path in ("/openapi.json", "/whoami"):
+    for path in ("/openapi.json", "/whoami", "/leader"):
         yield Row(Server.CONTROL, "GET", PREFIX + path, Holder.ANY_KEY)
     for line, verb, resource in _CONTROL:
         method, path = line.split()

@@ -12,17 +12,19 @@ from typing import Protocol
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
+from cloudlm.core.lease import Lease
 from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state.access import AccessState
 from cloudlm.state.audit import AuditState
+from cloudlm.state.leases import LeaseState
 from cloudlm.state.releases import ReleaseState
 
 
-class State(AccessState, AuditState, ReleaseState, Protocol):
+class State(AccessState, AuditState, ReleaseState, LeaseState, Protocol):
     """Identities and keys (``state.access``), the audit log (``state.audit``), revisions and
-    roll-outs (``state.releases``), and what follows.
+    roll-outs (``state.releases``), who leads (``state.leases``), and what follows.
 
     All methods raise ``Unavailable`` when the store cannot be reached and ``StorageFailed`` when it
     cannot write (full disk).
@@ -129,6 +131,11 @@ class State(AccessState, AuditState, ReleaseState, Protocol):
 
     async def usage(self, query: UsageQuery) -> list[UsageRow]:
         """Sums of ledger rows, sorted by the names that they are grouped by."""
+        ...
+
+    def fenced(self, lease: Lease) -> State:
+        """The same state for whoever holds ``lease``: each write looks in its own transaction
+        whether the lease is still held with this token, and raises Superseded if not."""
         ...
 
     async def close(self) -> None: ...

@@ -4,6 +4,7 @@ translated. It knows no table but the version row, and no fact."""
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -46,6 +47,7 @@ class Database:
         )
         # SQLite lets one connection write; our own tasks queue here, fairly and without polling.
         self._writer = asyncio.Lock() if self._sqlite else None
+        self._look: Work[None] | None = None
 
     @classmethod
     async def open(cls, address: str, *, busy_timeout_s: float) -> Database:
@@ -63,6 +65,12 @@ class Database:
             await database.close()
             raise
         return database
+
+    def looking_first(self, look: Work[None]) -> Database:
+        """The same connections, where every write does ``look`` first, in its transaction."""
+        made = copy.copy(self)
+        made._look = look
+        return made
 
     @property
     def dialect(self) -> str:
@@ -97,6 +105,8 @@ class Database:
                 async with connection.begin():
                     if alone and not self._sqlite:
                         await connection.execute(sa.select(state_version).with_for_update())
+                    if self._look is not None:
+                        await self._look(connection)
                     return await work(connection)
 
         if self._writer is None:

@@ -7,12 +7,15 @@ anything between reading and writing, so every write is whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
+from cloudlm.core.lease import Lease
 from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
+from cloudlm.state.base import State
 from cloudlm.state.decide import (
     changed_deployment,
     check_job_change,
@@ -27,11 +30,12 @@ from cloudlm.state.documents import (
 )
 from cloudlm.state.memory_access import MemoryAccess
 from cloudlm.state.memory_audit import MemoryAudit
+from cloudlm.state.memory_leases import FencedMemory, MemoryLeases
 from cloudlm.state.memory_releases import MemoryReleases
 from cloudlm.state.usage import summed
 
 
-class MemoryState(MemoryReleases, MemoryAccess, MemoryAudit):
+class MemoryState(MemoryReleases, MemoryLeases, MemoryAccess, MemoryAudit):
     """See ``state.base.State``."""
 
     def __init__(self) -> None:
@@ -170,6 +174,9 @@ class MemoryState(MemoryReleases, MemoryAccess, MemoryAudit):
 
     async def usage(self, query: UsageQuery) -> list[UsageRow]:
         return summed(query, self._ledger.values())
+
+    def fenced(self, lease: Lease) -> State:
+        return cast("State", FencedMemory(self, self._leases, lease))
 
     async def close(self) -> None:
         """Nothing to close; the facts stay readable."""

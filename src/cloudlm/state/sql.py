@@ -16,11 +16,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
 from cloudlm.core.job import Job
+from cloudlm.core.lease import Lease
 from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import LedgerRow
 from cloudlm.core.usage import UsageQuery, UsageRow
 from cloudlm.state import rows as as_rows
 from cloudlm.state import tables
+from cloudlm.state.base import State
 from cloudlm.state.decide import (
     changed_deployment,
     check_job_change,
@@ -35,6 +37,7 @@ from cloudlm.state.documents import (
     plain_job,
 )
 from cloudlm.state.sql_access import bump, one_row
+from cloudlm.state.sql_leases import holding
 from cloudlm.state.sql_releases import SqlReleases
 from cloudlm.state.sql_usage import usage_of, usage_statement
 
@@ -274,6 +277,9 @@ class SqlState(SqlReleases):
     async def usage(self, query: UsageQuery) -> list[UsageRow]:
         statement = usage_statement(query, self._database.dialect)
         return [usage_of(row) for row in await self._database.read(statement)]
+
+    def fenced(self, lease: Lease) -> State:
+        return SqlState(self._database.looking_first(holding(lease)))
 
     async def close(self) -> None:
         """Give all connections back; nothing may be asked afterwards."""

@@ -13,10 +13,10 @@ from cloudlm.core.tenant import LedgerRow
 from cloudlm.state import releases, tables
 from cloudlm.state import rows as as_rows
 from cloudlm.state.sql_access import bump, one_row
-from cloudlm.state.sql_audit import SqlAudit
+from cloudlm.state.sql_leases import SqlLeases
 
 
-class SqlReleases(SqlAudit):
+class SqlReleases(SqlLeases):
     """The revisions and roll-outs of ``SqlState``."""
 
     async def list_revisions(self, name: str) -> list[Revision]:

@@ -137,6 +137,16 @@ rollouts = sa.Table(
     sa.Column("document", sa.Text, nullable=False),
 )
 
+leases = sa.Table(
+    "leases",
+    metadata,
+    _text("name", key=True),
+    _text("holder"),
+    _whole("token"),
+    _whole("renewals"),
+    _number("lasts_s"),
+)
+
 endpoints = sa.Table(
     "endpoints",
     metadata,

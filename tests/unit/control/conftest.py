@@ -166,9 +166,13 @@ class Plane:
         }
         self.drivers = Drivers(context, build)
         self.metrics = ControlMetrics()
-        self.reconciler = Reconciler(
-            self.state,
-            self.drivers,
+        self.reconciler = self.reconciler_of(self.state, self.drivers)
+        self.jobs = Jobs(self.state, self.clock, {"import": Kind(import_from_body, self._import)})
+
+    def reconciler_of(self, state, drivers):
+        return Reconciler(
+            state,
+            drivers,
             self.registry,
             self.prober,
             self.clock,
@@ -176,7 +180,6 @@ class Plane:
             self.metrics,
             self.turner,
         )
-        self.jobs = Jobs(self.state, self.clock, {"import": Kind(import_from_body, self._import)})
 
     def _import(self, arguments, report):
         report(0.5, "copying")

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from cloudlm.control.jobs import MAX_ATTEMPTS, Jobs, Kind, import_kind
+from cloudlm.control.jobs import MAX_ATTEMPTS, Jobs, JobStopped, Kind, import_kind
 from cloudlm.core.clock import ManualClock
 from cloudlm.core.errors import BrokenModel, InvalidRequest, NotFound
 from cloudlm.core.job import Job, JobState
@@ -168,3 +168,68 @@ async def test_an_import_tells_bytes_as_a_share_and_names_its_version():
     assert seen == [("/models/bank", "bank", None)]
     assert reported == [(0.0, "looking"), (0.5, "copying")]
     assert result == {"model": "models:/bank/3", "name": "bank", "version": 3}
+
+
+async def test_of_several_controls_the_leader_runs_what_any_was_asked_for():
+    state, clock, ran = MemoryState(), ManualClock(), []
+
+    def work(arguments, report):
+        ran.append(arguments["n"])
+        return {}
+
+    kinds = {"work": Kind(lambda a: a, work)}
+    leading, other = (Jobs(state, clock, kinds, alone=False) for _ in range(2))
+    submitted = await other.submit("work", {"n": 1})
+    await asyncio.sleep(0)
+    assert (await other.get(submitted.id)).state is JobState.QUEUED
+    lead = asyncio.create_task(leading.lead(state))
+    job = await ended(leading, submitted.id)
+    assert (job.state, ran) == (JobState.SUCCEEDED, [1])
+    await ended(leading, (await leading.submit("work", {"n": 2})).id)
+    later = await other.submit("work", {"n": 3})
+    await clock.advance(2.5)
+    await ended(leading, later.id)
+    assert ran == [1, 2, 3]
+    lead.cancel()
+    await asyncio.gather(lead, return_exceptions=True)
+    await leading.close()
+
+
+async def test_a_cancel_at_another_control_stops_it_and_a_new_leader_goes_on_with_the_rest():
+    state, clock = MemoryState(), ManualClock()
+    began, stopped = threading.Semaphore(0), []
+
+    def work(arguments, report):
+        began.release()
+        try:
+            while True:
+                report(0.5, "half way")
+                threading.Event().wait(0.01)
+        except JobStopped:
+            stopped.append(arguments["n"])
+            raise
+
+    kinds = {"work": Kind(lambda a: a, work)}
+    leading, other = (Jobs(state, clock, kinds, alone=False) for _ in range(2))
+    lead = asyncio.create_task(leading.lead(state))
+    await asyncio.sleep(0)
+    first = await leading.submit("work", {"n": 1})
+    await asyncio.to_thread(began.acquire)
+    await other.cancel(first.id)
+    async with asyncio.timeout(10):
+        while stopped != [1]:
+            await asyncio.sleep(0.01)
+    assert (await other.get(first.id)).state is JobState.CANCELLED
+    second = await leading.submit("work", {"n": 2})
+    await asyncio.to_thread(began.acquire)
+    lead.cancel()
+    await asyncio.gather(lead, return_exceptions=True)
+    await leading.close()
+    assert stopped == [1, 2]
+    assert (await other.get(second.id)).state is JobState.RUNNING, "the next leader's"
+    lead = asyncio.create_task(other.lead(state))
+    await asyncio.to_thread(began.acquire)
+    assert (await other.get(second.id)).result == {"attempts": 2}
+    lead.cancel()
+    await asyncio.gather(lead, return_exceptions=True)
+    await other.close()

@@ -36,6 +36,7 @@ from cloudlm.core.errors import (
     Unavailable,
     UnprocessableRequest,
 )
+from cloudlm.core.lease import Leader, leader_body
 from cloudlm.core.wire import driver_body
 from cloudlm.core.wire_access import key_body, principal_body
 from cloudlm.security.matrix import PREFIX
@@ -108,6 +109,15 @@ def _own_routes(services: Services) -> APIRouter:
         principal = caller.directory.principal(caller.key.principal)
         assert principal is not None  # a key without its principal is refused
         return JSONResponse({"key": key_body(caller.key), "principal": principal_body(principal)})
+
+    @router.get("/leader", summary="Which control leads", tags=["leader"])
+    async def leader() -> Response:
+        leadership = services.leadership
+        lease = None if leadership is None else leadership.leader
+        if leadership is None or lease is None:
+            raise Unavailable("this control has not seen yet who leads", retry_after_s=1.0)
+        here = leadership.term is not None
+        return JSONResponse(leader_body(Leader(lease.holder, lease.token, here)))
 
     return router
 

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from cloudlm.control.api.schemas import ALIAS, IMPORT
 from cloudlm.control.api.services import Services, body_of, read_object
+from cloudlm.core.deployment import Deployment
 from cloudlm.core.errors import CloudlmError, Conflict
 from cloudlm.core.model import Manifest, ModelRef, check_alias, check_name, parse_ref
 from cloudlm.core.wire import ModelEntry, alias_from_body, job_body, model_body
@@ -85,6 +86,19 @@ async def _demand_unused(services: Services, manifest: Manifest) -> None:
             raise Conflict(f"{manifest.ref} is used by deployment {name!r}; delete that first")
     if manifest.ref in services.reconciler.models_in_use():
         raise Conflict(f"{manifest.ref} still runs in a replica; try again when it has stopped")
+    for deployment in await services.state.list_deployments():
+        await _demand_not_rolled_out(services, deployment, manifest.ref)
+
+
+async def _demand_not_rolled_out(services: Services, deployment: Deployment, ref: str) -> None:
+    """Raise Conflict if a revision that may run, here or under another control, runs the version
+    that its addresses meant then."""
+    name = deployment.spec.name
+    rollout = await services.state.get_rollout(name)
+    needed = {deployment.revision, *((rollout.stable, rollout.target) if rollout else ())}
+    for one in await services.state.list_revisions(name):
+        if one.number in needed and ref in (one.model, *one.adapters.values()):
+            raise Conflict(f"{ref} is used by revision {one.number} of deployment {name!r}")
 
 
 async def _resolves_to(services: Services, model: str, manifest: Manifest) -> bool:

@@ -12,9 +12,11 @@ from cloudlm.control.api.caller import Callers
 from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs
+from cloudlm.control.leading import Leadership
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.registry import ModelRegistry
+from cloudlm.control.terms import Terms
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import InvalidRequest, RequestCancelled
 from cloudlm.core.requests import decode_body
@@ -33,7 +35,7 @@ class Services:
     state: State
     registry: ModelRegistry
     drivers: Drivers
-    reconciler: Reconciler
+    reconciler: Reconciler | Terms
     jobs: Jobs
     metrics: ControlMetrics
     pepper: bytes
@@ -44,6 +46,7 @@ class Services:
     credentials: Credentials | None = None
     """The keys of external endpoints; without them none is known here."""
     guard: HostGuard = field(default_factory=lambda: HostGuard("0.0.0.0"))  # noqa: S104
+    leadership: Leadership | None = None
 
 
 async def read_object(request: Request) -> dict[str, Any]:
