@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,6 +34,10 @@ BytesProgress = Callable[[int, int, str], None]
 
 # They reorder what is shown, so that a text can look like another (Unicode TR 36).
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+_UNBROKEN = "\u00a0"  # a space at which no cell is folded; shown as a common one
+_GAP = 2
+_NEVER_FOLDED = frozenset({"NAME", "ID"})
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 talk = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -55,29 +61,130 @@ def print_text(text: str, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
+def print_folded(text: str) -> None:
+    """Lines on standard output; a terminal shows those too long for it folded between words."""
+    for line in text.splitlines():
+        pieces = [line]
+        if out.is_terminal and cell_len(line) > out.width:
+            pieces = textwrap.wrap(
+                line,
+                out.width,
+                subsequent_indent="  ",
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        out.print(_harmless("\n".join(pieces), keep="\n"))
+
+
 def print_marked(mark: str, style: str, rest: str, end: str = "\n") -> None:
     """A line on standard output that begins with a mark, coloured on a terminal."""
     out.print(Text.assemble((mark, style), rest), end=end)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
+def unbroken(text: str) -> str:
+    """``text`` as a piece of a cell that is folded before and after, but not within."""
+    return text.replace(" ", _UNBROKEN)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    empty: str,
+    whole: Collection[str] = _NEVER_FOLDED,
+) -> None:
     """A table on standard output; ``empty`` on standard error if there is nothing to show.
 
-    A terminal folds long cells; elsewhere every row is one line, however long.
+    A terminal folds long cells between words, and within a word only where the words of all
+    columns together are wider than it; the columns in ``whole`` never. Elsewhere every row is one
+    line, however long.
     """
     if not rows:
         say(empty)
         return
     cells = [["" if cell is None else _harmless(str(cell)) for cell in row] for row in rows]
+    lines = [list(columns), *cells]
     if not out.is_terminal:
-        _print_aligned([list(columns), *cells])
+        _print_aligned([[cell.replace(_UNBROKEN, " ") for cell in row] for row in lines])
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=column in ("NAME", "ID"), overflow="fold")
+    widths = _widths(lines, whole, out.width)
+    table = Table(
+        box=None,
+        show_edge=False,
+        padding=(0, _GAP, 0, 0),
+        pad_edge=False,
+        header_style="bold",
+        width=sum(widths) + _GAP * (len(widths) - 1),
+    )
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(Text(_folded(column, width)), width=width, overflow="fold")
     for row in cells:
-        table.add_row(*[Text(cell) for cell in row])
-    out.print(table, soft_wrap=False)
+        pairs = zip(row, widths, strict=True)
+        table.add_row(*[Text(_folded(cell, width)) for cell, width in pairs])
+    out.print(table, soft_wrap=False, crop=False)
+
+
+def print_across(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table of numbers whose columns are many: as many beside each other as the terminal holds,
+    the others below, each time after the first column."""
+    wide = out.width if out.is_terminal else sys.maxsize
+    first, *others = zip(columns, *rows, strict=True)
+    shown: list[tuple[Any, ...]] = [first]
+    for column in others:
+        if len(shown) > 1 and sum(_width(one) + _GAP for one in (*shown, column)) - _GAP > wide:
+            _print_columns(shown)
+            print_text("")
+            shown = [first]
+        shown.append(column)
+    _print_columns(shown)
+
+
+def _print_columns(columns: Sequence[Sequence[Any]]) -> None:
+    head, *rows = zip(*columns, strict=True)
+    print_table(head, rows, "", whole=head)
+
+
+def _width(cells: Sequence[Any]) -> int:
+    return max(cell_len(_harmless(str(cell))) for cell in cells)
+
+
+def _widths(rows: Sequence[Sequence[str]], whole: Collection[str], most: int) -> list[int]:
+    """How wide each column is so that all are within ``most``, if they can be: short columns as
+    they are, long ones folded between words, the longest words within."""
+    head = rows[0]
+    wished = [_width(column) for column in zip(*rows, strict=True)]
+    words = [_longest_word(column) for column in zip(*rows, strict=True)]
+    least = [
+        wide if name in whole else word
+        for name, wide, word in zip(head, wished, words, strict=True)
+    ]
+    room = most - _GAP * (len(head) - 1)
+    if sum(least) <= room:
+        return _levelled(least, wished, room)
+    kept = [wide if name in whole else 1 for name, wide in zip(head, least, strict=True)]
+    return _levelled(kept, least, room)
+
+
+def _levelled(least: list[int], wished: list[int], room: int) -> list[int]:
+    """Widths between ``least`` and ``wished``, none of them held below another one's share: the
+    widest give way first."""
+    best = least
+    for level in range(1, max(wished) + 1):
+        pairs = zip(least, wished, strict=True)
+        found = [max(low, min(high, level)) for low, high in pairs]
+        if sum(found) > room:
+            break
+        best = found
+    return best
+
+
+def _longest_word(cells: Sequence[str]) -> int:
+    return max(1, *(cell_len(word) for cell in cells for word in cell.split(" ")))
+
+
+def _folded(cell: str, width: int) -> str:
+    """``cell`` in lines of at most ``width`` where its words allow that."""
+    lines = textwrap.wrap(cell, width, break_on_hyphens=False)
+    return "\n".join(lines).replace(_UNBROKEN, " ")
 
 
 def _print_aligned(rows: list[list[str]]) -> None:
