@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cloudlm.cli.folding import unbroken
 from cloudlm.cli.options import date_text, limits_text
-from cloudlm.cli.screen import age_text, print_table, unbroken
+from cloudlm.cli.screen import age_text, print_table
 from cloudlm.core.tenant import KeyRecord
 
 _COLUMNS = ("ID", "NAME", "ROLE", "SCOPE", "MODELS", "LIMITS", "EXPIRES", "LAST USED")

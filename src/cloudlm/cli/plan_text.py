@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cloudlm.cli.screen import print_folded, print_table, print_text, say, unbroken
+from cloudlm.cli.folding import unbroken
+from cloudlm.cli.screen import print_folded, print_table, print_text, say
 from cloudlm.core.deployment import DeploymentSpec
 
 if TYPE_CHECKING:

@@ -30,12 +30,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cloudlm.cli.folding import UNBROKEN, folded, width_of, widths_of
+
 BytesProgress = Callable[[int, int, str], None]
 
 # They reorder what is shown, so that a text can look like another (Unicode TR 36).
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
-_UNBROKEN = "\u00a0"  # a space at which no cell is folded; shown as a common one
 _GAP = 2
 _NEVER_FOLDED = frozenset({"NAME", "ID"})
 
@@ -81,11 +82,6 @@ def print_marked(mark: str, style: str, rest: str, end: str = "\n") -> None:
     out.print(Text.assemble((mark, style), rest), end=end)
 
 
-def unbroken(text: str) -> str:
-    """``text`` as a piece of a cell that is folded before and after, but not within."""
-    return text.replace(" ", _UNBROKEN)
-
-
 def print_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
@@ -94,9 +90,9 @@ def print_table(
 ) -> None:
     """A table on standard output; ``empty`` on standard error if there is nothing to show.
 
-    A terminal folds long cells between words, and within a word only where the words of all
-    columns together are wider than it; the columns in ``whole`` never. Elsewhere every row is one
-    line, however long.
+    A terminal folds long cells between words, very long words too where there is no room for
+    them, and the columns in ``whole`` never; where shorter words have no room either, each row is
+    a block of lines. Elsewhere every row is one line, however long.
     """
     if not rows:
         say(empty)
@@ -104,9 +100,12 @@ def print_table(
     cells = [["" if cell is None else _harmless(str(cell)) for cell in row] for row in rows]
     lines = [list(columns), *cells]
     if not out.is_terminal:
-        _print_aligned([[cell.replace(_UNBROKEN, " ") for cell in row] for row in lines])
+        _print_aligned([[cell.replace(UNBROKEN, " ") for cell in row] for row in lines])
         return
-    widths = _widths(lines, whole, out.width)
+    widths = widths_of(lines, whole, out.width, gap=_GAP)
+    if widths is None:
+        _print_blocks(columns, cells)
+        return
     table = Table(
         box=None,
         show_edge=False,
@@ -116,11 +115,22 @@ def print_table(
         width=sum(widths) + _GAP * (len(widths) - 1),
     )
     for column, width in zip(columns, widths, strict=True):
-        table.add_column(Text(_folded(column, width)), width=width, overflow="fold")
+        table.add_column(Text(folded(column, width)), width=width, overflow="fold")
     for row in cells:
         pairs = zip(row, widths, strict=True)
-        table.add_row(*[Text(_folded(cell, width)) for cell, width in pairs])
+        table.add_row(*[Text(folded(cell, width)) for cell, width in pairs])
     out.print(table, soft_wrap=False, crop=False)
+
+
+def _print_blocks(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A line per cell that holds something, and an empty line after each row."""
+    wide = max(len(column) for column in columns)
+    for number, row in enumerate(rows):
+        if number:
+            out.print("")
+        for column, cell in zip(columns, row, strict=True):
+            if cell:
+                print_folded(f"{column.ljust(wide)}  {cell.replace(UNBROKEN, ' ')}")
 
 
 def print_across(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -130,9 +140,9 @@ def print_across(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     first, *others = zip(columns, *rows, strict=True)
     shown: list[tuple[Any, ...]] = [first]
     for column in others:
-        if len(shown) > 1 and sum(_width(one) + _GAP for one in (*shown, column)) - _GAP > wide:
+        if len(shown) > 1 and sum(width_of(one) + _GAP for one in (*shown, column)) - _GAP > wide:
             _print_columns(shown)
-            print_text("")
+            out.print("")
             shown = [first]
         shown.append(column)
     _print_columns(shown)
@@ -141,50 +151,6 @@ def print_across(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def _print_columns(columns: Sequence[Sequence[Any]]) -> None:
     head, *rows = zip(*columns, strict=True)
     print_table(head, rows, "", whole=head)
-
-
-def _width(cells: Sequence[Any]) -> int:
-    return max(cell_len(_harmless(str(cell))) for cell in cells)
-
-
-def _widths(rows: Sequence[Sequence[str]], whole: Collection[str], most: int) -> list[int]:
-    """How wide each column is so that all are within ``most``, if they can be: short columns as
-    they are, long ones folded between words, the longest words within."""
-    head = rows[0]
-    wished = [_width(column) for column in zip(*rows, strict=True)]
-    words = [_longest_word(column) for column in zip(*rows, strict=True)]
-    least = [
-        wide if name in whole else word
-        for name, wide, word in zip(head, wished, words, strict=True)
-    ]
-    room = most - _GAP * (len(head) - 1)
-    if sum(least) <= room:
-        return _levelled(least, wished, room)
-    kept = [wide if name in whole else 1 for name, wide in zip(head, least, strict=True)]
-    return _levelled(kept, least, room)
-
-
-def _levelled(least: list[int], wished: list[int], room: int) -> list[int]:
-    """Widths between ``least`` and ``wished``, none of them held below another one's share: the
-    widest give way first."""
-    best = least
-    for level in range(1, max(wished) + 1):
-        pairs = zip(least, wished, strict=True)
-        found = [max(low, min(high, level)) for low, high in pairs]
-        if sum(found) > room:
-            break
-        best = found
-    return best
-
-
-def _longest_word(cells: Sequence[str]) -> int:
-    return max(1, *(cell_len(word) for cell in cells for word in cell.split(" ")))
-
-
-def _folded(cell: str, width: int) -> str:
-    """``cell`` in lines of at most ``width`` where its words allow that."""
-    lines = textwrap.wrap(cell, width, break_on_hyphens=False)
-    return "\n".join(lines).replace(_UNBROKEN, " ")
 
 
 def _print_aligned(rows: list[list[str]]) -> None:

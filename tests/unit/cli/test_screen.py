@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cloudlm.cli import screen
+from cloudlm.cli.folding import unbroken
 
 
 @pytest.fixture
@@ -82,13 +83,26 @@ def test_a_cell_is_folded_between_words_while_the_words_have_room(
 
 def test_what_is_unbroken_and_whole_columns_stay_in_one_piece(terminal: io.StringIO) -> None:
     machine = "aws/eu-north-1/g6e.12xlarge"
-    row = (machine, f"{screen.unbroken('4 x one')} + {screen.unbroken('12 x two')}")
+    row = (machine, f"{unbroken('4 x one')} + {unbroken('12 x two')}")
     screen.print_table(("MACHINE", "CHOICE"), [row], "nothing", whole={"MACHINE"})
     shown = terminal.getvalue()
     assert machine in shown
     assert "4 x one" in shown
     assert "12 x two" in shown
     assert "\u00a0" not in shown
+
+
+def test_a_row_whose_words_have_no_room_is_a_block_of_lines(terminal: io.StringIO) -> None:
+    row = ("k1", "2027-01-15", "2027-02-15", "principal-acme", "", "acme/web")
+    screen.print_table(("ID", "MADE", "ENDS", "WHO", "LIMITS", "SCOPE"), [row, row], "nothing")
+    block = [
+        "ID      k1",
+        "MADE    2027-01-15",
+        "ENDS    2027-02-15",
+        "WHO     principal-acme",
+        "SCOPE   acme/web",
+    ]
+    assert terminal.getvalue().splitlines() == [*block, "", *block]
 
 
 def test_a_table_in_a_pipe_is_a_line_per_row(capsys: pytest.CaptureFixture[str]) -> None:
