@@ -41,7 +41,7 @@ def list_audit(
     tenant: Tenant = None,
     json_output: Json = False,
 ) -> None:
-    """List what was done, and what was refused: the newest records, in order.
+    """List what was done or refused, the newest last.
 
     Each record's key, too, is in --json.
     """
