@@ -7,62 +7,84 @@ machine's state, where the log and the signing key are.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cloudlm.cli.connect import control_client, open_local_state
 from cloudlm.cli.options import Json, date_text
-from cloudlm.cli.screen import out, print_json, print_json_line, print_table
+from cloudlm.cli.screen import out, print_folded, print_json, print_json_line, print_table
 from cloudlm.core.audit import Checkpoint
 from cloudlm.core.errors import InvalidRequest, StorageFailed
 
+if TYPE_CHECKING:
+    from cloudlm.client import Client
+
 app = typer.Typer(no_args_is_help=True, help="The audit log: list, export, verify.")
 _PAGE = 1000
+_WHOLE = {"SEQ", "WHAT"}
 Tenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant's records.")]
 
 
 @app.command("list")
 def list_audit(
-    after: Annotated[int, typer.Option("--after", min=0, help="Records after this number.")] = 0,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=_PAGE, help="At most so many.")] = 100,
+    after: Annotated[
+        int | None,
+        typer.Option("--after", min=0, help="The first records after this number, to page on."),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, max=_PAGE, help="At most so many; the newest.")
+    ] = 100,
     tenant: Tenant = None,
     json_output: Json = False,
 ) -> None:
-    """List what was done, and what was refused."""
+    """List what was done or refused, the newest last.
+
+    Each record's key, too, is in --json.
+    """
     with control_client() as client:
-        records = client.audit(after=after, limit=limit, tenant=tenant)
+        if after is None:
+            records = list(deque(_pages(client, tenant), maxlen=limit))
+        else:
+            records = client.audit(after=after, limit=limit, tenant=tenant)
     if json_output:
         print_json(records)
         return
-    rows = [
-        (
-            one["seq"],
-            date_text(one["at"]),
-            one["actor"],
-            one["key_id"],
-            one["target"],
-            one["outcome"],
-            one["status"] or "",
-            one["source"],
-            one["detail"],
-        )
-        for one in records
-    ]
-    columns = ("SEQ", "AT", "ACTOR", "KEY", "WHAT", "OUTCOME", "STATUS", "FROM", "DETAIL")
-    print_table(columns, rows, "no records")
+    columns = ("SEQ", "AT", "ACTOR", "WHAT", "OUTCOME", "FROM")
+    print_table(columns, [_row(one) for one in records], "no records", whole=_WHOLE)
+    for one in records:
+        if one["detail"]:
+            print_folded(f"{one['seq']}: {one['detail']}")
+
+
+def _row(record: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        record["seq"],
+        date_text(record["at"]),
+        record["actor"],
+        record["target"],
+        f"{record['outcome']} {record['status'] or ''}".rstrip(),
+        record["source"],
+    )
 
 
 @app.command("export")
 def export(tenant: Tenant = None, json_output: Json = True) -> None:
     """Print all records, one JSON document a line."""
-    after = 0
     with control_client() as client:
-        while records := client.audit(after=after, limit=_PAGE, tenant=tenant):
-            for one in records:
-                print_json_line(one)
-            after = int(records[-1]["seq"])
+        for one in _pages(client, tenant):
+            print_json_line(one)
+
+
+def _pages(client: Client, tenant: str | None) -> Iterator[dict[str, Any]]:
+    """All records from the first to the last."""
+    after = 0
+    while records := client.audit(after=after, limit=_PAGE, tenant=tenant):
+        yield from records
+        after = int(records[-1]["seq"])
 
 
 @app.command("verify")

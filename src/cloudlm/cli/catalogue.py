@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cloudlm.cli.options import Json
-from cloudlm.cli.screen import print_json, print_table, say
+from cloudlm.cli.screen import print_json, print_table, print_text, say
 from cloudlm.core.errors import InvalidRequest, StorageFailed
 from cloudlm.state.home import Home, load_settings
 
@@ -53,8 +53,14 @@ def list_offers(
 
         print_json([asdict(offer) for offer in found])
         return
-    columns = ("PROVIDER", "MACHINE", "DEVICES", "REGION", "USD/H", "SPOT FROM", "READ", "SOURCE")
-    print_table(columns, [_row(offer) for offer in found], "no such offer")
+    columns = ("MACHINE", "DEVICES", "USD/H", "SPOT FROM", "PRICE OF", "SOURCE")
+    numbers = {source: n for n, source in enumerate(dict.fromkeys(o.source for o in found), 1)}
+    rows = [_row(offer, numbers[offer.source]) for offer in found]
+    print_table(columns, rows, "no such offer", whole={"MACHINE", "PRICE OF"})
+    if found:
+        print_text("")
+        for source, number in numbers.items():
+            print_text(f"[{number}] {source}")
 
 
 @app.command("check")
@@ -172,14 +178,12 @@ def _days(offer: Offer, today: datetime.date) -> int:
     return (today - datetime.date.fromisoformat(offer.as_of or offer.read_on)).days
 
 
-def _row(offer: Offer) -> tuple[Any, ...]:
+def _row(offer: Offer, source: int) -> tuple[Any, ...]:
     return (
-        offer.provider,
-        offer.instance,
+        offer.key,
         f"{offer.count} x {offer.device}",
-        offer.region,
         "-" if offer.on_demand is None else f"{offer.on_demand:.2f}",
         f"{min(offer.spot.values()):.2f}" if offer.spot else "-",
         offer.as_of or offer.read_on,
-        offer.source,
+        f"[{source}]",
     )

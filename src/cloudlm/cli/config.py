@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cloudlm.cli.screen import print_json, print_table
+from cloudlm.cli.screen import print_json, print_table, say
 from cloudlm.state.home import load_settings
 
 
@@ -27,4 +27,5 @@ def show(
         keys = ("name", "value", "source", "environment")
         print_json([dict(zip(keys, row, strict=True)) for row in shown])
         return
-    print_table(("NAME", "VALUE", "SOURCE", "ENVIRONMENT"), shown, "no settings")
+    print_table(("NAME", "VALUE", "SOURCE"), [row[:3] for row in shown], "no settings")
+    say("in the environment a setting is CLOUDLM_ and its name in capitals, with _ for each point")

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from cloudlm.cli.connect import control_client, open_local_state
+from cloudlm.cli.keys_text import print_keys
 from cloudlm.cli.options import (
     Concurrent,
     Expires,
@@ -23,12 +24,10 @@ from cloudlm.cli.options import (
     Spend,
     SpendDay,
     TokensPerMinute,
-    date_text,
     limits_of,
-    limits_text,
     seconds_of,
 )
-from cloudlm.cli.screen import out, print_json, print_table, say
+from cloudlm.cli.screen import out, print_json, say
 from cloudlm.core.access import EVERYWHERE
 from cloudlm.core.audit import AuditEvent, AuditOutcome
 from cloudlm.core.errors import NotFound
@@ -103,6 +102,9 @@ def create(
 def list_keys(
     tenant: Annotated[str | None, typer.Option("--tenant", help="Only this tenant's.")] = None,
     local: Local = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show principals, last letters and times too.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """List keys; secrets are never shown."""
@@ -114,26 +116,7 @@ def list_keys(
     if json_output:
         print_json([key_body(record) for record in records])
         return
-    rows = [
-        (
-            record.id,
-            record.name,
-            record.role,
-            record.scope,
-            record.principal,
-            " ".join(record.models),
-            limits_text(record.limits),
-            f"…{record.last4}",
-            date_text(record.created_at),
-            date_text(record.last_used_at),
-            date_text(record.expires_at),
-            date_text(record.revoked_at),
-        )
-        for record in records
-    ]
-    columns = ("ID", "NAME", "ROLE", "SCOPE", "PRINCIPAL", "MODELS", "LIMITS", "ENDS IN")
-    dates = ("CREATED", "LAST USED", "EXPIRES", "REVOKED")
-    print_table((*columns, *dates), rows, "no keys")
+    print_keys(records, time.time(), everything=everything)
 
 
 @app.command("change")

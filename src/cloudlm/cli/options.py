@@ -67,7 +67,7 @@ def limits_text(limits: Limits) -> str:
         (limits.spend_per_month, "/month"),
         (limits.spend_per_day, "/day"),
     )
-    return ", ".join(f"{value:g} {unit}" for value, unit in parts if value is not None)
+    return ", ".join(f"{value:.12g} {unit}" for value, unit in parts if value is not None)
 
 
 def seconds_of(span: str | None) -> float | None:

@@ -148,5 +148,8 @@ def hints(spec: DeploymentSpec, asked: Asked, best: Choice) -> list[str]:
             "machines is none"
         )
     dates = sorted(part.machine.offer.as_of or part.machine.offer.read_on for part in best.parts)
-    found.append(f"prices are from {dates[0]}; 'cloudlm catalogue import' brings newer ones")
+    found.append(
+        f"the oldest price in this plan is of {dates[0]}; 'cloudlm catalogue import' brings newer "
+        "ones"
+    )
     return found

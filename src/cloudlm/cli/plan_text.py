@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cloudlm.cli.screen import print_table, print_text, say
+from cloudlm.cli.folding import unbroken
+from cloudlm.cli.screen import print_folded, print_table, print_text, say
 from cloudlm.core.deployment import DeploymentSpec
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def print_decision(
 ) -> None:
     """The need, the best choice, the next ones, and why the others lost."""
     print_text(f"{spec.name}: {spec.model}")
-    print_text(_need_text(asked))
+    print_folded(_need_text(asked))
     best = decision.best
     if best is None:
         say(f"{spec.name}: no machine in the catalogue will do; the reasons are below")
@@ -43,7 +44,8 @@ def _need_text(asked: Asked) -> str:
         f"answers of {traffic.output_tokens}",
         f"needs: {need.weights_bytes / _GIB:.1f} GiB of weights, "
         f"{need.sequence_tokens * need.cache_bytes_per_token / _GIB:.2f} GiB of keys and values "
-        f"per sequence ({need.sequence_tokens} tokens), {need.least} at once at least",
+        f"per sequence ({need.sequence_tokens} tokens); "
+        f"a replica must hold at least {need.least}",
         f"asked: first token within {_ms(level.ttft_ms)}, {_ms(level.tpot_ms)} between tokens, "
         f"{level.headroom:.0%} of capacity used at most",
     ]
@@ -55,49 +57,57 @@ def _ms(value: float) -> str:
 
 
 def _print_parts(best: Choice, asked: Asked, decision: Decision) -> None:
-    rows = [_part_row(part) for part in best.parts]
     columns = (
-        "MACHINE", "PROVIDER", "REGION", "DEVICES", "ON DEMAND", "SPOT", "REPLICAS",
-        "REQUESTS/S", "TTFT", "TPOT", "USD/H",
+        "MACHINE", "DEVICES", "ON DEMAND", "SPOT", "REPLICAS", "REQUESTS /S", "TTFT MS",
+        "TPOT MS", "USD/H",
     )  # fmt: skip
-    print_table(columns, rows, "")
+    print_table(columns, [_part_row(part) for part in best.parts], "", whole={"MACHINE"})
+    for part in best.parts:
+        print_folded(_zones_line(part))
+    print_text("")
     million = _per_million(best, asked)
-    bound = decision.usd_per_h_at_least
-    print_text(
-        f"${best.usd_per_h:.2f} per hour, ${million:.3f} per million tokens at this traffic; "
-        f"no mix of machines costs less than ${bound:.2f} per hour"
+    print_folded(
+        f"${best.usd_per_h:.2f} per hour, ${million:.3f} per million tokens at this traffic\n"
+        f"no mix of machines costs less than ${decision.usd_per_h_at_least:.2f} per hour: a bound "
+        "that counts parts of machines and leaves out zones, spares and min_replicas"
     )
     if best.usd_per_h_at_most > best.usd_per_h:
-        print_text(f"${best.usd_per_h_at_most:.2f} per hour while all spot machines are missing")
+        print_folded(f"${best.usd_per_h_at_most:.2f} per hour while all spot machines are missing")
 
 
 def _part_row(part: Part) -> tuple[Any, ...]:
     machine, offer = part.machine, part.machine.offer
     limit = machine.at_limit
     return (
-        offer.instance,
-        offer.provider,
-        offer.region,
+        offer.key,
         f"{offer.count} x {offer.device}",
-        _zones_text(part.on_demand),
-        _zones_text(part.spot),
-        f"{part.count * machine.replicas} on {machine.pieces} each",
+        sum(part.on_demand.values()),
+        sum(part.spot.values()),
+        part.count * machine.replicas,
         f"{part.count * machine.requests_per_s:.2f}",
-        f"{limit.ttft_ms:.0f} ms",
-        f"{limit.tpot_ms:.1f} ms",
+        f"{limit.ttft_ms:.0f}",
+        f"{limit.tpot_ms:.1f}",
         f"{part.usd_per_h:.2f}",
     )
 
 
+def _zones_line(part: Part) -> str:
+    machine = part.machine
+    return (
+        f"{machine.offer.key}: on demand {_zones_text(part.on_demand)}; "
+        f"spot {_zones_text(part.spot)}; devices of a replica: {machine.pieces}"
+    )
+
+
 def _zones_text(zones: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} in {zone}" for zone, number in sorted(zones.items())) or "-"
+    return ", ".join(f"{number} in {zone}" for zone, number in sorted(zones.items())) or "none"
 
 
 def _print_choices(choices: Sequence[Choice], asked: Asked) -> None:
     rows = [
         (
             number,
-            choice.name,
+            " + ".join(unbroken(one) for one in choice.name.split(" + ")),
             f"{choice.usd_per_h:.2f}",
             f"{_per_million(choice, asked):.3f}",
             f"{choice.requests_per_s:.2f}",

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,10 +30,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cloudlm.cli.folding import UNBROKEN, folded, width_of, widths_of
+
 BytesProgress = Callable[[int, int, str], None]
 
 # They reorder what is shown, so that a text can look like another (Unicode TR 36).
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+_GAP = 2
+_NEVER_FOLDED = frozenset({"NAME", "ID"})
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 talk = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -55,29 +62,95 @@ def print_text(text: str, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
+def print_folded(text: str) -> None:
+    """Lines on standard output; a terminal shows those too long for it folded between words."""
+    for line in text.splitlines():
+        pieces = [line]
+        if out.is_terminal and cell_len(line) > out.width:
+            pieces = textwrap.wrap(
+                line,
+                out.width,
+                subsequent_indent="  ",
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        out.print(_harmless("\n".join(pieces), keep="\n"))
+
+
 def print_marked(mark: str, style: str, rest: str, end: str = "\n") -> None:
     """A line on standard output that begins with a mark, coloured on a terminal."""
     out.print(Text.assemble((mark, style), rest), end=end)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    empty: str,
+    whole: Collection[str] = _NEVER_FOLDED,
+) -> None:
     """A table on standard output; ``empty`` on standard error if there is nothing to show.
 
-    A terminal folds long cells; elsewhere every row is one line, however long.
+    A terminal folds long cells between words, very long words too where there is no room for
+    them, and the columns in ``whole`` never; where shorter words have no room either, each row is
+    a block of lines. Elsewhere every row is one line, however long.
     """
     if not rows:
         say(empty)
         return
     cells = [["" if cell is None else _harmless(str(cell)) for cell in row] for row in rows]
+    lines = [list(columns), *cells]
     if not out.is_terminal:
-        _print_aligned([list(columns), *cells])
+        _print_aligned([[cell.replace(UNBROKEN, " ") for cell in row] for row in lines])
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=column in ("NAME", "ID"), overflow="fold")
+    widths = widths_of(lines, whole, out.width, gap=_GAP)
+    if widths is None:
+        _print_blocks(columns, cells)
+        return
+    table = Table(
+        box=None,
+        show_edge=False,
+        padding=(0, _GAP, 0, 0),
+        pad_edge=False,
+        header_style="bold",
+        width=sum(widths) + _GAP * (len(widths) - 1),
+    )
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(Text(folded(column, width)), width=width, overflow="fold")
     for row in cells:
-        table.add_row(*[Text(cell) for cell in row])
-    out.print(table, soft_wrap=False)
+        pairs = zip(row, widths, strict=True)
+        table.add_row(*[Text(folded(cell, width)) for cell, width in pairs])
+    out.print(table, soft_wrap=False, crop=False)
+
+
+def _print_blocks(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A line per cell that holds something, and an empty line after each row."""
+    wide = max(len(column) for column in columns)
+    for number, row in enumerate(rows):
+        if number:
+            out.print("")
+        for column, cell in zip(columns, row, strict=True):
+            if cell:
+                print_folded(f"{column.ljust(wide)}  {cell.replace(UNBROKEN, ' ')}")
+
+
+def print_across(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table of numbers whose columns are many: as many beside each other as the terminal holds,
+    the others below, each time after the first column."""
+    wide = out.width if out.is_terminal else sys.maxsize
+    first, *others = zip(columns, *rows, strict=True)
+    shown: list[tuple[Any, ...]] = [first]
+    for column in others:
+        if len(shown) > 1 and sum(width_of(one) + _GAP for one in (*shown, column)) - _GAP > wide:
+            _print_columns(shown)
+            out.print("")
+            shown = [first]
+        shown.append(column)
+    _print_columns(shown)
+
+
+def _print_columns(columns: Sequence[Sequence[Any]]) -> None:
+    head, *rows = zip(*columns, strict=True)
+    print_table(head, rows, "", whole=head)
 
 
 def _print_aligned(rows: list[list[str]]) -> None:

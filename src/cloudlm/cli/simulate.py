@@ -18,7 +18,7 @@ import yaml
 
 from cloudlm.cli.connect import open_local_state
 from cloudlm.cli.options import Json, seconds_of
-from cloudlm.cli.screen import print_json, print_table, print_text, say
+from cloudlm.cli.screen import print_across, print_json, print_text, say
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.tenant import LedgerRow
 
@@ -71,7 +71,7 @@ def simulate(
 
 def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) -> None:
     from cloudlm.sim.page import page
-    from cloudlm.sim.report import COLUMNS, report_body, table_row
+    from cloudlm.sim.report import measured_rows, report_body
     from cloudlm.sim.scenario import read_scenario
     from cloudlm.sim.simulation import simulate
 
@@ -95,7 +95,7 @@ def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) 
     if json_output:
         print_json(report_body(scenario.name, scenario.setting.seed, results))
     else:
-        print_table(COLUMNS, [table_row(result) for result in results], "no policy was compared")
+        print_across(("MEASURE", *(result.policy for result in results)), measured_rows(results))
 
 
 def _fit(path: Path, name: str) -> None:

@@ -29,6 +29,34 @@ COLUMNS = (
     "PER MTOK",
 )
 
+MEASURES = (
+    "requests",
+    "not answered",
+    "TTFT mean, s",
+    "TTFT p50, s",
+    "TTFT p99, s",
+    "TPOT p50, ms",
+    "TPOT p99, ms",
+    "queue p99, s",
+    "late, %",
+    "violations, %",
+    "cached, %",
+    "replica-hours",
+    "most replicas",
+    "cost",
+    "cost per million tokens",
+)
+"""The columns after the first with their units, as names of rows."""
+
+
+def measured_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """A row per measure: its name, and each policy's number."""
+    numbers = zip(*(table_row(result)[1:] for result in results), strict=True)
+    return [
+        (name, *(number.removesuffix(" %") for number in row))
+        for name, row in zip(MEASURES, numbers, strict=True)
+    ]
+
 
 def table_row(result: Result) -> tuple[str, ...]:
     """One policy under ``COLUMNS``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from cloudlm.cli import connect, deployments, keys, rollouts
+from cloudlm.cli import audit, connect, deployments, keys, rollouts, screen
 from cloudlm.cli.main import app
 from cloudlm.client import Client
 
@@ -72,9 +74,25 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> FakeControl:
     fake = FakeControl()
-    for module in (connect, deployments, keys, rollouts):
+    for module in (audit, connect, deployments, keys, rollouts):
         monkeypatch.setattr(module, "control_client", fake.client)
     return fake
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.StringIO]:
+    """Results go to a terminal of so many columns, whose text is given back."""
+
+    def make(columns: int) -> io.StringIO:
+        text = io.StringIO()
+        console = Console(
+            file=text, force_terminal=True, width=columns, highlight=False, markup=False,
+            emoji=False, color_system=None,
+        )  # fmt: skip
+        monkeypatch.setattr(screen, "out", console)
+        return text
+
+    return make
 
 
 @pytest.fixture

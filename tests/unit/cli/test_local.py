@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,31 @@ class TestKeys:
         }
         assert ok("keys", "create", "--name", "n").stdout == "clm_secret\n"
         assert control.sent("POST /keys") == {"name": "n", "role": "user"}
-        assert "…abcd" in ok("keys", "list").stdout
+        assert "…abcd" in ok("keys", "list", "--all").stdout
+        assert "…abcd" not in ok("keys", "list").stdout
         assert json.loads(ok("keys", "revoke", "k1", "--json").stdout)["revoked_at"] == 2.0
+
+    def test_keys_on_a_terminal(
+        self, control: Any, ok: Ok, wide: Callable[[int], io.StringIO]
+    ) -> None:
+        record = {
+            "id": "d4e5f6a7b8c9", "name": "nightly-batch", "role": "user", "scope": "acme/web",
+            "last4": "abcd", "created_at": 1.0, "models": ["bank", "chat-*"],
+            "limits": {"requests_per_minute": 1200, "tokens_per_minute": 2000000},
+            "expires_at": 1.8e9, "last_used_at": time.time() - 3 * 86_400 - 9,
+        }  # fmt: skip
+        gone = {**record, "id": "k2", "revoked_at": 5.0, "last_used_at": None}
+        control.answers = {"GET /keys": {"data": [record, gone]}}
+        text = wide(100)
+        ok("keys", "list")
+        shown = text.getvalue()
+        assert all(len(line) <= 100 for line in shown.splitlines())
+        for whole in ("d4e5f6a7b8c9", "nightly-batch", "acme/web", "2027-01-1", "2000000 tok/min"):
+            assert whole in shown
+        assert "3 d ago" in shown
+        (line,) = [line for line in shown.splitlines() if line.startswith("k2 ")]
+        assert "revoked" in line
+        assert "never" in line
 
     def test_no_key_says_what_to_do(self, cli: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-service")
@@ -152,8 +177,22 @@ class TestSettings:
         assert rows["gateway.port"]["source"] == "CLOUDLM_GATEWAY_PORT"
         assert rows["state.url"]["value"] == "***"
         shown = ok("config").stdout
-        assert "CLOUDLM_GATEWAY_FIRST_TOKEN_TIMEOUT_S" in shown  # nothing is cut off in a pipe
+        assert "gateway.first_token_timeout_s" in shown
+        assert "CLOUDLM_GATEWAY_FIRST_TOKEN_TIMEOUT_S" not in shown
         assert "pa55word" not in shown
+
+    def test_config_on_a_terminal_is_a_line_per_setting(
+        self, ok: Ok, wide: Callable[[int], io.StringIO], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CLOUDLM_HOME", "/tmp/home")
+        rows = json.loads(ok("config", "--json").stdout)
+        text = wide(100)
+        assert "CLOUDLM_ and its name in capitals" in ok("config").stderr
+        lines = text.getvalue().splitlines()[1:]
+        names = {row["name"] for row in rows}
+        shown = [line.split()[0] for line in lines if line[:1].strip()]
+        assert set(shown) == names
+        assert all(len(line) <= 100 for line in lines)
 
     def test_a_bad_value(self, cli: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CLOUDLM_GATEWAY_PORT", "http")

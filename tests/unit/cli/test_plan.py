@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,31 @@ class TestPlan:
         for part in best["parts"]:
             assert part["offer"]["source"].startswith("https://")
             assert part["offer"]["provider"] != "vast"
+
+    @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+    def test_no_name_and_no_number_is_broken_on_a_terminal(
+        self, ok: Ok, wide: Callable[[int], io.StringIO], example: Path
+    ) -> None:
+        (found,) = json.loads(ok("plan", "-f", str(example), "--json").stdout)
+        text = wide(100)
+        notes = ok("plan", "-f", str(example)).stderr
+        shown = text.getvalue()
+        assert all(len(line) <= 100 for line in shown.splitlines())
+        assert "hold at least 1" in shown
+        assert "the oldest price in this plan is of 20" in notes
+        for part in found["best"]["parts"]:
+            offer = part["offer"]
+            key = f"{offer['provider']}/{offer['region']}/{offer['instance']}"
+            (row,) = [line for line in shown.splitlines() if line.startswith(f"{key} ")]
+            rented = [str(sum(part[how].values())) for how in ("on_demand", "spot")]
+            usd = f"{part['usd_per_h']:.2f}"
+            assert row.split()[-7:-4] == [*rented, str(part["replicas"])]
+            assert row.split()[-1] == usd
+            for zone in (*part["on_demand"], *part["spot"]):
+                assert f" in {zone}" in " ".join(shown.split())
+        for choice in found["choices"][:8]:
+            for machines in choice["name"].split(" + "):
+                assert machines in shown
 
     def test_there_is_an_example(self) -> None:
         assert EXAMPLES

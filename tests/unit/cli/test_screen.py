@@ -8,9 +8,12 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from cloudlm.cli import screen
+from cloudlm.cli.folding import unbroken
 
 
 @pytest.fixture
@@ -54,6 +57,52 @@ def test_a_table_on_a_terminal_loses_no_letter(terminal: io.StringIO) -> None:
     lines = terminal.getvalue().splitlines()
     assert len(lines) > 2
     assert "".join(line[4:].strip() for line in lines[1:]) == "[/red]" + "abcdefghij" * 9
+
+
+WORDS = st.text("ab1.-/", min_size=1, max_size=9)
+CELLS = st.lists(WORDS, max_size=6).map(" ".join)
+
+
+@given(
+    rows=st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=4),
+    columns=st.integers(36, 120),
+)
+def test_a_cell_is_folded_between_words_while_the_words_have_room(
+    rows: list[tuple[str, str, str]], columns: int
+) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=columns, color_system=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "out", console)
+        screen.print_table(("X", "Y", "Z"), rows, "nothing")
+    lines = text.getvalue().splitlines()
+    assert all(len(line) <= columns for line in lines)
+    given_words = sorted(" ".join(cell for row in rows for cell in row).split())
+    assert sorted(" ".join(lines[1:]).split()) == given_words
+
+
+def test_what_is_unbroken_and_whole_columns_stay_in_one_piece(terminal: io.StringIO) -> None:
+    machine = "aws/eu-north-1/g6e.12xlarge"
+    row = (machine, f"{unbroken('4 x one')} + {unbroken('12 x two')}")
+    screen.print_table(("MACHINE", "CHOICE"), [row], "nothing", whole={"MACHINE"})
+    shown = terminal.getvalue()
+    assert machine in shown
+    assert "4 x one" in shown
+    assert "12 x two" in shown
+    assert "\u00a0" not in shown
+
+
+def test_a_row_whose_words_have_no_room_is_a_block_of_lines(terminal: io.StringIO) -> None:
+    row = ("k1", "2027-01-15", "2027-02-15", "principal-acme", "", "acme/web")
+    screen.print_table(("ID", "MADE", "ENDS", "WHO", "LIMITS", "SCOPE"), [row, row], "nothing")
+    block = [
+        "ID      k1",
+        "MADE    2027-01-15",
+        "ENDS    2027-02-15",
+        "WHO     principal-acme",
+        "SCOPE   acme/web",
+    ]
+    assert terminal.getvalue().splitlines() == [*block, "", *block]
 
 
 def test_a_table_in_a_pipe_is_a_line_per_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from cloudlm.cli.connect import open_local_state
 from cloudlm.core.tenant import LedgerRow, Outcome
+from cloudlm.sim.report import COLUMNS, MEASURES, seconds
 
 Ok = Callable[..., Any]
 
@@ -30,9 +32,29 @@ def scenario(folder: Path, text: str = SCENARIO) -> str:
 
 
 def test_policies_are_compared_in_a_table(ok: Ok, tmp_path: Path) -> None:
-    head, *rows = ok("simulate", scenario(tmp_path)).stdout.splitlines()
-    assert head.startswith("POLICY")
-    assert [row.split()[0] for row in rows] == ["one", "two"]
+    path = scenario(tmp_path)
+    head, *rows = ok("simulate", path).stdout.splitlines()
+    assert head.split() == ["MEASURE", "one", "two"]
+    numbers = {row.rsplit(maxsplit=2)[0]: row.split()[-2:] for row in rows}
+    assert len(numbers) == len(MEASURES)
+    body = json.loads(ok("simulate", path, "--json").stdout)["policies"]
+    assert numbers["TTFT p99, s"] == [seconds(one["ttft_s"]["p99"]) for one in body]
+    assert numbers["late, %"] == [f"{100 * one['late_share']:.1f}" for one in body]
+
+
+def test_every_column_has_its_measure_and_no_number_is_broken(
+    ok: Ok, tmp_path: Path, wide: Callable[[int], io.StringIO]
+) -> None:
+    assert len(MEASURES) == len(COLUMNS) - 1
+    names = [f"policy number {number}" for number in range(6)]
+    policies = ", ".join(f"{{name: {name}}}" for name in names)
+    path = scenario(tmp_path, SCENARIO.split("policies:")[0] + f"policies: [{policies}]\n")
+    text = wide(100)
+    ok("simulate", path)
+    shown = text.getvalue()
+    assert all(len(line) <= 100 for line in shown.splitlines())
+    assert all(name in shown for name in names)
+    assert shown.count("TTFT p99, s") == 2  # two blocks, one below the other
 
 
 def test_json_is_the_same_for_the_same_seed(ok: Ok, tmp_path: Path) -> None:
