@@ -42,7 +42,7 @@ def list_offers(
     catalogue: Folder = None,
     json_output: Json = False,
 ) -> None:
-    """Show offers: machine, devices, region, prices, and when each price was read."""
+    """Show offers with their devices, regions, prices and dates."""
     found = [
         offer
         for offer in chosen_catalogue(catalogue).offers
@@ -108,7 +108,7 @@ def import_offers(
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Take a provider's offers from a file; those known of it before are replaced."""
+    """Take a provider's offers from a file, in place of its old ones."""
     from cloudlm.control.catalogue.files import home_folder, load_catalogue, write_offers
 
     settings, _ = load_settings()

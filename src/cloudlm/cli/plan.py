@@ -46,7 +46,7 @@ def plan(
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Show which machines the deployments in a file should run on, and why. Nothing is rented."""
+    """Choose machines for the deployments in a file, and say why. Nothing is rented."""
     from cloudlm.control.place import place
 
     specs = read_specs(file)

@@ -60,7 +60,7 @@ class ExternalDriver:
         self._records: dict[str, Record] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._leader = NotedToken(context.home / "run" / "external-leader.json")
-        self._token = 0
+        self._token = self._noted = 0
 
     def fence(self, token: int) -> None:
         if token != self._token:
@@ -72,6 +72,9 @@ class ExternalDriver:
 
     async def observe(self, name: str) -> GroupObservation:
         """The endpoints as they were seen last; those not seen for a while are looked at."""
+        if self._noted != self._token:
+            await self._in_thread(self._leader.allows, self._token)
+            self._noted = self._token
         spec = (await self._groups()).get(check_group_name(name))
         if spec is None:
             return GroupObservation(name, None)

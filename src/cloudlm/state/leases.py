@@ -67,5 +67,8 @@ def only_reads(method: str) -> bool:
 
 
 _READS = frozenset(
-    ("version", "usage", "audit_head", "latest_attempts", "last_uses", "fenced", "close")
+    (
+        *("version", "usage", "audit_head", "demand_mark", "latest_attempts", "last_uses"),
+        *("fenced", "close"),
+    )
 )

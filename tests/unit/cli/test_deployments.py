@@ -162,7 +162,9 @@ def test_deploy_that_may_sleep_is_done_when_it_sleeps(
 def test_deploy_without_waiting(control: Any, ok: Ok, deployment: Any) -> None:
     new = deployment(phase=None)
     control.answers = {f"PUT {PATH}": new, f"GET {PATH}": new}
-    assert "helper is pending" in ok("deploy", "bank", "--name", "helper", "--no-wait").stderr
+    said = ok("deploy", "bank", "--name", "helper", "--no-wait").stderr
+    assert "helper is asked for" in said, "what it was before the change says nothing"
+    assert "cloudlm status helper" in said
 
 
 def test_a_deployment_that_fails(control: Any, cli: Ok, deployment: Any) -> None:
