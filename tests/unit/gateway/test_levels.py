@@ -18,7 +18,7 @@ DRAWS = st.floats(0, 1, exclude_max=True)
 
 
 def endpoint(name: str, weight: float = 1.0, priority: int = 0) -> Endpoint:
-    return Endpoint("m", name, f"http://{name}", 1, weight, priority)
+    return Endpoint("m", name, f"http://{name}", 1, weight, priority=priority)
 
 
 def shares(endpoints: list[Endpoint], loads: Loads, count: int = 20_000) -> dict[str, float]:
