@@ -244,8 +244,8 @@ class Reconciler:
     ) -> int:
         if deployment.spec.asleep:
             demand = ()  # requests are refused, and say nothing
-        recalled = self._recalled_wanted(deployment.spec.name)
         name = deployment.spec.name
+        recalled = self._recalled_wanted(name)
         written = (self._endpoints or {}).get(name, ())
         aside = {one.replica for one in written if one.share == 0.0}
         return self._scaler.wanted(deployment, demand, groups, seen, recalled, aside)

@@ -49,14 +49,12 @@ from cloudlm.gateway.hedge import Race, quickest
 from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.known import KnownKeys, Tenants
 from cloudlm.gateway.ledger import Ledger
-from cloudlm.gateway.levels import has_priorities
 from cloudlm.gateway.limiter import Limiter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.mirror import Mirror
 from cloudlm.gateway.model_routes import ModelRoute
 from cloudlm.gateway.people import People
-from cloudlm.gateway.policies import DRAWN
 from cloudlm.gateway.prefixes import block_keys
 from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
@@ -459,23 +457,20 @@ class Handler:
         only of the revision that the request falls to."""
         rooms = self._rooms
         model = rooms.view.snapshot().models.get(call.model)
-        policy = exchange.routing.policy
-        endpoints = model.endpoints if model is not None else ()
-        drawn = policy in DRAWN or has_priorities(endpoints)
         among = choose
         if model is not None and model.split:
             mark = mark_of(exchange.session or exchange.request_id.encode(), model.name)
             among = functools.partial(choose_side, mark=mark, stay=stay)
         return among(
-            endpoints,
+            model.endpoints if model is not None else (),
             rooms.loads,
             rooms.clock.monotonic(),
             tried=tried,
             retrying=bool(tried),
             keys=exchange.prompt_keys,
-            policy=policy,
+            policy=exchange.routing.policy,
             session=exchange.session,
-            draws=(rooms.fraction(), rooms.fraction()) if drawn else (0.0, 0.0),
+            draws=(rooms.fraction(), rooms.fraction()),
         )
 
     def _hedge(self, exchange: Exchange, call: Call, tried: set[str]) -> Endpoint | None:

@@ -44,10 +44,5 @@ def _health(level: Sequence[Endpoint], loads: Loads, now: float) -> float:
     whole = math.fsum(one.weight for one in level)
     if whole <= 0.0:
         return 0.0
-    able = math.fsum(one.weight for one in level if _is_available(loads, one, now))
+    able = math.fsum(one.weight for one in level if loads.of(one.replica).available(now))
     return min(able / whole, 1.0)
-
-
-def _is_available(loads: Loads, endpoint: Endpoint, now: float) -> bool:
-    load = loads.of(endpoint.replica)
-    return load.cooling_until <= now and not load.suspect(now)

@@ -57,6 +57,10 @@ class ReplicaLoad:
         ended, or a request is finding out."""
         return self.failures > 0 and (self.suspect_until > now or self.probe > 0)
 
+    def available(self, now: float) -> bool:
+        """Whether it may be sent a request without need: not asking for time, not suspect."""
+        return self.cooling_until <= now and not self.suspect(now)
+
 
 _UNKNOWN = ReplicaLoad()
 
@@ -154,7 +158,7 @@ class Loads:
         found: set[str] = set()
         for replica in list(self.ill):
             load = self.of(replica)
-            if load.cooling_until > now or load.suspect(now):
+            if not load.available(now):
                 found.add(replica)
             elif not load.failures:
                 del self.ill[replica]

@@ -125,9 +125,6 @@ def weighted(candidates: Sequence[Endpoint], _: Loads, facts: Facts) -> Endpoint
     return candidates[drawn([one.weight for one in candidates], facts.draws[0])[0]]
 
 
-DRAWN = frozenset({Policy.POWER_OF_TWO, Policy.WEIGHTED})
-"""The policies that need ``Facts.draws``."""
-
 DECIDERS: Mapping[Policy, Decider] = {
     Policy.LEAST_COST: least_cost,
     Policy.ROUND_ROBIN: round_robin,

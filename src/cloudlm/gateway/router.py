@@ -37,8 +37,8 @@ def choose(
     """The endpoint for the next attempt, or None if none may get it; see ``eligible``.
 
     ``keys`` are the prompt's blocks, ``session`` whom it belongs to (empty: nobody known), and
-    ``draws`` two numbers drawn evenly from 0 to below 1, for the policies in ``DRAWN`` and for
-    endpoints of several priorities.
+    ``draws`` two numbers drawn evenly from 0 to below 1, for policies that draw and for endpoints
+    of several priorities.
     """
     facts = Facts(now, keys, session, draws)
     if len(endpoints) >= RANKED_FROM and policy in RANKED and isinstance(endpoints, tuple):
@@ -153,7 +153,4 @@ def in_panic(endpoints: Sequence[Endpoint], loads: Loads, now: float) -> bool:
 
 def available(endpoints: Sequence[Endpoint], loads: Loads, now: float) -> int:
     """How many may be sent a request without need: awake, not asking for time, not suspect."""
-    return sum(
-        one.weight > 0 and load.cooling_until <= now and not load.suspect(now)
-        for one, load in ((one, loads.of(one.replica)) for one in endpoints)
-    )
+    return sum(one.weight > 0 and loads.of(one.replica).available(now) for one in endpoints)
