@@ -18,7 +18,7 @@ import pytest
 from redis_server import RedisServer
 
 _PR_SET_PDEATHSIG = 1
-_START_TIMEOUT_S = 60
+_START_TIMEOUT_S = 180
 
 
 class PostgresServer:

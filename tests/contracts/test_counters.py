@@ -145,12 +145,12 @@ async def test_all_bounds_or_none(make: Any) -> None:
 
 @pytest.mark.promise(22)
 async def test_leases_expire_unless_renewed(make: Any) -> None:
-    counters = await make(lease_s=0.4)
+    counters = await make(lease_s=2.0)
     limits = Limits(concurrent_streams=2, spend_per_month=1.0)
     kept = await take(counters, limits, spend=NANO // 2, name="kept")
     assert (await take(counters, limits, spend=NANO // 2, name="lost")).lease is not None
     for _ in range(4):
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.75)
         await counters.tend(["kept"], {}, MONTH)
     assert (await take(counters, limits, spend=NANO // 2)).lease is not None
     assert (await take(counters, limits)).lease is None
@@ -189,24 +189,24 @@ async def test_gateways_together_keep_to_the_limit(shared: Any) -> None:
 @pytest.mark.redis
 async def test_redis_goes_and_comes_back(shared: Any, redis_server: Any) -> None:
     limits = Limits(requests_per_minute=10, spend_per_month=1.0)
-    outage = Outage(share=0.5, longest_s=1.0)
+    outage = Outage(share=0.5, longest_s=4.0)
     async with shared(outage=outage) as counters:
         held = await take(counters, limits, spend=NANO // 4)
         redis_server.stop()
         try:
             began = time.monotonic()
             verdicts = [await take(counters, limits) for _ in range(8)]
-            assert time.monotonic() - began < 0.6
+            assert time.monotonic() - began < 3.9
             # half of ten, and the one from before counts
             assert sum(verdict.lease is not None for verdict in verdicts) == 4
             give(counters, held, spend=NANO // 4)
             give(counters, verdicts[0], spend=NANO // 4)
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(4.2)
             with pytest.raises(Unavailable, match="limits_outage_s"):
                 await take(counters, limits)
         finally:
             redis_server.start()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while counters.away:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.02)

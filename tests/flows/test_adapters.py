@@ -60,7 +60,7 @@ def test_an_adapter_from_import_to_ledger(
             (now,) = running.replicas("bank")
             return now["pid"] != replica["pid"] and answer("polite") is not None
 
-        wait_for("a new worker with the adapter", answers_anew, 60)
+        wait_for("a new worker with the adapter", answers_anew, 150)
         assert answer("polite")["choices"] == polite["choices"]
 
     def in_ledger() -> bool:

@@ -124,7 +124,7 @@ def test_a_key_that_is_revoked_there_is_our_trouble(
         wait_for("the look at the endpoint", failing)
     finally:
         front.cli("secrets", "set", SECRET, "--for", behind.gateway, input=key)
-    wait_for("a good look", lambda: " ready " in front.cli("status", "far").stdout, 60)
+    wait_for("a good look", lambda: " ready " in front.cli("status", "far").stdout, 150)
 
 
 def test_the_key_is_kept_in_one_place(front: Installation, key: str) -> None:

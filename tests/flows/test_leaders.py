@@ -18,7 +18,7 @@ from cloudlm.core.lease import Lease
 from cloudlm.state.open import open_state
 
 pytestmark = [pytest.mark.flow, pytest.mark.timeout(300)]
-LEASE_S = "2"
+LEASE_S = "6"
 
 
 def lease_in(home: Path) -> Lease:
@@ -95,7 +95,7 @@ def test_a_stopped_leader_is_followed_and_does_no_harm_when_it_goes_on(
     finally:
         os.kill(leader, signal.SIGCONT)
     # It finds itself overtaken: its replica goes, since the leader elsewhere cannot see it.
-    wait_for("one replica", lambda: not running_in(first.home, "cloudlm.worker"), 60)
+    wait_for("one replica", lambda: not running_in(first.home, "cloudlm.worker"), 150)
     assert len(running_in(there, "cloudlm.worker")) == 1
     assert lease_in(first.home).token == token
     assert "this control stands by" in first.cli("status").stdout
@@ -103,5 +103,5 @@ def test_a_stopped_leader_is_followed_and_does_no_harm_when_it_goes_on(
     assert other.wait(60) == 0
     wait_for("the first to lead", lambda: f":{first.home}#" in lease_in(first.home).holder)
     wait_for("its replica", lambda: running_in(first.home, "cloudlm.worker"))
-    wait_for("an answer", lambda: [one["state"] for one in first.replicas()] == ["ready"], 60)
+    wait_for("an answer", lambda: [one["state"] for one in first.replicas()] == ["ready"], 150)
     assert MODEL in first.cli("status").stdout

@@ -144,7 +144,7 @@ def test_a_bad_canary_is_rolled_back_by_itself_though_control_is_killed(
     def split() -> bool:
         return bool(rollout(running)["percent"])
 
-    wait_for("the canary's share", split, 60)
+    wait_for("the canary's share", split, 150)
     for pid in control_of(running.home):
         os.kill(pid, signal.SIGKILL)
     with Load(running) as load:
@@ -154,7 +154,7 @@ def test_a_bad_canary_is_rolled_back_by_itself_though_control_is_killed(
             done = running.cli("rollout", "status", MODEL, "--json", check=False)
             return done.returncode == 0 and json.loads(done.stdout)["target"] == 1
 
-        wait_for("the way back", back, 60)
+        wait_for("the way back", back, 150)
         wait_for("the canary's end", lambda: len(running.replicas()) == 1)
         before = len(load.failures)
         answers = sum(load.answered.values())

@@ -43,7 +43,7 @@ def test_asleep_it_refuses_survives_a_crash_and_answers_as_before(
             (now,) = running.replicas()
             return now["pid"] not in (None, replica["pid"]) and now["state"] == "sleeping"
 
-        wait_for("a new worker that sleeps", asleep_again, 60)
+        wait_for("a new worker that sleeps", asleep_again, 150)
         assert client.post("/v1/chat/completions", json=ASKED).status_code == 503
 
         running.cli("wake", MODEL)
@@ -52,5 +52,5 @@ def test_asleep_it_refuses_survives_a_crash_and_answers_as_before(
         def answers() -> bool:
             return client.post("/v1/chat/completions", json=ASKED).status_code == 200
 
-        wait_for("an answer", answers, 10)
+        wait_for("an answer", answers)
         assert client.post("/v1/chat/completions", json=ASKED).json()["choices"] == before

@@ -71,7 +71,7 @@ def test_a_replica_of_vllm_from_deployment_to_restart(
             lambda: vllm_processes(running.home, "mock_vllm.py") not in ([], [before]),
             60,
         )
-        wait_for("an answer of it", answers_again, 60)
+        wait_for("an answer of it", answers_again, 150)
     last = vllm_processes(running.home, "mock_vllm.py")
     running.cli("delete", "big")
     wait_for("its end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in last))
@@ -90,7 +90,7 @@ def test_without_an_environment_the_deployment_says_what_to_do(
         status = shown[0]["status"] or {}
         return str(status.get("message", "")) if status.get("phase") == "failed" else ""
 
-    assert "CLOUDLM_VLLM_PYTHON" in wait_for("a reason", reason, 60)
+    assert "CLOUDLM_VLLM_PYTHON" in wait_for("a reason", reason, 150)
 
 
 @pytest.mark.timeout(600)

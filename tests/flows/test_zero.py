@@ -88,6 +88,6 @@ def test_a_thousand_requests_wait_for_one_start(
             (replica,) = running.replicas(COLD)
             assert replica["restarts"] == 0
         assert len(watch.pids) == 1
-        wait_for("nothing runs", lambda: not running.replicas(COLD), 60)
+        wait_for("nothing runs", lambda: not running.replicas(COLD), 150)
     used = json.loads(running.cli("usage", "--by", "model", "--json").stdout)
     assert [row["requests"] for row in used if row["model"] == COLD] == [2 * REQUESTS]

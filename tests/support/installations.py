@@ -17,7 +17,7 @@ import httpx2
 import pytest
 from openai import OpenAI
 
-START_S = 90.0
+START_S = 180.0
 MODEL = "bank-helper"
 QUESTION = "I am still waiting on my card, when will it arrive?"
 
@@ -75,7 +75,7 @@ class Installation:
         return list(status.get("replicas", []))
 
 
-def wait_for(what: str, check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+def wait_for(what: str, check: Callable[[], Any], timeout_s: float = 90.0) -> Any:
     """Poll until ``check`` answers something true; fails with ``what`` after the time limit."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

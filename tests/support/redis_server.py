@@ -25,7 +25,7 @@ class RedisServer:
         self._process = subprocess.Popen(
             [self._binary, *where, "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 0.2).close()

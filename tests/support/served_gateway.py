@@ -25,7 +25,7 @@ async def served(kit: Any, **settings: Any) -> AsyncIterator[Any]:
             yield rig
         finally:
             server.stop()
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, 60)
 
 
 async def connect(rig: Any, **how: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -50,7 +50,7 @@ async def talk(rig: Any, request: bytes) -> tuple[int, dict[str, str], bytes]:
     reader, writer = await connect(rig)
     try:
         writer.write(request)
-        head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode()
+        head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)).decode()
         status = int(head.split()[1])
         headers = {
             name.lower(): value.strip()

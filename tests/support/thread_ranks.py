@@ -22,7 +22,7 @@ from cloudlm.engine.parallel.messages import Failed, Order, frame, read_reply
 from cloudlm.engine.parallel.rank import Peer, PeerRunner
 from cloudlm.engine.runner import RunnerFacts
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class ThreadRanks:

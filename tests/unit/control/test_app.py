@@ -57,10 +57,10 @@ def start(tmp_path):
 
 
 def wait_ready(port, process):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2).status
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=60).status
         except OSError:
             time.sleep(0.05)
     raise AssertionError(f"control did not start: {process.poll()} {process.stderr.read()}")
@@ -135,7 +135,7 @@ class TestTls:
             with pytest.raises(CloudlmError):
                 client.whoami()
         with pytest.raises(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=60)
         ensure_self_signed(trust.parent, ["new.example"], time.time(), "control")
         wait_until(lambda: peer(port, trust) not in (None, shown), process)
         process.send_signal(signal.SIGTERM)
@@ -155,7 +155,7 @@ class TestTls:
 
 
 def wait_until(check, process):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         found = check()
         if found:
@@ -169,7 +169,7 @@ def peer(port, trust):
     try:
         context = ssl.create_default_context(cafile=str(trust))
         with (
-            socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+            socket.create_connection(("127.0.0.1", port), timeout=60) as plain,
             context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
         ):
             return secured.getpeercert(binary_form=True)

@@ -252,7 +252,7 @@ async def test_a_control_leads_follows_and_leads_again(plane):
     transport = httpx2.ASGITransport(app=build_api(services))
 
     async def until(check):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await check():
                 await plane.clock.advance(0.5)
                 await asyncio.sleep(0.001)

@@ -65,7 +65,7 @@ def server_command() -> list[str]:
     return [sys.executable, "-c", SERVER, "{port}"]
 
 
-def eventually(check: Callable[[], object], timeout_s: float = 10.0) -> object:
+def eventually(check: Callable[[], object], timeout_s: float = 60.0) -> object:
     """Wait until ``check`` is true; fail after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while True:

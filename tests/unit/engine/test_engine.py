@@ -75,13 +75,13 @@ class Gate:
 
     def __call__(self, step: Step) -> None:
         self.entered.release()
-        assert self._passes.acquire(timeout=20)
+        assert self._passes.acquire(timeout=60)
 
     def open(self, steps: int = 10_000) -> None:
         self._passes.release(steps)
 
     async def reached(self) -> None:
-        assert await asyncio.to_thread(self.entered.acquire, timeout=20)
+        assert await asyncio.to_thread(self.entered.acquire, timeout=60)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def text(events: list[TokenEvent]) -> str:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 

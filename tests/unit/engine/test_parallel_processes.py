@@ -144,7 +144,7 @@ def test_an_engine_that_hangs_after_a_loss_ends_with_its_process(
     )
     try:
         os.kill(team.pids[2], signal.SIGKILL)
-        assert done.wait(10)
+        assert done.wait(60)
         assert ended == [1]
         assert "rank 2 of the model has ended (killed by SIGKILL)" in capsys.readouterr().err
         assert team.lost
@@ -160,7 +160,7 @@ def test_a_team_that_is_closed_loses_nobody() -> None:
     team.when_lost(lost.append)
     began = time.monotonic()
     team.close()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert not lost and team.lost is None
     team.close()
 
@@ -183,7 +183,7 @@ def test_a_rank_whose_parent_dies_dies(tmp_path: Path) -> None:
     parent.stdout.close()
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)

@@ -54,6 +54,7 @@ class Plan:
     stall_at: int | None = None
     garbage_at: int | None = None
     pause_s: float = 0.0
+    gate: asyncio.Event | None = None  # an answer that is not streamed waits for it
     say_usage: bool = True
     done: bool = True
     pad: int = 0
@@ -148,6 +149,10 @@ class MockReplica:
         if "begun" not in body and not body.get("stream"):
             raw = plan.body if plan.body is not None else _whole(body, plan)
             await self._pause(plan.pause_s, watch)
+            if plan.gate is not None:
+                opened = asyncio.create_task(plan.gate.wait())
+                await asyncio.wait({watch, opened}, return_when=asyncio.FIRST_COMPLETED)
+                opened.cancel()
             if watch.done():
                 return False
             self.tokens_sent += plan.tokens
@@ -426,7 +431,7 @@ def kit() -> SimpleNamespace:
     )
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 2.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
     """Wait until ``condition`` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -165,12 +165,13 @@ def test_headers() -> None:
 @pytest.mark.promise(9)
 async def test_the_queue_holds_and_lets_in(kit: Any) -> None:
     async with kit.open_rig(replica_capacity=1, max_queued_requests=2) as rig:
-        rig.replicas[0].default = kit.Plan(pause_s=0.05)
+        gate = asyncio.Event()
+        rig.replicas[0].plans.append(kit.Plan(gate=gate))
         asked = [asyncio.create_task(rig.ask(kit.chat_body())) for _ in range(3)]
         await kit.until(lambda: rig.gateway.gate.waiting == 2)
-        began = time.monotonic()
-        refused = await rig.ask(kit.chat_body())
-        assert time.monotonic() - began < 0.05
+        refused = await rig.ask(kit.chat_body())  # at once: all the others still wait
+        assert not any(one.done() for one in asked)
+        gate.set()
         assert (refused.status, refused.json["error"]["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
         assert [(await one).status for one in asked] == [200] * 3
@@ -181,13 +182,16 @@ async def test_the_queue_holds_and_lets_in(kit: Any) -> None:
 @pytest.mark.promise(9)
 async def test_a_deadline_that_passes_in_the_queue(kit: Any) -> None:
     async with kit.open_rig(replica_capacity=1) as rig:
-        rig.replicas[0].plans.append(kit.Plan(pause_s=0.4))
+        gate = asyncio.Event()
+        rig.replicas[0].plans.append(kit.Plan(gate=gate))
         first = asyncio.create_task(rig.ask(kit.chat_body()))
         await kit.until(lambda: rig.gateway.admission.total)
         began = time.monotonic()
         headers = {**rig.headers, "x-cloudlm-deadline-ms": "50"}
         late = await rig.ask(kit.chat_body(), headers=headers)
-        assert 0.04 < time.monotonic() - began < 0.3
+        assert time.monotonic() - began > 0.04
+        assert not first.done()
+        gate.set()
         assert (late.status, rig.gateway.gate.waiting) == (503, 0)
         bad = await rig.ask(kit.chat_body(), headers={**rig.headers, "x-request-priority": "vip"})
         assert bad.status == 400
@@ -202,7 +206,8 @@ async def test_who_goes_away_while_waiting_frees_limit_and_place(kit: Any) -> No
         await rig.state.put_key(minted.record)
         await rig.gateway.view.refresh()
         headers = {"authorization": f"Bearer {minted.text}"}
-        rig.replicas[0].plans.append(kit.Plan(pause_s=0.3))
+        gate = asyncio.Event()
+        rig.replicas[0].plans.append(kit.Plan(gate=gate))
         first = asyncio.create_task(rig.ask(kit.chat_body()))
         await kit.until(lambda: rig.gateway.admission.total)
         request = rig.request(kit.chat_body(), headers=headers)
@@ -212,6 +217,7 @@ async def test_who_goes_away_while_waiting_frees_limit_and_place(kit: Any) -> No
         request.disconnected.set_result(None)
         assert (await waiting).status == 499
         assert rig.gateway.gate.waiting == 0
+        gate.set()
         assert (await first).status == 200
         assert (await rig.ask(kit.chat_body(), headers=headers)).status == 200
         rig.assert_nothing_open()
@@ -223,7 +229,8 @@ async def test_only_who_may_lead_is_critical(kit: Any) -> None:
         owner = mint("owner", Role.OWNER, kit.PEPPER, 1.0, scope="*")
         await rig.state.put_key(owner.record)
         await rig.gateway.view.refresh()
-        rig.replicas[0].plans.append(kit.Plan(pause_s=0.3))
+        gate = asyncio.Event()
+        rig.replicas[0].plans.append(kit.Plan(gate=gate))
         first = asyncio.create_task(rig.ask(kit.chat_body()))
         await kit.until(lambda: rig.gateway.admission.total)
         second = asyncio.create_task(rig.ask(kit.chat_body()))
@@ -234,6 +241,7 @@ async def test_only_who_may_lead_is_critical(kit: Any) -> None:
         key = {"authorization": f"Bearer {owner.text}"}
         fourth = asyncio.create_task(rig.ask(kit.chat_body(), headers={**key, **critical}))
         assert (await second).status == 503  # made room
+        gate.set()
         assert [(await first).status, (await fourth).status] == [200, 200]
 
 
@@ -244,15 +252,18 @@ async def test_a_new_replica_lets_in_who_waits(kit: Any) -> None:
         endpoints = await rig.state.list_endpoints()
         await rig.state.put_endpoints(kit.MODEL, endpoints[:1])
         await rig.gateway.view.refresh()
-        rig.replicas[0].default = kit.Plan(pause_s=0.5)
+        gate = asyncio.Event()
+        rig.replicas[0].default = kit.Plan(gate=gate)
         first = asyncio.create_task(rig.ask(kit.chat_body()))
         await kit.until(lambda: rig.gateway.admission.total)
         second = asyncio.create_task(rig.ask(kit.chat_body()))
         await kit.until(lambda: rig.gateway.gate.waiting)
+        rig.replicas[1].default = kit.Plan()
         await rig.state.put_endpoints(kit.MODEL, endpoints)
         await rig.gateway.view.refresh()
         assert (await second).status == 200
         assert not first.done()
+        gate.set()
         await first
 
 

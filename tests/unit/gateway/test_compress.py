@@ -102,7 +102,7 @@ async def port(kit: Any, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
         task = asyncio.create_task(server.run(bound))
         yield rig
         server.stop()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 60)
 
 
 async def ask(rig: Any, body: Any, accept: str) -> tuple[dict[str, str], bytes]:
@@ -113,7 +113,7 @@ async def ask(rig: Any, body: Any, accept: str) -> tuple[dict[str, str], bytes]:
         + f"authorization: Bearer {rig.key}\r\naccept-encoding: {accept}\r\n".encode()
         + b"content-length: %d\r\n\r\n%s" % (len(raw), raw)
     )
-    head, _, rest = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+    head, _, rest = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
     writer.close()
     await writer.wait_closed()
     lines = (line.partition(": ") for line in head.decode().split("\r\n")[1:])

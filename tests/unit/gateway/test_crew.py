@@ -94,13 +94,13 @@ async def test_what_a_replica_asks_of_one_process_all_do() -> None:
         cooling[0].tell("chat-r1-0", 17.5)
         for channel in channels:
             await channel.ask("numbers", "", dict[int, str])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (heard[1] and heard[2]):
                 await asyncio.sleep(0.01)
         assert heard == {0: [], 1: [("chat-r1-0", 17.5)], 2: [("chat-r1-0", 17.5)]}
         desk.gone(1)
         cooling[2].tell("chat-r1-1", 1.0)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not heard[0]:
                 await asyncio.sleep(0.01)
         assert len(heard[1]) == 1
@@ -137,7 +137,7 @@ class Crew:
         said = b""
         try:
             with contextlib.suppress(ConnectionError):
-                said = await asyncio.wait_for(reader.read(), 20)
+                said = await asyncio.wait_for(reader.read(), 60)
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
@@ -149,7 +149,7 @@ class Crew:
 
         def read() -> str:
             url = f"http://127.0.0.1:{self.port}/metrics"
-            return str(urllib.request.urlopen(url, timeout=5).read().decode())
+            return str(urllib.request.urlopen(url, timeout=60).read().decode())
 
         found: dict[tuple[str, str], float] = {}
         for family in text_string_to_metric_families(await asyncio.to_thread(read)):
@@ -167,7 +167,7 @@ class Crew:
             await state.close()
 
     async def until(self, check: Callable[[], Any], what: str) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while True:
             found = check()
             if await found if asyncio.iscoroutine(found) else found:
@@ -260,7 +260,7 @@ async def test_both_answer_count_and_account_together(crew: Crew) -> None:
     await crew.until(written, "one ledger row for each attempt")
     workers = crew.workers()
     crew.process.send_signal(signal.SIGTERM)
-    _, said = await asyncio.to_thread(crew.process.communicate, timeout=20)
+    _, said = await asyncio.to_thread(crew.process.communicate, timeout=60)
     assert crew.process.returncode == 0, said
     assert not any(alive(pid) for pid in workers)
     assert list((crew.home / "ledger").iterdir()) == []
@@ -273,10 +273,11 @@ async def test_one_is_killed_and_service_goes_on(crew: Crew, kit: Any) -> None:
     crew.replica.default = kit.Plan(tokens=10, stall_at=6)
     streams = [asyncio.create_task(crew.ask(body=STREAM)) for _ in range(12)]
     await crew.until(lambda: crew.replica.active == 12, "all streams run")
-    await asyncio.sleep(1.3)  # by now what they got so far is noted
+    await asyncio.sleep(4.0)  # by now what they got so far is noted
     crew.replica.default = kit.Plan()
     victim, *others = crew.workers()
     os.kill(victim, signal.SIGKILL)
+    await crew.until(lambda: not alive(victim), "its end")
     lost = 0
     for _ in range(20):
         status, _ = await crew.ask()
@@ -306,7 +307,7 @@ async def test_one_is_killed_and_service_goes_on(crew: Crew, kit: Any) -> None:
 async def test_a_killed_parent_leaves_nothing(crew: Crew) -> None:
     workers = crew.workers()
     crew.process.kill()
-    await asyncio.to_thread(crew.process.communicate, timeout=20)
+    await asyncio.to_thread(crew.process.communicate, timeout=60)
     await crew.until(lambda: not any(alive(pid) for pid in workers), "the processes end too")
 
 

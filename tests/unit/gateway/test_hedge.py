@@ -17,7 +17,7 @@ from cloudlm.gateway.hedge import quickest
 from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.retry import HedgeBudget
 
-HEDGED = Routing(Policy.ROUND_ROBIN, hedge_after_s=0.05)
+HEDGED = Routing(Policy.ROUND_ROBIN, hedge_after_s=0.5)
 SLOW_S = 1.0
 
 
@@ -84,9 +84,13 @@ async def test_the_first_may_still_win(kit: Any) -> None:
     async with kit.open_rig(2) as rig:
         await hedging(rig, kit)
         first, second = rig.replicas
-        first.plans.append(kit.Plan(pause_s=0.15))
+        gate = asyncio.Event()
+        first.plans.append(kit.Plan(gate=gate))
         second.plans.append(kit.Plan(kind="silence"))
-        result = await rig.ask(kit.chat_body())
+        asking = asyncio.create_task(rig.ask(kit.chat_body()))
+        await kit.until(lambda: second.active)
+        gate.set()
+        result = await asking
         assert result.headers["x-cloudlm-replica"] == first.name
         won, lost = await new_rows(rig, 20)
         assert (won.replica, won.outcome) == (first.name, Outcome.FINISHED)
@@ -99,7 +103,7 @@ async def test_no_hedge_without_budget_or_wish_or_a_trusted_replica(kit: Any) ->
     async with kit.open_rig(2) as rig:
         await hedging(rig, kit, earned=18)
         for mock in rig.replicas:
-            mock.default = kit.Plan(pause_s=0.12)
+            mock.default = kit.Plan(pause_s=1.0)
         assert (await rig.ask(kit.chat_body())).headers["x-cloudlm-attempts"] == "1"  # the 19th
         rig.gateway.loads.failed(rig.replicas[0].name, rig.gateway.view._clock.monotonic())
         assert (await rig.ask(kit.chat_body())).headers["x-cloudlm-attempts"] == "1"
@@ -115,9 +119,15 @@ async def test_a_first_that_fails_while_the_second_runs(kit: Any) -> None:
     async with kit.open_rig(2) as rig:
         await hedging(rig, kit)
         first, second = rig.replicas
-        first.plans.append(kit.Plan(pause_s=0.1, body=b"no answer"))
-        second.plans.append(kit.Plan(pause_s=0.15))
-        result = await rig.ask(kit.chat_body())
+        fails, answers = asyncio.Event(), asyncio.Event()
+        first.plans.append(kit.Plan(gate=fails, body=b"no answer"))
+        second.plans.append(kit.Plan(gate=answers))
+        asking = asyncio.create_task(rig.ask(kit.chat_body()))
+        await kit.until(lambda: second.active)
+        fails.set()
+        await kit.until(lambda: rig.gateway.loads.of(first.name).failures)
+        answers.set()
+        result = await asking
         assert result.status == 200
         assert result.headers["x-cloudlm-replica"] == second.name
         failed, won = await new_rows(rig, 20)
@@ -129,9 +139,13 @@ async def test_a_first_that_fails_while_the_second_runs(kit: Any) -> None:
 async def test_both_fail_and_a_third_answers(kit: Any) -> None:
     async with kit.open_rig(3) as rig:
         await hedging(rig, kit, earned=21)  # so that the first replica is next
+        gate = asyncio.Event()
         for mock in rig.replicas[:2]:
-            mock.plans.append(kit.Plan(pause_s=0.1, body=b"no answer"))
-        result = await rig.ask(kit.chat_body())
+            mock.plans.append(kit.Plan(gate=gate, body=b"no answer"))
+        asking = asyncio.create_task(rig.ask(kit.chat_body()))
+        await kit.until(lambda: all(mock.active for mock in rig.replicas[:2]))
+        gate.set()
+        result = await asking
         assert (result.status, result.headers["x-cloudlm-attempts"]) == (200, "3")
         assert [row.outcome for row in await new_rows(rig, 21)] == [
             Outcome.FAILED,
@@ -195,7 +209,7 @@ async def test_the_first_good_one_or_the_last_fault(
         return after(0.001, fault) if delay is None else after(delay, number)
 
     async def discard(_: int) -> None:
-        raise AssertionError("nothing is left over")
+        """Both may be ready in one moment."""
 
     asked = quickest(run(first, 1), lambda: run(second, 2), 0.0, Interrupt(), discard)
     if first is None and second is None:

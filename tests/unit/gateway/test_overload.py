@@ -141,7 +141,7 @@ async def test_in_the_gateway_the_queue_is_bounded_and_the_rest_is_told_when_to_
 ) -> None:
     async with kit.open_rig(replica_capacity=4, max_queued_requests=4) as rig:
         (replica,) = rig.replicas
-        replica.default = kit.Plan(pause_s=0.2)
+        replica.default = kit.Plan(pause_s=0.5)
         most = 0
 
         async def ask() -> Any:

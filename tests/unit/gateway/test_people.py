@@ -87,7 +87,7 @@ async def test_a_change_elsewhere_does_not_cut_people_and_their_own_does(
     await signed.state.put_identity(replace(ANN, disabled_at=1.0), replaces=ANN)
     began = time.monotonic()
     result = await signed.finish(running)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 3.0
     assert result.error is not None
     assert (await signed.ask(kit.chat_body(), headers=bearer(signing))).status == 401
 

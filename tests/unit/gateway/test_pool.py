@@ -296,7 +296,7 @@ async def test_a_line_given_back_while_it_pours_is_not_touched_by_who_poured() -
         await asyncio.sleep(0)
         peer.writers[0].write(body + b"0\r\n\r\n")
         await pouring
-        second = await asyncio.wait_for(next_ones[0], 10.0)
+        second = await asyncio.wait_for(next_ones[0], 60.0)
         assert await second.piece(60.0) == b"hello"
         assert peer.connections == 1
         second.close()

@@ -47,7 +47,7 @@ def start(home: Path, port: int) -> subprocess.Popen[str]:
 
 def end(process: subprocess.Popen[str], how: signal.Signals) -> tuple[int, str]:
     process.send_signal(how)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     return process.returncode, said
 
 
@@ -57,7 +57,7 @@ async def ready(port: int) -> None:
             return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").status == 200)
         return False
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not await asyncio.to_thread(look):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)

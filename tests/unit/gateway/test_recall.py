@@ -138,7 +138,7 @@ async def test_a_shared_cache_that_is_away_costs_nobody_an_answer(kit: Any) -> N
         began = time.monotonic()
         asked = [rig.ask(_greedy(kit, seed=number)) for number in range(20)]
         assert {one.status for one in await asyncio.gather(*asked)} == {200}
-        assert time.monotonic() - began < 3.0  # 0.2 on a quiet machine
+        assert time.monotonic() - began < 20.0  # 0.2 on a quiet machine
         again = await rig.ask(_greedy(kit, seed=3))
         assert again.headers[HEADER] == "hit"
         assert b"cloudlm_gateway_cache_shared_away 1.0" in rig.gateway.meter.exposition()
@@ -154,7 +154,7 @@ async def test_an_answer_ages(kit: Any) -> None:
 async def test_what_is_known_is_billed_as_cached(kit: Any) -> None:
     prices = f"{kit.MODEL}=1000/1/5000"
     async with kit.open_rig(cache_models="*", prices=prices) as rig:
-        rig.replicas[0].default = kit.Plan(pause_s=0.02)
+        rig.replicas[0].default = kit.Plan(pause_s=0.5)
         await asyncio.gather(rig.ask(_greedy(kit)), rig.ask(_greedy(kit)))
         await rig.ask(_greedy(kit))
         tag = (await rig.ask(_greedy(kit))).headers["etag"]
@@ -267,10 +267,12 @@ async def test_a_deployment_made_again_answers_anew(cached: Any, kit: Any) -> No
 
 
 async def test_an_answer_that_another_revision_gave_is_not_kept(cached: Any, kit: Any) -> None:
-    cached.replicas[0].plans.append(kit.Plan(pause_s=0.05))
+    gate = asyncio.Event()
+    cached.replicas[0].plans.append(kit.Plan(gate=gate))
     asking = asyncio.create_task(cached.ask(_greedy(kit)))
     await kit.until(lambda: cached.replicas[0].requests)
     await _serve_revisions(cached, kit, 2)
+    gate.set()
     assert "etag" not in (await asking).headers
     assert cached.gateway.handler.recall.answers.size_bytes == 0
 
@@ -279,13 +281,16 @@ async def test_an_answer_of_a_revision_that_came_and_went_is_not_kept(
     cached: Any, kit: Any
 ) -> None:
     """Asked of revision 1, answered by 2 after a retry, and 1 is back before the end."""
-    plans = [kit.Plan(pause_s=0.05, body=b"{}"), kit.Plan(pause_s=0.05)]
+    first, second = asyncio.Event(), asyncio.Event()
+    plans = [kit.Plan(gate=first, body=b"{}"), kit.Plan(gate=second)]
     cached.replicas[0].plans.extend(plans)
     asking = asyncio.create_task(cached.ask(_greedy(kit)))
     await kit.until(lambda: len(cached.replicas[0].requests) == 1)
     await _serve_revisions(cached, kit, 2)
+    first.set()
     await kit.until(lambda: len(cached.replicas[0].requests) == 2)
     await _serve_revisions(cached, kit, 1)
+    second.set()
     answer = await asking
     assert (answer.status, answer.headers["x-cloudlm-attempts"]) == (200, "2")
     assert "etag" not in answer.headers
@@ -361,7 +366,7 @@ async def test_no_failure_is_kept(cached: Any, kit: Any, how: dict[str, Any], st
 
 
 async def test_a_stream_whose_client_left_is_not_kept(cached: Any, kit: Any) -> None:
-    cached.replicas[0].plans.append(kit.Plan(pause_s=0.01))
+    cached.replicas[0].plans.append(kit.Plan(pause_s=0.5))
     response = await cached.gateway.handler.handle(cached.request(_greedy(kit, stream=True)))
     await response.body.__anext__()
     await response.body.aclose()
@@ -388,7 +393,7 @@ async def test_what_is_too_large_is_not_kept(kit: Any, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_equal_questions_at_once_are_asked_once(cached: Any, kit: Any, stream: bool) -> None:
-    cached.replicas[0].default = kit.Plan(pause_s=0.02)
+    cached.replicas[0].default = kit.Plan(pause_s=0.5)
     results = await asyncio.gather(*(cached.ask(_greedy(kit, stream=stream)) for _ in range(5)))
     said = sorted(result.headers[HEADER] for result in results)
     assert said == ["coalesced"] * 4 + ["miss"]
@@ -434,7 +439,7 @@ async def test_a_leader_that_is_cancelled_hands_over(cached: Any, kit: Any) -> N
 
 async def test_nobody_gets_a_leaders_error(kit: Any) -> None:
     """All go on by themselves at once: waiting for one another would add up their time limits."""
-    async with kit.open_rig(cache_models="*", first_token_timeout_s=0.3, max_attempts=1) as rig:
+    async with kit.open_rig(cache_models="*", first_token_timeout_s=1.5, max_attempts=1) as rig:
         rig.replicas[0].default = kit.Plan(pause_s=0.05)
         _, leading, waiting = await _behind_a_leader(rig, kit, kit.Plan(kind="silence"))
         results = await asyncio.gather(*waiting)
@@ -446,13 +451,15 @@ async def test_nobody_gets_a_leaders_error(kit: Any) -> None:
 
 
 async def test_who_waits_can_leave(cached: Any, kit: Any) -> None:
-    _, leading, waiting = await _behind_a_leader(cached, kit, kit.Plan(pause_s=0.1))
+    gate = asyncio.Event()
+    _, leading, waiting = await _behind_a_leader(cached, kit, kit.Plan(gate=gate))
     request = cached.request(_greedy(kit))
     leaving = asyncio.create_task(cached.gateway.handler.handle(request))
     await kit.until(lambda: cached.gateway.admission.total == 4)
     request.disconnected.set_result(None)
     assert (await leaving).status == 499
     assert cached.gateway.admission.total == 3
+    gate.set()
     assert (await leading).status == 200
     assert [r.headers[HEADER] for r in await asyncio.gather(*waiting)] == ["coalesced"] * 2
     cached.assert_nothing_open()

@@ -78,7 +78,7 @@ async def test_a_resumed_stream_is_two_attempts_and_one_request(kit: Any) -> Non
 
 @pytest.mark.promise(1)
 async def test_a_stall_is_resumed(kit: Any) -> None:
-    async with kit.open_rig(replicas=2, idle_timeout_s=0.1) as rig:
+    async with kit.open_rig(replicas=2, idle_timeout_s=1.0) as rig:
         rig.replicas[0].default = kit.Plan(**NOTES, stall_at=3)
         rig.replicas[1].default = kit.Plan(**NOTES)
         result = await rig.ask(kit.chat_body(**ASK))

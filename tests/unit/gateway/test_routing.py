@@ -65,10 +65,12 @@ async def test_a_dead_replica_is_tried_by_one_request_at_a_time(kit: Any) -> Non
         await who_answered(rig, kit, 3)
         assert len(bad.requests) == 1
         rig.gateway.loads.of(bad.name).suspect_until = 0.0  # its time is over
-        bad.plans.append(kit.Plan(pause_s=0.3))
+        gate = asyncio.Event()
+        bad.plans.append(kit.Plan(gate=gate))
         probe = asyncio.create_task(rig.ask(kit.chat_body()))
         await kit.until(lambda: len(bad.requests) == 2)
         assert bad.name not in await who_answered(rig, kit, 6)
+        gate.set()
         assert (await probe).headers["x-cloudlm-replica"] == bad.name
         assert rig.gateway.loads.of(bad.name).failures == 0
         rig.assert_nothing_open()

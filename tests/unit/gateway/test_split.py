@@ -235,7 +235,7 @@ async def test_a_copy_is_sent_afterwards_and_nobody_pays(kit: Any) -> None:
 
 
 async def test_a_shadow_that_fails_or_hangs_is_no_clients_matter(kit: Any) -> None:
-    async with kit.open_rig(2, first_token_timeout_s=0.3) as rig:
+    async with kit.open_rig(2, first_token_timeout_s=1.0) as rig:
         await split(rig, kit, 0.0, mirror=1.0)
         _, shadow = rig.replicas
         shadow.plans.extend(

@@ -42,8 +42,8 @@ class Echo:
         told = {"method": request.method, "path": request.path, "body": request.body.decode()}
         return GatewayResponse(200, {"x-path": request.path}, json.dumps(told).encode())
 
-    async def send(self, *pieces: bytes, timeout_s: float = 3.0) -> bytes:
-        """All that comes back until the server closes or is quiet."""
+    async def send(self, *pieces: bytes, timeout_s: float = 10.0, count: int = 0) -> bytes:
+        """All that comes back until the server closes or is quiet, or so many answers are here."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         got = b""
         try:
@@ -55,6 +55,8 @@ class Echo:
                 async with asyncio.timeout(timeout_s):
                     while piece := await reader.read(65536):
                         got += piece
+                        if count and len(statuses(got)) >= count:
+                            break
         finally:
             writer.transport.abort()
         return got
@@ -107,7 +109,7 @@ async def echoing(max_body_bytes: int = 10_000, host: str = "0.0.0.0") -> AsyncI
         yield echo
     finally:
         server.stop()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 60)
 
 
 def statuses(got: bytes) -> list[int]:
@@ -185,7 +187,7 @@ async def test_what_could_be_read_in_two_ways_is_refused_and_ends_the_connection
         assert statuses(got)[0] in (400, 405, 501), got
         assert b"connection: close" in got
         assert not echo.seen
-        assert statuses(await echo.send(GOOD + b"x", timeout_s=0.05))[0] == 200  # still serves
+        assert statuses(await echo.send(GOOD, count=1)) == [200]  # still serves
 
 
 @pytest.mark.parametrize("name", ["length and chunks", "folded line", "negative chunk", "no host"])
@@ -251,7 +253,7 @@ async def test_pipelined_flood_is_not_read_while_an_answer_runs() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(writer.drain(), 0.3)
         echo.gate.set()
-        got = await asyncio.wait_for(reader.read(), 3)
+        got = await asyncio.wait_for(reader.read(), 60)
         assert statuses(got) == [200, 431]
         writer.transport.abort()
 
@@ -272,7 +274,7 @@ async def test_pipelined_flood_is_not_read_while_an_answer_runs() -> None:
 async def test_oversized(wire: bytes, status: int) -> None:
     async with echoing() as echo:
         cut = len(wire) // 2
-        assert statuses(await echo.send(wire[:cut], wire[cut:], timeout_s=1))[:1] == [status]
+        assert statuses(await echo.send(wire[:cut], wire[cut:], count=1))[:1] == [status]
 
 
 @pytest.mark.promise(18)
@@ -315,7 +317,7 @@ async def test_old_clients() -> None:
         assert b"connection: close" in got
         assert b'"/old"' in got
         kept = b"GET /old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
-        assert (await echo.send(kept + kept, timeout_s=0.1)).count(b"connection: keep-alive") == 2
+        assert (await echo.send(kept + kept, count=2)).count(b"connection: keep-alive") == 2
         echo.stream = 2
         got = await echo.send(kept)
         assert got.endswith(b"\r\n\r\npiece1;piece0;")
@@ -355,10 +357,10 @@ async def test_a_slow_body_gets_400_and_a_quiet_connection_ends(
         assert b"did not arrive" in got
         began = time.monotonic()
         assert statuses(await echo.send(GOOD)) == [200]
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 9
         reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)
         writer.write(GOOD + post("Content-Length: 3", body=b"a"))
-        got = await asyncio.wait_for(reader.read(), 3)
+        got = await asyncio.wait_for(reader.read(), 60)
         assert statuses(got) == [200, 400]
         writer.transport.abort()
 
@@ -371,7 +373,7 @@ async def test_a_refusal_reaches_a_client_that_still_sends() -> None:
             for _ in range(50):
                 writer.write(b"x" * 100_000)
                 await asyncio.sleep(0.001)
-        got = await asyncio.wait_for(reader.read(), 3)
+        got = await asyncio.wait_for(reader.read(), 60)
         assert statuses(got) == [413]
         writer.transport.abort()
 
@@ -383,7 +385,7 @@ async def test_a_client_that_reads_no_answer_is_dropped() -> None:
         small = socket.create_connection(("127.0.0.1", echo.port))
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.sendall(GOOD)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not echo.seen or echo.site.connections:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.02)
@@ -429,4 +431,4 @@ async def test_metrics_answer_through_the_bridge(kit: Any) -> None:
         assert statuses(await echo.send(wire % b"POST")) == [405]
         assert (await echo.send(wire % b"HEAD")).endswith(b"\r\n\r\n")
         server.stop()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 60)

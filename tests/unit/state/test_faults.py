@@ -181,7 +181,7 @@ async def test_kill_9_in_the_middle_of_writes_leaves_whole_facts(sqlite_file: Pa
         assert process.stdout.readline() == b"ready\n"
         time.sleep(chance.uniform(0.05, 0.3))
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         process.stdout.close()
         state = SqlState(await Database.open(url, busy_timeout_s=1.0))
         try:

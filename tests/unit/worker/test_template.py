@@ -111,7 +111,7 @@ async def test_a_template_without_end_is_ended(make: Make, bomb: str) -> None:
     began = time.monotonic()
     with pytest.raises(BrokenModel, match="chat template"):
         await render(template)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.promise(36)

@@ -66,7 +66,7 @@ def ask(url: str, context: ssl.SSLContext, token: str = "secret") -> Any:
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
     )
-    with opener.open(request, timeout=5) as answer:
+    with opener.open(request, timeout=60) as answer:
         return json.loads(answer.read())
 
 

@@ -227,7 +227,7 @@ async def test_other_dialects_are_not_compared(semantic: Any, kit: Any) -> None:
 
 
 async def test_equal_questions_at_once_are_compared_and_asked_once(semantic: Any, kit: Any) -> None:
-    semantic.replicas[0].default = kit.Plan(pause_s=0.05)
+    semantic.replicas[0].default = kit.Plan(pause_s=0.5)
     leading = asyncio.create_task(semantic.ask(_body(kit)))
     await kit.until(lambda: semantic.replicas[0].requests)
     others = await asyncio.gather(*(semantic.ask(_body(kit)) for _ in range(3)))

@@ -112,7 +112,7 @@ async def test_stopping_reaches_its_children_too() -> None:
     await asyncio.sleep(0.2)
     await child.stop()
     assert not child.alive
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while _group_lives(group):
             await asyncio.sleep(0.01)
 
