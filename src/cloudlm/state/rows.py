@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
+from operator import attrgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -184,13 +185,18 @@ def job_of(row: DatabaseRow) -> Job:
 
 LEDGER_COLUMNS = tuple(field.name for field in fields(LedgerRow))
 _OUTCOME = LEDGER_COLUMNS.index("outcome")
+_read = attrgetter(*LEDGER_COLUMNS)
 
 
-def ledger_values(row: LedgerRow) -> tuple[Any, ...]:
+def ledger_values(row: LedgerRow) -> list[Any]:
     """In the order of LEDGER_COLUMNS."""
-    values = [getattr(row, name) for name in LEDGER_COLUMNS]
+    values = list(_read(row))
     values[_OUTCOME] = row.outcome.value
-    return tuple(storable(value) if type(value) is str else value for value in values)
+    # One look at all of them: a row is written for each attempt, and few have anything to escape.
+    whole = "".join([value for value in values if type(value) is str])
+    if storable(whole) != whole:
+        values = [storable(value) if type(value) is str else value for value in values]
+    return values
 
 
 def ledger_of(row: DatabaseRow) -> LedgerRow:
