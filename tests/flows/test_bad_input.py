@@ -93,7 +93,7 @@ def test_a_bad_key(installation: Installation, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header}
     answers = set()
     for url in (f"{installation.gateway}/v1/models", f"{installation.control}/api/v1/keys"):
-        answer = httpx2.get(url, headers=headers)
+        answer = httpx2.get(url, headers=headers, timeout=60)
         assert answer.status_code == 401
         answers.add(answer.json()["error"]["message"])
     assert len(answers) == 1
@@ -106,7 +106,9 @@ def test_a_revoked_key_is_refused_soon(installation: Installation) -> None:
     from installations import wait_for
 
     def status() -> int:
-        return httpx2.get(f"{installation.gateway}/v1/models", headers=headers).status_code
+        return httpx2.get(
+            f"{installation.gateway}/v1/models", headers=headers, timeout=60
+        ).status_code
 
     wait_for("the new key to work", lambda: status() == 200)
     installation.cli("keys", "revoke", made["record"]["id"])
@@ -116,7 +118,9 @@ def test_a_revoked_key_is_refused_soon(installation: Installation) -> None:
 def test_a_user_key_may_not_administrate(installation: Installation) -> None:
     made = json.loads(installation.cli("keys", "create", "--role", "user", "--json").stdout)
     answer = httpx2.get(
-        f"{installation.control}/api/v1/keys", headers={"authorization": f"Bearer {made['key']}"}
+        f"{installation.control}/api/v1/keys",
+        headers={"authorization": f"Bearer {made['key']}"},
+        timeout=60,
     )
     assert answer.status_code == 403
 

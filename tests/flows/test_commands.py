@@ -227,7 +227,7 @@ def test_serve_is_used_as_vllm_serve_is(tmp_path: Path) -> None:
                 break
         url = json.loads("".join(lines))["openai_base_url"]
         body = {"model": "mine", "messages": [{"role": "user", "content": QUESTION}]}
-        assert httpx2.post(f"{url}/chat/completions", json=body).status_code == 401
+        assert httpx2.post(f"{url}/chat/completions", json=body, timeout=60).status_code == 401
         headers = {"authorization": "Bearer secret"}
         answer = httpx2.post(f"{url}/chat/completions", json=body, headers=headers, timeout=30)
         assert answer.json()["choices"][0]["message"]["content"]

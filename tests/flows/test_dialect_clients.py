@@ -119,7 +119,7 @@ def test_prediction_protocols(installation: Installation) -> None:
         vectors = ask("/api/embed", {"model": MODEL, "input": ["a", "b"]}).json()["embeddings"]
         assert len(vectors) == 2
     for path in ("/ping", "/v2/health/live", "/v2/health/ready"):  # probes have no key
-        assert httpx2.get(installation.gateway + path).status_code == 200
+        assert httpx2.get(installation.gateway + path, timeout=60).status_code == 200
 
 
 def test_langchain_llamaindex_and_ollama(installation: Installation) -> None:

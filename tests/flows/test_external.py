@@ -136,7 +136,7 @@ def test_the_key_is_kept_in_one_place(front: Installation, key: str) -> None:
     assert len(files) > 10
     assert not [str(path) for path in files if secret in path.read_bytes()]
     for address in (front.gateway, front.control):
-        assert secret not in httpx2.get(f"{address}/metrics").content
+        assert secret not in httpx2.get(f"{address}/metrics", timeout=60).content
     for pid in processes_of(front.home):
         assert secret not in Path(f"/proc/{pid}/environ").read_bytes()
 

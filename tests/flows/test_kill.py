@@ -111,7 +111,9 @@ def test_a_client_that_leaves_frees_the_worker(
         import httpx2
 
         answer = httpx2.get(
-            f"{replica['url']}/health?verbose=1", headers={"authorization": f"Bearer {token}"}
+            f"{replica['url']}/health?verbose=1",
+            headers={"authorization": f"Bearer {token}"},
+            timeout=60,
         )
         return int(answer.json()["running"]) + int(answer.json()["waiting"])
 

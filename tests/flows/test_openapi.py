@@ -58,7 +58,9 @@ def fuzz(location: str, url: str, key: str, folder: Path, *more: str) -> None:
 
 
 def document(url: str, key: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    answer = httpx2.get(url, headers={"authorization": f"Bearer {key}"}, trust_env=False)
+    answer = httpx2.get(
+        url, headers={"authorization": f"Bearer {key}"}, trust_env=False, timeout=60
+    )
     assert answer.status_code == 200
     path = folder / "openapi.json"
     path.write_text(answer.text)

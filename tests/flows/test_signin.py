@@ -43,7 +43,7 @@ def serving(command: list[str], url: str) -> Iterator[str]:
         while time.monotonic() < deadline:
             assert process.poll() is None, f"{command} ended with {process.poll()}"
             try:
-                httpx2.get(f"{url}/.well-known/openid-configuration", trust_env=False)
+                httpx2.get(f"{url}/.well-known/openid-configuration", trust_env=False, timeout=60)
                 break
             except httpx2.HTTPError:
                 time.sleep(0.1)
@@ -114,7 +114,7 @@ def log_in(environment: dict[str, str], sub: str) -> tuple[int, str]:
         line = process.stderr.readline()
         assert line, process.communicate()
     address = re.sub(r"\s", "", line.partition("here:")[2])
-    with httpx2.Client(trust_env=False, follow_redirects=True) as browser:
+    with httpx2.Client(trust_env=False, follow_redirects=True, timeout=60) as browser:
         answer = browser.post(address, data={"sub": sub})
     out, errors = process.communicate(timeout=60)
     if process.returncode == 0:
@@ -231,7 +231,7 @@ def browse(
         seen.append(dict(asked))
         change(asked)
         url = f"{parts.scheme}://{parts.netloc}{parts.path}?{urlencode({**asked, 'sub': sub})}"
-        with httpx2.Client(trust_env=False) as browser:
+        with httpx2.Client(trust_env=False, timeout=60) as browser:
             back = browser.get(url).headers.get("location", "")
             for after in how.get("after", [lambda location: location]):
                 try:
@@ -262,9 +262,13 @@ def test_code_with_pkce_refresh_and_revocation(
     assert fresh.refresh_token != tokens.refresh_token
     with pytest.raises(AuthenticationFailed):
         signin.refresh(tokens)  # a refresh token is good once
-    before = httpx2.get(f"{strict_issuer}/state", trust_env=False).json()["refresh_tokens"]
+    before = httpx2.get(f"{strict_issuer}/state", trust_env=False, timeout=60).json()[
+        "refresh_tokens"
+    ]
     assert signin.revoke(fresh)
-    after = httpx2.get(f"{strict_issuer}/state", trust_env=False).json()["refresh_tokens"]
+    after = httpx2.get(f"{strict_issuer}/state", trust_env=False, timeout=60).json()[
+        "refresh_tokens"
+    ]
     assert after == before - 1
 
 
@@ -329,7 +333,7 @@ def test_a_device_signs_in_by_a_code(sign_in: Callable[..., SignIn], strict_issu
             waits.append(seconds)
             if len(waits) % 3 == 0:  # two polls find nobody
                 query = urlencode({"user_code": shown[-1].code, "sub": sub})
-                httpx2.get(f"{strict_issuer}/approve?{query}", trust_env=False)
+                httpx2.get(f"{strict_issuer}/approve?{query}", trust_env=False, timeout=60)
 
         return sleep
 

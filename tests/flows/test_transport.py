@@ -56,13 +56,15 @@ def test_everything_over_tls(
         assert replica["url"].startswith("https://")
         authority = ssl.create_default_context(cafile=str(one.home / "tls" / "ca.pem"))
         with pytest.raises(httpx2.HTTPError):  # the worker asks for a certificate
-            httpx2.get(f"{replica['url']}/livez", verify=authority, trust_env=False)
+            httpx2.get(f"{replica['url']}/livez", verify=authority, trust_env=False, timeout=60)
 
         gateways = pids(one.home, "cloudlm.gateway --seat")
         assert len(gateways) == 2
         os.kill(min(gateways), signal.SIGKILL)
         for _ in range(5):  # a fresh connection each: the other process takes them
-            with httpx2.Client(verify=secure, trust_env=False, base_url=one.gateway) as fresh:
+            with httpx2.Client(
+                verify=secure, trust_env=False, base_url=one.gateway, timeout=60
+            ) as fresh:
                 assert fresh.get("/readyz").status_code == 200
         wait_for(
             "the killed process is replaced",

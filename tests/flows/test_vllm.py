@@ -134,7 +134,7 @@ def test_vllm_itself_answers_through_the_gateway(
         )
         assert bad.status_code == 400
     _resumes(running, replica["url"])
-    metrics = httpx2.get(f"{replica['url']}/metrics").text
+    metrics = httpx2.get(f"{replica['url']}/metrics", timeout=60).text
     assert "vllm:generation_tokens_total" in metrics
     assert 'cloudlm_http_requests_total{route="/v1/chat/completions",status="200"}' in metrics
 

@@ -70,6 +70,7 @@ class Installation:
         answer = httpx2.get(
             f"{self.control}/api/v1/deployments/{name}",
             headers={"authorization": f"Bearer {self.key}"},
+            timeout=60,
         )
         status = answer.json().get("status") or {}
         return list(status.get("replicas", []))

@@ -114,6 +114,7 @@ def test_the_openai_packages_errors(worker: Running) -> None:
             f"{worker.url}/v1/chat/completions",
             content=chunks,
             headers={"authorization": "Bearer secret"},
+            timeout=60,
         )
         assert chunked.status_code == 413
         worker.engine.answer = "x" * 50
