@@ -15,6 +15,7 @@ from redis_server import RedisServer
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import BadSetting
+from cloudlm.gateway import answers_redis
 from cloudlm.gateway.answers import Answers, LocalAnswers
 from cloudlm.gateway.answers_redis import RedisAnswers, Seal
 from cloudlm.gateway.cache import Answer
@@ -28,6 +29,13 @@ PLACE = Place("acme", bytes(range(32)))
 
 def _seal(pepper: bytes = b"p" * 32) -> Seal:
     return Seal(lambda tenant: answer_key(tenant, pepper))
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis on a machine that stands still for a moment must not seem away."""
+    monkeypatch.setattr(answers_redis, "ANSWER_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(answers_redis, "MAX_KEEP_S", 30.0)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from redis_server import RedisServer
 from cloudlm.core.access import Limits
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import BadSetting, Unavailable
+from cloudlm.gateway import counters_redis
 from cloudlm.gateway.channel import Channel, attend
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.counters_redis import Outage, RedisCounters
@@ -24,6 +25,12 @@ from cloudlm.gateway.limits import NANO, Bound, Kind, Verdict
 
 MONTH = 24_000
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis on a machine that stands still for a moment must not seem away."""
+    monkeypatch.setattr(counters_redis, "ANSWER_TIMEOUT_S", 5.0)
 
 
 @pytest.fixture

@@ -209,12 +209,12 @@ class RedisAnswers:
             if self.away:
                 self._asking.set()  # the other task waits for Redis to come back
 
-    async def _say(self, pipeline: Any, timeout_s: float = ANSWER_TIMEOUT_S) -> list[Any]:
+    async def _say(self, pipeline: Any, timeout_s: float | None = None) -> list[Any]:
         """Redis's answers; none, and Redis is away, if it has none in time."""
         from redis.exceptions import OutOfMemoryError, RedisError
 
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s or ANSWER_TIMEOUT_S):
                 said: list[Any] = await pipeline.execute(raise_on_error=False)
             for fault in said:
                 if isinstance(fault, RedisError) and not isinstance(fault, OutOfMemoryError):

@@ -307,7 +307,7 @@ async def test_bad_embeddings(rig: Any, kit: Any) -> None:
 async def test_hostile_bodies(rig: Any, raw: bytes) -> None:
     began = time.perf_counter()
     result = await rig.ask(raw=raw)
-    assert time.perf_counter() - began < 5.0  # 0.05 on a machine of its own
+    assert time.perf_counter() - began < 20.0  # 0.05 on a machine of its own
     assert result.status in (400, 413), result.body
     assert result.json["error"]["type"] == "invalid_request_error"
     assert not rig.replicas[0].requests
