@@ -71,12 +71,13 @@ bench-engine: setup
 bench-engine-peers: setup
 	@$(BIN)/python bench/engine/peers.py
 
-# Latency and throughput, the ladder of streams, overload and outage, memory: about a quarter of an hour.
+# Latency and throughput beside every peer that is found, the ladder of streams, overload and outage, memory,
+# streams whose replica is killed: about half an hour.
 bench-gateway: setup
-	@$(BIN)/python bench/gateway/run.py
-	@$(BIN)/python bench/gateway/streams.py --only all
-	@$(BIN)/python bench/gateway/overload.py
-	@$(BIN)/python bench/gateway/memory.py
+	@mkdir -p out
+	@for script in run.py "streams.py --only all" overload.py memory.py resume.py; do \
+		$(BIN)/python bench/gateway/$$script; done | tee out/bench-gateway.jsonl
+	@$(BIN)/python bench/gateway/report.py out/bench-gateway.jsonl
 
 # Policies against each other in the simulator: routing, autoscaling, spot.
 bench-fleet: setup

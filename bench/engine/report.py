@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import roofline
-
-BEGIN, END = "<!-- bench-engine: begin -->", "<!-- bench-engine: end -->"
 
 COLUMNS = {
     # workload: (heading, key of the summary, whether more is better)
@@ -126,12 +123,3 @@ def _compared(title: str, ours: dict[str, Any], other: Any) -> str:
         else:
             cells.append(f"**{mine / theirs if more_is_better else theirs / mine:.2f}**")
     return f"| {title} | " + " | ".join(cells) + " | | | |"
-
-
-def record(results: Path, text: str) -> None:
-    """Replace what stands between the markers; fails if they are missing."""
-    whole = results.read_text()
-    if BEGIN not in whole or END not in whole:
-        sys.exit(f"{results.name} has lost its markers {BEGIN} and {END}")
-    head, tail = whole.split(BEGIN)[0], whole.split(END)[1]
-    results.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
