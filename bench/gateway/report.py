@@ -120,7 +120,7 @@ def own_table(found: Found) -> list[str]:
     attempts = all_of("outage", "attempts_per_request", 3)
     rows.append(("attempts per request in a total outage", attempts, "1.2"))
     grown = all_of("memory", "slope_mb_per_100k")
-    if lines.get("memory"):
+    if lines.get("memory") and lines["memory"][-1]["low"] is not None:
         last = lines["memory"][-1]
         grown += f" (95 %: {last['low']:.2f} to {last['high']:.2f})"
     rows.append(("memory growth, MB per 100,000 requests", grown, "1"))
