@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from cloudlm.client import Client
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("demo")(demo)
-
-
 def demo(
     keep: Annotated[
         bool | None,

@@ -53,17 +53,6 @@ ENGINE_HELP = f"What generates: {' or '.join(ENGINES)}."
 WAIT_S = 600.0
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("deploy")(deploy)
-    app.command("apply")(apply)
-    app.command("status")(status)
-    app.command("logs")(logs)
-    app.command("scale")(scale)
-    app.command("sleep")(sleep)
-    app.command("wake")(wake)
-    app.command("delete")(delete)
-
-
 def deploy(
     model: Annotated[
         str, typer.Argument(help="models:/name/3, name@alias, a folder, org/name, s3://…")

@@ -51,10 +51,6 @@ class Running:
     """The same of the control API; the commands of this home trust it by themselves."""
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("up")(up)
-
-
 def up(
     gateway_port: Annotated[
         int | None, typer.Option("--gateway-port", "--port", help="Port of the OpenAI API.")
