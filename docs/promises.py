@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 MARKERS = ("promise", "known_failure")
-OURS = ("access", "engine")
+OURS = ("access", "engine", "elastic")
 """Who must have a test for each of their rows."""
 
 

@@ -64,6 +64,7 @@ async def test_what_moved_since_it_was_read_is_not_taken(state: State) -> None:
     assert (await state.get_lease("control")).holder == "a"
 
 
+@pytest.mark.promise(25)
 async def test_of_many_one_gets_it(state: State) -> None:
     free = await state.get_lease("control")
 
@@ -98,6 +99,7 @@ async def test_the_same_holder_with_another_token_is_another(state: State) -> No
     assert (await state.renew_lease(after)).token == 2
 
 
+@pytest.mark.promise(25)
 async def test_writes_of_a_stale_holder_are_refused(state: State) -> None:
     deployment = await state.put_deployment(SPEC, now=1.0)
     old = state.fenced(await take(state, "a"))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from docs.generate import PAGES, stale_pages
+from typer.main import get_command
+
+from cloudlm.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted(
@@ -43,3 +47,50 @@ def test_the_map_names_every_room() -> None:
     rooms = [path.parent.name for path in (ROOT / "src" / "cloudlm").glob("*/__init__.py")]
     assert [room for room in rooms if f"{room}/" not in text] == []
     assert len(text.splitlines()) <= 200
+
+
+INLINE = re.compile(r"`cloudlm ([^`\n]+)`")
+FENCED = re.compile(r"^ *```(?:bash|console|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^ {4}(?:\$ )?cloudlm ([^\n]+)", re.MULTILINE)
+TYPED = re.compile(r"^ *(?:\$ )?cloudlm ([^\n]+)", re.MULTILINE)
+OPTION = re.compile(r"(?<=\s)(--[a-z][a-z-]*|-[a-z])(?=[\s=`]|$)")
+GUIDES = [paper for paper in PAPERS if paper.parent.name not in ("reference", "bench")]
+
+
+def _commands_in(text: str) -> list[str]:
+    """What follows ``cloudlm`` in code, up to a pipe, a comment or the next command; each of
+    several that are named together, as in ``roles|keys``."""
+    found = INLINE.findall(text) + INDENTED.findall(text)
+    for block in FENCED.findall(text):
+        found += TYPED.findall(block)
+    named = []
+    for one in found:
+        line = re.split(r" +(?:\||>|&|;|#)", one)[0]
+        first, _, rest = line.partition(" ")
+        named += [f"{name} {rest}".strip() for name in first.split("|")]
+    return named
+
+
+@pytest.mark.parametrize("paper", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_that_a_paper_names_exist_with_their_options(paper: Path) -> None:
+    root: Any = get_command(app)
+    wrong = []
+    for line in _commands_in(paper.read_text("utf-8")):
+        here, words = root, line.split()
+        while getattr(here, "commands", None) is not None and words and words[0] in here.commands:
+            here = here.commands[words.pop(0)]
+        if here is root and not words[0].startswith("-"):
+            wrong.append(line)
+        elif getattr(here, "commands", None) is None:
+            known = {opt for one in here.params for opt in (*one.opts, *one.secondary_opts)}
+            known |= {"--help", "-h"}
+            wrong += [f"{line}: {opt}" for opt in OPTION.findall(line) if opt not in known]
+    assert wrong == []
+
+
+def test_a_command_that_is_not_there_is_found() -> None:
+    text = (
+        "`cloudlm keys create --name x | head`, `cloudlm roles|keys` and\ncloudlm is\n"
+        "```bash\ncloudlm nonsense --x  # as typed\n```\n"
+    )
+    assert _commands_in(text) == ["keys create --name x", "roles", "keys", "nonsense --x"]

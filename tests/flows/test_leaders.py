@@ -74,6 +74,7 @@ def second(tmp_path: Path) -> Iterator[Callable[[Installation], subprocess.Popen
     os.close(reading)
 
 
+@pytest.mark.promise(25)
 def test_a_stopped_leader_is_followed_and_does_no_harm_when_it_goes_on(
     own_installation: Callable[..., Installation],
     second: Callable[[Installation], subprocess.Popen[bytes]],

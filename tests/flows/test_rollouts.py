@@ -84,6 +84,7 @@ def history(running: Installation) -> list[tuple[int, str]]:
     return [(one["revision"], one["outcome"]) for one in data]
 
 
+@pytest.mark.promise(20)
 def test_rolling_there_and_back_under_load_drops_nothing(
     own_installation: Callable[..., Installation],
 ) -> None:
@@ -102,6 +103,7 @@ def test_rolling_there_and_back_under_load_drops_nothing(
     assert [one["id"] for one in running.replicas()] == [f"{MODEL}-r1-0", f"{MODEL}-r1-1"]
 
 
+@pytest.mark.promise(20)
 def test_blue_green_and_a_scale_down_under_load_drop_nothing(
     own_installation: Callable[..., Installation],
 ) -> None:
@@ -122,6 +124,7 @@ def test_blue_green_and_a_scale_down_under_load_drop_nothing(
     assert [one["id"] for one in running.replicas()] == [f"{MODEL}-r2-0"]
 
 
+@pytest.mark.promise(25)
 def test_a_bad_canary_is_rolled_back_by_itself_though_control_is_killed(
     own_installation: Callable[..., Installation],
 ) -> None:

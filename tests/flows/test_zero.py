@@ -71,6 +71,7 @@ async def herd(running: Installation) -> list[tuple[int, str]]:
         return await asyncio.gather(*(ask() for _ in range(REQUESTS)))
 
 
+@pytest.mark.promise(19)
 def test_a_thousand_requests_wait_for_one_start(
     own_installation: Callable[..., Installation], tmp_path: Path
 ) -> None:

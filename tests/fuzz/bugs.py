@@ -35,7 +35,7 @@ from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import Resumer, may_help
 from cloudlm.gateway.retry import RetryBudget
 from cloudlm.gateway.router import choose
-from cloudlm.gateway.sse import SseParser
+from cloudlm.gateway.sse import PING, SseParser
 from cloudlm.gateway.view import View
 from cloudlm.security.access import Directory
 
@@ -75,6 +75,13 @@ def _one_token_more(body: Any) -> Any:
         return told
 
     return more
+
+
+def _half_a_comment(_: Any) -> Any:
+    def half(self: Relay) -> None:
+        self._ready.append(PING.removesuffix(b"\n"))
+
+    return half
 
 
 def _only_good_ones(settle: Any) -> Any:
@@ -242,6 +249,7 @@ BUGS: Mapping[str, Bug] = {
     "a broken stream ends without a word": _instead(
         Relay, "_tell", lambda _: lambda self, error: setattr(self, "_told", True)
     ),
+    "a comment runs into the next event": _instead(Relay, "_beat", _half_a_comment),
     "events across pieces are lost": _instead(SseParser, "feed", _only_whole_pieces),
     "the replica is not told of the end": _instead(Relay, "_close", _line_left_open),
     "a client that left is not noticed": _nothing(Interrupt, "cut"),

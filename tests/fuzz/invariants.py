@@ -62,7 +62,9 @@ class _Told:
         self.tokens = self._count(story)
 
     def _read_stream(self, body: bytes, story: Story) -> None:
-        for part in body.split(b"\n\n"):
+        for number, part in enumerate(body.split(b"\n\n")):
+            if number and part == b": ping":  # a silent replica; never before the first content
+                continue
             data = part.removeprefix(b"data: ")
             if data == b"[DONE]":
                 self.done += 1

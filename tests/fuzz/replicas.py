@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from tests.fuzz.loop import VirtualLoop
 
-from cloudlm.core.errors import UpstreamFailed, UpstreamTimeout
+from cloudlm.core.errors import CloudlmError, UpstreamFailed, UpstreamTimeout
 from cloudlm.core.resuming import NOTE, RESUMABLE_HEADER, RESUME_PATH
 from cloudlm.core.tenant import TENANT_HEADER
 from cloudlm.gateway.upstream import ReplicaRefused, Unreachable
@@ -129,6 +129,7 @@ class MemoryAnswer:
         self.is_event_stream = stream
         self.status = 200
         self.headers: dict[str, str] = {}
+        self.translated: Callable[[ReplicaRefused], CloudlmError] = lambda error: error
         replica.lines[self] = None
 
     def break_off(self) -> None:
@@ -178,6 +179,9 @@ class MemoryAnswer:
                 raise UpstreamTimeout(f"replica {self._replica.name} was silent")
             else:
                 await self._until(min(due, quiet_from + silence_s))
+
+    def silent(self, seconds: float) -> UpstreamTimeout:
+        return UpstreamTimeout(f"replica {self._replica.name} was silent for {seconds:g} s")
 
     async def whole(self, timeout_s: float, limit_bytes: int = 0) -> bytes:
         deadline = self._loop.time() + timeout_s

@@ -42,6 +42,7 @@ CANCEL_WITHIN_S = 0.25
 SETTLE_S = 3.0
 PROBES = 3
 IDLE_TIMEOUT_S = 1.5
+HEARTBEAT_S = 0.4
 FIRST_TOKEN_TIMEOUT_S = 4.0
 
 
@@ -192,6 +193,7 @@ class World:
         settings = GatewaySettings(
             first_token_timeout_s=FIRST_TOKEN_TIMEOUT_S,
             idle_timeout_s=IDLE_TIMEOUT_S,
+            heartbeat_s=HEARTBEAT_S,
             queue_timeout_s=10.0,
             replica_capacity=schedule.capacity,
             max_queued_requests=schedule.queued,

@@ -24,7 +24,7 @@ QUESTION = "I am still waiting on my card, when will it arrive?"
 
 @dataclass
 class Installation:
-    """A running ``cloudlm up`` with its addresses and admin key."""
+    """A running ``cloudlm up`` with its addresses and owner key."""
 
     home: Path
     process: subprocess.Popen[bytes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mock_vllm import MockVllm
 
 from cloudlm.core.clock import ManualClock
 from cloudlm.engine.api import EngineInfo
+from cloudlm.engine.scratch import Scratch
 from cloudlm.worker.app import build_app, kind_of
 from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.replica import Replica
@@ -75,13 +75,13 @@ def options() -> dict[str, str]:
 @pytest.fixture
 async def bench(tmp_path: Path, options: dict[str, str]) -> AsyncIterator[VllmBench]:
     mock = MockVllm("mock")
-    place = Path(tempfile.mkdtemp(prefix="mock-"))
+    scratch = Scratch("cloudlm-mock-")
     runner = web.AppRunner(mock.app(), handler_cancellation=True)
     await runner.setup()
-    await web.UnixSite(runner, str(place / "socket")).start()
+    await web.UnixSite(runner, str(scratch.path / "socket")).start()
     config = WorkerConfig("models:/mock/1", "mock", tmp_path, token="t", engine_name="vllm")
     clock, child = ManualClock(), MockChild()
-    engine = VllmEngine(child, place, options, clock, max_waiting=4)  # type: ignore[arg-type]
+    engine = VllmEngine(child, scratch, options, clock, max_waiting=4)  # type: ignore[arg-type]
     replica: Replica[VllmServing] = Replica(config, clock)
     await engine.begin(INFO)
     replica.become_ready(VllmServing("mock", "models:/mock/1", engine, 7))
@@ -96,4 +96,4 @@ async def bench(tmp_path: Path, options: dict[str, str]) -> AsyncIterator[VllmBe
     await client.aclose()
     await replica.close()
     await runner.cleanup()
-    assert not place.exists()
+    assert not scratch.path.exists()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cloudlm.cli import screen
 from cloudlm.cli.connect import control_client, open_local_state
 from cloudlm.cli.options import Json, date_text
 from cloudlm.cli.screen import out, print_folded, print_json, print_json_line, print_table
@@ -54,6 +55,10 @@ def list_audit(
         print_json(records)
         return
     columns = ("SEQ", "AT", "ACTOR", "WHAT", "OUTCOME", "FROM")
+    if not screen.out.is_terminal:  # one line per action, for grep and awk
+        rows = [(*_row(one), one["detail"]) for one in records]
+        print_table((*columns, "DETAIL"), rows, "no records")
+        return
     print_table(columns, [_row(one) for one in records], "no records", whole=_WHOLE)
     for one in records:
         if one["detail"]:

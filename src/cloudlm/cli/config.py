@@ -10,10 +10,6 @@ from cloudlm.cli.screen import print_json, print_table, say
 from cloudlm.state.home import load_settings
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("config")(show)
-
-
 def show(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

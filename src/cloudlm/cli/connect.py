@@ -14,8 +14,11 @@ from cloudlm.state.home import Home, load_settings
 
 if TYPE_CHECKING:
     from cloudlm.client import Client
+    from cloudlm.client.connection import Connection
     from cloudlm.registry.registry import Registry
     from cloudlm.state.base import State
+
+_NOTES_TIMEOUT_S = 2.0
 
 
 def local_url(host: str, port: int, *, tls: bool = False) -> str:
@@ -66,6 +69,19 @@ def control_client() -> Client:
         gateway_url=where.gateway_url,
         ca=trusted(Home(settings.home)),
     )
+
+
+def gateway_notes(connection: Connection) -> list[str]:
+    """What the gateway has to tell its operator, as ``/readyz`` says it; nothing if it cannot be
+    asked: commands that need it say so themselves."""
+    import httpx2
+
+    try:
+        with httpx2.Client(timeout=_NOTES_TIMEOUT_S, **connection.local_options) as http:
+            notes = http.get(f"{connection.gateway_url}/readyz").json()["notes"]
+        return [str(note) for note in notes]
+    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+        return []
 
 
 def addresses(settings: Settings) -> Addresses:

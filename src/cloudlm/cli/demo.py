@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from cloudlm.client import Client
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("demo")(demo)
-
-
 def demo(
     keep: Annotated[
         bool | None,
@@ -49,14 +45,25 @@ def demo(
             _ask(running, running.admin_key, question, quiet=json_output)
             for question in questions()
         ]
-        key = _user_key(running, running.admin_key)
+        key = _user_key(running, running.admin_key) if stay else ""
         if json_output:
-            print_json({"ready_s": round(ready_s, 2), "answers": answers})
+            shown = {"ready_s": round(ready_s, 2), "answers": answers}
+            there = {"openai_base_url": f"{running.gateway_url}/v1", "api_key": key}
+            print_json({**shown, **there} if stay else shown)
         else:
-            _print_end(running, key, answers)
+            right = sum(answer["right"] for answer in answers)
+            out.print(f"\n{right} of {len(answers)} answers are the right reply.\n")
         if stay:
+            if not json_output:
+                _print_address(running, key)
             say("serving until Ctrl-C")
             stack.wait_until(stop_signal(stack))
+    if not (stay or json_output):
+        out.print(
+            "The demo is over: all that it started was stopped, and nothing of it is left.\n"
+            "'cloudlm up' serves the same model until Ctrl-C; 'cloudlm demo --keep' goes on after "
+            "the questions."
+        )
     wrong = [answer["question"] for answer in answers if not answer["right"]]
     if wrong:
         raise Unavailable(f"{len(wrong)} of {len(answers)} answers were wrong: {wrong}")
@@ -160,9 +167,7 @@ def _print_start(running: Running, ready_s: float) -> None:
     )
 
 
-def _print_end(running: Running, key: str, answers: list[dict[str, Any]]) -> None:
-    right = sum(answer["right"] for answer in answers)
-    out.print(f"\n{right} of {len(answers)} answers are the right reply.\n")
+def _print_address(running: Running, key: str) -> None:
     out.print(f"  OpenAI API  {running.gateway_url}/v1")
     out.print(f"  API key     {key}\n")
     out.print(curl_line(running, key))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from cloudlm.cli.connect import control_client
+from cloudlm.cli.connect import control_client, gateway_notes
+from cloudlm.cli.log_lines import event_of, readable
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.precision import Precision, precision_options
 from cloudlm.cli.screen import (
@@ -51,17 +52,6 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A deployment.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")]
 ENGINE_HELP = f"What generates: {' or '.join(ENGINES)}."
 WAIT_S = 600.0
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("deploy")(deploy)
-    app.command("apply")(apply)
-    app.command("status")(status)
-    app.command("logs")(logs)
-    app.command("scale")(scale)
-    app.command("sleep")(sleep)
-    app.command("wake")(wake)
-    app.command("delete")(delete)
 
 
 def deploy(
@@ -187,6 +177,7 @@ def status(
     with control_client() as client:
         found = [client.deployments.get(name)] if name else client.deployments.list()
         leading = "" if name or json_output else _leading(client)
+        notes = [] if name or json_output else gateway_notes(client.connection)
     if json_output:
         print_json([deployment_body(view.deployment, view.status) for view in found])
         return
@@ -195,6 +186,8 @@ def status(
     print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
     if leading:
         print_text(leading)
+    for note in notes:
+        print_text(f"gateway: {note}")
     if name and found[0].status and found[0].status.replicas:
         print_text("")
         _print_replicas(found[0].status)
@@ -245,13 +238,17 @@ def logs(
     replica: Annotated[str | None, typer.Option("--replica", help="Only this one.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Print what a deployment's replicas said. JSON is one object per line."""
+    """Print what a deployment's replicas said.
+
+    Their events are shown as time, level, event and fields; --json prints each as the object that
+    it is, one a line, and a line that is no event as {"line": …}.
+    """
     with control_client() as client:
         for line in client.deployments.logs(name, tail=tail, follow=follow, replica=replica):
             if json_output:
-                print_json_line({"line": line})
+                print_json_line(event_of(line) or {"line": line})
             else:
-                print_text(line)
+                print_text(readable(line))
 
 
 def scale(

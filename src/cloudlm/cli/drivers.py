@@ -11,10 +11,6 @@ from cloudlm.core import plugins
 from cloudlm.core.errors import CloudlmError
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("drivers")(show)
-
-
 def show(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

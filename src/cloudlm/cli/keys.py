@@ -201,6 +201,7 @@ async def _create_local(wanted: KeyRequest) -> tuple[str, KeyRecord]:
     principal. Without a scope it may do so everywhere, but for inference-only keys."""
     from cloudlm.security.access import Directory
     from cloudlm.security.keys import mint
+    from cloudlm.security.scopes import demand_scope, paying_project
 
     wanted = key_request_from_body(key_request_body(wanted))  # control's rules
     state, home = await open_local_state()
@@ -213,6 +214,7 @@ async def _create_local(wanted: KeyRequest) -> tuple[str, KeyRecord]:
         scope = wanted.scope or usual
         if not directory.role_exists(wanted.role, scope):
             raise NotFound(f"there is no role {wanted.role!r} within {scope!r}")
+        demand_scope(directory, scope)
         now = time.time()
         minted = mint(
             wanted.name,
@@ -220,7 +222,7 @@ async def _create_local(wanted: KeyRequest) -> tuple[str, KeyRecord]:
             home.pepper(),
             now,
             tenant=holder.tenant,
-            project=wanted.project or scope.partition("/")[2] or holder.project,
+            project=paying_project(directory, holder, scope, wanted.project),
             principal=holder.id,
             scope=scope,
             models=wanted.models,

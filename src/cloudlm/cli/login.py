@@ -16,11 +16,6 @@ from cloudlm.core.wire_access import principal_body
 from cloudlm.state.home import Home, load_settings
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("login")(login)
-    app.command("logout")(logout)
-
-
 def login(
     device: Annotated[
         bool, typer.Option("--device", help="Type a code on another machine: no browser here.")

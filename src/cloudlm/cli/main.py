@@ -13,36 +13,12 @@ from typing import Annotated
 import typer
 
 from cloudlm import __version__
-from cloudlm.cli import (
-    audit,
-    cache,
-    catalogue,
-    certificates,
-    config,
-    demo,
-    deployments,
-    drivers,
-    keys,
-    login,
-    models,
-    plan,
-    policies,
-    principals,
-    roles,
-    rollouts,
-    run,
-    secrets,
-    serve,
-    simulate,
-    tenants,
-    up,
-    usage,
-)
-from cloudlm.cli.screen import fail
+from cloudlm.cli.nouns import Root
 from cloudlm.core.errors import CloudlmError
 
 app = typer.Typer(
     name="cloudlm",
+    cls=Root,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -81,30 +57,11 @@ def root(
         os.environ["CLOUDLM_HOME"] = home
 
 
-up.add_to(app)
-demo.add_to(app)
-serve.add_to(app)
-run.add_to(app)
-deployments.add_to(app)
-plan.add_to(app)
-app.add_typer(catalogue.app, name="catalogue")
-app.add_typer(rollouts.app, name="rollout")
-app.add_typer(models.app, name="models")
-app.add_typer(tenants.tenants, name="tenants")
-app.add_typer(tenants.projects, name="projects")
-principals.add_to(app)
-app.add_typer(roles.app, name="roles")
-app.add_typer(policies.app, name="policies")
-login.add_to(app)
-app.add_typer(keys.app, name="keys")
-usage.add_to(app)
-simulate.add_to(app)
-app.add_typer(audit.app, name="audit")
-app.add_typer(cache.app, name="cache")
-app.add_typer(certificates.app, name="certificates")
-app.add_typer(secrets.app, name="secrets")
-config.add_to(app)
-drivers.add_to(app)
+def _fail(message: str) -> None:
+    """Say why nothing was done; what draws on screens is read only where something is said."""
+    from cloudlm.cli.screen import fail
+
+    fail(message)
 
 
 def main() -> None:
@@ -118,17 +75,17 @@ def main() -> None:
             sys.exit(0)
         raise
     except CloudlmError as error:
-        fail(error.message)
+        _fail(error.message)
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
             from cloudlm.registry.stores.failures import storage_failure
 
-            fail(storage_failure(error, error.filename or "this machine's disk", "use").message)
+            _fail(storage_failure(error, error.filename or "this machine's disk", "use").message)
             sys.exit(1)
         if os.environ.get("CLOUDLM_DEBUG"):
             raise
-        fail(
+        _fail(
             f"unexpected {type(error).__name__}: {error}\n"
             "This is a fault of cloudlm; set CLOUDLM_DEBUG=1 to see where it happened."
         )

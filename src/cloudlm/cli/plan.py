@@ -32,10 +32,6 @@ _BATCH = {VLLM: (2048, 256)}
 _OWN_BATCH = (1024, 64)
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("plan")(plan)
-
-
 def plan(
     file: Annotated[
         Path, typer.Option("-f", "--file", help="YAML, a deployment per document; - is stdin.")

@@ -17,11 +17,6 @@ app = typer.Typer(no_args_is_help=True, help="People and services: create, list,
 Id = Annotated[str, typer.Argument(metavar="ID", help="The id, as 'principals list' shows it.")]
 
 
-def add_to(root: typer.Typer) -> None:
-    root.add_typer(app, name="principals")
-    root.command("whoami")(whoami)
-
-
 def whoami(json_output: Json = False) -> None:
     """Show whom your key speaks for, and its role."""
     with control_client() as client:

@@ -42,10 +42,6 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 600.0
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("run")(run)
-
-
 def run(
     model: Annotated[str, typer.Argument(help="A folder, models:/name/3, name, org/name…")],
     prompt: Annotated[

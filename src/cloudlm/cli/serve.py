@@ -20,10 +20,6 @@ from cloudlm.state.home import Home, load_settings
 from cloudlm.telemetry.logs import setup_logging
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("serve")(serve)
-
-
 def serve(
     model: Annotated[str, typer.Argument(help="A folder, models:/name/3, name, org/name…")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",

@@ -25,10 +25,6 @@ from cloudlm.core.tenant import LedgerRow
 _LEDGER_PAGE = 10_000
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("simulate")(simulate)
-
-
 def simulate(
     scenario: Annotated[
         str | None, typer.Argument(help="YAML file of traffic, replicas, faults and policies.")

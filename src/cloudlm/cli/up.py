@@ -51,10 +51,6 @@ class Running:
     """The same of the control API; the commands of this home trust it by themselves."""
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("up")(up)
-
-
 def up(
     gateway_port: Annotated[
         int | None, typer.Option("--gateway-port", "--port", help="Port of the OpenAI API.")
@@ -170,7 +166,7 @@ def _key_shown_on_failure(admin_key: str | None) -> Iterator[None]:
         yield
     except BaseException:
         if admin_key is not None:
-            say(f"the admin key was made all the same, shown only now: {admin_key}")
+            say(f"the owner key was made all the same, shown only now: {admin_key}")
         raise
 
 
@@ -193,7 +189,7 @@ def _choose_ports(settings: Settings) -> tuple[int, int]:
 
 
 async def _prepare(settings: Settings, home: Home, starter: bool) -> tuple[str | None, str | None]:
-    """Make the first admin key and, in an installation without deployments, the starter's.
+    """Make the first owner key and, in an installation without deployments, the starter's.
 
     Returns the key if it is new, and the starter's name if it is deployed.
     """
@@ -331,10 +327,10 @@ def _print_running(running: Running) -> None:
     if running.starter and running.status:
         out.print(f"  model        {running.starter} ({running.status.phase})")
     if running.admin_key:
-        out.print(f"  admin key    {running.admin_key}")
+        out.print(f"  owner key    {running.admin_key}")
         out.print("               shown once and stored only as a hash: keep it\n")
         out.print(f"export CLOUDLM_API_KEY={running.admin_key}")
     else:
-        out.print("  admin key    as shown at the first start")
+        out.print("  owner key    as shown at the first start")
     if running.starter:
         out.print(curl_line(running, "$CLOUDLM_API_KEY"))

@@ -12,10 +12,6 @@ from cloudlm.cli.screen import out, print_json, print_table
 from cloudlm.core.usage import GROUPS, check_groups, csv_of, money, usage_body
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("usage")(show)
-
-
 def show(
     by: Annotated[
         str, typer.Option("--by", help=f"What to sum by: {', '.join(GROUPS)}; several with commas.")

@@ -96,6 +96,12 @@ class GatewaySettings:
     idle_timeout_s: float = setting(
         60.0, "Longest silence between two chunks of a stream, seconds.", low=0.1
     )
+    heartbeat_s: float = setting(
+        15.0,
+        "Silence in a stream of events after which its client is sent a comment, ': ping', so that "
+        "nothing between takes it for dead, seconds; 0 sends none. Not before the first content.",
+        low=0.0,
+    )
     max_attempts: int = setting(
         3, "Replicas tried for one request while nothing was sent.", low=1, high=10
     )

@@ -19,11 +19,12 @@ from cloudlm.gateway.app import Gateway, Place, make_server
 from cloudlm.gateway.channel import Channel
 from cloudlm.gateway.crew import Crew, Seat
 from cloudlm.gateway.desk import Desk
+from cloudlm.gateway.live_settings import Source
 from cloudlm.gateway.server import GatewayServer, listen
 from cloudlm.security.credentials import Credentials
 from cloudlm.security.issuer import open_issuer
 from cloudlm.security.policies import load_policies
-from cloudlm.state.home import Home, load_settings
+from cloudlm.state.home import Home, load_settings, settings_path
 from cloudlm.state.open import open_state
 from cloudlm.telemetry.logs import get_logger, setup_logging
 
@@ -54,6 +55,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
             clock=clock,
             external=settings.external,
             credentials=Credentials(home.credentials, os.environ),
+            source=Source(settings_path(), lambda: load_settings()[0].gateway),
             place=Place(seat.number, channel) if seat is not None and channel is not None else None,
         )
         server = make_server(gateway)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
@@ -38,6 +38,7 @@ from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
+from cloudlm.gateway.live_settings import LiveSettings, Source
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.model_routes import read_routes
@@ -90,7 +91,8 @@ class Gateway:
     """All parts of one gateway. ``home`` holds the ledger's journal and the certificates,
     ``pepper`` opens key digests, ``worker_token`` opens workers, ``issuer`` knows the tokens of
     people who sign in, ``policies`` hold beside roles, ``place`` is given to one of several
-    processes, ``external`` and ``credentials`` say which other services may be asked, and how."""
+    processes, ``external`` and ``credentials`` say which other services may be asked, and how,
+    ``source`` is where settings that may change come from."""
 
     def __init__(
         self,
@@ -106,10 +108,11 @@ class Gateway:
         place: Place | None = None,
         external: ExternalSettings = ExternalSettings(),
         credentials: Credentials | None = None,
+        source: Source | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
-        routes = read_routes(settings.routes)
+        routes, prices = read_routes(settings.routes), read_prices(settings.prices)
         self.view = View(state, clock, routes=routes, policies=policies)
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
@@ -117,7 +120,7 @@ class Gateway:
         self.counters = _counters(settings, clock, place)
         self.limiter = Limiter(
             self.counters,
-            read_prices(settings.prices),
+            prices,
             state,
             clock,
             settings.reserved_answer_tokens,
@@ -162,6 +165,9 @@ class Gateway:
         if settings.semantic_models:
             likeness = self._likeness(settings, home, weights, pepper, clock)
         self.guardrails = _guardrails(settings, home, self.meter)
+        self.live = None
+        if source is not None:
+            self.live = LiveSettings(source, settings, routes, prices, self.view.reread)
         self.handler = Handler(
             Rooms(
                 settings=settings,
@@ -221,6 +227,26 @@ class Gateway:
             "Ledger rows lost because neither state nor disk took them.",
             lambda: self.ledger.rows_dropped,
         )
+        self.meter.watch(
+            "cloudlm_gateway_files_refused",
+            "Files (settings, guardrails) that changed and could not be used; the last good one "
+            "of each holds.",
+            self._files_refused,
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.view.ready and not self.stopping
+
+    def notes(self) -> list[str]:
+        """What an operator should know, for anybody to read."""
+        notes = [] if self.live is None else self.live.notes
+        return notes if self.guardrails is None else [*notes, *self.guardrails.notes]
+
+    def _files_refused(self) -> int:
+        settings = self.live is not None and self.live.refused
+        return settings + (self.guardrails is not None and bool(self.guardrails.notes))
 
     def _likeness(
         self,
@@ -272,6 +298,8 @@ class Gateway:
         tasks.append(asyncio.create_task(self.external_tls.follow(), name="external_tls"))
         if self.guardrails is not None:
             tasks.append(asyncio.create_task(self.guardrails.follow(), name="guardrails"))
+        if self.live is not None:
+            tasks.append(asyncio.create_task(self.live.follow(), name="live_settings"))
         if self.numbers is not None:
             tasks.append(asyncio.create_task(self.numbers.run(), name="numbers"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
@@ -354,31 +382,38 @@ def _refuse(error: CloudlmError, headers: dict[str, str]) -> GatewayResponse:
     return refusal(error, {"x-request-id": request_id(headers)})
 
 
+def _status(gateway: Gateway) -> str:
+    """In words why requests are taken or not."""
+    if gateway.stopping:
+        return "stopping"
+    if gateway.view.ready:
+        return "ready"
+    return "the state was not read yet, or cannot be reached for too long"
+
+
 def make_app(gateway: Gateway) -> Starlette:
     """The ASGI application for what is not inference."""
 
     async def livez(_: Request) -> Response:
-        return Response()
+        return PlainTextResponse("ok")
 
     async def readyz(_: Request) -> Response:
-        ready = gateway.view.ready and not gateway.stopping
-        return Response(status_code=200 if ready else 503)
+        said = {"ready": gateway.ready, "status": _status(gateway), "notes": gateway.notes()}
+        return JSONResponse(said, 200 if gateway.ready else 503)
 
     async def metrics(_: Request) -> Response:
         return Response(await gateway.exposition(), media_type=gateway.meter.content_type)
 
-    async def ping(request: Request) -> Response:
+    async def ping(_: Request) -> Response:
         """As TorchServe and SageMaker ask for ``readyz``."""
-        status = (await readyz(request)).status_code
-        said = "Healthy" if status == 200 else "Unhealthy"
+        said, status = ("Healthy", 200) if gateway.ready else ("Unhealthy", 503)
         return JSONResponse({"status": said}, status)
 
     async def v2_live(_: Request) -> Response:
         return JSONResponse({"live": True})
 
-    async def v2_ready(request: Request) -> Response:
-        status = (await readyz(request)).status_code
-        return JSONResponse({"ready": status == 200}, status)
+    async def v2_ready(_: Request) -> Response:
+        return JSONResponse({"ready": gateway.ready}, 200 if gateway.ready else 503)
 
     async def described(_: Request) -> Response:
         return JSONResponse(openapi.document())

@@ -12,6 +12,7 @@ from typing import Self
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.cache import Answer
 from cloudlm.gateway.exchange import BodyStream
+from cloudlm.gateway.sse import PING
 
 LONGEST_WAIT_S = 30.0
 """A leader's client that reads slowly must not hold up the others for ever."""
@@ -77,7 +78,7 @@ class Recorded:
         await self._stream.pump(noted)
 
     def _note(self, piece: bytes) -> None:
-        if self._whole is not None:
+        if self._whole is not None and piece != PING:  # which is of this stream, not of its answer
             self._pieces.append(piece)
             self._left_bytes -= len(piece)
             if self._left_bytes < 0:

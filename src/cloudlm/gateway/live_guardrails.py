@@ -13,6 +13,7 @@ from cloudlm.core.errors import CloudlmError
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.guardrails import open_guardrails
+from cloudlm.gateway.live_settings import mark_of
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.view import ServedModel
 from cloudlm.security.guardrails.config import Moderation
@@ -21,7 +22,6 @@ from cloudlm.telemetry.logs import get_logger
 FOLLOW_INTERVAL_S = 2.0
 
 _log = get_logger(__name__)
-_Mark = tuple[int, int, int] | None
 
 
 class LiveGuardrails:
@@ -31,7 +31,8 @@ class LiveGuardrails:
     def __init__(self, path: Path, meter: Meter) -> None:
         self._path = path
         self._meter = meter
-        self._mark = _mark(path)
+        self._mark = mark_of(path)
+        self._refused = False
         self._current = open_guardrails(path, meter)
 
     @property
@@ -39,13 +40,23 @@ class LiveGuardrails:
         """Who moderates."""
         return self._current.moderation
 
+    @property
+    def notes(self) -> list[str]:
+        """What an operator should know."""
+        if not self._refused:
+            return []
+        return [
+            "the guardrails' file changed and was refused: the last good one holds; the gateway's "
+            "log says why"
+        ]
+
     async def screen(self, exchange: Exchange, call: Call, model: ServedModel) -> Call:
         """As ``Guardrails.screen``."""
         return await self._current.screen(exchange, call, model)
 
     async def renew(self) -> bool:
         """Read the file again if it changed; whether what it says holds now."""
-        mark = await asyncio.to_thread(_mark, self._path)
+        mark = await asyncio.to_thread(mark_of, self._path)
         if mark == self._mark:
             return False
         self._mark = mark
@@ -55,7 +66,9 @@ class LiveGuardrails:
         except CloudlmError as error:
             reason = {**fields, "reason": error.message}
             _log.error("guardrails_not_renewed", extra={"fields": reason})
+            self._refused = True
             return False
+        self._refused = False
         # Here, on the loop, no request is between its look at ``_current`` and its reader.
         before, self._current = self._current, made
         before.close()
@@ -71,12 +84,3 @@ class LiveGuardrails:
     def close(self) -> None:
         """Let go of the readers."""
         self._current.close()
-
-
-def _mark(path: Path) -> _Mark:
-    """What tells one content of the file from the next; None if there is no file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -3,26 +3,28 @@
 ``begin`` holds everything back until the first content, so that a replica which fails before it can
 still be replaced and the client still gets a true status. After that the ``resumer`` is asked for
 somebody who goes on where the stream broke; if there is nobody, the failure becomes an explicit
-error event. ``[DONE]`` and ``finish_reason`` are what a replica sent, or a rendering that ends the
+error event. While a replica is silent after that, the client of an event stream gets a comment now
+and then. ``[DONE]`` and ``finish_reason`` are what a replica sent, or a rendering that ends the
 answer before the replica does. Reads no further ahead than one piece: a client that reads slowly
 slows the replica down. Must not choose or retry.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any, Protocol, Self
 
 from cloudlm.core.chat import Usage
-from cloudlm.core.errors import CloudlmError, RequestCancelled, UpstreamFailed
+from cloudlm.core.errors import CloudlmError, RequestCancelled, UpstreamFailed, UpstreamTimeout
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway.account import Attempt, Exchange
 from cloudlm.gateway.dialects import openai
-from cloudlm.gateway.dialects.base import AnswerEnded
+from cloudlm.gateway.dialects.base import EVENT_STREAM, AnswerEnded
 from cloudlm.gateway.progress import Progress
-from cloudlm.gateway.sse import SseParser
+from cloudlm.gateway.sse import PING, SseParser
 from cloudlm.gateway.upstream import Answer, ReplicaRefused
 
 MAX_HELD_BYTES = 4 * 1024 * 1024
@@ -57,6 +59,9 @@ class Relay:
         self._resumer = resumer
         self._progress = Progress()
         self._timeout_s = settings.idle_timeout_s
+        beats = settings.heartbeat_s > 0 and self._rendering.stream_type == EVENT_STREAM
+        self._beat_s = settings.heartbeat_s if beats else math.inf
+        self._quiet_s = 0.0  # how long the replica has been silent, as far as the client was told
         self._parser = SseParser()
         self._ready: list[bytes] = []
         self._stated: dict[str, Any] | None = None  # the usage that was stated last
@@ -102,8 +107,7 @@ class Relay:
                 with self._exchange.interrupt:
                     if self._failure is not None:
                         await self._go_on(self._failure)
-                    await self._read(self._timeout_s)
-                    self._timeout_s = self._settings.idle_timeout_s
+                    await self._read_on()
             except CloudlmError as error:
                 if self._failure is not None or isinstance(error, RequestCancelled):
                     self._tell(error)
@@ -115,7 +119,7 @@ class Relay:
         """Hand events to ``write`` as they arrive, until it wants no more or something happens
         that ``__anext__`` sees to: the end, a failure. Most of a stream goes this way, because
         waking a task for every event costs more than the event itself."""
-        if self._ready or self._over or self._closed:
+        if self._ready or self._over or self._closed or self._quiet_s:
             return
 
         def pour(piece: bytes) -> bool:
@@ -129,8 +133,11 @@ class Relay:
         here = copy_context()  # what arrives comes in that of the connection: another request's
         try:
             with self._exchange.interrupt:
-                silence_s = self._settings.idle_timeout_s
-                await self._answer.flow(lambda piece: here.run(pour, piece), silence_s)
+                silence_s = min(self._beat_s, self._timeout_s)
+                try:
+                    await self._answer.flow(lambda piece: here.run(pour, piece), silence_s)
+                except UpstreamTimeout:
+                    self._fall_silent(silence_s)
         except CloudlmError as error:
             if isinstance(error, RequestCancelled):
                 self._tell(error)
@@ -151,11 +158,33 @@ class Relay:
         self._attempt, self._answer = await self._resumer.go_on(self._progress, cached, error)
         self._failure = None
         self._parser = SseParser()
-        self._timeout_s = self._settings.first_token_timeout_s
+        self._timeout_s, self._quiet_s = self._settings.first_token_timeout_s, 0.0
 
     async def aclose(self) -> None:
         """End now. A stream that was not read to its end counts as cancelled by the client."""
         self._close(self._exchange.interrupt.error or RequestCancelled("the client went away"))
+
+    async def _read_on(self) -> None:
+        """Read the next piece, or make a comment ready where there is none for a while."""
+        silence_s = min(self._beat_s, self._timeout_s - self._quiet_s)
+        try:
+            await self._read(silence_s)
+        except UpstreamTimeout:
+            self._fall_silent(silence_s)
+        else:
+            self._timeout_s, self._quiet_s = self._settings.idle_timeout_s, 0.0
+
+    def _fall_silent(self, more_s: float) -> None:
+        """The replica said nothing for ``more_s``. Raises UpstreamTimeout if that was the last of
+        the time it has."""
+        self._quiet_s += more_s
+        if more_s < self._beat_s or self._quiet_s >= self._timeout_s:
+            raise self._answer.silent(self._timeout_s)
+        self._beat()
+
+    def _beat(self) -> None:
+        if self._beat_s < math.inf:
+            self._ready.append(PING)
 
     async def _read(self, timeout_s: float) -> None:
         piece = await self._answer.piece(timeout_s)
@@ -167,7 +196,10 @@ class Relay:
         self._feed(piece)
 
     def _feed(self, piece: bytes) -> None:
-        for data in self._parser.feed(piece):
+        events = self._parser.feed(piece)
+        if not events and piece.startswith(b":") and self._pieces_with_content:
+            self._beat()  # a comment of the replica's own: its silence is not ours to measure
+        for data in events:
             self._take(data)
             if self._over:
                 return
@@ -219,6 +251,8 @@ class Relay:
         self._ready.clear()
         if self._told:
             self._close(self._failure or UpstreamFailed("the stream broke"))
+            return out
+        if self._quiet_s:  # a comment
             return out
         self._attempt.first_content()
         self._handed = (self._stated, self._pieces_with_content)

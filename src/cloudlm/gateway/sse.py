@@ -13,6 +13,9 @@ from cloudlm.core.errors import UpstreamFailed
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
 _BEGIN = b"data: "
+PING = b": ping\n\n"
+"""A comment, which clients skip: it says that a stream lives while nothing comes. Whole, so that
+it may stand between any two events."""
 
 
 class SseParser:

@@ -111,6 +111,10 @@ class Answer:
             if size > limit_bytes:
                 raise UpstreamFailed(f"replica {self._replica} sent too large an answer")
 
+    def silent(self, seconds: float) -> UpstreamTimeout:
+        """The error that so much silence in all is; see ``piece`` for a shorter one."""
+        return _silent(self._replica, seconds)
+
     def close(self) -> None:
         """End the exchange: keep the connection if the answer was read to its end, else close it
         at once, which tells the replica to stop working."""

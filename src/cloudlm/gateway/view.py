@@ -156,6 +156,7 @@ class View:
         self._snapshot: Snapshot | None = None
         self._read_at = clock.monotonic()
         self._failing = False
+        self._outdated = False
         self._looking = asyncio.Lock()
         self._looks = 0
         self._looked_at = -LOOK_INTERVAL_S
@@ -188,14 +189,20 @@ class View:
         async with self._looking:  # one at a time, so that no older picture replaces a newer one
             return await self._look()
 
+    async def reread(self) -> None:
+        """The routes are others now: make a new picture, at the next look if not now."""
+        self._outdated = True
+        await self.refresh()
+
     async def _look(self) -> bool:
         self._looks += 1
         self._looked_at = self._clock.monotonic()
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 version = await self._state.version()
-                changed = self._snapshot is None or version != self._snapshot.version
-                fresh = await self._read(version) if changed else None
+                before = self._snapshot
+                same = before is not None and version == before.version and not self._outdated
+                fresh = None if same else await self._read(version)
         except (CloudlmError, OSError) as error:  # OSError holds TimeoutError
             if not self._failing:
                 _log.warning("state_unreachable", extra={"fields": {"reason": repr(error)}})
@@ -206,7 +213,7 @@ class View:
         self._failing = False
         self._read_at = self._clock.monotonic()
         if fresh is not None:
-            self._snapshot = fresh
+            self._snapshot, self._outdated = fresh, False
             for told in self.on_change:
                 told(fresh)
         return True

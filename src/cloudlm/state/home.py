@@ -31,9 +31,8 @@ def load_settings(
     ``CLOUDLM_CONFIG`` names another file. Raises BadSetting for an unreadable file or value.
     """
     environ = os.environ if environ is None else environ
-    home = (flags or {}).get("home") or environ.get("CLOUDLM_HOME") or Settings().home
     named = environ.get("CLOUDLM_CONFIG")
-    path = Path(named) if named else _expanded(home) / "config.yaml"
+    path = settings_path(flags, environ)
     tree = _read_tree(path, required=bool(named))
     if not named and "home" in tree:
         # Processes are told the home and would look for another file there.
@@ -43,6 +42,17 @@ def load_settings(
             param="home",
         )
     return read_settings(tree, environ, flags, file_name=str(path))
+
+
+def settings_path(
+    flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> Path:
+    """The file that ``load_settings`` reads, whether it is there or not. Raises BadSetting."""
+    environ = os.environ if environ is None else environ
+    if named := environ.get("CLOUDLM_CONFIG"):
+        return Path(named)
+    home = (flags or {}).get("home") or environ.get("CLOUDLM_HOME") or Settings().home
+    return _expanded(home) / "config.yaml"
 
 
 def read_yaml(path: Path, what: str) -> Any:

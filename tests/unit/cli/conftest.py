@@ -76,6 +76,7 @@ def control(monkeypatch: pytest.MonkeyPatch) -> FakeControl:
     fake = FakeControl()
     for module in (audit, connect, deployments, keys, rollouts):
         monkeypatch.setattr(module, "control_client", fake.client)
+    monkeypatch.setattr(deployments, "gateway_notes", lambda _connection: [])
     return fake
 
 

@@ -93,6 +93,14 @@ class TestList:
             assert [one["seq"] for one in shown] == [after + 1, after + 2]
         assert asked == [0, 7]
 
+    def test_in_a_pipe_an_action_is_one_line(self, control: Any, ok: Ok) -> None:
+        control.answers = {"GET /audit": {"data": [record(7), record(8, "no such\nmodel")]}}
+        head, first, second = ok("audit", "list", "--after", "0").stdout.splitlines()
+        assert head.split()[-1] == "DETAIL"
+        assert first.split()[0] == "7"
+        assert second.split()[0] == "8"
+        assert second.endswith("no such model")
+
     def test_what_was_done_is_whole_and_details_stand_below(
         self, control: Any, ok: Ok, wide: Callable[[int], io.StringIO]
     ) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from cloudlm.cli import connect, deployments
 from cloudlm.cli.deployments import read_options, read_replicas, read_specs
+from cloudlm.client.connection import Connection
 from cloudlm.core.errors import InvalidRequest, NotFound, Unavailable
 
 PATH = "/deployments/helper"
@@ -270,3 +272,42 @@ def test_delete_waits_until_it_is_gone(control: Any, ok: Ok, deployment: Any) ->
 
 def refusal(status: int, message: str, code: str) -> httpx2.Response:
     return httpx2.Response(status, json={"error": {"message": message, "code": code}})
+
+
+def test_what_the_gateway_has_to_say_stands_below_the_table(
+    control: Any, ok: Ok, deployment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def notes(connection: Any) -> list[str]:
+        asked.append(connection.gateway_url)
+        return ["the settings file changed and was refused"]
+
+    monkeypatch.setattr(deployments, "gateway_notes", notes)
+    control.answers = {"GET /deployments": {"data": [deployment()]}, f"GET {PATH}": deployment()}
+    shown = ok("status").stdout
+    assert shown.splitlines()[-1] == "gateway: the settings file changed and was refused"
+    assert "gateway:" not in ok("status", "helper").stdout
+    assert "gateway:" not in ok("status", "--json").stdout
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"ok", b"[]", b'{"notes": 3}', b'{"ready": true}'])
+def test_a_gateway_that_says_nothing_of_the_kind(
+    monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if not body:
+            raise httpx2.ConnectError("nobody is there")
+        assert str(request.url) == "http://127.0.0.1:7000/readyz"
+        assert "authorization" not in request.headers
+        return httpx2.Response(200, content=body)
+
+    made = httpx2.Client
+
+    def client(**options: Any) -> httpx2.Client:
+        return made(**{**options, "transport": httpx2.MockTransport(answer)})
+
+    monkeypatch.setattr(httpx2, "Client", client)
+    where = Connection("http://127.0.0.1:7001", "http://127.0.0.1:7000", "clm_live_x")
+    assert connect.gateway_notes(where) == []

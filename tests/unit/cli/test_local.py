@@ -55,6 +55,21 @@ class TestKeys:
         assert isinstance(result.exception, InvalidRequest)
         assert isinstance(cli("keys", "revoke", "nobody", "--local").exception, NotFound)
 
+    def test_a_scope_that_is_not_there(self, ok: Ok, cli: Ok) -> None:
+        for scope, wanted in (
+            ("acme/web", "cloudlm projects create web --tenant acme"),
+            ("acme", "cloudlm tenants create acme"),
+            ("default/web", "cloudlm projects create web --tenant default"),
+        ):
+            result = cli("keys", "create", "--local", "--scope", scope)
+            assert isinstance(result.exception, InvalidRequest)
+            assert wanted in result.exception.message
+        refused = cli("keys", "create", "--local", "--project", "web")
+        assert "cloudlm projects create web --tenant default" in refused.exception.message
+        assert json.loads(ok("keys", "list", "--local", "--json").stdout) == []
+        made = ok("keys", "create", "--local", "--scope", "default/default", "--json")
+        assert json.loads(made.stdout)["record"]["project"] == "default"
+
     def test_keys_of_control(self, control: Any, ok: Ok) -> None:
         record = {"id": "k1", "name": "n", "role": "user", "last4": "abcd", "created_at": 1.0}
         control.answers = {

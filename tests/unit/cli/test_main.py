@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from cloudlm.cli import main as command
 from cloudlm.cli.main import app, main
+from cloudlm.cli.nouns import NOUNS, Noun
 from cloudlm.core.errors import Conflict
 
 
@@ -126,10 +127,64 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_start_imports_nothing_heavy(tmp_path: Path) -> None:
-    heavy = ("torch", "sqlalchemy", "fastapi", "starlette", "aiohttp", "httpx2", "openai")
-    code = f"import sys, cloudlm.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+def _imported(tmp_path: Path, *words: str) -> set[str]:
+    """The modules that a process has read when ``cloudlm WORDS`` ends."""
+    code = (
+        "import sys\nfrom cloudlm.cli.main import main\n"
+        f"sys.argv = ['cloudlm', *{list(words)}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('MODULES', *sys.modules)"
     )
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "CLOUDLM_HOME": str(tmp_path),
+            "CLOUDLM_API_KEY": "clm_live_x",
+            "CLOUDLM_CONTROL_URL": "http://127.0.0.1:9",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    return set(done.stdout.partition("MODULES ")[2].split())
+
+
+_HEAVY = {
+    *("torch", "numpy", "sqlalchemy", "alembic", "tokenizers", "jinja2", "obstore", "cryptography"),
+    *("cedarpy", "fastapi", "starlette", "uvicorn", "uvloop", "aiohttp", "openai", "authlib"),
+    *("cloudlm.control", "cloudlm.gateway", "cloudlm.worker", "cloudlm.engine", "cloudlm.sim"),
+}
+# What a command needs that talks to the control API, and the help of all commands does not.
+_OF_CLIENTS = {"httpx2", "httpcore2", "ssl", "yaml", "rich", "cloudlm.client", "cloudlm.state"}
+
+
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [
+        (("--help",), _HEAVY | _OF_CLIENTS | {"cloudlm.core.deployment"}),
+        (("--version",), _HEAVY | _OF_CLIENTS | {"cloudlm.core.deployment"}),
+        (("keys", "--help"), _HEAVY),
+        (("status",), _HEAVY | {"cloudlm.cli.simulate", "cloudlm.cli.models", "cloudlm.cli.up"}),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
+)
+def test_what_a_command_does_not_import(
+    tmp_path: Path, words: tuple[str, ...], unwanted: set[str]
+) -> None:
+    imported = _imported(tmp_path, *words)
+    assert "cloudlm.cli.main" in imported
+    assert imported & unwanted == set()
+
+
+@pytest.mark.parametrize("noun", NOUNS, ids=lambda noun: noun.name)
+def test_a_summary_is_that_of_its_command(noun: Noun) -> None:
+    root: Any = get_command(app)
+    assert noun.summary == root.commands[noun.name].get_short_help_str(limit=200)
+
+
+def test_a_name_that_is_nearly_right(cli: Callable[..., Any]) -> None:
+    result = cli("statsu")
+    assert result.exit_code == 2
+    assert "Did you mean 'status'" in result.output

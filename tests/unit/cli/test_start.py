@@ -139,10 +139,16 @@ class TestDemo:
     def test_it_tells_right_from_wrong(
         self, right: bool, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        waited: list[Any] = []
+
+        class Served:
+            def wait_until(self, stop: Any) -> None:
+                waited.append(stop)
+
         @contextlib.contextmanager
         def stack(_flags: dict[str, Any], *, starter: bool) -> Iterator[Any]:
             assert starter
-            yield up.Running("http://g", "http://c", "admin", "bank-helper", None), None
+            yield up.Running("http://g", "http://c", "admin", "bank-helper", None), Served()
 
         def create(**asked: Any) -> list[Any]:
             question = asked["messages"][0]["content"]
@@ -168,11 +174,23 @@ class TestDemo:
         monkeypatch.setattr(demo, "questions", lambda: asked_ones)
         monkeypatch.setattr(demo, "running_stack", stack)
         monkeypatch.setattr(demo, "_client", lambda *_: FakeSdk())
+        monkeypatch.setattr(demo, "stop_signal", lambda _stack: lambda: True)
         result = cli("demo")
         assert f"{5 if right else 0} of 5 answers are the right reply" in result.stdout
-        assert "clm_live_demo" in result.stdout
         assert result.exit_code == (0 if right else 1)
-        assert len(json.loads(cli("demo", "--json").stdout)["answers"]) == 5
+        # Off a terminal it ends: what nobody can reach any more is not offered.
+        assert waited == []
+        assert not any(gone in result.stdout for gone in ("clm_live_demo", "http://g", "curl"))
+        assert "'cloudlm up'" in result.stdout
+        kept = cli("demo", "--keep").stdout
+        assert len(waited) == 1
+        assert "clm_live_demo" in kept
+        assert "http://g/v1" in kept
+        assert "The demo is over" not in kept
+        told = json.loads(cli("demo", "--json").stdout)
+        assert (len(told["answers"]), "api_key" in told) == (5, False)
+        told = json.loads(cli("demo", "--json", "--keep").stdout)
+        assert (told["openai_base_url"], told["api_key"]) == ("http://g/v1", "clm_live_demo")
 
 
 class TestServe:

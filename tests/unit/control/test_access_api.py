@@ -414,3 +414,37 @@ async def test_prices_that_cannot_be(world, prices):
     answer = await owner.post("/deployments", json=body)
     assert answer.status_code in (400, 422), answer.text
     assert "prices" in answer.json()["error"]["param"]
+
+
+async def test_a_scope_that_is_not_there_is_refused_with_the_way_to_make_it(world):
+    owner = await world()
+    for scope, wanted in (
+        ("none", "'cloudlm tenants create none' makes it"),
+        ("none/web", "'cloudlm projects create web --tenant none'"),
+        ("acme/none", "'cloudlm projects create none --tenant acme' makes it"),
+    ):
+        answer = await owner.post("/keys", json={"name": "x", "role": "user", "scope": scope})
+        assert answer.status_code == 400, answer.text
+        assert wanted in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "scope"
+    answer = await owner.post("/keys", json={"name": "x", "role": "user", "scope": "acme/web"})
+    assert answer.status_code == 201, answer.text
+    record = answer.json()["record"]
+    # The holder's own project pays: its tenant has none called 'web'.
+    assert (record["scope"], record["tenant"], record["project"]) == (
+        "acme/web",
+        "default",
+        "default",
+    )
+
+
+@pytest.mark.promise(34)
+async def test_who_may_not_act_there_does_not_learn_which_tenants_there_are(world):
+    admin = await world("admin", "acme", "p-acme", tenant="acme")
+    said = []
+    for scope in ("other", "none", "other/web", "none/web"):
+        answer = await admin.post("/keys", json={"name": "x", "role": "user", "scope": scope})
+        assert answer.status_code == 403
+        said.append(answer.json()["error"]["message"].replace(scope, "SCOPE"))
+    assert said[0] == said[1]
+    assert said[2] == said[3]

@@ -40,6 +40,7 @@ def follow(spec, ongoings, current=1, memory=None, start=0.0, step_s=1.0):
     return found, memory
 
 
+@pytest.mark.promise(29)
 @EVERY
 def test_no_data_never_scales_down(algorithm):
     ups, memory = follow(by(algorithm), [40] * 60)
@@ -48,6 +49,7 @@ def test_no_data_never_scales_down(algorithm):
     assert set(silent) == {ups[-1]}
 
 
+@pytest.mark.promise(29)
 @EVERY
 def test_a_restart_without_memory_scales_nothing_down_at_once(algorithm):
     wanted, _ = autoscale(by(algorithm), load(0), 6, ScaleMemory(), FAR_S)
@@ -57,6 +59,7 @@ def test_a_restart_without_memory_scales_nothing_down_at_once(algorithm):
     assert wanted[-1] == 1
 
 
+@pytest.mark.promise(29)
 @EVERY
 def test_a_silent_gateway_is_not_an_idle_one(algorithm):
     spec, memory, current = by(algorithm, down_window_s=0.0), ScaleMemory(), 4
@@ -180,6 +183,7 @@ traffic = st.lists(
 algorithms = st.sampled_from(Algorithm)
 
 
+@pytest.mark.promise(29)
 @given(algorithms, traffic, st.integers(0, 3), st.integers(1, 12))
 def test_always_within_bounds_and_never_down_without_data(algorithm, ticks, low, high):
     spec = by(algorithm, replace(SPEC, min_replicas=min(low, high), max_replicas=high))
@@ -196,6 +200,7 @@ def test_always_within_bounds_and_never_down_without_data(algorithm, ticks, low,
             assert wanted >= 1
 
 
+@pytest.mark.promise(29)
 @given(algorithms, st.integers(0, 70))
 def test_constant_load_settles_and_stays(algorithm, ongoing):
     wanted, _ = follow(by(algorithm), [ongoing] * 500)
@@ -210,6 +215,7 @@ def test_more_load_never_means_fewer_replicas(algorithm, one, other):
     assert more[-1] >= fewer[-1]
 
 
+@pytest.mark.promise(29)
 @given(algorithms, st.integers(2, 10), st.lists(st.integers(0, 100), min_size=1, max_size=20))
 def test_after_a_restart_nothing_goes_down_for_a_while(algorithm, current, ongoings):
     wanted, _ = follow(by(algorithm), ongoings, current, ScaleMemory(), FAR_S)
@@ -228,6 +234,7 @@ def test_the_memory_stays_small(algorithm, ticks):
     assert len(memory.forecast.pending) <= 120
 
 
+@pytest.mark.promise(29)
 @EVERY
 def test_a_gateway_that_falls_silent_keeps_the_last_replica(algorithm):
     spec = replace(by(algorithm, idle_s=20.0), min_replicas=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cloudlm.control.drain import GATEWAYS_NOTICE_S, Drains
 
 
@@ -11,6 +13,7 @@ def test_one_that_served_nobody_may_stop_at_once():
     assert drains.done({"a"}, {}, 0.0)
 
 
+@pytest.mark.promise(20)
 def test_one_that_served_waits_for_gateways_and_requests():
     drains = Drains(30.0)
     drains.note({"a"}, {"a"}, {"a"}, 0.0)
@@ -34,6 +37,7 @@ def test_all_of_a_group_must_be_done():
     assert drains.done(set(), {}, 0.0)
 
 
+@pytest.mark.promise(20)
 def test_nobody_is_done_who_was_not_told_to_leave():
     assert not Drains(30.0).done({"a"}, {"a": 0}, 100.0)
 

@@ -30,6 +30,7 @@ def test_what_queues_in_the_gateway_counts_once():
     assert autoscale(SPEC, [Demand("bank", "g1", 16, 16, 1.0, 0.0)], 1, ScaleMemory(), 0.0)[0] == 2
 
 
+@pytest.mark.promise(29)
 def test_within_a_tenth_of_the_target_nothing_changes():
     assert autoscale(SPEC, load(35), 4, ScaleMemory(), 0.0)[0] == 4  # 4.375 / 4 = 1.09
     assert autoscale(SPEC, load(36), 4, ScaleMemory(), 0.0)[0] == 5
@@ -79,6 +80,7 @@ def test_it_looks_every_fifteen_seconds_at_the_mean_since():
     assert wanted == 5
 
 
+@pytest.mark.promise(29)
 def test_down_only_to_the_highest_of_the_last_five_minutes():
     wanted, memory = autoscale(SPEC, load(40), 1, ScaleMemory(), 0.0)
     assert wanted == 5
@@ -99,6 +101,7 @@ def test_of_several_metrics_the_highest_answer_holds():
     assert autoscale(slow, asked, 2, ScaleMemory(), 0.0)[0] == 2
 
 
+@pytest.mark.promise(29)
 @given(st.integers(0, 500), st.integers(1, 20), st.integers(0, 5), st.integers(0, 5))
 def test_unready_and_missing_ones_only_dampen(ongoing, ready, unready, missing):
     missing, current = min(missing, ready - 1), ready + unready

@@ -48,6 +48,7 @@ def test_twice_the_replicas_wanted_by_six_seconds_is_a_panic():
     assert "panics" in memory.why
 
 
+@pytest.mark.promise(29)
 def test_in_panic_it_never_goes_down_and_it_ends_a_stable_window_after_the_last_cause():
     _, memory = follow([7] * 120)
     up, memory = follow([70] * 10, 1, memory, 120)
@@ -58,6 +59,7 @@ def test_in_panic_it_never_goes_down_and_it_ends_a_stable_window_after_the_last_
     assert later[-1] == 1
 
 
+@pytest.mark.promise(29)
 def test_a_restart_with_several_replicas_begins_in_panic():
     wanted, memory = follow([0] * 50, 6)
     assert set(wanted) == {6}

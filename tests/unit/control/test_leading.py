@@ -79,6 +79,7 @@ async def leader(plane):
     return (await plane.state.get_lease(LEASE)).holder
 
 
+@pytest.mark.promise(25)
 async def test_one_leads_and_another_takes_over_after_a_silence(plane):
     one, other = Control(plane, "one"), Control(plane, "other")
     await plane.ask()
@@ -120,6 +121,7 @@ async def test_the_next_control_of_the_same_home_goes_on_at_once(plane):
     assert one.leadership.term is None or one.leadership.term.lease.token == 3
 
 
+@pytest.mark.promise(25)
 async def test_a_paused_one_can_neither_write_nor_order_when_it_wakes(plane):
     one, other = Control(plane, "one"), Control(plane, "other")
     await plane.ask(min_replicas=2, max_replicas=2)
@@ -165,6 +167,7 @@ async def test_a_state_that_is_away_orders_nothing_and_ends_no_term(plane, monke
     assert not term.over.is_set()
 
 
+@pytest.mark.promise(25)
 @pytest.mark.parametrize("seed", range(2))
 async def test_killed_after_every_write_another_ends_what_it_began(plane_at, seed):
     """One control is killed at its n-th write or order and comes back later; the other goes on."""

@@ -116,6 +116,7 @@ def check_end(end, scenario):
     assert len(set(end["started"])) == len(end["started"]), "a replica was started twice"
 
 
+@pytest.mark.promise(25)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 async def test_killed_after_every_write_it_ends_the_same(plane_at, scenario):
     story = Story(plane_at("whole"), scenario, Kills())
@@ -129,6 +130,7 @@ async def test_killed_after_every_write_it_ends_the_same(plane_at, scenario):
         assert end == reference
 
 
+@pytest.mark.promise(25)
 @pytest.mark.parametrize("seed", range(8))
 async def test_killed_again_and_again_it_ends_the_same(plane_at, seed):
     draw = random.Random(seed)

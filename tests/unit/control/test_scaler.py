@@ -37,6 +37,7 @@ async def test_at_zero_it_is_idle_and_says_so(plane):
     assert plane.running() == []
 
 
+@pytest.mark.promise(19)
 async def test_a_request_starts_one_and_idleness_ends_it(plane):
     await plane.ask(min_replicas=0, max_replicas=4, scaling=SOON)
     await plane.steps(2)
@@ -54,6 +55,7 @@ async def test_a_request_starts_one_and_idleness_ends_it(plane):
     assert (await plane.state.get_status("bank")).phase is DeploymentPhase.IDLE
 
 
+@pytest.mark.promise(29)
 async def test_silence_takes_the_last_replica_from_nobody(plane):
     await plane.ask(min_replicas=0, scaling=SOON)
     await plane.steps(2)

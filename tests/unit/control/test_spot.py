@@ -41,6 +41,7 @@ RULES = st.builds(
 )
 
 
+@pytest.mark.promise(30)
 @given(zones(), st.integers(0, 40), RULES)
 @settings(max_examples=400, deadline=None)
 def test_what_must_always_hold(
@@ -67,6 +68,7 @@ def test_what_must_always_hold(
     assert len(target.spot) >= min(rules.min_zones, len(worth), on_spot)
 
 
+@pytest.mark.promise(30)
 @given(st.integers(0, 60), st.integers(1, 8), RULES)
 def test_a_spread_is_whole_and_even(total: int, count: int, rules: SpotRules) -> None:
     names = [f"z{number}" for number in range(count)]
@@ -77,6 +79,7 @@ def test_a_spread_is_whole_and_even(total: int, count: int, rules: SpotRules) ->
         assert max(target.values()) <= max(-(-total // count), rules.spare)
 
 
+@pytest.mark.promise(30)
 def test_losing_a_zone_costs_no_capacity_with_enough_zones() -> None:
     market = tuple(ZoneRecord(f"z{n}", 0.5, ready=2) for n in range(5))
     target = decide(SpotFacts(8, market, 2.0), NOW, SpotRules(1.0, spare=2))
@@ -94,6 +97,7 @@ def test_a_zone_that_failed_is_left_alone_for_a_while() -> None:
     assert "cheap" in decide(market(NOW - 7000), NOW).spot
 
 
+@pytest.mark.promise(30)
 def test_notice_moves_the_load_to_machines_on_demand_at_once() -> None:
     market = (ZoneRecord("a", 0.5, ready=2, warned=2), ZoneRecord("b", 0.5, ready=2))
     target = decide(SpotFacts(4, market, 2.0), NOW, SpotRules(1.0, spare=1))
@@ -121,6 +125,7 @@ def test_what_is_much_cheaper_elsewhere_moves_one_by_one_and_loses_nothing() -> 
     assert decide(market(2, 1), NOW, rules).spot == {"a": 2, "new": 2}
 
 
+@pytest.mark.promise(30)
 def test_without_spot_everything_is_on_demand() -> None:
     assert decide(SpotFacts(3, (), 2.0), NOW) == SpotTarget({}, 3)
     dear = (ZoneRecord("a", 3.0),)
@@ -185,6 +190,7 @@ def _step(zone: _Zone, target: int, now: float, dice: random.Random) -> None:
         zone.ready = min(zone.ready, target)
 
 
+@pytest.mark.promise(30)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_in_generated_markets_it_is_nearly_always_whole_and_much_cheaper(seed: int) -> None:
     dice = random.Random(seed)

@@ -67,6 +67,7 @@ def test_a_seat_survives_the_command_line() -> None:
             Seat.read(text)
 
 
+@pytest.mark.promise(28)
 async def test_what_a_replica_asks_of_one_process_all_do() -> None:
     """Promise 28: a time to be left alone holds at once in every process."""
     desk = Desk(ManualClock())

@@ -197,6 +197,7 @@ class TestRefusals:
                 left_s = rig.gateway.loads.of(mock.name).cooling_until - now
                 assert left_s == pytest.approx(wait_s, abs=1.5)
 
+    @pytest.mark.promise(28)
     async def test_a_later_failure_only_extends_the_time(self, kit, tmp_path) -> None:
         """Promise 28: the longest ``Retry-After`` holds."""
         async with foreign_rig(kit, tmp_path) as rig:
@@ -245,6 +246,7 @@ class TestRefusals:
             }
             assert sum(len(mock.requests) for mock in rig.replicas) == 1
 
+    @pytest.mark.promise(15)
     async def test_a_redirect_is_not_followed(self, kit, tmp_path) -> None:
         async with foreign_rig(kit, tmp_path, 2) as rig:
             first, second = rig.replicas
@@ -254,6 +256,7 @@ class TestRefusals:
             assert (await rig.ask(kit.chat_body())).status == 502
             assert len(first.requests) + len(second.requests) == 2  # one attempt each
 
+    @pytest.mark.promise(8)
     async def test_a_total_outage_multiplies_nothing(self, kit, tmp_path) -> None:
         """Promise 8: at most 1.2 attempts per request."""
         async with foreign_rig(kit, tmp_path, 3) as rig:
@@ -265,6 +268,7 @@ class TestRefusals:
 
 
 class TestStreams:
+    @pytest.mark.promise(1)
     @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(cut=st.integers(0, 2500))
     async def test_a_broken_stream_says_so_and_is_never_done(self, kit, tmp_path, cut) -> None:
@@ -295,6 +299,7 @@ class TestStreams:
                     if len(told) < 8
                 )
 
+    @pytest.mark.promise(1)
     async def test_nobody_is_asked_to_go_on(self, kit, tmp_path) -> None:
         async with foreign_rig(kit, tmp_path, 2) as rig:
             for mock in rig.replicas:
@@ -308,6 +313,7 @@ class TestStreams:
             assert row.completion_tokens == result.tokens
             rig.assert_nothing_open()
 
+    @pytest.mark.promise(4)
     async def test_an_error_before_the_first_word_is_unseen(self, kit, tmp_path) -> None:
         async with foreign_rig(kit, tmp_path, 2) as rig:
             error = {"error": {"message": f"oops {KEY}", "code": 429}}
@@ -319,6 +325,7 @@ class TestStreams:
 
 
 class TestWhereTheKeyGoes:
+    @pytest.mark.promise(15)
     async def test_not_to_another_address(self, kit, tmp_path, caplog) -> None:
         async with foreign_rig(kit, tmp_path, 2) as rig:
             first, second = rig.replicas
@@ -351,6 +358,7 @@ class TestWhereTheKeyGoes:
             assert rig.replicas[0].requests == []
             assert any("external.networks" in reason for reason in reasons(caplog))
 
+    @pytest.mark.promise(32)
     async def test_the_key_is_found_nowhere_else(self, kit, tmp_path, caplog) -> None:
         """Promise 32: state, logs, metrics and answers hold no key."""
         caplog.set_level("DEBUG")
@@ -400,6 +408,7 @@ class TestPinning:
         answer.close()
         return answer.status
 
+    @pytest.mark.promise(15)
     async def test_a_name_that_flips(self, kit, tmp_path) -> None:
         mock = kit.MockReplica("x")
         await mock.start()

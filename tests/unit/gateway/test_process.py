@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,51 @@ async def test_a_limited_key_meets_its_limit_and_its_cost_is_written(
     async with state_of(tmp_path) as state:
         (row,) = await state.list_ledger()
         assert (row.cost, row.outcome) == (55_200_000, Outcome.FINISHED)
+
+
+async def test_it_follows_its_file_without_a_restart(kit: Any, tmp_path: Path) -> None:
+    """Routes appear when the file is saved; a bad file leaves them and is told at ``/readyz``."""
+    replica, port = kit.MockReplica("m-r1-0"), free_port()
+    await replica.start()
+    async with state_of(tmp_path) as state:
+        await state.put_deployment(DeploymentSpec("m", "models:/m/1"), now=1.0)
+        await state.put_endpoints("m", [Endpoint("m", replica.name, replica.url, 1)])
+        minted = mint("test", Role.USER, Home(tmp_path).pepper(), 1.0)
+        await state.put_key(minted.record)
+
+    def write(text: str) -> None:
+        (tmp_path / "fresh").write_text(text)
+        (tmp_path / "fresh").replace(tmp_path / "config.yaml")
+
+    def models() -> set[str]:
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/models", headers={"authorization": f"Bearer {minted.text}"}
+        )
+        return {one["id"] for one in json.load(urllib.request.urlopen(asked))["data"]}
+
+    def notes() -> list[str]:
+        return list(json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz"))["notes"])
+
+    async def until(look: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not await asyncio.to_thread(look):
+                await asyncio.sleep(0.1)
+
+    write("gateway: {routes: 'chat = m'}")
+    process = start(tmp_path, port)
+    try:
+        await ready(port)
+        assert await asyncio.to_thread(models) == {"m", "chat"}
+        write("gateway: {routes: 'chat = m; talk = m'}")
+        await until(lambda: models() == {"m", "chat", "talk"})
+        write("gateway: {routes: 'chat'}")
+        await until(lambda: any("gateway.routes" in note for note in notes()))
+        assert await asyncio.to_thread(models) == {"m", "chat", "talk"}
+        write("gateway: {routes: 'talk = m'}")
+        await until(lambda: models() == {"m", "talk"} and notes() == [])
+    finally:
+        code, said = await asyncio.to_thread(end, process, signal.SIGTERM)
+        await replica.stop()
+    assert code == 0
+    assert "settings_not_renewed" in said
+    assert said.count("settings_renewed") == 2

@@ -21,9 +21,18 @@ from cloudlm.security.hosts import host_name, is_loopback
 
 async def test_health_and_metrics(kit: Any) -> None:
     async with served(kit) as rig:
-        for path in ("/livez", "/readyz", "/health"):
+        _, _, body = await talk(rig, wire(rig, method="GET", path="/livez"))
+        assert body == b"ok"
+        for path in ("/readyz", "/health"):
             status, _, body = await talk(rig, wire(rig, method="GET", path=path))
-            assert (status, body) == (200, b"")
+            assert (status, json.loads(body)) == (
+                200,
+                {"ready": True, "status": "ready", "notes": []},
+            )
+        rig.gateway.stopping = True
+        status, _, body = await talk(rig, wire(rig, method="GET", path="/readyz"))
+        assert (status, json.loads(body)["status"]) == (503, "stopping")
+        rig.gateway.stopping = False
         await talk(rig, wire(rig, kit.chat_body()))
         await talk(rig, wire(rig, kit.chat_body(model="made-up-by-a-client")))
         _, headers, text = await talk(rig, wire(rig, method="GET", path="/metrics"))

@@ -33,6 +33,7 @@ def held(rig: Any) -> int:
     return int(rig.gateway.admission.queued(COLD))
 
 
+@pytest.mark.promise(19)
 async def test_held_until_a_replica_is_there(rig: Any, kit: Any) -> None:
     await deploy(rig)
     asking = [asyncio.create_task(rig.ask(kit.chat_body(model=COLD))) for _ in range(5)]
@@ -65,6 +66,7 @@ async def test_control_is_told_of_the_first_at_once(rig: Any, kit: Any) -> None:
     assert (await asking).status == 200
 
 
+@pytest.mark.promise(19)
 async def test_let_go_only_so_many_at_once_and_in_order(kit: Any) -> None:
     async with kit.open_rig(1) as rig:
         await deploy(rig, target_ongoing_requests=2.0)
@@ -88,6 +90,7 @@ async def test_let_go_only_so_many_at_once_and_in_order(kit: Any) -> None:
         assert rig.gateway.gate._capacities.of(COLD) == rig.gateway.settings.replica_capacity
 
 
+@pytest.mark.promise(19)
 async def test_a_deadline_that_passes_is_503_and_never_502(kit: Any) -> None:
     async with kit.open_rig(1) as rig:
         await deploy(rig)
@@ -100,6 +103,7 @@ async def test_a_deadline_that_passes_is_503_and_never_502(kit: Any) -> None:
         await kit.until(lambda: not rig.gateway.waiting.models)
 
 
+@pytest.mark.promise(19)
 async def test_the_settings_bound_the_wait_and_the_number(kit: Any) -> None:
     async with kit.open_rig(1, hold_timeout_s=0.2, max_queued_requests=3) as rig:
         await deploy(rig)
@@ -112,6 +116,7 @@ async def test_the_settings_bound_the_wait_and_the_number(kit: Any) -> None:
         rig.assert_nothing_open()
 
 
+@pytest.mark.promise(19)
 async def test_who_goes_away_while_held_frees_everything(rig: Any, kit: Any) -> None:
     await deploy(rig)
     asked = rig.request(kit.chat_body(model=COLD))

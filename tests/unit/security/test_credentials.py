@@ -27,6 +27,7 @@ def kept(folder: Path, value: str = CANARY, name: str = "one") -> Credentials:
     return credentials
 
 
+@pytest.mark.promise(32)
 def test_a_key_is_kept_for_its_owner_alone(folder: Path) -> None:
     credentials = kept(folder)
     assert credentials.names() == ["one"]
@@ -36,6 +37,7 @@ def test_a_key_is_kept_for_its_owner_alone(folder: Path) -> None:
     assert CANARY not in repr(credentials.find("one"))
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize(
     "url",
     [
@@ -63,6 +65,7 @@ def test_a_changed_key_is_used_at_once(folder: Path) -> None:
         credentials.remove("one")
 
 
+@pytest.mark.promise(32)
 def test_one_that_others_can_read_is_refused(folder: Path) -> None:
     credentials = kept(folder)
     (folder / "one.json").chmod(0o640)

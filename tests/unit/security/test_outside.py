@@ -52,12 +52,14 @@ def outside(networks: str = "", plaintext: str = "loopback") -> Outside:
     return Outside(ExternalSettings(networks=networks, plaintext=plaintext))
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize("address", NEVER)
 def test_some_addresses_are_never_reached(address: str) -> None:
     assert outside().refusal(address, tls=True)
     assert outside(EVERYTHING, "networks").refusal(address, tls=True)
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_ones_need_the_operators_word(address: str) -> None:
     assert outside().refusal(address, tls=True)
@@ -78,6 +80,7 @@ def test_this_machine_needs_no_tls() -> None:
     assert "TLS" in outside("10.0.0.0/8").refusal("10.0.0.1", tls=False)
 
 
+@pytest.mark.promise(15)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["::ffff:0:0", "64:ff9b::"]))
 def test_an_address_in_another_dress_is_the_same_address(number: int, dress: str) -> None:
     plain = str(ipaddress.IPv4Address(number))
@@ -86,12 +89,14 @@ def test_an_address_in_another_dress_is_the_same_address(number: int, dress: str
     assert one.refusal(plain, tls=True) == one.refusal(dressed, tls=True)
 
 
+@pytest.mark.promise(15)
 @given(st.ip_addresses())
 def test_no_setting_opens_what_is_never_reached(address: ipaddress.IPv4Address) -> None:
     if address.is_link_local or address.is_multicast or address.is_unspecified:
         assert outside(EVERYTHING, "networks").refusal(str(address), tls=True)
 
 
+@pytest.mark.promise(15)
 def test_a_name_gives_only_addresses_that_may_be_reached() -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         return {"mixed": ["10.0.0.1", "8.8.8.8", "8.8.8.8"], "bad": ["169.254.169.254"]}[host]

@@ -115,6 +115,7 @@ def test_schedules_follow_simulated_wall_time() -> None:
 # Zero --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(19)
 def test_requests_are_held_while_one_replica_starts() -> None:
     world = begun(sleepy(max_replicas=1), HERD)
     world.timeline.run(29.0)
@@ -151,6 +152,7 @@ def test_who_is_held_too_long_is_refused() -> None:
     assert result.outcomes == {Outcome.REFUSED: len(HERD)}
 
 
+@pytest.mark.promise(19)
 def test_many_gateways_hold_for_one_start() -> None:
     result = simulate(Policy("p", sleepy(max_replicas=1)), Setting(FIGURES, gateways=3), HERD)
     assert result.outcomes == {Outcome.FINISHED: len(HERD)}

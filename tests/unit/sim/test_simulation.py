@@ -157,6 +157,7 @@ def test_a_crash_loses_nothing_that_others_can_go_on_with() -> None:
     assert result.resumed + result.retried > 0
 
 
+@pytest.mark.promise(30)
 def test_a_zone_is_lost_and_its_replicas_start_elsewhere() -> None:
     world = begun(Fault(FaultKind.ZONE_LOSS, 30.0, zone="a", duration_s=60.0))
     run_until(world, 80.0)
@@ -182,6 +183,7 @@ def test_a_stalled_replica_is_found_and_started_again() -> None:
     assert still.serving is not None and not still.serving.paused
 
 
+@pytest.mark.promise(30)
 def test_a_preemption_with_notice_is_drained_first() -> None:
     world = begun(Fault(FaultKind.PREEMPTION, 30.0, notice_s=20.0))
     run_until(world, 32.0)
@@ -235,6 +237,7 @@ def reports(world: World) -> list[Demand]:
     return world.state.list_demand(0.0)
 
 
+@pytest.mark.promise(29)
 def test_lost_reports_never_arrive_and_nothing_is_scaled_down() -> None:
     scaled = policy(1, max_replicas=8, target_ongoing_requests=1.0)
     world = World(
@@ -287,6 +290,7 @@ def test_while_the_state_is_down_gateways_serve_from_what_they_know() -> None:
     assert result.outcomes == {Outcome.FINISHED: result.requests}
 
 
+@pytest.mark.promise(29)
 @pytest.mark.parametrize("process", ["control", "gateway"])
 @pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
 def test_a_clock_that_jumps_scales_nothing_down(process: str, jump_s: float) -> None:

@@ -25,6 +25,7 @@ from cloudlm.core.wire_access import (
 )
 from cloudlm.security.access import Directory
 from cloudlm.security.keys import MintedKey, mint, successor
+from cloudlm.security.scopes import demand_scope, paying_project
 
 
 def routes(services: Services) -> APIRouter:
@@ -121,12 +122,7 @@ def _mint(services: Services, caller: Caller, wanted: KeyRequest) -> MintedKey:
     holder = _holder(caller, wanted.principal or caller.key.principal)
     own = caller.key.scope if caller.key.scope != EVERYWHERE else holder.tenant
     scope = wanted.scope or own
-    inside = scope.partition("/")[2]
-    project = wanted.project or inside or holder.project
-    if caller.directory.project(holder.tenant, project) is None:
-        raise InvalidRequest(
-            f"tenant {holder.tenant!r} has no project {project!r}", param="project"
-        )
+    project = paying_project(caller.directory, holder, scope, wanted.project)
     if not caller.directory.role_exists(wanted.role, scope):
         raise InvalidRequest(
             f"there is no role {wanted.role!r} within {scope!r}; 'cloudlm roles list' shows those "
@@ -150,6 +146,7 @@ def _mint(services: Services, caller: Caller, wanted: KeyRequest) -> MintedKey:
     )
     caller.demand(Verb.CREATE, Resource.KEYS, holder.id, key_scope(minted.record))
     _demand_covers(caller, minted.record)
+    demand_scope(caller.directory, scope)  # last: to others it would tell which tenants there are
     return minted
 
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cloudlm.core.errors import CloudlmError, InternalError
 from cloudlm.engine.parallel.messages import Failed, Order, frame, read_reply
+from cloudlm.engine.scratch import Scratch
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class Team:
         end_process: Callable[[int], object] = os._exit,
     ) -> None:
         self._end_process = end_process
-        self._folder = Path(tempfile.mkdtemp(prefix="cloudlm-ranks-"))
+        self._scratch = Scratch("cloudlm-ranks-")
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: dict[int, socket.socket] = {}
         self._closed = threading.Event()
@@ -67,7 +66,7 @@ class Team:
 
     @property
     def store(self) -> Path:
-        return self._folder / "store"
+        return self._scratch.path / "store"
 
     @property
     def pids(self) -> dict[int, int]:
@@ -140,7 +139,7 @@ class Team:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     def _start(self, rank: int, command: tuple[str, ...]) -> None:
         ours, theirs = socket.socketpair()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from cloudlm.core.errors import (
     error_from_body,
 )
 from cloudlm.engine.api import EngineInfo, EngineStats
+from cloudlm.engine.scratch import Scratch
 from cloudlm.telemetry.logs import get_logger
 from cloudlm.worker.vllm.child import Child
 from cloudlm.worker.vllm.reading import read_metrics, stats_of
@@ -46,13 +46,13 @@ _logger = get_logger(__name__)
 
 
 class VllmEngine:
-    """Everything that the front and the replica ask of vLLM. ``folder`` holds its socket and is
-    removed with it. ``options`` are those it was started with."""
+    """Everything that the front and the replica ask of vLLM. ``scratch`` holds its socket and is
+    closed with it. ``options`` are those it was started with."""
 
     def __init__(
         self,
         child: Child,
-        folder: Path,
+        scratch: Scratch,
         options: Mapping[str, str],
         clock: Clock,
         *,
@@ -60,13 +60,13 @@ class VllmEngine:
     ) -> None:
         self.info = EngineInfo("", 0, "", "", 0, 0, 0, 0, ())
         self._child = child
-        self._folder = folder
+        self._scratch = scratch
         self._options = options
         self._clock = clock
         self._max_waiting = max_waiting
         self._session = aiohttp.ClientSession(
             "http://vllm",
-            connector=aiohttp.UnixConnector(str(folder / "socket"), limit=0),
+            connector=aiohttp.UnixConnector(str(scratch.path / "socket"), limit=0),
             timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
@@ -104,7 +104,7 @@ class VllmEngine:
             await asyncio.gather(self._minding, return_exceptions=True)
         await self._session.close()
         await self._child.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     def stats(self) -> EngineStats:
         silent = self._clock.monotonic() - self._answered_at > _SILENT_AFTER_S

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import BadSetting, BrokenModel, UnsupportedModel
 from cloudlm.core.vllm import read_vllm_options
 from cloudlm.engine.api import EngineInfo
+from cloudlm.engine.scratch import Scratch
 from cloudlm.registry.inspect import inspect_folder
 from cloudlm.worker.adapters import add_adapter
 from cloudlm.worker.config import WorkerConfig
@@ -52,14 +52,14 @@ async def load_vllm(config: WorkerConfig, tell: Tell) -> VllmServing:
     found = await in_daemon_thread(lambda: find_model(config, tell))
     info = await in_daemon_thread(lambda: facts_of(found.folder))
     clock = SystemClock()
-    place = Path(tempfile.mkdtemp(prefix="cloudlm-vllm-"))  # short: a socket's path is limited
+    scratch = Scratch("cloudlm-vllm-")
     command = server_command(
-        python, found.folder, config.served_model_name, place / "socket", options
+        python, found.folder, config.served_model_name, scratch.path / "socket", options
     )
     child = Child(command, child_environment(python, options, os.environ))
     engine = VllmEngine(
         child,
-        place,
+        scratch,
         options,
         clock,
         max_waiting=settings.worker.max_waiting_requests,
