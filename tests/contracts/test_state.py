@@ -47,6 +47,7 @@ from cloudlm.core.deployment import (
     Endpoint,
     Replica,
     ReplicaState,
+    Residence,
 )
 from cloudlm.core.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from cloudlm.core.figures import ModelFigures
@@ -206,6 +207,19 @@ class TestDeployments:
         await state.put_status(second)
         assert await state.get_status("bank") == second
         assert await state.list_statuses() == [second]
+
+    async def test_only_another_residence_in_a_status_is_a_new_version(self, state: State) -> None:
+        await state.put_deployment(SPEC, now=1.0)
+        said = DeploymentStatus("bank", DeploymentPhase.STARTING, 1, 1, 0)
+        before = await state.version()
+        for phase in DeploymentPhase:
+            await state.put_status(replace(said, phase=phase, memory_bytes=2**40))
+        assert await state.version() == before
+        await state.put_status(replace(said, residence=Residence.UNLOADED))
+        assert await state.version() > before
+        found = await state.get_status("bank")
+        assert found is not None
+        assert found.residence is Residence.UNLOADED
 
     async def test_a_status_without_its_deployment_is_not_kept(self, state: State) -> None:
         await state.put_status(DeploymentStatus("gone", DeploymentPhase.READY, 1, 1, 1))

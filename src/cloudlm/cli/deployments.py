@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ from cloudlm.cli.screen import (
     share_bar,
     spinner,
 )
-from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
+from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus, Residence
 from cloudlm.core.errors import (
     CloudlmError,
     InvalidRequest,
@@ -115,6 +116,13 @@ def deploy(
     ] = IDLE_S,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
+    pinned: Annotated[
+        bool, typer.Option("--pinned", help="Never unload it for others (control.memory_budget).")
+    ] = False,
+    memory_mb: Annotated[
+        int,
+        typer.Option("--memory-mb", min=0, help="Memory of a replica, MiB; 0: as estimated."),
+    ] = 0,
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
@@ -142,6 +150,8 @@ def deploy(
             rollout=read_strategy(strategy, canary),
             scaling=Scaling(algorithm, target_ttft_ms, target_tpot_ms, idle_s=idle_s),
             endpoints=tuple(ExternalEndpoint(url, model, secret) for url in endpoints),
+            pinned=pinned,
+            memory_mb=memory_mb,
         )
         client.deployments.apply(spec)
         _finish(client, [name], wait, json_output, WAIT_S + longest_s(spec.rollout))
@@ -178,16 +188,21 @@ def status(
         found = [client.deployments.get(name)] if name else client.deployments.list()
         leading = "" if name or json_output else _leading(client)
         notes = [] if name or json_output else gateway_notes(client.connection)
+        within = any(view.status and view.status.residence for view in found)
+        budget = client.deployments.memory_budget() if within and not json_output else 0
     if json_output:
         print_json([deployment_body(view.deployment, view.status) for view in found])
         return
-    rows = [_status_row(view) for view in found]
-    columns = ("NAME", "PHASE", "READY", "MODEL", "REVISION", "MESSAGE")
+    rows = [_status_row(view, within) for view in found]
+    memory = ("MEMORY",) if within else ()
+    columns = ("NAME", "PHASE", "READY", *memory, "MODEL", "REVISION", "MESSAGE")
     print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
     if leading:
         print_text(leading)
     for note in notes:
         print_text(f"gateway: {note}")
+    if budget and not name:
+        print_text(_memory_text(found, budget))
     if name and found[0].status and found[0].status.replicas:
         print_text("")
         _print_replicas(found[0].status)
@@ -206,11 +221,40 @@ def _leading(client: Client) -> str:
     return f"led by {leader.holder} (token {leader.token}); this control stands by"
 
 
-def _status_row(view: DeploymentView) -> tuple[Any, ...]:
+def _memory_text(found: list[DeploymentView], budget_bytes: int) -> str:
+    """How much of the memory budget is taken, and how many deployments stand how."""
+    from cloudlm.control.footprint import amount_text
+
+    states = [view.status for view in found if view.status and view.status.residence]
+    counts = Counter(one.residence for one in states)
+    held = amount_text(sum(one.memory_bytes for one in states))
+    standing = ", ".join(f"{counts[one]} {_spoken(one)}" for one in Residence if counts[one])
+    return f"memory: {held} of {amount_text(budget_bytes)} held; {standing}"
+
+
+def _spoken(residence: Residence) -> str:
+    return residence.value.replace("_", " ")
+
+
+def _status_row(view: DeploymentView, within: bool) -> tuple[Any, ...]:
+    """``within`` a memory budget there is a column more."""
     status = view.status
     ready = f"{status.ready_replicas}/{status.wanted_replicas}" if status else "0"
     message = status.message if status else ""
-    return (view.name, view.phase, ready, view.spec.model, view.deployment.revision, message)
+    memory: tuple[str, ...] = ()
+    if within:
+        memory = (_residence_text(status, pinned=view.spec.pinned),)
+    revision = view.deployment.revision
+    return (view.name, view.phase, ready, *memory, view.spec.model, revision, message)
+
+
+def _residence_text(status: DeploymentStatus | None, *, pinned: bool) -> str:
+    from cloudlm.control.footprint import amount_text
+
+    if status is None or not status.residence:
+        return ""
+    word = _spoken(status.residence) + (", pinned" if pinned else "")
+    return f"{amount_text(status.memory_bytes)}, {word}" if status.memory_bytes else word
 
 
 def _print_replicas(state: DeploymentStatus) -> None:

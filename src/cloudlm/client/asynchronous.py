@@ -205,6 +205,10 @@ class AsyncDeployments:
     async def list(self) -> builtins.list[DeploymentView]:
         return await self._client.send(calls.list_deployments())
 
+    async def memory_budget(self) -> int:
+        """Bytes that the models of control's machine may take together; 0: no budget."""
+        return await self._client.send(calls.memory_budget())
+
     async def get(self, name: str) -> DeploymentView:
         return await self._client.send(calls.get_deployment(name))
 

@@ -94,6 +94,16 @@ def remove_alias(name: str, alias: str) -> Call[None]:
 # Deployments ------------------------------------------------------------------------------------
 
 
+def memory_budget() -> Call[int]:
+    """Bytes; 0: there is none."""
+
+    def read(body: Any) -> int:
+        found = body.get("memory_budget_bytes") if isinstance(body, dict) else None
+        return found if isinstance(found, int) else 0
+
+    return Call("GET", path_of("deployments"), read)
+
+
 def list_deployments() -> Call[list[DeploymentView]]:
     return Call("GET", path_of("deployments"), all_of(wire.deployment_from_body))
 

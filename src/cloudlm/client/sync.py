@@ -200,6 +200,10 @@ class Deployments:
     def list(self) -> builtins.list[DeploymentView]:
         return self._client.send(calls.list_deployments())
 
+    def memory_budget(self) -> int:
+        """Bytes that the models of control's machine may take together; 0: no budget."""
+        return self._client.send(calls.memory_budget())
+
     def get(self, name: str) -> DeploymentView:
         return self._client.send(calls.get_deployment(name))
 

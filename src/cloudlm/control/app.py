@@ -17,8 +17,10 @@ from cloudlm.control.api.app import build_api
 from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.services import Services
 from cloudlm.control.audit import Auditor
+from cloudlm.control.budget import MemoryBudget, machine_bytes
 from cloudlm.control.certificates import Certificates
 from cloudlm.control.drivers import Drivers
+from cloudlm.control.footprint import budget_of
 from cloudlm.control.jobs import Jobs, import_kind
 from cloudlm.control.leading import Leadership, holder_of
 from cloudlm.control.metrics import ControlMetrics
@@ -94,6 +96,12 @@ async def running(
     )
     drivers = Drivers(context)
     metrics = ControlMetrics()
+    memory = MemoryBudget(
+        registry,
+        budget_of(settings.control.memory_budget, machine_bytes()),
+        settings.control.min_residency_s,
+        settings.engine,
+    )
 
     def importer(source: str, name: str | None, alias: str | None, progress: Progress) -> Manifest:
         return import_address(registry, source, name, alias=alias, progress=progress)
@@ -110,8 +118,9 @@ async def running(
         )
 
         def reconciler(fenced: State, checked: Drivers) -> Reconciler:
+            own = settings.control
             return Reconciler(
-                fenced, checked, registry, prober, clock, settings.control, metrics, turner
+                fenced, checked, registry, prober, clock, own, metrics, turner, memory
             )
 
         observer = Observer(drivers, prober, clock, settings.control.stall_timeout_s)
@@ -141,6 +150,7 @@ async def running(
                 credentials=Credentials(home.credentials, os.environ),
                 guard=HostGuard(settings.control.host, settings.control.allowed_origins),
                 leadership=leadership,
+                memory=memory,
             )
         finally:
             # The lease goes last of these: nothing acts any more when another may.

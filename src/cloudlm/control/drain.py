@@ -40,20 +40,29 @@ class Drains:
             elif replica not in self._leaving:
                 self._leaving[replica] = _Leaving(now, replica in serving)
 
-    def done(self, replicas: Collection[str], busy: Mapping[str, int], now: float) -> bool:
-        """Whether all of these may be stopped. ``busy`` counts requests at replicas that answer."""
-        return all(self._is_done(replica, busy.get(replica), now) for replica in replicas)
+    def done(
+        self,
+        replicas: Collection[str],
+        busy: Mapping[str, int],
+        now: float,
+        *,
+        patient: bool = False,
+    ) -> bool:
+        """Whether all of these may be stopped. ``busy`` counts requests at replicas that answer.
+        ``patient``: as long as one says that it is at work, there is no time limit."""
+        return all(self._is_done(one, busy.get(one), now, patient) for one in replicas)
 
     def keep_only(self, existing: Collection[str]) -> None:
         """Forget replicas that exist no longer."""
         for replica in [one for one in self._leaving if one not in existing]:
             del self._leaving[replica]
 
-    def _is_done(self, replica: str, busy: int | None, now: float) -> bool:
+    def _is_done(self, replica: str, busy: int | None, now: float, patient: bool) -> bool:
         leaving = self._leaving.get(replica)
         if leaving is None:
             return False
         waited_s = now - leaving.since
-        if not leaving.was_serving or waited_s >= self._timeout_s:
+        late = waited_s >= self._timeout_s and not (patient and busy)
+        if not leaving.was_serving or late:
             return True
         return waited_s >= GATEWAYS_NOTICE_S and busy == 0

@@ -45,6 +45,27 @@ class ControlMetrics:
             "Token of the lease while this control leads; grows with each new leader.",
             registry=self._registry,
         )
+        self._budget = Gauge(
+            "cloudlm_control_memory_budget_bytes",
+            "Memory that the models of this machine may take together; 0: there is no budget.",
+            registry=self._registry,
+        )
+        self._held = Gauge(
+            "cloudlm_control_memory_held_bytes",
+            "Memory of the budget that replicas take, as estimated, bytes.",
+            registry=self._registry,
+        )
+        self._unloaded = Counter(
+            "cloudlm_control_unloads",
+            "Deployments that had to give their memory to others.",
+            registry=self._registry,
+        )
+        self._memory = Gauge(
+            "cloudlm_deployment_memory_bytes",
+            "Memory of the budget that a deployment's replicas take, bytes.",
+            ["deployment"],
+            registry=self._registry,
+        )
         self._shown: set[str] = set()
 
     def passed(self, duration_s: float) -> None:
@@ -61,8 +82,16 @@ class ControlMetrics:
         self._leads.set(int(token > 0))
         self._token.set(token)
 
-    def deployment(self, name: str, wanted: int, ready: int) -> None:
+    def memory(self, budget_bytes: int, held_bytes: int) -> None:
+        self._budget.set(budget_bytes)
+        self._held.set(held_bytes)
+
+    def unloaded(self) -> None:
+        self._unloaded.inc()
+
+    def deployment(self, name: str, wanted: int, ready: int, memory_bytes: int = 0) -> None:
         self._shown.add(name)
+        self._memory.labels(name).set(memory_bytes)
         self._wanted.labels(name).set(wanted)
         self._ready.labels(name).set(ready)
 
@@ -71,6 +100,7 @@ class ControlMetrics:
             self._shown.discard(name)
             self._wanted.remove(name)
             self._ready.remove(name)
+            self._memory.remove(name)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -169,7 +169,7 @@ def _grow(
     most: int,
 ) -> Apply | None:
     """The current group's next size: as many as wanted, as far as the surge leaves room."""
-    room = most - sum(_size(group) for group in old)
+    room = most - sum(size_of_group(group) for group in old)
     if current is None or current.spec is None:
         return Apply(replace(target, replicas=max(0, min(target.replicas, room))))
     size = current.spec.replicas
@@ -225,7 +225,7 @@ def _runs_same(current: GroupObservation, target: GroupSpec) -> bool:
     return same_names and fixed == kept
 
 
-def _size(group: GroupObservation) -> int:
+def size_of_group(group: GroupObservation) -> int:
     """Replicas that take room: those asked for, and those still on their way out."""
     return max(0 if group.spec is None else group.spec.replicas, len(group.replicas))
 

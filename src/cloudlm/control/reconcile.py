@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.external import as_external
@@ -22,6 +23,8 @@ from cloudlm.control.plan import Action, Apply, Plan, group_name, plan_deletion
 from cloudlm.control.probe import Prober
 from cloudlm.control.registry import ModelRegistry
 from cloudlm.control.releases import Releases, split_of
+from cloudlm.control.residency import Verdict
+from cloudlm.control.residents import Residents, unloading, with_room, within
 from cloudlm.control.rollout import Decision
 from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
 from cloudlm.control.status import summarise
@@ -32,6 +35,7 @@ from cloudlm.core.deployment import (
     DeploymentStatus,
     Endpoint,
     GroupObservation,
+    Residence,
 )
 from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
 from cloudlm.core.model import parse_ref
@@ -57,6 +61,7 @@ class Reconciler:
         settings: ControlSettings,
         metrics: ControlMetrics,
         turner: Turner,
+        memory: MemoryBudget | None = None,
     ) -> None:
         self._state = state
         self._drivers = drivers
@@ -69,6 +74,7 @@ class Reconciler:
         self._naps = Naps(turner)
         self._releases = Releases(state, clock)
         self._scaler = Scaler(state, clock)
+        self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
         self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
         self._statuses: dict[str, DeploymentStatus] | None = None
@@ -125,11 +131,13 @@ class Reconciler:
         self._drains.keep_only(existing)
         self._naps.keep_only(existing)
         await self._stop_stalled(seen)
+        wanted = await self._wishes(deployments, demand, seen)
         for deployment in deployments:
             name = deployment.spec.name
+            if name not in wanted:
+                continue
             try:
-                served = {name, *deployment.spec.adapters}
-                await self._converge(deployment, seen, [d for d in demand if d.model in served])
+                await self._converge(deployment, seen, wanted[name])
             except Superseded:
                 raise
             except CloudlmError as error:
@@ -166,13 +174,33 @@ class Reconciler:
             self._statuses = {one.name: one for one in await self._state.list_statuses()}
         await self._scaler.recall()
 
+    async def _wishes(
+        self, deployments: Sequence[Deployment], demand: Sequence[Demand], seen: Seen
+    ) -> dict[str, int]:
+        """The replicas that each deployment would have, and who of them may be in memory."""
+        asked, wanted = {}, {}
+        for one in deployments:
+            name = one.spec.name
+            served = {name, *one.spec.adapters}
+            asked[name] = [d for d in demand if d.model in served]
+            try:
+                observations = [group.observation for group in seen.of(name)]
+                wanted[name] = self._wanted(one, asked[name], observations, seen)
+            except Exception:  # one deployment's trouble is no other's
+                _log.exception("deployment_failed", extra={"fields": {"deployment": name}})
+        await self._residents.look(deployments, wanted, asked, seen)
+        return wanted
+
     # One deployment -----------------------------------------------------------------------------
 
-    async def _converge(self, deployment: Deployment, seen: Seen, demand: Sequence[Demand]) -> None:
+    async def _converge(self, deployment: Deployment, seen: Seen, wished: int) -> None:
         name = deployment.spec.name
         groups = seen.of(name)
         observations = [group.observation for group in groups]
-        wanted = self._wanted(deployment, demand, observations, seen)
+        verdict = self._residents.verdict(name)
+        wanted = wished if verdict is None else min(wished, verdict.replicas)
+        if not wanted:
+            self._scaler.unloaded(deployment)
         problem, step, decision = "", Plan(), None
         homes = self._releases.homes(name)
         used = (deployment.spec.driver, *homes.values())
@@ -183,15 +211,19 @@ class Reconciler:
             try:
                 if deployment.deleting:
                     step = plan_deletion(observations)
+                elif verdict is not None and verdict.unload:
+                    step = unloading(groups)
                 else:
                     answering = seen.ready | seen.sleeping  # what sleeps can answer again
                     decision = await self._releases.decide(
                         deployment, observations, answering, wanted
                     )
                     versions = await self._version(deployment, groups)
+                    fitted = with_room(deployment, verdict, wanted)
                     step = self._releases.plan(
-                        deployment, decision, wanted, observations, answering, versions
+                        fitted, decision, wanted, observations, answering, versions
                     )
+                    step = within(step, verdict, groups)
             except Superseded:
                 raise
             except CloudlmError as error:
@@ -206,25 +238,34 @@ class Reconciler:
                 adapters=deployment.spec.adapters,
                 decision=decision,
             )
-            acted = await self._act(step, deployment.spec.driver, groups, seen, homes)
+            patient = verdict is not None and verdict.replicas < wished
+            acted = await self._act(step, deployment.spec.driver, groups, seen, homes, patient)
             problem = acted or problem
             problem = problem or self._turn(deployment, observations, step, seen)
+        problem = problem or self._misfit(name, verdict)
         status = summarise(
             deployment,
-            wanted,
+            wished if verdict and verdict.residence is Residence.WAITING else wanted,
             observations,
             seen.ready,
             step.leaving,
             problem,
             self._clock.now(),
             seen.sleeping,
-            note=("" if decision is None else decision.note) or self._scaler.why(name),
+            note=self._residents.note(name)
+            or ("" if decision is None else decision.note)
+            or self._scaler.why(name),
         )
-        await self._write_status(status)
+        await self._write_status(self._residents.shown(status))
         # A driver that is not installed runs nothing that we could stop.
         known = fault is None or isinstance(fault, InvalidRequest)
         if deployment.deleting and not groups and known:
             await self._forget(deployment)
+
+    def _misfit(self, name: str, verdict: Verdict | None) -> str:
+        """What is wrong with a deployment that the memory can never hold."""
+        too_large = verdict is not None and verdict.residence is Residence.TOO_LARGE
+        return self._residents.note(name) if too_large else ""
 
     def _turn(
         self, deployment: Deployment, groups: Sequence[GroupObservation], step: Plan, seen: Seen
@@ -348,6 +389,7 @@ class Reconciler:
         groups: Sequence[SeenGroup],
         seen: Seen,
         homes: Mapping[str, str] = NO_HOMES,
+        patient: bool = False,
     ) -> str:
         """Carry out what may be done now; returns why the driver refused, if it did. Groups that
         are not there yet begin at ``driver``, unless ``homes`` says where."""
@@ -355,7 +397,8 @@ class Reconciler:
         problem = ""
         for action in step.actions:
             name = action.spec.name if isinstance(action, Apply) else action.name
-            if not self._drains.done(action.leaving, seen.busy, self._clock.monotonic()):
+            now = self._clock.monotonic()
+            if not self._drains.done(action.leaving, seen.busy, now, patient=patient):
                 continue
             try:
                 await self._carry_out(action, drivers.get(name, driver))
@@ -376,7 +419,9 @@ class Reconciler:
 
     async def _write_status(self, status: DeploymentStatus) -> None:
         assert self._statuses is not None
-        self._metrics.deployment(status.name, status.wanted_replicas, status.ready_replicas)
+        self._metrics.deployment(
+            status.name, status.wanted_replicas, status.ready_replicas, status.memory_bytes
+        )
         before = self._statuses.get(status.name)
         if before is not None and replace(before, updated_at=status.updated_at) == status:
             return

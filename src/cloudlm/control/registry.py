@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from cloudlm.core.model import Manifest, ModelRef
 
@@ -27,6 +27,10 @@ class ModelRegistry(Protocol):
 
     def resolve(self, ref: ModelRef) -> Manifest:
         """Raises ModelNotFound naming the models that exist."""
+        ...
+
+    def configuration(self, ref: ModelRef) -> Mapping[str, Any]:
+        """A version's ``config.json``. Raises BrokenModel, CorruptModel, ModelNotFound."""
         ...
 
     def set_alias(self, name: str, alias: str, version: int) -> object: ...

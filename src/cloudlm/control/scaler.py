@@ -91,6 +91,11 @@ class Scaler:
         self._mark = max([self._mark, *(one.measured_at for one in demand)])
         return wanted
 
+    def unloaded(self, deployment: Deployment) -> None:
+        """It has and gets no replica now, whatever is wanted: news of somebody who asks for it is
+        looked for, and nothing is hurried."""
+        self._note(deployment, at_rest=True, hurried=False)
+
     async def save(self) -> None:
         """Bring what was measured into the state: starts at once, the rest now and then."""
         now = self._clock.monotonic()

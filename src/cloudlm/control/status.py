@@ -80,7 +80,7 @@ def _phase(
     if wanted == 0 and serving == 0 and not updating:
         return DeploymentPhase.IDLE
     if serving == 0:
-        hopeless = any(_is_hopeless(one) for one in failing)
+        hopeless = any(is_hopeless(one) for one in failing)
         return DeploymentPhase.FAILED if hopeless else DeploymentPhase.STARTING
     if failing:
         return DeploymentPhase.DEGRADED
@@ -112,7 +112,7 @@ def _is_failing(replica: Replica) -> bool:
     return replica.state in _FAILING or (crashed_before and bool(replica.message))
 
 
-def _is_hopeless(replica: Replica) -> bool:
+def is_hopeless(replica: Replica) -> bool:
     """Whether it crashed again and again, or its address is known and refuses."""
     refuses = replica.state is ReplicaState.FAILED and replica.url is not None
     return refuses or replica.restarts >= RESTARTS_TO_FAIL

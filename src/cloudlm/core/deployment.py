@@ -35,6 +35,8 @@ class DeploymentSpec:
     there are, ``rollout`` how a new revision takes over, and ``placement`` what is wished of the
     machines that they run on (None: nothing). ``endpoints`` are those of driver ``external``:
     services that are not ours, and nothing is started; ``model`` is then a name of theirs.
+    Under a memory budget a ``pinned`` one is never unloaded for others, and ``memory_mb`` is what a
+    replica needs (0: as estimated).
     """
 
     name: str
@@ -56,6 +58,8 @@ class DeploymentSpec:
     rollout: Strategy = DEFAULT_STRATEGY
     scaling: Scaling = DEFAULT_SCALING
     endpoints: tuple[ExternalEndpoint, ...] = ()
+    pinned: bool = False
+    memory_mb: int = 0
 
     @property
     def may_be_none(self) -> bool:
@@ -233,6 +237,18 @@ class Demand:
     tpot_s: float = 0.0
 
 
+class Residence(StrEnum):
+    """Where a deployment stands with a machine's memory budget."""
+
+    NONE = ""
+    """No budget concerns it."""
+    RESIDENT = "resident"
+    LEAVING = "leaving"
+    WAITING = "waiting"
+    UNLOADED = "unloaded"
+    TOO_LARGE = "too_large"
+
+
 class DeploymentPhase(StrEnum):
     """One word for people: where a deployment stands."""
 
@@ -249,7 +265,8 @@ class DeploymentPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """The observed fact that control writes beside the desired one."""
+    """The observed fact that control writes beside the desired one. ``memory_bytes`` is what its
+    replicas take of the memory budget, if there is one."""
 
     name: str
     phase: DeploymentPhase
@@ -259,3 +276,5 @@ class DeploymentStatus:
     replicas: tuple[Replica, ...] = ()
     message: str = ""
     updated_at: float = 0.0
+    residence: Residence = Residence.NONE
+    memory_bytes: int = 0

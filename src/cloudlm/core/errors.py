@@ -273,6 +273,13 @@ class NoReplica(Unavailable):
     code = "no_replica"
 
 
+class ModelTooLarge(Unavailable):
+    """The model is deployed, but no replica of it fits the machine's memory budget."""
+
+    code = "model_too_large"
+    retry = Retry.NEVER
+
+
 class ModelAsleep(Unavailable):
     """All replicas of the model sleep."""
 

@@ -248,6 +248,17 @@ class ControlSettings:
         "Longest wait for a replica's running requests before it is stopped, seconds.",
         low=0.0,
     )
+    memory_budget: str = setting(
+        "",
+        "Memory for the models of this machine together, as '24GiB' or '75%' of it: those that do "
+        "not fit are loaded when asked, in place of the least recently used; empty: no budget.",
+    )
+    min_residency_s: float = setting(
+        5.0,
+        "Under a memory budget a model that was loaded and is used stays at least this long, "
+        "seconds; one that is asked all the time four times as long while others wait.",
+        low=0.0,
+    )
     lease_s: float = setting(
         10.0,
         "Of several controls on one state another leads when the leader was silent for so long, "

@@ -25,6 +25,7 @@ MAX_REPLICAS = 1000
 MAX_ENTRIES = 64
 MAX_ADAPTERS = 64
 MAX_ADDRESS_LENGTH = 512
+MAX_MEMORY_MB = 2**27
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
 # Names that would run other code than ours in the replica, or that control itself sets.
@@ -57,6 +58,7 @@ def check_spec(spec: DeploymentSpec) -> DeploymentSpec:
         )
     if spec.tenant:
         check_name(spec.tenant, "tenant")
+    _check_memory(spec)
     _check_adapters(spec)
     _check_options(spec.options)
     if spec.engine == VLLM:
@@ -85,7 +87,7 @@ def _check_external(spec: DeploymentSpec) -> DeploymentSpec:
             "here): leave min_replicas and max_replicas out, and change its endpoints instead",
             param="min_replicas",
         )
-    for name in ("options", "env", "adapters", "asleep"):
+    for name in ("options", "env", "adapters", "asleep", "pinned", "memory_mb"):
         if getattr(spec, name):
             raise InvalidRequest(
                 f"{name} is for replicas that this installation starts; driver {EXTERNAL!r} starts "
@@ -106,6 +108,21 @@ def check_replicas(min_replicas: int, max_replicas: int) -> None:
         raise InvalidRequest(
             f"min_replicas must be from 0 to max_replicas ({max_replicas}), not {min_replicas}",
             param="min_replicas",
+        )
+
+
+def _check_memory(spec: DeploymentSpec) -> None:
+    if not 0 <= spec.memory_mb <= MAX_MEMORY_MB:
+        raise InvalidRequest(
+            f"memory_mb must be from 1 to {MAX_MEMORY_MB} MiB for a replica, or 0 to have it "
+            f"estimated, not {spec.memory_mb}",
+            param="memory_mb",
+        )
+    if spec.pinned and spec.may_be_none:
+        raise InvalidRequest(
+            "pinned keeps a replica in memory, and min_replicas 0 (or that of a schedule) lets the "
+            "last one go: give one of them up",
+            param="pinned",
         )
 
 

@@ -21,6 +21,7 @@ from cloudlm.core.deployment import (
     Endpoint,
     Replica,
     ReplicaState,
+    Residence,
 )
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.external import EXTERNAL, endpoints_body, endpoints_from_body
@@ -124,6 +125,8 @@ def spec_body(spec: DeploymentSpec) -> dict[str, Any]:
         "rollout": strategy_body(spec.rollout),
         "scaling": scaling_body(spec.scaling),
         "endpoints": endpoints_body(spec.endpoints),
+        "pinned": spec.pinned,
+        "memory_mb": spec.memory_mb,
     }
 
 
@@ -235,6 +238,8 @@ def status_body(status: DeploymentStatus) -> dict[str, Any]:
         "replicas": [replica_body(replica) for replica in status.replicas],
         "message": status.message,
         "updated_at": status.updated_at,
+        "residence": status.residence.value,
+        "memory_bytes": status.memory_bytes,
     }
 
 
@@ -249,6 +254,8 @@ def status_from_body(body: Any) -> DeploymentStatus:
         replicas=tuple(replica_from_body(entry) for entry in fields.items("replicas", ())),
         message=fields.text("message", "", max_length=1_000_000),
         updated_at=fields.number("updated_at", 0.0),
+        residence=fields.choice("residence", Residence, Residence.NONE),
+        memory_bytes=fields.integer("memory_bytes", 0, high=2**62),
     )
 
 
@@ -389,6 +396,8 @@ def _spec(fields: Fields, name: str | None) -> DeploymentSpec:
         placement=None if placement is None else placement_from_body(placement),
         rollout=strategy_from_body(fields.raw("rollout", {})),
         scaling=scaling_from_body(fields.raw("scaling", {})),
+        pinned=fields.flag("pinned", False),
+        memory_mb=fields.integer("memory_mb", 0, low=-(2**31), high=2**31),
     )
 
 

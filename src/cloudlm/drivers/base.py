@@ -33,6 +33,8 @@ class Ability(StrEnum):
     """Deleting a group stops nothing there: requests under way go on."""
     ONLY_HERE = "only_here"
     """Only a control on this machine, with this home, sees and orders the replicas."""
+    THIS_MACHINE = "this_machine"
+    """Replicas take memory of the machine that control runs on (``control.memory_budget``)."""
 
 
 @dataclass(frozen=True, slots=True)

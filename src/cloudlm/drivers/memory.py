@@ -68,7 +68,12 @@ class MemoryDriver:
 
     name = "memory"
     abilities = frozenset(
-        {Ability.REPLICA_LOGS, Ability.RESTARTS_REPLICAS, Ability.STOPS_ONE_REPLICA}
+        {
+            Ability.REPLICA_LOGS,
+            Ability.RESTARTS_REPLICAS,
+            Ability.STOPS_ONE_REPLICA,
+            Ability.THIS_MACHINE,
+        }
     )
 
     def __init__(self, context: DriverContext, world: MemoryWorld | None = None) -> None:

@@ -51,6 +51,7 @@ class ProcessDriver:
             Ability.RESTARTS_REPLICAS,
             Ability.STOPS_ONE_REPLICA,
             Ability.ONLY_HERE,
+            Ability.THIS_MACHINE,
         }
     )
 

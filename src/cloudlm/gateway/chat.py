@@ -28,6 +28,7 @@ from cloudlm.core.errors import (
     CloudlmError,
     InternalError,
     ModelAsleep,
+    ModelTooLarge,
     NoReplica,
     PermissionDenied,
     RequestCancelled,
@@ -274,6 +275,11 @@ class Handler:
                 f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
                 f"it; 'cloudlm wake {model.parent or model.name}' does",
                 retry_after_s=ASLEEP_RETRY_AFTER_S,
+            )
+        if not model.endpoints and model.too_large:
+            raise ModelTooLarge(
+                f"model {model.name!r} is deployed, but its machine's memory budget does not hold "
+                f"it; 'cloudlm status {model.parent or model.name}' says what it needs"
             )
         if not model.endpoints and model.holds and may_hold:
             held_s = rooms.waiting.timeout_s

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from cloudlm.core.access import Identities
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import Deployment, Endpoint
+from cloudlm.core.deployment import Deployment, Endpoint, Residence
 from cloudlm.core.errors import CloudlmError, ModelNotFound, Unavailable
 from cloudlm.core.price import Price
 from cloudlm.core.routing import DEFAULT_ROUTING, Routing
@@ -42,7 +42,8 @@ class ServedModel:
     gateway's table; ``tenant`` is whose it is, empty for everybody's. ``beside`` are replicas that
     take no new requests, of a revision that is tried out or was just replaced: streams that began
     there may go on there, and copies may be sent there. ``split``: revisions share requests. One
-    that ``holds`` starts a replica when asked, and requests wait for it."""
+    that ``holds`` starts a replica when asked, and requests wait for it; one that is ``too_large``
+    for its machine's memory never gets one."""
 
     name: str
     created_at: float
@@ -57,6 +58,7 @@ class ServedModel:
     holds: bool = False
     to_sleep: bool = False
     target_ongoing_requests: float = 8.0
+    too_large: bool = False
 
     @property
     def asleep(self) -> bool:
@@ -245,8 +247,14 @@ class View:
         deployments = await self._state.list_deployments()
         endpoints = await self._state.list_endpoints()
         keys = await self._state.list_keys()
+        residences = {one.name: one.residence for one in await self._state.list_statuses()}
         models = {
-            name: _served(d, name, [e for e in endpoints if e.model == name])
+            name: _served(
+                d,
+                name,
+                [e for e in endpoints if e.model == name],
+                residences.get(d.spec.name, Residence.NONE),
+            )
             for d in deployments
             if not d.deleting
             for name in (d.spec.name, *d.spec.adapters)
@@ -260,8 +268,11 @@ class View:
         return Snapshot(version, models, routed, {record.id: record for record in keys}, directory)
 
 
-def _served(deployment: Deployment, name: str, endpoints: list[Endpoint]) -> ServedModel:
-    """A deployment, or the adapter of it with this name, as clients see it."""
+def _served(
+    deployment: Deployment, name: str, endpoints: list[Endpoint], residence: Residence
+) -> ServedModel:
+    """A deployment, or the adapter of it with this name, as clients see it. Where a memory budget
+    concerns it, it is loaded when asked."""
     spec = deployment.spec
     taken, beside = taking(endpoints)
     return ServedModel(
@@ -274,9 +285,10 @@ def _served(deployment: Deployment, name: str, endpoints: list[Endpoint]) -> Ser
         tenant=spec.tenant,
         beside=tuple(beside),
         split=is_split(taken),
-        holds=spec.may_be_none and not spec.asleep,
+        holds=(spec.may_be_none or residence is not Residence.NONE) and not spec.asleep,
         to_sleep=bool(spec.asleep),
         target_ongoing_requests=spec.target_ongoing_requests,
+        too_large=residence is Residence.TOO_LARGE,
     )
 
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
+from cloudlm.core.deployment import (
+    Demand,
+    Deployment,
+    DeploymentSpec,
+    DeploymentStatus,
+    Endpoint,
+    Residence,
+)
 from cloudlm.core.job import Job
 from cloudlm.core.lease import Lease
 from cloudlm.core.pace import Pace
@@ -90,7 +97,10 @@ class MemoryState(MemoryReleases, MemoryLeases, MemoryAccess, MemoryAudit):
     async def put_status(self, status: DeploymentStatus) -> None:
         """A status of a deployment that does not exist (any more) is not kept."""
         if status.name in self._deployments:
+            before = self._statuses.get(status.name)
             self._statuses[status.name] = status
+            if (before.residence if before is not None else Residence.NONE) != status.residence:
+                self._version += 1
 
     async def get_status(self, name: str) -> DeploymentStatus | None:
         return self._statuses.get(name)

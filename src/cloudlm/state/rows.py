@@ -10,7 +10,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from cloudlm.core.access import CustomRole, Identity, Principal, Project, Tenant
-from cloudlm.core.deployment import Demand, Deployment, DeploymentPhase, DeploymentStatus, Endpoint
+from cloudlm.core.deployment import (
+    Demand,
+    Deployment,
+    DeploymentPhase,
+    DeploymentStatus,
+    Endpoint,
+    Residence,
+)
 from cloudlm.core.job import Job, JobState
 from cloudlm.core.pace import Pace
 from cloudlm.core.rollout import Outcome as RevisionOutcome
@@ -102,6 +109,8 @@ def status_values(status: DeploymentStatus) -> Values:
         "replicas": dump_replicas(status.replicas),
         "message": status.message,
         "updated_at": status.updated_at,
+        "residence": status.residence.value,
+        "memory_bytes": status.memory_bytes,
     }
 
 
@@ -109,6 +118,7 @@ def status_of(row: DatabaseRow) -> DeploymentStatus:
     values = row._asdict()
     values["phase"] = DeploymentPhase(row.phase)
     values["replicas"] = load_replicas(row.replicas)
+    values["residence"] = Residence(row.residence)
     return DeploymentStatus(**values)
 
 

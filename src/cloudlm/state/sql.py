@@ -126,9 +126,13 @@ class SqlState(SqlReleases):
         """A status of a deployment that does not exist (any more) is not kept."""
 
         async def work(connection: AsyncConnection) -> None:
-            if await one_row(connection, tables.deployments, name=status.name) is not None:
-                values = as_rows.status_values(status)
-                await self._upsert(connection, tables.deployment_statuses, [values])
+            if await one_row(connection, tables.deployments, name=status.name) is None:
+                return
+            statuses, values = tables.deployment_statuses, as_rows.status_values(status)
+            before = await one_row(connection, statuses, name=status.name)
+            await self._upsert(connection, statuses, [values])
+            if (before.residence if before is not None else "") != status.residence.value:
+                await bump(connection)
 
         await self._database.write(work)
 

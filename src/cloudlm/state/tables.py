@@ -103,6 +103,8 @@ deployment_statuses = sa.Table(
     sa.Column("replicas", sa.Text, nullable=False),
     _text("message"),
     _number("updated_at"),
+    _text("residence"),
+    _whole("memory_bytes"),
 )
 
 revisions = sa.Table(

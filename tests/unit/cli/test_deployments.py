@@ -106,6 +106,13 @@ def test_deploy_says_how_to_scale(control: Any, ok: Ok, deployment: Any) -> None
     assert scaling["idle_s"] == 60.0
 
 
+def test_deploy_says_what_stays_in_memory(control: Any, ok: Ok, deployment: Any) -> None:
+    control.answers = {f"PUT {PATH}": deployment(), f"GET {PATH}": deployment()}
+    ok("deploy", "bank@champion", "--name", "helper", "--pinned", "--memory-mb", "900")
+    sent = control.sent(f"PUT {PATH}")
+    assert (sent["pinned"], sent["memory_mb"]) == (True, 900)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -231,6 +238,22 @@ def test_status_of_all_and_of_one(control: Any, ok: Ok, deployment: Any) -> None
     assert "http://127.0.0.1:8100" in ok("status", "helper").stdout
     rows = json.loads(ok("status", "--json").stdout)
     assert [row["status"] and row["status"]["phase"] for row in rows] == ["ready", None]
+
+
+def test_status_says_who_is_in_memory(control: Any, ok: Ok, deployment: Any) -> None:
+    found = [deployment(), deployment("kept"), deployment("away", phase="idle")]
+    for one, residence, size in zip(
+        found, ("resident", "resident", "unloaded"), (2**29, 2**29, 0), strict=True
+    ):
+        one["status"] |= {"residence": residence, "memory_bytes": size}
+    found[1]["spec"]["pinned"] = True
+    control.answers = {"GET /deployments": {"data": found, "memory_budget_bytes": 2**31}}
+    lines = ok("status").stdout.splitlines()
+    assert "MEMORY" in lines[0]
+    assert "512 MiB, resident" in lines[1]
+    assert "resident, pinned" in lines[2]
+    assert "unloaded" in lines[3]
+    assert lines[-1] == "memory: 1.0 GiB of 2.0 GiB held; 2 resident, 1 unloaded"
 
 
 def test_no_deployments(control: Any, ok: Ok) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, Kind
 from cloudlm.control.metrics import ControlMetrics
@@ -13,7 +14,7 @@ from cloudlm.control.probe import UNREACHABLE, Sample
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.core.clock import ManualClock
 from cloudlm.core.deployment import DeploymentSpec
-from cloudlm.core.errors import ModelNotFound, NotFound
+from cloudlm.core.errors import BrokenModel, ModelNotFound, NotFound
 from cloudlm.core.model import Manifest, ModelFile
 from cloudlm.core.settings import ControlSettings
 from cloudlm.core.wire import import_from_body
@@ -53,6 +54,9 @@ class MemoryRegistry:
         if name not in self.versions:
             raise ModelNotFound(f"model {name!r} is not registered; registered: bank")
         return self.versions[name]
+
+    def configuration(self, ref):
+        raise BrokenModel(f"{ref} has no config.json", param="model")
 
     def list_aliases(self, name):
         return dict(self.aliases.get(name, {}))
@@ -152,6 +156,7 @@ class Plane:
     prober: ScriptedProber = field(default_factory=ScriptedProber)
     looks: ScriptedLooks = field(default_factory=ScriptedLooks)
     imported: list = field(default_factory=list)
+    budget_mb: int = 0
 
     def __post_init__(self):
         self.turner = ScriptedTurner(self.prober)
@@ -166,6 +171,7 @@ class Plane:
         }
         self.drivers = Drivers(context, build)
         self.metrics = ControlMetrics()
+        self.memory = MemoryBudget(self.registry, self.budget_mb * 2**20)
         self.reconciler = self.reconciler_of(self.state, self.drivers)
         self.jobs = Jobs(self.state, self.clock, {"import": Kind(import_from_body, self._import)})
 
@@ -179,6 +185,7 @@ class Plane:
             ControlSettings(drain_timeout_s=30.0, stall_timeout_s=20.0),
             self.metrics,
             self.turner,
+            self.memory,
         )
 
     def _import(self, arguments, report):

@@ -15,6 +15,7 @@ from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.edge import MAX_BODY_BYTES
 from cloudlm.control.api.services import Services
 from cloudlm.control.audit import Auditor
+from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.first_key import ensure_admin_key
 from cloudlm.core.deployment import DeploymentPhase
 from cloudlm.core.settings import OidcSettings
@@ -40,6 +41,7 @@ def services(plane, pepper):
         clock=plane.clock,
         callers=Callers(plane.state, pepper, plane.clock),
         auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
+        memory=MemoryBudget(plane.registry, 2000 * 2**20),
     )
 
 
@@ -316,6 +318,10 @@ async def test_put_creates_replaces_and_minds_the_generation(api):
         ({"name": "Not Valid"}, 400, "name", ""),
         ({"env": {"LD_PRELOAD": "x"}}, 400, None, ""),
         ({"surprise": 1}, 422, "surprise", "has no field"),
+        ({"memory_mb": -1}, 400, "memory_mb", "have it estimated"),
+        ({"memory_mb": 2001}, 422, "memory_mb", "memory budget of 2.0 GiB"),
+        ({"pinned": True, "min_replicas": 0}, 400, "pinned", "lets the last one go"),
+        ({"pinned": "yes"}, 400, "pinned", ""),
     ],
 )
 async def test_what_cannot_run_is_refused_at_once(api, plane, change, status, param, words):

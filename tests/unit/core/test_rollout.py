@@ -51,6 +51,8 @@ AROUND = {
     "tenant",
     "routing",
     "rollout",
+    "pinned",
+    "memory_mb",
 }
 
 steps = st.lists(

@@ -19,6 +19,7 @@ from cloudlm.core.deployment import (
     Endpoint,
     Replica,
     ReplicaState,
+    Residence,
 )
 from cloudlm.core.errors import CloudlmError, InvalidRequest, UnprocessableRequest
 from cloudlm.core.job import Job, JobState
@@ -36,6 +37,7 @@ SPEC = DeploymentSpec(
     env={"TZ": "UTC"},
     routing=Routing(Policy.SESSION_AFFINITY, "x-user-id", 0.25),
     placement=Placement(Traffic(2.0, 800, 200), regions=("eu",), users=(Users(48.1, 11.6),)),
+    memory_mb=900,
 )
 STATUS = DeploymentStatus(
     name="bank",
@@ -49,6 +51,8 @@ STATUS = DeploymentStatus(
     ),
     message="one replica restarts",
     updated_at=6.5,
+    residence=Residence.RESIDENT,
+    memory_bytes=2**31,
 )
 MINIMAL = {"name": "bank", "model": "models:/starter/3"}
 
@@ -106,6 +110,11 @@ class TestSpec:
             ({"target_ongoing_requests": 10**400}, "target_ongoing_requests"),
             ({"max_surge": -1}, "max_surge"),
             ({"max_surge": 1001}, "max_surge"),
+            ({"memory_mb": -1}, "memory_mb"),
+            ({"memory_mb": 1.5}, "memory_mb"),
+            ({"memory_mb": 2**40}, "memory_mb"),
+            ({"pinned": 1}, "pinned"),
+            ({"pinned": True, "min_replicas": 0}, "pinned"),
             ({"options": []}, "options"),
             ({"options": {"Bad-Name": 1}}, "options"),
             ({"options": {"dtype": None}}, "options.dtype"),

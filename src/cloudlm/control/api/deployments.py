@@ -80,7 +80,8 @@ def routes(services: Services) -> APIRouter:
             for one in deployments
             if caller.may(Verb.READ, Resource.DEPLOYMENTS, one.spec.name, _scope(one.spec))
         ]
-        return JSONResponse({"data": data})
+        size_bytes = 0 if services.memory is None else services.memory.size_bytes
+        return JSONResponse({"data": data, "memory_budget_bytes": size_bytes or None})
 
     @router.post("", status_code=202, summary="Create", openapi_extra=body_of(SPEC))
     async def create(request: Request) -> Response:
@@ -210,6 +211,9 @@ async def check_can_run(services: Services, spec: DeploymentSpec) -> None:
                 f"adapter {name!r}: {adapter.ref} is a model, not a LoRA adapter", param="adapters"
             )
     await _check_names(services, spec)
+    if services.memory is not None:
+        others = await services.state.list_deployments()
+        await services.memory.check(spec, others, services.drivers)
 
 
 async def _check_names(services: Services, spec: DeploymentSpec) -> None:

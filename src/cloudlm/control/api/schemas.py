@@ -8,7 +8,7 @@ from cloudlm.core.external import MAX_ENDPOINTS, MAX_PRIORITY
 from cloudlm.core.rollout import DEFAULT_STRATEGY, MAX_STEPS, Kind
 from cloudlm.core.routing import MAX_HEDGE_AFTER_S, SESSION_HEADER, Policy
 from cloudlm.core.scaling import IDLE_S, Algorithm
-from cloudlm.core.spec import CLOUDLM, ENGINES
+from cloudlm.core.spec import CLOUDLM, ENGINES, MAX_MEMORY_MB
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 1000}
@@ -170,6 +170,18 @@ SPEC: dict[str, Any] = {
         "asleep": {
             "type": ["boolean", "null"],
             "description": "true puts the replicas to sleep, false keeps them awake.",
+        },
+        "pinned": {
+            "type": "boolean",
+            "default": False,
+            "description": "Under a memory budget it is never unloaded for others.",
+        },
+        "memory_mb": {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": MAX_MEMORY_MB,
+            "default": 0,
+            "description": "What a replica needs of the memory budget, MiB; 0: as estimated.",
         },
     },
 }

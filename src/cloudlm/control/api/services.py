@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cloudlm.control.api.caller import Callers
 from cloudlm.control.audit import Auditor
+from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs
 from cloudlm.control.leading import Leadership
@@ -47,6 +48,7 @@ class Services:
     """The keys of external endpoints; without them none is known here."""
     guard: HostGuard = field(default_factory=lambda: HostGuard("0.0.0.0"))  # noqa: S104
     leadership: Leadership | None = None
+    memory: MemoryBudget | None = None
 
 
 async def read_object(request: Request) -> dict[str, Any]:
