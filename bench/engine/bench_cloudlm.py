@@ -27,13 +27,16 @@ def main():
     began = time.perf_counter()
     from pathlib import Path
 
-    import torch
+    from cloudlm.engine.importing import unsearched
 
-    from cloudlm import __version__
-    from cloudlm.core.chat import Sampling
-    from cloudlm.core.settings import EngineSettings
-    from cloudlm.engine.api import GenerateRequest
-    from cloudlm.engine.load import load_engine
+    with unsearched():  # as the worker does
+        import torch
+
+        from cloudlm import __version__
+        from cloudlm.core.chat import Sampling
+        from cloudlm.core.settings import EngineSettings
+        from cloudlm.engine.api import GenerateRequest
+        from cloudlm.engine.load import load_engine
 
     settings = {
         "precision": PRECISIONS[a.precision],

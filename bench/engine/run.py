@@ -148,6 +148,8 @@ def _check(results: Path, model: Path) -> None:
 def _run(command: list[str], options: argparse.Namespace) -> dict[str, Any]:
     threads = str(options.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    # Installed packages are compiled once; an engine run from its sources is not to pay each time.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     try:
         done = subprocess.run(
             command,

@@ -107,8 +107,11 @@ def _registry(config: WorkerConfig) -> Registry:
 def load_found(found: Found, config: WorkerConfig, tell: Tell) -> LocalEngine:
     """The engine of a model with the settings of ``config``. Raises errors of ``core.errors``."""
     tell(0.0, "starting the engine")
+    from cloudlm.engine.importing import unsearched
+
     try:
-        from cloudlm.engine.load import load_engine
+        with unsearched():
+            from cloudlm.engine.load import load_engine
     except ImportError as error:
         if error.name is not None and error.name.startswith("cloudlm"):
             raise

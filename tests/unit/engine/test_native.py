@@ -251,6 +251,48 @@ def test_quantised_weights_stay_close_to_the_matrix(reference: Kernels, bits: in
     assert off(reference.linear(packed, x, torch.empty(8, 64)), x @ matrix.T) < 2.0 ** (2 - bits)
 
 
+def test_scales_of_four_bits_are_searched_alike_everywhere(
+    kernels: Kernels, reference: Kernels
+) -> None:
+    from cloudlm.engine.native.packing import Int4Weight
+
+    matrix = torch.randn(70, 300) * torch.logspace(-9, 4, 70)[:, None]
+    matrix[3] = 0.0
+    matrix[4, ::7] *= 50.0
+    matrix[5] = 1.0
+    matrix[6] = torch.arange(300) % 17 - 8.0
+    weight = matrix.bfloat16()
+    for group in (32, 64, 128, 192, 8192):
+        own, right = (each.quantize_int4(weight, group) for each in (kernels, reference))
+        assert isinstance(own, Int4Weight) and own.zeros is None and own.group == group
+        assert torch.equal(own.scale, right.scale), group
+        assert torch.equal(own.codes, right.codes), group
+
+
+def test_what_is_not_finite_stays_so_in_four_bits(kernels: Kernels, reference: Kernels) -> None:
+    weight = torch.randn(2, 128).bfloat16()
+    weight[0, 5] = float("nan")
+    weight[1, 6] = float("-inf")
+    for each in (kernels, reference):
+        assert not each.quantize_int4(weight, 128).scale.isfinite().any()
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_the_searched_scale_loses_less_than_that_of_the_largest_value(group: int) -> None:
+    from cloudlm.engine.native.packing import quantize_int4
+
+    matrix = torch.randn(128, 512)
+    found = quantize_int4(matrix, group)
+    scale = found.scale.repeat_interleave(group, 1)
+    lost = (matrix - scale * (found.codes.float() - 8)).view(128, -1, group).square().sum(2)
+    most = matrix.view(128, -1, group)
+    most = most.gather(2, most.abs().argmax(2, keepdim=True)) / -8
+    codes = (matrix.view(128, -1, group) / most).round().clamp(-8, 7)
+    plain = (matrix.view(128, -1, group) - codes * most).square().sum(2)
+    assert (lost <= plain * 1.01).all()  # codes are chosen among 256ths, scales in float16
+    assert lost.sum() < (0.92 if group == 128 else 0.95) * plain.sum()
+
+
 def test_tiny_scales_keep_their_precision() -> None:
     from cloudlm.engine.native.packing import split_scale
 

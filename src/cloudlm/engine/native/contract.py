@@ -99,6 +99,10 @@ class Kernels(Protocol):
 
     name: str
 
+    def quantize_int4(self, weight: Tensor, group: int) -> Int4Weight:
+        """``packing.quantize_int4`` of a bf16 ``weight``, to the bit."""
+        ...
+
     def pack(
         self, weight: Weight, *, gated: bool = False, bias: Tensor | None = None, planes: int = 2
     ) -> Packed:

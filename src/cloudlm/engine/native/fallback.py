@@ -20,7 +20,7 @@ from cloudlm.engine.native.contract import (
     StackLayer,
     Weight,
 )
-from cloudlm.engine.native.packing import Int4Weight, Int8Weight
+from cloudlm.engine.native.packing import Int4Weight, Int8Weight, quantize_int4
 from cloudlm.engine.native.plan import AttentionPlan
 
 PLANE = 254  # x = scale * (PLANE * high + low): see src/linear.cpp
@@ -37,6 +37,10 @@ class TorchKernels:
     """See ``contract.Kernels``."""
 
     name = "torch"
+
+    def quantize_int4(self, weight: Tensor, group: int) -> Int4Weight:
+        """See ``Kernels``."""
+        return quantize_int4(weight, group)
 
     def pack(
         self, weight: Weight, *, gated: bool = False, bias: Tensor | None = None, planes: int = 2

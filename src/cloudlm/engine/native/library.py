@@ -23,6 +23,7 @@ from cloudlm.engine.native.packing import (
     Int8Weight,
     arrange,
     column_order,
+    quantize_int4,
     split_scale,
 )
 from cloudlm.engine.native.plan import AttentionPlan
@@ -57,6 +58,21 @@ class NativeKernels:
         array = (ctypes.c_int * len(places))(*places)
         self.threads = int(self._library.cloudlm_threads(threads, array, spin_us))
         return self.threads
+
+    def quantize_int4(self, weight: Tensor, group: int) -> Int4Weight:
+        """See ``Kernels``."""
+        if weight.dtype != torch.bfloat16:
+            raise ValueError(f"expected bfloat16 weights, got {weight.dtype}")
+        matrix = weight.contiguous()
+        rows, columns = matrix.shape
+        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        scale = torch.empty(rows, -(-columns // group))
+        code = self._library.cloudlm_quantize_int4(
+            _at(matrix), rows, columns, group, _at(codes), _at(scale)
+        )
+        if code:
+            return quantize_int4(weight, group)
+        return Int4Weight(codes, scale, None, group)
 
     def pack(
         self, weight: Weight, *, gated: bool = False, bias: Tensor | None = None, planes: int = 2

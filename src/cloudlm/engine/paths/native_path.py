@@ -36,11 +36,7 @@ from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, 
 from cloudlm.engine.native.contract import Path as Way
 from cloudlm.engine.native.fallback import run_layers
 from cloudlm.engine.native.packed_files import PackedFile
-from cloudlm.engine.native.packing import (
-    join,
-    quantize_int4,
-    quantize_int8,
-)
+from cloudlm.engine.native.packing import join, quantize_int8
 from cloudlm.engine.native.plan import Query, plan_attention
 from cloudlm.engine.ops.attention import token_places
 from cloudlm.engine.ops.cache import BlockPool
@@ -285,7 +281,7 @@ class _Packer:
             if bits == 8:
                 weight = quantize_int8(weight)
             elif bits == 4:
-                weight = quantize_int4(weight, INT4_GROUP)
+                weight = self._kernels.quantize_int4(weight, INT4_GROUP)
         return self._kernels.pack(weight, gated=gated, bias=bias, planes=self._planes)
 
 

@@ -34,6 +34,15 @@ int cloudlm_pack(int kind, const void* weights, int rows, int columns, int k, in
   return 0;
 }
 
+// 1: not for such groups.
+int cloudlm_quantize_int4(const uint16_t* weights, int rows, int columns, int group, uint8_t* codes,
+                          float* scales) {
+  if (!can_quantize_int4(group)) return 1;
+  Team& team = Team::the();
+  team.run([&](int) { quantize_int4(team, weights, rows, columns, group, codes, scales); });
+  return 0;
+}
+
 int cloudlm_linear(const Linear* w, const Input* in, const Output* out, int tokens, int path) {
   Team& team = Team::the();
   if (!linear_room(team, *w, tokens)) return 1;

@@ -40,6 +40,12 @@ bool linear_room(Team& team, const Linear& w, int tokens);
 void pack(Team& team, int me, int kind, const void* weights, int rows, int columns, int k,
           int gated, char* packed);
 
+// 4-bit codes (one a byte) and scales [rows][groups] of bf16 weights [rows][columns]; only for groups
+// that `can_quantize_int4` takes.
+bool can_quantize_int4(int group);
+void quantize_int4(Team& team, const uint16_t* weights, int rows, int columns, int group,
+                   uint8_t* codes, float* scales);
+
 void rms_norm(Team& team, int me, const Input& in, float* residual,
               const Output& out, int tokens, int size);
 // gate_up: 16 gates and their 16 ups in turn, as a gated matrix's panels have them.

@@ -39,6 +39,18 @@ INLINE i32x16 to_int(f32x16 v) {
   return (i32x16)(v + magic) - (i32x16)magic;
 }
 
+// To the nearest, ties to even, of what `v` is as it stands: never fused with what made it.
+INLINE i32x16 nearest(f32x16 v) {
+#ifdef __AVX512F__
+  return (i32x16)_mm512_cvtps_epi32((__m512)v);
+#else
+  __m256 from[2]; memcpy(from, &v, 64);
+  const __m256i to[2] = {_mm256_cvtps_epi32(from[0]), _mm256_cvtps_epi32(from[1])};
+  i32x16 whole; memcpy(&whole, to, 64);
+  return whole;
+#endif
+}
+
 INLINE float widen(bf16 v) {
   uint32_t bits = uint32_t(v) << 16; float x; memcpy(&x, &bits, 4); return x;
 }
@@ -68,6 +80,11 @@ INLINE f32x16 half_to_float(const uint16_t* from) {
   memcpy(&v, &low, 32); memcpy((char*)&v + 32, &high, 32);
   return v;
 #endif
+}
+
+// What a float16 keeps of it, to the nearest.
+INLINE float to_half_and_back(float v) {
+  return _cvtsh_ss(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 INLINE float sum(f32x16 v) {
