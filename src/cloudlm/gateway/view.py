@@ -239,7 +239,7 @@ class View:
         endpoints = await self._state.list_endpoints()
         keys = await self._state.list_keys()
         models = {
-            name: _served(d, name, [e for e in endpoints if e.model == name])
+            name: served(d, name, [e for e in endpoints if e.model == name])
             for d in deployments
             if not d.deleting
             for name in (d.spec.name, *d.spec.adapters)
@@ -253,7 +253,7 @@ class View:
         return Snapshot(version, models, routed, {record.id: record for record in keys}, directory)
 
 
-def _served(deployment: Deployment, name: str, endpoints: list[Endpoint]) -> ServedModel:
+def served(deployment: Deployment, name: str, endpoints: list[Endpoint]) -> ServedModel:
     """A deployment, or the adapter of it with this name, as clients see it."""
     spec = deployment.spec
     taken, beside = taking(endpoints)
