@@ -8,6 +8,7 @@ replayed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 from pathlib import Path
@@ -68,9 +69,13 @@ def simulate(
 def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) -> None:
     from cloudlm.sim.page import page
     from cloudlm.sim.report import measured_rows, report_body
+    from cloudlm.sim.report_rollouts import rollout_columns, rollout_reasons, rollout_rows
     from cloudlm.sim.scenario import read_scenario
     from cloudlm.sim.simulation import simulate
 
+    deciders = logging.getLogger("cloudlm.control")
+    if not deciders.handlers:  # what they log in virtual time is in the report
+        deciders.addHandler(logging.NullHandler())
     scenario = read_scenario(path, seed=seed)
     results = []
     for policy in scenario.policies:
@@ -92,6 +97,11 @@ def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) 
         print_json(report_body(scenario.name, scenario.setting.seed, results))
     else:
         print_across(("MEASURE", *(result.policy for result in results)), measured_rows(results))
+        if columns := rollout_columns(results):
+            print_text("")
+            print_across(("ROLL-OUT", *columns), rollout_rows(results))
+            for reason in rollout_reasons(results):
+                print_text(reason)
 
 
 def _fit(path: Path, name: str) -> None:

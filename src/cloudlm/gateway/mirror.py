@@ -10,7 +10,7 @@ billed and no budget is touched. Must not touch the exchange that it copies.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from cloudlm.core.access import DEFAULT_TENANT
@@ -54,9 +54,8 @@ class Mirror:
 
     def watch(self, exchange: Exchange, call: Call, model: ServedModel) -> None:
         """A request is about to be served; copy it afterwards if it falls to the mirror."""
-        part = max((one.mirror for one in model.beside if one.weight > 0), default=0.0)
         who = exchange.session or exchange.request_id.encode()
-        if part > 0 and mark_of(who, call.model, copy=True) < part:
+        if is_copied(model.beside, who, call.model):
             exchange.at_end(lambda: self._begin(exchange, call))
 
     def _begin(self, exchange: Exchange, call: Call) -> None:
@@ -73,9 +72,10 @@ class Mirror:
 
     async def _copy(self, request_id: str, call: Call) -> None:
         model = self._view.snapshot().models.get(call.model)
-        beside = [] if model is None else [one for one in model.beside if one.mirror > 0]
-        endpoint = choose(beside, self._loads, self._clock.monotonic())
-        if model is None or endpoint is None:
+        if model is None:
+            return
+        endpoint = choose_for_copy(model.beside, self._loads, self._clock.monotonic())
+        if endpoint is None:
             return
         aside = Exchange(request_id, self._clock, self._aside)
         aside.key, aside.model = _key(model.tenant or DEFAULT_TENANT), call.model
@@ -94,6 +94,18 @@ class Mirror:
         for task in copies:
             task.cancel()
         await asyncio.gather(*copies, return_exceptions=True)
+
+
+def is_copied(beside: Iterable[Endpoint], who: bytes, model: str) -> bool:
+    """Whether the request of ``who`` falls to the mirror: pure. ``beside`` are the replicas that
+    take no new requests."""
+    part = max((one.mirror for one in beside if one.weight > 0), default=0.0)
+    return part > 0 and mark_of(who, model, copy=True) < part
+
+
+def choose_for_copy(beside: Iterable[Endpoint], loads: Loads, now: float) -> Endpoint | None:
+    """The replica that gets a copy, if there is one: pure."""
+    return choose([one for one in beside if one.mirror > 0], loads, now)
 
 
 async def _read(response: GatewayResponse) -> None:

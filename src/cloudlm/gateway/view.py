@@ -249,7 +249,7 @@ class View:
         keys = await self._state.list_keys()
         residences = {one.name: one.residence for one in await self._state.list_statuses()}
         models = {
-            name: _served(
+            name: served(
                 d,
                 name,
                 [e for e in endpoints if e.model == name],
@@ -268,8 +268,11 @@ class View:
         return Snapshot(version, models, routed, {record.id: record for record in keys}, directory)
 
 
-def _served(
-    deployment: Deployment, name: str, endpoints: list[Endpoint], residence: Residence
+def served(
+    deployment: Deployment,
+    name: str,
+    endpoints: list[Endpoint],
+    residence: Residence = Residence.NONE,
 ) -> ServedModel:
     """A deployment, or the adapter of it with this name, as clients see it. Where a memory budget
     concerns it, it is loaded when asked."""

@@ -1,9 +1,10 @@
 """Control in virtual time: one pass after the other, with the deciders of ``control.reconcile``.
 
 What a pass does is what the reconciler does: read the demand, ask production's own scaler (which
-measures starts and paces, asks the autoscaler, and says when to look again), ask the plan, withdraw
-endpoints before replicas stop, and let nothing stop before it is drained. A crash loses everything
-but what is written down. Must not decide.
+measures starts and paces, asks the autoscaler, and says when to look again), ask production's
+releases (which ask the roll-out's rule and the plan), withdraw endpoints before replicas stop, and
+let nothing stop before it is drained. A crash loses everything but what is written down. Must not
+decide.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, cast
 
 from cloudlm.control.drain import Drains
 from cloudlm.control.observe import Seen
-from cloudlm.control.plan import Action, Apply, Plan, plan
+from cloudlm.control.plan import Action, Apply, Plan
 from cloudlm.control.probe import UNREACHABLE, ProbeRecord, Sample, Verdict, judge
+from cloudlm.control.releases import Releases, split_of
+from cloudlm.control.rollout import Decision
 from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
 from cloudlm.core.deployment import (
-    Deployment,
     DeploymentSpec,
     Endpoint,
     GroupObservation,
@@ -56,13 +58,11 @@ class SimControl:
 
     def __init__(
         self,
-        spec: DeploymentSpec,
         settings: ControlSettings,
         timeline: Timeline,
         state: SimState,
         fleet: Fleet,
     ) -> None:
-        self._deployment = Deployment(spec)
         self._settings = settings
         self._timeline = timeline
         self._state = state
@@ -77,6 +77,7 @@ class SimControl:
     def forget(self) -> None:
         """The process was lost, and with it all that it remembered."""
         self._scaler = Scaler(cast("State", ScalerState(self._state)), self.clock)
+        self._releases = Releases(cast("State", self._state.revisions), self.clock)
         self._drains = Drains(self._settings.drain_timeout_s)
         self._records: dict[str, tuple[int, ProbeRecord]] = {}
 
@@ -94,7 +95,8 @@ class SimControl:
         """One pass over everything."""
         self.passes += 1
         now = self._timeline.now
-        spec = self._deployment.spec
+        deployment = self._state.revisions.deployment
+        at_once(self._releases.look([deployment]))
         groups = self._fleet.observe()
         ready, busy, stalled = self._look(groups)
         for unit in stalled:
@@ -102,11 +104,17 @@ class SimControl:
         demand = self._state.list_demand(self.clock.now() - DEMAND_FRESH_S)
         at_once(self._scaler.recall())
         seen = Seen(ready=frozenset(ready), busy=busy)
-        wanted = self._scaler.wanted(self._deployment, demand, groups, seen, self._state.wanted)
+        aside = {one.replica for one in self._state.endpoints if one.share == 0.0}
+        recalled = self._state.wanted
+        wanted = self._scaler.wanted(deployment, demand, groups, seen, recalled, aside)
         at_once(self._scaler.save())
         self._state.wanted = self.wanted = wanted
-        step = plan(self._deployment, wanted, groups, ready, spec.model)
-        self._withdraw(groups, ready, step, now)
+        decision = at_once(self._releases.decide(deployment, groups, ready, wanted))
+        # An address is a fixed version here, which its revision runs from now on.
+        versions = (deployment.spec.model, dict(deployment.spec.adapters))
+        at_once(self._releases.fix(deployment.spec.name, deployment.revision, versions))
+        step = self._releases.plan(deployment, decision, wanted, groups, ready, versions)
+        self._withdraw(groups, ready, step, decision, now)
         for action in step.actions:
             if self._drains.done(action.leaving, busy, now):
                 self._carry_out(action)
@@ -169,25 +177,31 @@ class SimControl:
         groups: Sequence[GroupObservation],
         ready: set[str],
         step: Plan,
+        decision: Decision,
         now: float,
     ) -> None:
-        """Write the endpoints, and note who is on the way out."""
-        name = self._deployment.spec.name
-        leaving = step.leaving
+        """Write the endpoints with the share of each revision, and note who is on the way out."""
         known = {one.replica: one for one in self._state.endpoints}
-        endpoints = tuple(
-            known.get(replica.id)
-            or Endpoint(name, replica.id, replica.url or "", group.spec.revision)
-            for group in groups
-            if group.spec is not None
-            for replica in group.replicas
-            if replica.id in ready and replica.id not in leaving
-        )
+        revisions = [group.spec.revision for group in groups if group.spec is not None]
+        shares, mirrors = split_of(decision, self._state.endpoints, revisions)
+        endpoints: list[Endpoint] = []
+        for group in groups:
+            number = 0 if group.spec is None else group.spec.revision
+            how = shares.get(number), mirrors.get(number, 0.0)
+            for replica in group.replicas:
+                if replica.id not in ready or replica.id in step.leaving:
+                    continue
+                one = known.get(replica.id)
+                if one is None or (one.share, one.mirror) != how:
+                    name = self._state.revisions.deployment.spec.name
+                    one = Endpoint(name, replica.id, replica.url or "", number, 1.0, *how)
+                endpoints.append(one)
         among = {replica.id for group in groups for replica in group.replicas}
-        self._drains.note(among, leaving, known, now)
+        self._drains.note(among, step.leaving, {*known, *ready}, now)
         self._drains.keep_only(among)
-        if endpoints != self._state.endpoints:
-            self._state.put_endpoints(endpoints, POLL_INTERVAL_S)
+        written = tuple(endpoints)
+        if written != self._state.endpoints:
+            self._state.put_endpoints(written, POLL_INTERVAL_S)
 
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Apply):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, ReplicaState
-from cloudlm.sim.figures import Figures
 from cloudlm.sim.replica import Listener, SimReplica, Work
 from cloudlm.sim.timeline import EPOCH, Timeline
+from cloudlm.sim.versions import Version, Versions
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
@@ -67,11 +67,13 @@ class Unit:
         "open",
         "serving",
         "state",
+        "version",
         "zone",
     )
 
-    def __init__(self, unit_id: str, now: float) -> None:
+    def __init__(self, unit_id: str, version: Version, now: float) -> None:
         self.id = unit_id
+        self.version = version
         self.zone: Zone | None = None
         self.serving: SimReplica | None = None
         self.state = ReplicaState.STARTING
@@ -91,14 +93,14 @@ class Fleet:
     def __init__(
         self,
         timeline: Timeline,
-        figures: Figures,
+        versions: Versions,
         zones: Sequence[Zone],
         placer: Placer,
         listener: Listener,
         on_lost: Callable[[Work, int], None],
     ) -> None:
         self._timeline = timeline
-        self._figures = figures
+        self._versions = versions
         self._zones = tuple(zones)
         self._placer = placer
         self._listener = listener
@@ -133,7 +135,8 @@ class Fleet:
         _, units = self._groups.get(spec.name, (spec, {}))
         self._groups[spec.name] = spec, units
         for number in range(len(units), spec.replicas):
-            unit = Unit(f"{spec.name}-{number}", self._timeline.now)
+            version = self._versions.of(spec.model)
+            unit = Unit(f"{spec.name}-{number}", version, self._timeline.now)
             units[unit.id] = self.units[unit.id] = unit
             self._place(unit, unit.life)
         while len(units) > spec.replicas:
@@ -164,13 +167,16 @@ class Fleet:
             return
         unit.began_at = unit.billed_from = self._timeline.now
         self._set(unit, ReplicaState.STARTING)
-        start_s = 0.0 if self.at_once else self._figures.start_s * self.start_factor
+        start_s = 0.0 if self.at_once else unit.version.figures.start_s * self.start_factor
         self._timeline.after(start_s, self._started, unit, life)
 
     def _started(self, unit: Unit, life: int) -> None:
         if unit.life != life or unit.id not in self.units:
             return
-        unit.serving = SimReplica(self._timeline, self._figures, self._listener)
+        if not unit.version.starts:
+            self.crash(unit)
+            return
+        unit.serving = SimReplica(self._timeline, unit.version.figures, self._listener)
         self._set(unit, ReplicaState.READY)
 
     def _stop(self, unit: Unit) -> None:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from cloudlm.sim.measure import Moment
 from cloudlm.sim.plots import MOST_POINTS, Line, clock, factors, linear, plot, thinned
 from cloudlm.sim.report import COLUMNS, table_row
+from cloudlm.sim.report_rollouts import rollout_plots, rollout_table
 from cloudlm.sim.simulation import Result
 
 STYLES = 6
@@ -56,6 +57,7 @@ def page(name: str, notes: Sequence[str], results: Sequence[Result]) -> str:
         f"<h1>{escape(name)}</h1>",
         f"<p>{' · '.join(escape(note) for note in notes)}</p>",
         _table(results),
+        rollout_table(results),
         '<div class="cards">',
         *_cards(results),
         "</div></html>\n",
@@ -115,6 +117,7 @@ def _cards(results: Sequence[Result]) -> list[str]:
             "Share of requests whose answer had begun after so long; further left is better.",
             _distribution(results),
         ),
+        *(_card(*one) for one in rollout_plots(results)),
     ]
 
 

@@ -1,4 +1,5 @@
-"""Reads a scenario: a YAML file of traffic, replicas, zones, faults and the policies to compare.
+"""Reads a scenario: a YAML file of traffic, replicas, zones, faults, roll-outs and the policies to
+compare.
 
 Every fault of the file names its field, what was expected and what to do. Paths in it are relative
 to the file. Must not simulate.
@@ -6,7 +7,7 @@ to the file. Must not simulate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
@@ -23,9 +24,11 @@ from cloudlm.sim.faults import Fault, FaultKind, check_fault, drawn_faults
 from cloudlm.sim.figures import Figures, bundled, read_figures
 from cloudlm.sim.fleet import PLACERS, Zone
 from cloudlm.sim.measure import ServiceLevel
+from cloudlm.sim.scenario_rollouts import read_rollouts
 from cloudlm.sim.scenario_traffic import named, read_traffic
 from cloudlm.sim.simulation import Policy, Setting
 from cloudlm.sim.traffic import Arrival
+from cloudlm.sim.versions import Release
 
 MAX_SCENARIO_BYTES = 1_000_000
 DEPLOYMENT = {"name": "simulated", "model": "models:/simulated/1"}
@@ -68,8 +71,13 @@ def _scenario(body: Any, path: Path, seed: int | None) -> Scenario:
         raise InvalidRequest("zones must name at least one", param="zones")
     traffic = top.mapping("traffic")
     duration_s = Fields(traffic, "traffic").number("duration_s", 3600.0, low=0.0)
+    replica = top.mapping("replica", {})
+
+    def figures(body: dict[str, Any]) -> Figures:
+        return _figures(body, path.parent)
+
     setting = Setting(
-        figures=_figures(top.mapping("replica", {}), path.parent),
+        figures=figures(replica),
         zones=zones,
         level=_level(top.mapping("service_level", {})),
         faults=_faults(top, seed, duration_s, [zone.name for zone in zones]),
@@ -81,7 +89,15 @@ def _scenario(body: Any, path: Path, seed: int | None) -> Scenario:
         seed=seed,
     )
     common = top.mapping("deployment", {})
-    policies = tuple(_policy(one, common) for one in top.items("policies", [{"name": "default"}]))
+    rollouts = top.items("rollouts", ())
+
+    def releases(entries: Sequence[Any]) -> tuple[Release, ...]:
+        return read_rollouts(entries, replica, figures)
+
+    policies = tuple(
+        _policy(one, common, rollouts, releases)
+        for one in top.items("policies", [{"name": "default"}])
+    )
     names = [one.name for one in policies]
     if not names or len(set(names)) < len(names):
         raise InvalidRequest("policies must be at least one, each with its own name")
@@ -165,7 +181,12 @@ def _settings(kind: type[Any], body: dict[str, Any], what: str) -> Any:
     return kind(**found)
 
 
-def _policy(body: Any, common: dict[str, Any]) -> Policy:
+def _policy(
+    body: Any,
+    common: dict[str, Any],
+    rollouts: Sequence[Any],
+    releases: Callable[[Sequence[Any]], tuple[Release, ...]],
+) -> Policy:
     given = Fields(body, "a policy", path="policies.")
     own = given.mapping("deployment", {})
     name = given.text("name", low=1, max_length=64)
@@ -180,7 +201,13 @@ def _policy(body: Any, common: dict[str, Any]) -> Policy:
             param="policies.autoscaler",
         )
     scaled(spec, autoscaler)  # raises for settings that do not go with it
-    policy = Policy(name, spec, autoscaler, named(given, "placement", "spread", PLACERS))
+    policy = Policy(
+        name,
+        spec,
+        autoscaler,
+        named(given, "placement", "spread", PLACERS),
+        releases(given.items("rollouts", rollouts)),
+    )
     given.end()
     return policy
 

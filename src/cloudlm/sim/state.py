@@ -1,5 +1,5 @@
 """The shared state in virtual time: what gateways report and control writes, and messages that go
-astray on the way.
+astray on the way. What roll-outs need of it is in ``revisions``.
 
 Keeps the rules of the port ``state.base.State`` that matter here: a report replaces what the same
 gateway said before, whenever it was measured; while the store is down nothing is read or written.
@@ -14,12 +14,19 @@ from random import Random
 from cloudlm.core.deployment import Demand, Endpoint
 from cloudlm.core.errors import StorageFailed
 from cloudlm.core.pace import Pace
+from cloudlm.core.tenant import LedgerRow
+from cloudlm.gateway.ledger import RETRY_INTERVAL_S
+from cloudlm.gateway.view import READ_TIMEOUT_S
+from cloudlm.sim.revisions import SimRevisions
 from cloudlm.sim.timeline import Timeline
+
+Follower = Callable[[tuple[Endpoint, ...]], None]
+"""A gateway that looks at the endpoints."""
 
 
 @dataclass(slots=True)
 class Trouble:
-    """What happens to reports on their way: shares from 0 to 1, and how late the late ones are."""
+    """What happens to messages on their way: shares from 0 to 1, and how late the late ones are."""
 
     lost: float = 0.0
     late: float = 0.0
@@ -31,29 +38,34 @@ class SimState:
     """``down`` while the store cannot be reached. ``wanted`` is what the last control recorded in
     the deployment's status."""
 
-    def __init__(self, timeline: Timeline, chance: Random) -> None:
+    def __init__(self, timeline: Timeline, chance: Random, revisions: SimRevisions) -> None:
         self._timeline = timeline
+        self.revisions = revisions
+        self.keeps_ledger = False
+        """Whether anybody looks at the ledger: control does for the sake of roll-outs."""
         self._chance = chance
         self._demand: dict[tuple[str, str], Demand] = {}
-        self._followers: list[Callable[[tuple[Endpoint, ...]], None]] = []
+        self._followers: list[Follower] = []
         self.endpoints: tuple[Endpoint, ...] = ()
         self.wanted = 0
         self.paces: dict[tuple[str, str], Pace] = {}
         self.down = False
         self.trouble = Trouble()
 
-    def follow(self, follower: Callable[[tuple[Endpoint, ...]], None]) -> None:
+    def follow(self, follower: Follower) -> None:
         """Have somebody told of new endpoints, as gateways notice them (``gateway.view``)."""
         self._followers.append(follower)
 
     def put_endpoints(self, endpoints: tuple[Endpoint, ...], notice_s: float) -> None:
         """Write the endpoints; who follows reads them ``notice_s`` later."""
         self.endpoints = endpoints
-        self._timeline.after(notice_s, self._tell)
+        for follower in self._followers:
+            self._timeline.after(notice_s, self._tell, follower)
 
     def tell_again(self) -> None:
         """The store is back: who follows reads what it missed."""
-        self._tell()
+        for follower in self._followers:
+            self._tell(follower)
 
     def put_demand(self, rows: Sequence[Demand]) -> None:
         """Reports of one gateway, unless they go astray."""
@@ -66,6 +78,31 @@ class SimState:
         self._take(rows)
         if trouble.doubled and chance.random() < trouble.doubled:
             self._timeline.after(trouble.delay_s, self._take, rows)
+
+    def append_ledger(self, row: LedgerRow) -> None:
+        """A row of a gateway, which keeps it in its journal until it is written for certain: late
+        at worst, or written twice."""
+        if not self.keeps_ledger:
+            return
+        trouble, chance = self.trouble, self._chance
+        astray = trouble.lost + trouble.late
+        if astray and chance.random() < astray:
+            self._timeline.after(trouble.delay_s, self._note, row)
+            return
+        self._note(row)
+        if trouble.doubled and chance.random() < trouble.doubled:
+            self._timeline.after(trouble.delay_s, self._note, row)
+
+    def _note(self, row: LedgerRow) -> None:
+        if self.down:
+            self._timeline.after(RETRY_INTERVAL_S, self._note, row)
+        else:
+            self.revisions.take((row,))
+
+    def score(self, revision: int, good: bool) -> None:
+        """A client tells how good an answer was, if there is somebody to tell."""
+        if not self.down:
+            self.revisions.score(revision, good)
 
     def list_demand(self, since: float) -> list[Demand]:
         """Reports not older than ``since`` (wall time)."""
@@ -80,10 +117,15 @@ class SimState:
         if not self.down:
             self._demand.update({(one.model, one.gateway): one for one in rows})
 
-    def _tell(self) -> None:
-        if not self.down:
-            for follower in self._followers:
-                follower(self.endpoints)
+    def _tell(self, follower: Follower) -> None:
+        """Have one gateway look; one whose answer is lost, or late, looks again."""
+        if self.down:
+            return
+        astray = self.trouble.lost + self.trouble.late
+        if astray and self._chance.random() < astray:
+            self._timeline.after(READ_TIMEOUT_S, self._tell, follower)
+        else:
+            follower(self.endpoints)
 
 
 class ScalerState:

@@ -14,6 +14,7 @@ import yaml
 from cloudlm.cli.connect import open_local_state
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.sim.report import COLUMNS, MEASURES, seconds
+from cloudlm.sim.report_rollouts import MEASURES as ROLLOUT_MEASURES
 
 Ok = Callable[..., Any]
 
@@ -65,6 +66,21 @@ def test_json_is_the_same_for_the_same_seed(ok: Ok, tmp_path: Path) -> None:
     assert body["seed"] == 4
     assert body["policies"][0]["outcomes"] == {"finished": body["policies"][0]["requests"]}
     assert ok("simulate", path, "--json", "--seed", "5").stdout != first
+
+
+def test_roll_outs_have_a_table_of_their_own(ok: Ok, tmp_path: Path) -> None:
+    text = SCENARIO + "rollouts: [{at: 5, name: B, starts: false}]\n"
+    text += "deployment: {rollout: {strategy: canary}}\n"
+    path = scenario(tmp_path, text)
+    done = ok("simulate", path)
+    rows = {row.split("  ")[0]: row for row in done.stdout.splitlines()}
+    assert rows["ROLL-OUT"].split("  ")[-1].strip() == "two: B"
+    assert rows["outcome"].count("rolled back") == 2
+    assert len([name for name in rows if name in ROLLOUT_MEASURES]) == len(ROLLOUT_MEASURES)
+    assert "one: B rolled back: m-r2-0: it ends" in done.stdout.replace("simulated-", "m-")
+    assert "revision_rolled_back" not in done.stderr
+    body = json.loads(ok("simulate", path, "--json").stdout)["policies"]
+    assert [one["rollouts"][0]["outcome"] for one in body] == ["rolled_back", "rolled_back"]
 
 
 def test_a_page_is_written(ok: Ok, cli: Ok, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.routing import Policy as Route
+from cloudlm.core.tenant import Outcome as End
 from cloudlm.sim.faults import FaultKind
 from cloudlm.sim.page import STYLES, page
 from cloudlm.sim.plots import MOST_POINTS, clock, factors, linear, thinned
@@ -94,6 +95,12 @@ def test_a_scenario_is_read(tmp_path: Path) -> None:
         ({"faults": [{"kind": "flood", "at": 1}]}, "must be one of crash, stall"),
         ({"faults": [{"kind": "zone_loss", "at": 1, "zone": "b"}]}, "names the zone 'b'"),
         ({"faults": [{"kind": "crash", "at": 1, "what": 2}]}, "no field 'faults.what'"),
+        ({"rollouts": [{"name": "B"}]}, "rollouts.at"),
+        ({"rollouts": [{"at": 1, "error_rate": 2}]}, "rollouts.error_rate"),
+        ({"rollouts": [{"at": 1, "replica": {"pace": 2}}]}, "no field 'replica.pace'"),
+        ({"rollouts": [{"at": 1, "what": 2}]}, "no field 'rollouts.what'"),
+        ({"rollouts": [{"at": 1, "model": "a"}, {"at": 2, "model": "a"}]}, "is named twice"),
+        ({"rollouts": [{"at": n} for n in range(51)]}, "rollouts may be 50 at most"),
         ({"gateway": {"port": "x"}}, "gateway.port"),
         ({"gateway": {"host": "x"}}, "makes no difference"),
         ({"zones": []}, "at least one"),
@@ -103,6 +110,40 @@ def test_a_scenario_is_read(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(tmp_path: Path, more: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(says)):
         scenario(tmp_path, **more)
+
+
+def test_versions_are_read_and_each_policy_may_have_its_own(tmp_path: Path) -> None:
+    entry = {"at": 9, "name": "B", "error_rate": 0.1, "replica": {"start_s": 7}, "starts": False}
+    own = {"name": "three", "rollouts": []}
+    policies = [*SMALL["policies"], own]  # type: ignore[misc]
+    found = scenario(tmp_path, rollouts=[entry, {"at": 4}], policies=policies)
+    first, second = found.policies[0].releases
+    assert found.policies[1].releases == (first, second)
+    assert found.policies[2].releases == ()
+    assert (first.at, first.name, first.version.model) == (4.0, "version 3", "models:/simulated/3")
+    assert first.version.figures == found.setting.figures
+    assert (second.at, second.name, second.version.error_rate) == (9.0, "B", 0.1)
+    assert second.version.figures.start_s == 7.0
+    assert second.version.figures.step == found.setting.figures.step  # the scenario's speed
+    assert not second.version.starts
+
+
+def test_the_example_of_a_bad_version_is_rolled_back() -> None:
+    found = read_scenario(ROOT / "examples/scenarios/rollout.yaml")
+    results = {one.name: simulate(one, found.setting, found.arrivals()) for one in found.policies}
+    fates = {name: one.rollouts[0].outcome.value for name, one in results.items()}
+    back = "rolled_back"
+    assert fates == {"rolling": "promoted", "blue-green": back, "canary": back, "mirror": back}
+    canary, rolling = results["canary"], results["rolling"]
+    assert canary.outcomes == {End.FINISHED: canary.requests}
+    assert canary.rollouts[0].unanswered == 0
+    assert rolling.outcomes[End.FAILED] > 0
+    text = page("x", [], list(results.values()))
+    reader = _Page()
+    reader.feed(text)
+    assert reader.open == []
+    assert "canary: B" in text
+    assert "Requests to the new version" in text
 
 
 def test_what_is_no_scenario_is_named(tmp_path: Path) -> None:
@@ -183,7 +224,14 @@ def test_thinning_keeps_peaks() -> None:
     assert max(value for _, value in found) == 100.0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples/scenarios").glob("*.yaml")))
+OTHERS = [
+    path
+    for path in sorted((ROOT / "examples/scenarios").glob("*.yaml"))
+    if path.stem != "rollout"  # has a test of its own
+]
+
+
+@pytest.mark.parametrize("path", OTHERS)
 def test_the_examples_run(path: Path) -> None:
     found = read_scenario(path)
     for one in found.policies:
