@@ -78,9 +78,10 @@ bench-gateway: setup
 	@$(BIN)/python bench/gateway/overload.py
 	@$(BIN)/python bench/gateway/memory.py
 
-# Policies against each other in the simulator: routing, autoscaling, spot.
+# Policies against each other in the simulator: routing, autoscaling, spot; then real processes:
+# the simulator against two workers, and changes under load (ONLY=reality or another part alone).
 bench-fleet: setup
-	@$(BIN)/python bench/fleet/run.py --record
+	@$(BIN)/python bench/fleet/run.py --record $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) out build dist
