@@ -79,9 +79,10 @@ bench-gateway: setup
 		$(BIN)/python bench/gateway/$$script; done | tee out/bench-gateway.jsonl
 	@$(BIN)/python bench/gateway/report.py out/bench-gateway.jsonl
 
-# Policies against each other in the simulator: routing, autoscaling, spot.
+# Policies against each other in the simulator: routing, autoscaling, spot; then real processes:
+# the simulator against two workers, and changes under load (ONLY=reality or another part alone).
 bench-fleet: setup
-	@$(BIN)/python bench/fleet/run.py --record
+	@$(BIN)/python bench/fleet/run.py --record $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -55,6 +55,7 @@ class Figures:
             one.prefill_token_s / speed,
             one.sequence_s / speed,
             one.context_token_s / speed,
+            one.request_s / speed,
         )
         return replace(self, step=quick)
 
@@ -85,6 +86,7 @@ def figures_body(one: Figures) -> dict[str, Any]:
         "prefill_token_s": one.step.prefill_token_s,
         "sequence_s": one.step.sequence_s,
         "context_token_s": one.step.context_token_s,
+        "request_s": one.step.request_s,
         "worst_error": round(worst_error(one.step, one.rows, one.batch_tokens), 3),
         "slots": one.slots,
         "batch_tokens": one.batch_tokens,
@@ -119,6 +121,7 @@ def _read(body: Any, what: str) -> Figures:
         fields.number("prefill_token_s", low=0.0),
         fields.number("sequence_s", 0.0, low=0.0),
         fields.number("context_token_s", 0.0, low=0.0),
+        fields.number("request_s", 0.0, low=0.0),
     )
     fields.raw("worst_error", None)
     figures = Figures(

@@ -1,9 +1,10 @@
 """Finds what a step costs out of measured runs: least squares with no part below nothing.
 
 A run is so many alike requests begun at once on an idle replica, and the seconds until the last one
-ended; with one token of output that is the time to the first token. Its time is linear in the four
-unknowns, so that four runs or more that differ in prompt, output and number tell them. Relative
-errors are weighed, because a long run is no truer than a short one. Pure.
+ended; with one token of output that is the time to the first token. Its time is linear in the
+unknowns, so that four runs or more that differ in prompt, output and number tell those of a step,
+and six or more tell besides what a request takes on its way. Relative errors are weighed, because a
+long run is no truer than a short one. Pure.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from cloudlm.core.errors import InvalidRequest
 
 class StepTime(NamedTuple):
     """Seconds of one step: fixed, for each prompt token, each decoding sequence, and each token of
-    their contexts."""
+    their contexts. ``request_s`` passes once for each request outside of all steps: connections,
+    checks, tokenising; that of several requests passes at the same time."""
 
     base_s: float
     prefill_token_s: float
     sequence_s: float
     context_token_s: float
+    request_s: float = 0.0
 
 
 class Measurement(NamedTuple):
@@ -83,7 +86,7 @@ def read_measurements(path: Path) -> tuple[Measurement, ...]:
 
 
 def parts(row: Measurement, batch_tokens: int) -> StepTime:
-    """How often a run pays each of the four."""
+    """How often a run pays each of these."""
     computed = row.requests * (row.prompt_tokens - row.cached_tokens)
     decoding = row.output_tokens - 1
     context = row.prompt_tokens + row.output_tokens / 2
@@ -92,6 +95,7 @@ def parts(row: Measurement, batch_tokens: int) -> StepTime:
         computed,
         row.requests * decoding,
         row.requests * decoding * context,
+        1,
     )
 
 
@@ -109,13 +113,15 @@ def worst_error(step: StepTime, rows: Sequence[Measurement], batch_tokens: int) 
 def fit(rows: Sequence[Measurement], batch_tokens: int) -> StepTime:
     """The step times that explain ``rows`` best. Raises InvalidRequest if they do not tell enough.
 
-    With four unknowns every set of those above 0 is tried; the best of the feasible solutions is
+    With so few unknowns every set of those above 0 is tried; the best of the feasible solutions is
     that of non-negative least squares (Lawson and Hanson, "Solving Least Squares Problems", 1974).
+    ``request_s`` is sought only where more runs than unknowns keep it from explaining errors.
     """
     table = [[part / row.seconds for part in parts(row, batch_tokens)] for row in rows]
     best: tuple[float, list[float]] | None = None
-    names = range(len(StepTime._fields))
-    for count in range(1, len(StepTime._fields) + 1):
+    unknowns = len(StepTime._fields)
+    names = range(unknowns if len(rows) > unknowns else unknowns - 1)
+    for count in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, count):
             found = _solve([[line[n] for n in chosen] for line in table])
             if found is None or min(found) <= 0:

@@ -57,7 +57,7 @@ class Work:
         self.state = WAITING
 
 
-WAITING, PREFILL, DECODING, ENDED = range(4)
+WAITING, PREFILL, DECODING, ENDED, COMING = range(5)
 
 
 class Listener(Protocol):
@@ -81,6 +81,7 @@ class SimReplica:
         self._slots = slots or figures.slots
         self._cache = BlockCache(figures.cache_tokens)
         self._waiting: deque[Work] = deque()
+        self._coming = 0  # handed in, and not yet before the engine
         self._prefill: deque[Work] = deque()
         self._ends: list[tuple[int, int, Work]] = []  # decoding, by the step that ends them
         self._decoding = 0
@@ -105,22 +106,38 @@ class SimReplica:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._coming
 
     def submit(self, work: Work) -> bool:
-        """Take a request; False if too many wait."""
-        if len(self._waiting) >= self._figures.max_waiting:
+        """Take a request, which the engine sees ``request_s`` later; False if too many wait."""
+        if self.waiting >= self._figures.max_waiting:
             return False
+        if self._step.request_s > 0:
+            work.state = COMING
+            self._coming += 1
+            self._timeline.after(self._step.request_s, self._arrive, work)
+        else:
+            self._enter(work)
+        return True
+
+    def _arrive(self, work: Work) -> None:
+        self._coming -= 1
+        if work.state == COMING:  # else nobody wants it any more
+            work.state = WAITING
+            self._enter(work)
+
+    def _enter(self, work: Work) -> None:
         self._waiting.append(work)
         if self._run_at < 0:
             self._begin()
         elif self._run_steps > 1 and self._may_admit(work):
             self._cut()
-        return True
 
     def cancel(self, work: Work) -> None:
         """Nobody wants it any more: it leaves at the next step's boundary."""
-        if work.state != ENDED:
+        if work.state == COMING:
+            work.state = ENDED
+        elif work.state != ENDED:
             self._gone[work] = None
             if self._run_steps > 1:
                 self._cut()
@@ -178,7 +195,7 @@ class SimReplica:
 
     def _seconds(self, steps: int, prompt_tokens: int) -> float:
         """How long so many steps take, the contexts growing by a token each."""
-        base_s, prefill_token_s, sequence_s, context_token_s = self._step
+        base_s, prefill_token_s, sequence_s, context_token_s, _ = self._step
         count = self._decoding
         context = steps * self._context + count * (steps * (steps - 1) // 2)
         return (

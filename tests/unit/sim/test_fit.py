@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,14 @@ from cloudlm.sim.replica import SimReplica, Work
 from cloudlm.sim.timeline import Timeline
 
 RUNS = [(1, 128, 0, 1), (1, 128, 0, 128), (16, 256, 0, 128), (1, 2048, 0, 1), (4, 3000, 0, 300)]
+MORE = [(1, 16, 0, 1), (8, 16, 0, 40)]
 SOME = st.floats(1e-6, 1e-2)
 
 
-def measured(step: StepTime, batch: int = 1024) -> list[Measurement]:
-    rows = [Measurement(*run, 1.0) for run in RUNS]
+def measured(
+    step: StepTime, batch: int = 1024, more: Sequence[tuple[int, int, int, int]] = ()
+) -> list[Measurement]:
+    rows = [Measurement(*run, 1.0) for run in (*RUNS, *more)]
     return [row._replace(seconds=predicted_s(step, row, batch)) for row in rows]
 
 
@@ -30,6 +35,23 @@ def test_the_fit_finds_what_made_the_measurements(a: float, b: float, c: float, 
     step = StepTime(a, b, c, d)
     rows = measured(step)
     assert worst_error(fit(rows, 1024), rows, 1024) < 1e-3
+
+
+@settings(deadline=None)
+@given(SOME, SOME, SOME, SOME.map(lambda x: x / 100), st.floats(1e-3, 1e-1))
+def test_many_measurements_tell_what_a_request_takes_on_its_way(
+    a: float, b: float, c: float, d: float, way_s: float
+) -> None:
+    step = StepTime(a, b, c, d, way_s)
+    rows = measured(step, more=MORE)
+    assert worst_error(fit(rows, 1024), rows, 1024) < 1e-3
+
+
+def test_few_measurements_do_not_tell_what_a_request_takes_on_its_way() -> None:
+    """As many runs as unknowns would explain anything."""
+    step = StepTime(0.02, 0.001, 0.002, 0.00001, 0.005)
+    assert fit(measured(step, more=MORE), 1024).request_s == pytest.approx(0.005, rel=1e-3)
+    assert fit(measured(step), 1024).request_s == 0.0
 
 
 def test_no_part_is_below_nothing() -> None:
@@ -76,6 +98,7 @@ def test_too_few_measurements_are_refused() -> None:
 
 def test_figures_are_written_and_read_back(tmp_path: Path) -> None:
     one = fitted("mine", tuple(measured(StepTime(0.01, 0.001, 0.002, 0.0))), measured="2026-01-01")
+    one = replace(one, step=one.step._replace(request_s=0.004))
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"figures": [figures_body(one)]}))
     assert read_figures(path) == {"mine": one}

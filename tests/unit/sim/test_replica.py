@@ -222,3 +222,38 @@ def test_too_many_that_wait_are_refused() -> None:
     figures = Figures("t", STEP, slots=1, max_waiting=2)
     one = SimReplica(timeline, figures, Diary(timeline))
     assert [one.submit(Work(1, 100)) for _ in range(5)] == [True, True, True, False, False]
+
+
+def test_a_request_is_on_its_way_before_it_is_before_the_engine() -> None:
+    """It counts as waiting meanwhile; those on their way together do not wait for each other."""
+    timeline, diary, one = replica(STEP._replace(request_s=0.5))
+    plain, sooner, other = replica()
+    works, same = ([Work(10, 5), Work(10, 5)] for _ in range(2))
+    for here, there in zip(works, same, strict=True):
+        assert one.submit(here)
+        other.submit(there)
+    assert (one.waiting, one.running) == (2, 0)
+    timeline.run()
+    plain.run()
+    for here, there in zip(works, same, strict=True):
+        assert diary.first[here] == pytest.approx(sooner.first[there] + 0.5)
+        assert diary.last[here] == pytest.approx(sooner.last[there] + 0.5)
+    assert one.waiting == one.running == 0
+
+
+def test_who_gives_up_on_the_way_never_begins() -> None:
+    timeline, diary, one = replica(STEP._replace(request_s=0.5))
+    works = [Work(10, 5), Work(10, 5)]
+    for work in works:
+        one.submit(work)
+    timeline.at(0.1, one.cancel, works[0])
+    timeline.run()
+    assert list(diary.last) == [works[1]]
+    assert one.waiting == one.running == 0
+
+
+def test_those_on_their_way_are_refused_too_if_they_are_too_many() -> None:
+    timeline = Timeline()
+    figures = Figures("t", STEP._replace(request_s=1.0), slots=1, max_waiting=2)
+    one = SimReplica(timeline, figures, Diary(timeline))
+    assert [one.submit(Work(1, 100)) for _ in range(4)] == [True, True, False, False]
