@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from tests.fuzz.loop import VirtualLoop
 
-from cloudlm.core.errors import UpstreamFailed, UpstreamTimeout
+from cloudlm.core.errors import CloudlmError, UpstreamFailed, UpstreamTimeout
 from cloudlm.core.resuming import NOTE, RESUMABLE_HEADER, RESUME_PATH
 from cloudlm.core.tenant import TENANT_HEADER
 from cloudlm.gateway.upstream import ReplicaRefused, Unreachable
@@ -129,6 +129,7 @@ class MemoryAnswer:
         self.is_event_stream = stream
         self.status = 200
         self.headers: dict[str, str] = {}
+        self.translated: Callable[[ReplicaRefused], CloudlmError] = lambda refused: refused
         replica.lines[self] = None
 
     def break_off(self) -> None:
