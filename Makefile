@@ -58,10 +58,10 @@ fuzz-gateway: setup
 	@CLOUDLM_FUZZ=100000 $(BIN)/python -m pytest -q --timeout 900 tests/unit/gateway/test_fuzz.py
 
 # The fleet under random faults in virtual time: SEEDS=10000 for the whole, SEED=17 for one again,
-# BUGS=1 plants bugs that must be caught. Sets are alike in all processes (PYTHONHASHSEED).
+# SCRIPT=file for what a failing seed printed, BUGS=1 plants bugs that must be caught.
 SEEDS ?= 1000
 fuzz-fleet: setup
-	@PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz --seeds $(SEEDS) $(if $(SEED),--seed $(SEED)) $(if $(BUGS),--bugs)
+	@PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz --seeds $(SEEDS) $(if $(SEED),--seed $(SEED)) $(if $(SCRIPT),--script $(SCRIPT)) $(if $(BUGS),--bugs)
 
 # Our engine and every peer that is installed, in one run (about an hour with all of them).
 bench-engine: setup

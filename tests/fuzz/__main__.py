@@ -2,6 +2,7 @@
 
     python -m tests.fuzz --seeds 1000        seeds 0 to 999 over all cores
     python -m tests.fuzz --seed 17           one seed again; if it fails, shrunk
+    python -m tests.fuzz --script FILE       the script that a failing seed printed ("-": input)
     python -m tests.fuzz --bugs              every planted bug must be caught
 
 Ends with 1 if an invariant was broken or a planted bug was not caught.
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator
 
 from tests.fuzz import bugs
-from tests.fuzz.run import Verdict, judge, judge_seeds, shrunk, tried
+from tests.fuzz.run import Verdict, again, judge, judge_seeds, shrunk, tried
 from tests.fuzz.schedule import draw
 
 _BATCH = 10
@@ -62,6 +63,18 @@ def one(seed: int) -> int:
     return 1
 
 
+def replayed(script: str) -> int:
+    """Run a script; 1 if it still breaks an invariant."""
+    try:
+        schedule = again(script)
+    except ValueError as error:
+        print(f"this is no script of a run: {error}; give the line that a failing seed printed")
+        return 2
+    verdict = judge(schedule)
+    print(verdict.told())
+    return int(bool(verdict.broken))
+
+
 def planted(most_seeds: int) -> int:
     """Plant every bug; the number of those that no invariant caught."""
     missed = 0
@@ -85,12 +98,15 @@ def main() -> int:
     ask.add_argument("--seeds", type=int, default=200, help="how many seeds")
     ask.add_argument("--first", type=int, default=0, help="the first seed")
     ask.add_argument("--seed", type=int, help="this seed alone")
+    ask.add_argument("--script", type=argparse.FileType("r"), help="a printed script")
     ask.add_argument("--bugs", action="store_true", help="plant bugs, one after the other")
     ask.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     asked = ask.parse_args()
     logging.disable(logging.CRITICAL)
     if asked.bugs:
         return int(planted(asked.seeds) > 0)
+    if asked.script is not None:
+        return replayed(asked.script.read())
     if asked.seed is not None:
         return one(asked.seed)
     return int(many(range(asked.first, asked.first + asked.seeds), asked.jobs) > 0)

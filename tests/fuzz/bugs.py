@@ -7,12 +7,13 @@ any of them. That every one is caught shows that the invariants bite.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from tests.fuzz.bugs_control import CONTROL_BUGS
+from tests.fuzz.planting import Bug, both, instead, nothing
 from tests.fuzz.run import Verdict, judge
 from tests.fuzz.schedule import draw
 
@@ -38,23 +39,6 @@ from cloudlm.gateway.router import choose
 from cloudlm.gateway.sse import PING, SseParser
 from cloudlm.gateway.view import View
 from cloudlm.security.access import Directory
-
-Bug = Callable[[], AbstractContextManager[Any]]
-
-
-def _instead(owner: Any, name: str, made: Callable[[Any], Any]) -> Bug:
-    """``made`` gets what is there and gives what takes its place."""
-
-    @contextmanager
-    def planted() -> Iterator[None]:
-        with mock.patch.object(owner, name, made(getattr(owner, name))):
-            yield
-
-    return planted
-
-
-def _nothing(owner: Any, name: str, result: Any = None) -> Bug:
-    return _instead(owner, name, lambda _: lambda *a, **k: result)
 
 
 def _one_token_less(body: Any) -> Any:
@@ -210,68 +194,62 @@ def _kept_when_broken(_: Any) -> Any:
     return closed
 
 
-def _both(*bugs: Bug) -> Bug:
-    """Two lines of defence gone at once."""
-
-    @contextmanager
-    def planted() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for bug in bugs:
-                stack.enter_context(bug())
-            yield
-
-    return planted
-
-
-BUGS: Mapping[str, Bug] = {
-    "place never given back": _nothing(Gate, "_leave"),
-    "waiting ones are not told": _nothing(Gate, "_let_in"),
-    "capacity is not looked at": _nothing(Gate, "_capacity", 10**9),
-    "load never given back": _nothing(Loads, "end"),
-    "lease never settled": _nothing(Limiter, "_settle"),
-    "money is not reserved": _instead(limiter, "estimate", _no_money_reserved),
-    "requests a minute not counted": _instead(Tally, "reserve", _counted_none),
-    "requests at once not counted": _instead(Tally, "reserve", _none_ongoing),
-    "resumed one token too early": _instead(_Choice, "body", _one_token_less),
-    "resumed one token too late": _instead(_Choice, "body", _one_token_more),
-    "resumed on another revision": _instead(Resumer, "_choose", _any_revision),
-    "tokens of a resumed stream twice": _instead(
+GATEWAY_BUGS: Mapping[str, Bug] = {
+    "place never given back": nothing(Gate, "_leave"),
+    "waiting ones are not told": nothing(Gate, "_let_in"),
+    "capacity is not looked at": nothing(Gate, "_capacity", 10**9),
+    "load never given back": nothing(Loads, "end"),
+    "lease never settled": nothing(Limiter, "_settle"),
+    "money is not reserved": instead(limiter, "estimate", _no_money_reserved),
+    "requests a minute not counted": instead(Tally, "reserve", _counted_none),
+    "requests at once not counted": instead(Tally, "reserve", _none_ongoing),
+    "resumed one token too early": instead(_Choice, "body", _one_token_less),
+    "resumed one token too late": instead(_Choice, "body", _one_token_more),
+    "resumed on another revision": instead(Resumer, "_choose", _any_revision),
+    "tokens of a resumed stream twice": instead(
         Relay, "_share", lambda _: lambda self: self._usage()
     ),
-    "no row for a cancelled attempt": _instead(Attempt, "settle", _only_good_ones),
-    "two rows for a failed attempt": _instead(Ledger, "add", _two_rows),
-    "rows lost while the state is down": _instead(Ledger, "_write", _swallowed),
-    "replayed rows get new ids": _instead(Journal, "read", _new_ids),
-    "open attempts of the dead forgotten": _nothing(Journal, "_close_orphans"),
-    "retries without a budget": _nothing(RetryBudget, "take", True),
-    "retries without an end": _instead(Handler, "_may_retry", _any_attempts),
-    "a cut stream counts as whole": _instead(Relay, "_read", _end_is_an_end),
-    "a broken stream ends without a word": _instead(
+    "no row for a cancelled attempt": instead(Attempt, "settle", _only_good_ones),
+    "two rows for a failed attempt": instead(Ledger, "add", _two_rows),
+    "rows lost while the state is down": instead(Ledger, "_write", _swallowed),
+    "replayed rows get new ids": instead(Journal, "read", _new_ids),
+    "open attempts of the dead forgotten": nothing(Journal, "_close_orphans"),
+    "retries without a budget": nothing(RetryBudget, "take", True),
+    "retries without an end": instead(Handler, "_may_retry", _any_attempts),
+    "a cut stream counts as whole": instead(Relay, "_read", _end_is_an_end),
+    "a broken stream ends without a word": instead(
         Relay, "_tell", lambda _: lambda self, error: setattr(self, "_told", True)
     ),
-    "a comment runs into the next event": _instead(Relay, "_beat", _half_a_comment),
-    "events across pieces are lost": _instead(SseParser, "feed", _only_whole_pieces),
-    "the replica is not told of the end": _instead(Relay, "_close", _line_left_open),
-    "a client that left is not noticed": _nothing(Interrupt, "cut"),
-    "a hedge's loser goes on": _instead(hedge, "_end", _never_ends),
-    "cached answers are shared by all": _both(
-        _nothing(recall.keys, "answer_key", b"k" * 32),
-        _nothing(recall.keys, "cache_salt", "salt"),
+    "a comment runs into the next event": instead(Relay, "_beat", _half_a_comment),
+    "events across pieces are lost": instead(SseParser, "feed", _only_whole_pieces),
+    "the replica is not told of the end": instead(Relay, "_close", _line_left_open),
+    "a client that left is not noticed": nothing(Interrupt, "cut"),
+    "a hedge's loser goes on": instead(hedge, "_end", _never_ends),
+    "cached answers are shared by all": both(
+        nothing(recall.keys, "answer_key", b"k" * 32),
+        nothing(recall.keys, "cache_salt", "salt"),
     ),
-    "half an answer is cached": _instead(Recorded, "aclose", _kept_when_broken),
-    "those who wait for an answer are left": _nothing(recall.Question, "_left"),
-    "a revoked key is still known": _both(
-        _nothing(Directory, "alive", True), _nothing(Directory, "stands", True)
+    "half an answer is cached": instead(Recorded, "aclose", _kept_when_broken),
+    "those who wait for an answer are left": nothing(recall.Question, "_left"),
+    "a revoked key is still known": both(
+        nothing(Directory, "alive", True), nothing(Directory, "stands", True)
     ),
-    "the view is never read again": _instead(View, "_look", _first_view_for_ever),
+    "the view is never read again": instead(View, "_look", _first_view_for_ever),
 }
 
 
+BUGS: Mapping[str, Bug] = {**GATEWAY_BUGS, **CONTROL_BUGS}
+
+
 def caught(name: str, most_seeds: int, first: int = 0) -> Verdict | None:
-    """The first seed from ``first`` on in which the bug breaks an invariant."""
+    """The first seed from ``first`` on in which the bug breaks an invariant. A bug of control is
+    looked for where there is a control."""
     with BUGS[name]():
         for seed in range(first, first + most_seeds):
-            verdict = judge(draw(seed))
+            schedule = draw(seed)
+            if name in CONTROL_BUGS and schedule.plane is None:
+                continue
+            verdict = judge(schedule)
             if verdict.broken:
                 return verdict
     return None

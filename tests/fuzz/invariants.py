@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.fuzz.replicas import PROMPT_TOKENS, right_answer
 from tests.fuzz.schedule import EVERYBODY, KEYS, TENANTS
-from tests.fuzz.world import PEPPER, Seen, Story
+from tests.fuzz.story import PEPPER, Seen, Story
 
 from cloudlm.core.price import NANO
 from cloudlm.core.tenant import Outcome
@@ -17,6 +17,9 @@ from cloudlm.security.keys import tenant_mark
 RETRY_SHARE, RETRY_FLOOR, HEDGE_SHARE = 0.2, 3, 0.05
 REVOKED_WITHIN_S = 1.0
 REVISIONS = range(1, 10)
+_CONTROL_S_OWN = {"control_kill", "control_pause", "driver_down", "driver_forgets", "driver_late"}
+"""Faults that no request may notice; all of them while the fleet stands still."""
+_TAKES_AWAY = {"delete", "recreate"}
 _ONE_REPLICAS = {"crash", "stall", "garbage", "cut", "abort", "error_event"}
 
 
@@ -173,10 +176,12 @@ def _all_served(story: Story, told: list[_Told]) -> None:
     ill = {fault.who for fault in schedule.faults}
     goes_on = schedule.max_resumes > 0 and len(ill) < schedule.replicas and len(ill) == 1
     goes_on = goes_on and EVERYBODY not in ill and kinds <= _ONE_REPLICAS
+    calm = schedule.queued > 100 and not kinds - _CONTROL_S_OWN
+    calm = calm and not {order.kind for order in schedule.orders} & _TAKES_AWAY
     for one in told:
         ask = one.seen.ask
         free = ask.key < 2 and not one.seen.left and ask.deadline_ms is None
-        if not kinds and free and schedule.queued > 100 and not one.complete:
+        if calm and free and not one.complete:
             what = b"".join(one.seen.pieces)[:120]
             story.note("served", f"{one.name} had no answer though nothing failed: {what!r}")
         if goes_on and one.seen.stream and one.text and not one.seen.left and not one.complete:

@@ -31,6 +31,11 @@ class Weather:
         """From now on the store is well."""
         self.down_until = self.hangs_until = self.forgets_until = 0.0
 
+    @property
+    def forgets(self) -> bool:
+        """Whether the answer to what was just written gets lost."""
+        return self._loop.time() < self.forgets_until
+
     async def before(self) -> None:
         now = self._loop.time()
         if now < self.hangs_until:
@@ -40,7 +45,7 @@ class Weather:
 
     def after(self, name: str) -> None:
         """The answer to a write may be lost though it was done."""
-        if self._loop.time() < self.forgets_until and name in ("append_ledger", "put_demand"):
+        if self.forgets and name in ("append_ledger", "put_demand"):
             raise Unavailable("the state broke off", retry_after_s=1.0)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.fuzz import invariants, world
+import msgspec
+from tests.fuzz import invariants
+from tests.fuzz.play import play
 from tests.fuzz.schedule import Schedule, draw
 
 _MEMORY = Path("/dev/shm")  # files that no disk slows down, where there is such a place
@@ -36,7 +38,7 @@ def judge(schedule: Schedule) -> Verdict:
     """Carry out a schedule and look at what happened."""
     place = _MEMORY if _MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="fuzz-fleet-", dir=place) as home:
-        story = world.play(schedule, Path(home))
+        story = play(schedule, Path(home))
     broken = invariants.check(story)
     return Verdict(schedule.seed, len(story.seen), tuple(broken), story.trace)
 
@@ -49,7 +51,7 @@ def judge_seeds(seeds: Sequence[int]) -> list[Verdict]:
 
 
 def shrunk(schedule: Schedule) -> Schedule:
-    """Leave out faults, then parts of the requests, while the same invariant breaks."""
+    """Leave out faults and orders, then parts of the requests, while the same invariant breaks."""
     names = {name for name, _ in judge(schedule).broken}
     tries = 0
 
@@ -64,7 +66,11 @@ def shrunk(schedule: Schedule) -> Schedule:
         small = replace(schedule, faults=tuple(f for f in schedule.faults if f != fault))
         if fails(small):
             schedule = small
-    size = len(schedule.asks) // 2
+    for order in schedule.orders:
+        small = replace(schedule, orders=tuple(o for o in schedule.orders if o != order))
+        if fails(small):
+            schedule = small
+    size = len(schedule.asks)
     while size:
         begin = 0
         while begin < len(schedule.asks):
@@ -79,9 +85,15 @@ def shrunk(schedule: Schedule) -> Schedule:
 
 
 def tried(schedule: Schedule) -> str:
-    """The script of a schedule, one thing a line."""
-    plain = replace(schedule, asks=(), faults=())
+    """A schedule for people, one thing a line, and as a script that ``again`` reads."""
+    plain = replace(schedule, asks=(), faults=(), orders=())
     lines = [str(plain), *(f"  {ask}" for ask in schedule.asks[:12])]
     if len(schedule.asks) > 12:
         lines.append(f"  … {len(schedule.asks)} requests in all")
-    return "\n".join([*lines, *(f"  {fault}" for fault in schedule.faults)])
+    lines += [f"  {one}" for one in (*schedule.orders, *schedule.faults)]
+    return "\n".join([*lines, "as a script:", msgspec.json.encode(schedule).decode()])
+
+
+def again(script: str) -> Schedule:
+    """The schedule of a script. Raises ValueError naming what is wrong with it."""
+    return msgspec.json.decode(script, type=Schedule)

@@ -1,9 +1,10 @@
-"""What one seed stands for: a fleet, its load and its faults, as plain data. Must not run them."""
+"""What one seed stands for: a fleet, its load, its faults and what is asked of control, as plain
+data. Must not run them."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LOAD_S = 12.0
 """Requests arrive within so many seconds, and faults begin there."""
@@ -30,6 +31,40 @@ FAULTS = (
     "rollout",
     "revoke",
 )
+
+CONTROL_FAULTS = (
+    "control_kill",
+    "control_kill",
+    *("control_pause",) * 5,
+    "driver_down",
+    "driver_forgets",
+    "driver_late",
+    "looks_late",
+    "looks_lost",
+    "wedge",
+    "state_down",
+    "lost_ack",
+    "crash",
+    "stall",
+)
+"""Those of runs in which control takes part, most often; the others come as well."""
+
+ORDERS = (
+    "update",
+    "update",
+    "scale",
+    "scale",
+    "zero",
+    "undo",
+    "broken",
+    "recreate",
+    "delete",
+    "spare",
+    "spare",
+    "alias",
+)
+CONTROL_SHARE = 0.2
+"""The part of all seeds in which production's control runs the fleet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +97,31 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """What a person asks of a deployment at ``at_s``; ``how`` is what the kind makes of it."""
+
+    at_s: float
+    kind: str
+    how: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Control in a run: so many processes of it, how long a replica takes to start, and how long a
+    call to the state or a driver takes at most, seconds. ``alias``: the deployment names its
+    version by one. ``leftovers``: replicas and endpoints that belong to nobody are there."""
+
+    controls: int
+    start_s: float
+    latency_s: float
+    alias: bool
+    leftovers: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """All that a run depends on. ``concurrent``, ``per_minute`` and ``spend`` are the limits of
-    each key (None: none)."""
+    each key (None: none). Without ``plane`` the run writes the endpoints itself."""
 
     seed: int
     replicas: int
@@ -79,6 +136,8 @@ class Schedule:
     spend: tuple[float | None, ...]
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
+    plane: Plane | None = None
+    orders: tuple[Order, ...] = ()
 
 
 KEYS = (TENANTS[0], TENANTS[1], TENANTS[0], TENANTS[1])
@@ -87,6 +146,36 @@ KEYS = (TENANTS[0], TENANTS[1], TENANTS[0], TENANTS[1])
 
 def draw(seed: int, requests: int = 100) -> Schedule:
     """The schedule of a seed."""
+    plain = _draw(seed, requests)
+    chance = random.Random(f"{seed}/control")
+    return _controlled(plain, chance) if chance.random() < CONTROL_SHARE else plain
+
+
+def _controlled(plain: Schedule, chance: random.Random) -> Schedule:
+    """The same fleet and load with control in it, and other faults."""
+    orders = [
+        Order(round(chance.random() * LOAD_S, 4), chance.choice(ORDERS), round(chance.random(), 4))
+        for _ in range(chance.randint(2, 6))
+    ]
+    faults = [
+        _fault(chance, plain.replicas, CONTROL_FAULTS if chance.random() < 0.8 else FAULTS)
+        for _ in range(chance.choice((0, 0, 1, 2, 3, 4)))
+    ]
+    return replace(
+        plain,
+        faults=tuple(sorted((one for one in faults if one.kind != "rollout"), key=_when)),
+        orders=tuple(sorted(orders, key=_when)),
+        plane=Plane(
+            controls=chance.choice((1, 2, 2)),
+            start_s=chance.choice((0.1, 0.5, 2.0)),
+            latency_s=chance.choice((0.0, 0.02, 0.1)),
+            alias=chance.random() < 0.3,
+            leftovers=chance.random() < 0.2,
+        ),
+    )
+
+
+def _draw(seed: int, requests: int) -> Schedule:
     chance = random.Random(seed)
     replicas = chance.choice((1, 2, 2, 3, 3, 4, 6))
     faults = tuple(
@@ -113,7 +202,7 @@ def draw(seed: int, requests: int = 100) -> Schedule:
     )
 
 
-def _when(one: Fault | Ask) -> float:
+def _when(one: Fault | Order) -> float:
     return one.at_s
 
 
@@ -132,10 +221,10 @@ def _ask(chance: random.Random, number: int, hurry: float) -> Ask:
     )
 
 
-def _fault(chance: random.Random, replicas: int) -> Fault:
+def _fault(chance: random.Random, replicas: int, kinds: tuple[str, ...] = FAULTS) -> Fault:
     return Fault(
         at_s=round(chance.random() * LOAD_S, 4),
-        kind=chance.choice(FAULTS),
+        kind=chance.choice(kinds),
         who=chance.randrange(replicas) if chance.random() < 0.8 else EVERYBODY,
         for_s=round(0.1 + chance.random() * 5, 4),
         how=round(chance.random(), 4),

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import pytest
 from tests.fuzz import bugs
 from tests.fuzz.loop import Stuck, VirtualClock, VirtualLoop
-from tests.fuzz.run import judge, shrunk
+from tests.fuzz.run import again, judge, shrunk, tried
 from tests.fuzz.schedule import draw
 
-SEEDS = 16
+SEEDS = 12
+WITH_CONTROL = [seed for seed in range(100) if draw(seed).plane is not None][:8]
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +55,16 @@ def test_a_wall_clock_that_jumps_moves_no_timer(loop: VirtualLoop) -> None:
     assert clock.monotonic() == 0.0
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", sorted({*range(SEEDS), *WITH_CONTROL}))
 def test_no_invariant_is_broken(seed: int) -> None:
     verdict = judge(draw(seed))
     assert not verdict.broken, verdict.told()
 
 
 def test_the_same_seed_is_the_same_run() -> None:
-    traces = [judge(draw(seed)).trace for seed in (3, 4, 3, 4)]
-    assert traces[:2] == traces[2:]
+    seeds = 3, 4, WITH_CONTROL[0]
+    traces = [judge(draw(seed)).trace for seed in (*seeds, *seeds)]
+    assert traces[:3] == traces[3:]
     assert traces[0] != traces[1]
 
 
@@ -73,6 +75,9 @@ def test_the_same_seed_is_the_same_run() -> None:
         "resumed one token too early",
         "cached answers are shared by all",
         "no row for a cancelled attempt",
+        "stopped before it is drained",
+        "the lease is taken from who lives",
+        "orphans are left",
     ],
 )
 def test_a_planted_bug_is_caught(name: str) -> None:
@@ -87,3 +92,18 @@ def test_a_failing_schedule_is_shrunk() -> None:
         assert judge(small).broken
     assert len(small.asks) == 1
     assert len(small.faults) <= 1
+
+
+def test_what_is_printed_of_a_failing_schedule_runs_again() -> None:
+    with bugs.BUGS["old replicas go before new ones come"]():
+        small = shrunk(draw(WITH_CONTROL[0], requests=8))
+        assert [order.kind for order in small.orders] == ["update"]
+        assert not (small.asks or small.faults)
+        script = again(tried(small).splitlines()[-1])
+        assert script == small
+        assert judge(script) == judge(small)
+
+
+def test_a_script_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed"):
+        again("{}")

@@ -1,0 +1,134 @@
+"""Planted bugs in control, as ``bugs`` has them for the gateway: each must be caught in runs in
+which control takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tests.fuzz.planting import Bug, both, instead, nothing, nothing_async
+
+from cloudlm.control import leading, plan, probe
+from cloudlm.control.autoscale.facts import Signals
+from cloudlm.control.drain import Drains
+from cloudlm.control.observe import Observer, _life
+from cloudlm.control.plan import Plan
+from cloudlm.control.reconcile import Reconciler
+from cloudlm.core.deployment import Deployment
+from cloudlm.drivers import fence
+from cloudlm.state import leases
+from cloudlm.state.memory import MemoryState
+
+
+def _oldest_goes_first(shrink: Any) -> Any:
+    def shrunk(old: Any, current: Any, staying: int, ready: Any, floor: int) -> Any:
+        return shrink(old, current, staying, {r.id for g in old for r in g.replicas}, -99)
+
+    return shrunk
+
+
+def _never_done(_: Any) -> Any:
+    return lambda self, replicas, busy, now: not replicas
+
+
+def _told_late(withdraw: Any) -> Any:
+    async def withdrawn(
+        self: Reconciler, name: str, groups: Any, step: Plan, seen: Any, **named: Any
+    ) -> None:
+        await withdraw(self, name, groups, Plan(), seen, **named)
+        there = {r.id for g in groups for r in g.observation.replicas}
+        self._drains.note(there, step.leaving, (), self._clock.monotonic())
+
+    return withdrawn
+
+
+def _whoever_deletes(remove: Any) -> Any:
+    async def removed(self: MemoryState, name: str, *, generation: int) -> bool:
+        current = self._deployments.get(name)
+        if current is not None:
+            self._deployments[name] = replace(current, deleting=True)
+            generation = current.generation
+        return bool(await remove(self, name, generation=generation))
+
+    return removed
+
+
+def _nobody_before_us(recall: Any) -> Any:
+    async def recalled(self: Reconciler) -> None:
+        self._endpoints = {} if self._endpoints is None else self._endpoints
+        await recall(self)
+
+    return recalled
+
+
+def _what_it_means_now(_: Any) -> Any:
+    async def version(self: Reconciler, deployment: Deployment, groups: Any) -> Any:
+        return await self._fixed(deployment.spec.model), {}
+
+    return version
+
+
+def _taken_for_all(put: Any) -> Any:
+    """The endpoints are taken for written though the write failed."""
+
+    async def written(self: Reconciler, model: str, endpoints: Any) -> None:
+        assert self._endpoints is not None
+        before = self._endpoints.get(model, ())
+        self._endpoints[model] = endpoints
+        if before != endpoints:
+            await self._state.put_endpoints(model, endpoints)
+
+    return written
+
+
+def _never_renewed(beat: Any) -> Any:
+    async def beaten(self: Any) -> None:
+        if self.term is None or self.term.over.is_set():
+            await beat(self)
+
+    return beaten
+
+
+def _unfenced(_: Any) -> Any:
+    return lambda self, lease: self
+
+
+def _asked_once(_: Any) -> Any:
+    async def probed(self: Observer, replica: Any) -> None:
+        record = self._record(replica) or probe.ProbeRecord(progress_at=self._clock.monotonic())
+        self._records[replica.id] = (_life(replica), await self._asked(replica.url, record))
+
+    return probed
+
+
+def _one_too_many(grow: Any) -> Any:
+    def grown(target: Any, *arguments: Any) -> Any:
+        return grow(replace(target, replicas=target.replicas + 1), *arguments)
+
+    return grown
+
+
+CONTROL_BUGS: Mapping[str, Bug] = {
+    "drivers take every token": nothing(fence, "check_token"),
+    "an overtaken control still writes": nothing(leases, "check_held"),
+    "the state of a term is not fenced": instead(MemoryState, "fenced", _unfenced),
+    "the lease is taken from who lives": nothing(leading, "may_take", True),
+    "the lease is never renewed": instead(leading.Leadership, "beat", _never_renewed),
+    "stopped before it is drained": nothing(Drains, "done", True),
+    "drained replicas are never stopped": instead(Drains, "done", _never_done),
+    "the endpoint stays until the end": instead(Reconciler, "_withdraw", _told_late),
+    "old replicas go before new ones come": instead(plan, "_shrink", _oldest_goes_first),
+    "one replica too many": instead(plan, "_grow", _one_too_many),
+    "orphans are left": nothing_async(Reconciler, "_remove_orphans"),
+    "what stands still is left": nothing_async(Reconciler, "_stop_stalled"),
+    "endpoints of the control before us": instead(Reconciler, "_recall", _nobody_before_us),
+    "a lost endpoint counts as written": instead(Reconciler, "_put_endpoints", _taken_for_all),
+    "an alias changes what runs": instead(Reconciler, "_version", _what_it_means_now),
+    "asked for again and yet deleted": instead(MemoryState, "remove_deployment", _whoever_deletes),
+    "nobody is heard who waits": instead(Signals, "busy", lambda _: property(lambda self: False)),
+    "one missed probe takes the endpoint": both(
+        instead(probe, "UNREACHABLE_AFTER", lambda _: 1),
+        instead(Observer, "_probe_one", _asked_once),
+    ),
+}

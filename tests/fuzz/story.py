@@ -1,0 +1,58 @@
+"""What is written down of a run, for the invariants to judge. Must not judge by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tests.fuzz.replicas import MemoryUpstream
+from tests.fuzz.schedule import Ask, Schedule
+
+from cloudlm.core.tenant import LedgerRow
+
+MODEL = "tiny"
+PEPPER = b"p" * 32
+LONGEST_S = 120.0
+"""No request may take longer, whatever happens."""
+CANCEL_WITHIN_S = 0.25
+SETTLE_S = 3.0
+PROBES = 3
+IDLE_TIMEOUT_S = 1.5
+HEARTBEAT_S = 0.4
+FIRST_TOKEN_TIMEOUT_S = 4.0
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one client saw. ``ended``: how; empty while it waits. ``left``: it went away."""
+
+    ask: Ask
+    mark: str
+    ended: str = ""
+    status: int = 0
+    pieces: list[bytes] = field(default_factory=list)
+    stream: bool = False
+    left: bool = False
+    killed: bool = False
+    asked: bool = False
+
+
+@dataclass(slots=True)
+class Story:
+    """What happened in one run."""
+
+    schedule: Schedule
+    seen: list[Seen] = field(default_factory=list)
+    probes: list[Seen] = field(default_factory=list)
+    rows: dict[str, list[LedgerRow]] = field(default_factory=dict)
+    upstream: MemoryUpstream | None = None
+    lives: int = 0
+    most_endpoints: int = 0
+    revoked_at: float | None = None
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    trace: str = ""
+    took_s: float = 0.0
+
+    def note(self, invariant: str, what: str) -> None:
+        """Something that may not be."""
+        if len(self.broken) < 20:
+            self.broken.append((invariant, what))
