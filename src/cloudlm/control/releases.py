@@ -14,6 +14,7 @@ from cloudlm.control.plan import (
     Plan,
     desired_group,
     group_name,
+    is_hopeless,
     plan,
     plan_beside,
     plan_hold,
@@ -26,13 +27,12 @@ from cloudlm.control.signals import (
     Signals,
     signals_of,
 )
-from cloudlm.control.status import RESTARTS_TO_FAIL, readable
+from cloudlm.control.status import readable
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import (
     Deployment,
     Endpoint,
     GroupObservation,
-    ReplicaState,
 )
 from cloudlm.core.rollout import Revision, Rollout
 from cloudlm.state.base import State
@@ -226,8 +226,7 @@ def _facts(
 def _failing(group: GroupObservation, answering: Collection[str]) -> str:
     """Why replicas of a group do not come up, empty if nothing hinders them."""
     for one in group.replicas:
-        hopeless = one.restarts >= RESTARTS_TO_FAIL or one.state is ReplicaState.FAILED
-        if hopeless and one.id not in answering:
+        if is_hopeless(one, answering):
             return f"{one.id}: {readable(one.message) or 'it ends again and again'}"
     return ""
 
