@@ -22,8 +22,10 @@ from cloudlm.core.deployment import (
     ReplicaState,
 )
 
-# One crash may be bad luck; a replica that crashes again and again will not come up by itself.
+# One crash may be bad luck; a replica that crashes again and again will not come up by itself. Nor
+# does one look at another's endpoint say much: a second one follows seconds later.
 RESTARTS_TO_FAIL = 2
+LOOKS_TO_FAIL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,11 @@ def desired_group(
 
 def is_hopeless(replica: Replica, ready: Collection[str]) -> bool:
     """Whether a replica does not answer, and is not likely to by itself."""
-    ends = replica.restarts >= RESTARTS_TO_FAIL or replica.state is ReplicaState.FAILED
-    return ends and replica.id not in ready
+    if replica.id in ready:
+        return False
+    doubtful = 0 < replica.misses < LOOKS_TO_FAIL
+    failed = replica.state is ReplicaState.FAILED and not doubtful
+    return failed or replica.restarts >= RESTARTS_TO_FAIL
 
 
 def plan_deletion(groups: Sequence[GroupObservation]) -> Plan:

@@ -124,6 +124,7 @@ class Reconciler:
         existing = {r.id for g in seen.groups for r in g.observation.replicas}
         self._drains.keep_only(existing)
         self._naps.keep_only(existing)
+        self._scaler.keep_only(existing)
         await self._stop_stalled(seen)
         for deployment in deployments:
             name = deployment.spec.name
@@ -172,7 +173,8 @@ class Reconciler:
         name = deployment.spec.name
         groups = seen.of(name)
         observations = [group.observation for group in groups]
-        wanted = self._wanted(deployment, demand, observations, seen)
+        sized = self._releases.sized(deployment)
+        wanted = self._wanted(sized, demand, observations, seen)
         problem, step, decision = "", Plan(), None
         homes = self._releases.homes(name)
         used = (deployment.spec.driver, *homes.values())
