@@ -43,7 +43,8 @@ class TestRevisions:
         await state.put_deployment(replace(SPEC, max_replicas=4), now=2.0, by="bob")
         await state.put_deployment(version(2), now=3.0, by=ODD)
         newest, oldest = await state.list_revisions("bank")
-        assert (oldest.number, oldest.spec, oldest.by, oldest.created_at) == (1, SPEC, "ada", 1.0)
+        assert (oldest.number, oldest.by, oldest.created_at) == (1, "ada", 1.0)
+        assert oldest.spec == replace(SPEC, max_replicas=4), "as it was asked for last"
         assert (newest.number, newest.spec, newest.by) == (2, version(2), ODD)
         assert newest.outcome is Outcome.PENDING
         assert await state.list_revisions("other") == []

@@ -3,8 +3,9 @@
 A changed deployment is rolled out as Kubernetes does it: the new revision's group grows while old
 groups shrink, with at most ``max_surge`` replicas more than wanted at any moment, and without
 giving up a replica that answers before another one does (with ``max_surge`` 0, one less than
-wanted is accepted). The plan looks one step ahead: apply it, observe again, plan again.
-Must not know drivers, addresses or time.
+wanted is accepted). What takes nothing holds up nothing: an old replica that ends again and again
+leaves its place to a new one, and endpoints of others take none at all. The plan looks one step
+ahead: apply it, observe again, plan again. Must not know drivers, addresses or time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cloudlm.core.deployment import Deployment, GroupObservation, GroupSpec, ReplicaState
+from cloudlm.core.deployment import (
+    Deployment,
+    GroupObservation,
+    GroupSpec,
+    Replica,
+    ReplicaState,
+)
+
+# One crash may be bad luck; a replica that crashes again and again will not come up by itself. Nor
+# does one look at another's endpoint say much: a second one follows seconds later.
+RESTARTS_TO_FAIL = 2
+LOOKS_TO_FAIL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,15 @@ def desired_group(
     )
 
 
+def is_hopeless(replica: Replica, ready: Collection[str]) -> bool:
+    """Whether a replica does not answer, and is not likely to by itself."""
+    if replica.id in ready:
+        return False
+    doubtful = 0 < replica.misses < LOOKS_TO_FAIL
+    failed = replica.state is ReplicaState.FAILED and not doubtful
+    return failed or replica.restarts >= RESTARTS_TO_FAIL
+
+
 def plan_deletion(groups: Sequence[GroupObservation]) -> Plan:
     """Stop everything: the deployment is being deleted, or no longer exists."""
     return Plan(tuple(_delete(group) for group in groups if group.spec is not None))
@@ -112,12 +133,17 @@ def plan(
         return Plan((_delete(current),))
     if target.endpoints:
         return _plan_external(target, current, old, ready)
+    foreign = [group for group in old if _is_foreign(group)]
+    own = [group for group in old if not _is_foreign(group)]
+    taken = sum(_size(group, ready) for group in own)
     actions: list[Action] = []
-    grown = _grow(target, current, old, wanted + deployment.spec.max_surge)
+    grown = _grow(target, current, wanted + deployment.spec.max_surge - taken)
     if grown is not None:
         actions.append(grown)
     floor = wanted - (1 if deployment.spec.max_surge == 0 else 0)
-    actions += _shrink(old, current, wanted, ready, floor)
+    actions += _shrink(own, current, wanted, ready, floor)
+    if _answering((*own, *([] if current is None else [current])), ready) >= wanted:
+        actions += [_delete(group) for group in foreign]
     return Plan(tuple(actions))
 
 
@@ -165,11 +191,9 @@ def plan_hold(groups: Sequence[GroupObservation]) -> Plan:
 def _grow(
     target: GroupSpec,
     current: GroupObservation | None,
-    old: Sequence[GroupObservation],
-    most: int,
+    room: int,
 ) -> Apply | None:
-    """The current group's next size: as many as wanted, as far as the surge leaves room."""
-    room = most - sum(size_of_group(group) for group in old)
+    """The current group's next size: as many as wanted, as far as there is ``room``."""
     if current is None or current.spec is None:
         return Apply(replace(target, replicas=max(0, min(target.replicas, room))))
     size = current.spec.replicas
@@ -228,6 +252,21 @@ def _runs_same(current: GroupObservation, target: GroupSpec) -> bool:
 def size_of_group(group: GroupObservation) -> int:
     """Replicas that take room: those asked for, and those still on their way out."""
     return max(0 if group.spec is None else group.spec.replicas, len(group.replicas))
+
+
+def _is_foreign(group: GroupObservation) -> bool:
+    """Whether its replicas are endpoints of others, of which nothing was started."""
+    return group.spec is not None and bool(group.spec.endpoints)
+
+
+def _answering(groups: Sequence[GroupObservation], ready: Collection[str]) -> int:
+    return sum(one.id in ready for group in groups for one in group.replicas)
+
+
+def _size(group: GroupObservation, ready: Collection[str]) -> int:
+    """Its size without those that are hopeless: groups shrink from their end, so that one at the
+    beginning cannot go first."""
+    return size_of_group(group) - sum(is_hopeless(one, ready) for one in group.replicas)
 
 
 def _leaving(group: GroupObservation, replicas: int) -> frozenset[str]:

@@ -130,6 +130,7 @@ class Reconciler:
         existing = {r.id for g in seen.groups for r in g.observation.replicas}
         self._drains.keep_only(existing)
         self._naps.keep_only(existing)
+        self._scaler.keep_only(existing)
         await self._stop_stalled(seen)
         wanted = await self._wishes(deployments, demand, seen)
         for deployment in deployments:
@@ -185,7 +186,8 @@ class Reconciler:
             asked[name] = [d for d in demand if d.model in served]
             try:
                 observations = [group.observation for group in seen.of(name)]
-                wanted[name] = self._wanted(one, asked[name], observations, seen)
+                sized = self._releases.sized(one)
+                wanted[name] = self._wanted(sized, asked[name], observations, seen)
             except Exception:  # one deployment's trouble is no other's
                 _log.exception("deployment_failed", extra={"fields": {"deployment": name}})
         await self._residents.look(deployments, wanted, asked, seen)

@@ -14,11 +14,12 @@ from cloudlm.control.plan import (
     Plan,
     desired_group,
     group_name,
+    is_hopeless,
     plan,
     plan_beside,
     plan_hold,
 )
-from cloudlm.control.rollout import Decision, Facts, decide, is_staged
+from cloudlm.control.rollout import Decision, Facts, aligned, decide, is_staged
 from cloudlm.control.signals import (
     LATEST,
     NOTHING_KNOWN,
@@ -26,13 +27,13 @@ from cloudlm.control.signals import (
     Signals,
     signals_of,
 )
-from cloudlm.control.status import RESTARTS_TO_FAIL, readable
+from cloudlm.control.status import readable
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import (
     Deployment,
     Endpoint,
     GroupObservation,
-    ReplicaState,
+    Replica,
 )
 from cloudlm.core.rollout import Revision, Rollout
 from cloudlm.state.base import State
@@ -69,6 +70,22 @@ class Releases:
         self._judged = {k: v for k, v in self._judged.items() if k in self._kept}
         self._has_looked = True
         return {one.spec.driver for history in self._history.values() for one in history}
+
+    def sized(self, deployment: Deployment) -> Deployment:
+        """Whose bounds say how many replicas are wanted: the deployment's, or those of its stable
+        revision while that stands whole beside endpoints of others, which are as many as they
+        are."""
+        name = deployment.spec.name
+        if not deployment.spec.endpoints or deployment.deleting:
+            return deployment
+        history = self._history.get(name, ())
+        outcomes = {one.number: one.outcome for one in history}
+        moving = aligned(deployment, self._kept.get(name), outcomes, self._clock.now())
+        stable = self._revision(name, moving.stable)
+        staged = moving.under_way and is_staged(deployment.spec.rollout, moving)
+        if not staged or stable is None or stable.spec.endpoints:
+            return deployment
+        return replace(deployment, spec=stable.spec, revision=stable.number)
 
     async def decide(
         self,
@@ -210,26 +227,35 @@ def _facts(
 ) -> Facts:
     present: dict[int, int] = {}
     ready: dict[int, int] = {}
-    failing = ""
+    failing: list[Replica] = []
+    sick: set[str | None] = set()
     for group in groups:
         if group.spec is None:
             continue
         number = group.spec.revision
         present[number] = len(group.replicas)
         ready[number] = sum(one.id in answering for one in group.replicas)
+        hopeless = [one for one in group.replicas if is_hopeless(one, answering)]
         if number == deployment.revision:
-            failing = _failing(group, answering)
-    outcomes = {one.number: one.outcome for one in history}
-    return Facts(wanted, present, ready, outcomes, failing=failing)
+            failing = hopeless
+        elif group.spec.endpoints:
+            sick |= {one.url for one in hopeless}
+    endpoints = len(deployment.spec.endpoints)
+    # An endpoint that fails in what runs already is not the new revision's fault.
+    blamed = [one for one in failing if not endpoints or one.url not in sick]
+    return Facts(
+        wanted,
+        present,
+        ready,
+        {one.number: one.outcome for one in history},
+        failing=_reason(blamed[0]) if blamed else "",
+        endpoints=endpoints,
+        dead=len(failing),
+    )
 
 
-def _failing(group: GroupObservation, answering: Collection[str]) -> str:
-    """Why replicas of a group do not come up, empty if nothing hinders them."""
-    for one in group.replicas:
-        hopeless = one.restarts >= RESTARTS_TO_FAIL or one.state is ReplicaState.FAILED
-        if hopeless and one.id not in answering:
-            return f"{one.id}: {readable(one.message) or 'it ends again and again'}"
-    return ""
+def _reason(replica: Replica) -> str:
+    return f"{replica.id}: {readable(replica.message) or 'it ends again and again'}"
 
 
 def _versions(stable: Revision, groups: Sequence[GroupObservation]) -> Versions:

@@ -27,6 +27,8 @@ class Facts:
     that does, and ``ready`` those that answer or sleep. ``outcomes`` is the history. ``new`` and
     ``old`` are the signals of the target since its stage began and of the stable revision.
     ``failing`` says why replicas of the target do not come up, empty if nothing hinders them.
+    ``endpoints`` are those of others that the target consists of (0: of replicas of ours): all are
+    there at once, whatever is wanted. ``dead`` of them fail, as they do in the stable revision.
     """
 
     wanted: int
@@ -36,6 +38,12 @@ class Facts:
     new: Signals = NOTHING_KNOWN
     old: Signals = NOTHING_KNOWN
     failing: str = ""
+    endpoints: int = 0
+    dead: int = 0
+
+    def needed(self, size: int) -> int:
+        """How many of the target's replicas must be ready where it is to have ``size``."""
+        return max(self.endpoints - self.dead, 1) if self.endpoints else size
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +120,11 @@ def is_staged(strategy: Strategy, rollout: Rollout) -> bool:
     return not rollout.plain and rollout.stage < len(stages_of(strategy))
 
 
-def size_of(stage: Stage, wanted: int) -> int:
-    """How many replicas of the target a stage has, of ``wanted``: one even of none, for nothing
-    is known of a revision that was never started."""
-    return math.ceil(max(wanted, 1) * stage.size - 1e-9)
+def size_of(stage: Stage, facts: Facts) -> int:
+    """How many replicas of the target a stage has, of those wanted: one even of none, for nothing
+    is known of a revision that was never started. Endpoints of others are all there: they cost
+    nothing until they are asked, and one of them alone may be dead."""
+    return facts.endpoints or math.ceil(max(facts.wanted, 1) * stage.size - 1e-9)
 
 
 # The ways ---------------------------------------------------------------------------------------
@@ -124,9 +133,10 @@ def size_of(stage: Stage, wanted: int) -> int:
 def _rolling(rollout: Rollout, facts: Facts) -> Decision:
     target = rollout.target
     others = [revision for revision in facts.present if revision != target]
-    if others or facts.ready.get(target, 0) < facts.wanted or target not in facts.present:
+    needed = facts.needed(facts.wanted)
+    if others or facts.ready.get(target, 0) < needed or target not in facts.present:
         note = f"revision {target} replaces what runs, replica by replica"
-        waits = f"{facts.ready.get(target, 0)} of {facts.wanted} replicas ready"
+        waits = f"{facts.ready.get(target, 0)} of {needed} replicas ready"
         shares = _without(rollout.rejected, facts)
         return Decision(rollout, shares=shares, note=note, waits=waits)
     whole = Rollout(rollout.name, target, target)
@@ -138,7 +148,7 @@ def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> D
     stage = stages[rollout.stage]
     if rollout.order is Order.PROMOTE_FULLY:
         return _onward(strategy, rollout, len(stages), facts, now)
-    size = size_of(stage, facts.wanted)
+    size = facts.needed(size_of(stage, facts))
     ready = facts.ready.get(rollout.target, 0)
     if not rollout.since:
         if ready < size:
@@ -233,7 +243,7 @@ def _carried(
     note = f"step {rollout.stage + 1} of {len(stages)}: revision {target} gets {gets}"
     return Decision(
         rollout,
-        size_of(stages[rollout.stage], facts.wanted),
+        size_of(stages[rollout.stage], facts),
         shares=shares,
         mirrors={target: stage.mirror} if stage.mirror else {},
         note=f"{note}; {said}" if said else note,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cloudlm.control.plan import revision_of
+from cloudlm.control.plan import is_hopeless, revision_of
 from cloudlm.control.releases import read_signals
 from cloudlm.control.rollout import Facts, aligned, decide, is_staged
 from cloudlm.control.signals import Signals, quantile
@@ -21,7 +21,7 @@ async def view_of(state: State, deployment: Deployment, now: float) -> RolloutVi
     name, strategy = deployment.spec.name, deployment.spec.rollout
     kept, status = await state.get_rollout(name), await state.get_status(name)
     history = await state.list_revisions(name)
-    facts = _told(name, status, {one.number: one.outcome for one in history})
+    facts = _told(deployment, status, {one.number: one.outcome for one in history})
     known = aligned(deployment, kept, facts.outcomes, now)
     if known.under_way and known.since:
         new, old = await read_signals(state, known, history)
@@ -48,8 +48,11 @@ async def view_of(state: State, deployment: Deployment, now: float) -> RolloutVi
     )
 
 
-def _told(name: str, status: DeploymentStatus | None, outcomes: Mapping[int, Outcome]) -> Facts:
+def _told(
+    deployment: Deployment, status: DeploymentStatus | None, outcomes: Mapping[int, Outcome]
+) -> Facts:
     """The facts as the last status tells them."""
+    name, dead = deployment.spec.name, 0
     present: Counter[int] = Counter()
     ready: Counter[int] = Counter()
     for one in status.replicas if status is not None else ():
@@ -57,8 +60,10 @@ def _told(name: str, status: DeploymentStatus | None, outcomes: Mapping[int, Out
         if number is not None:
             present[number] += 1
             ready[number] += one.state in (ReplicaState.READY, ReplicaState.SLEEPING)
+            dead += number == deployment.revision and is_hopeless(one, ())
     wanted = 0 if status is None else status.wanted_replicas
-    return Facts(wanted, present, ready, outcomes)
+    endpoints = len(deployment.spec.endpoints)
+    return Facts(wanted, present, ready, outcomes, endpoints=endpoints, dead=dead)
 
 
 def _side(number: int, known: Signals) -> SideView:

@@ -63,6 +63,11 @@ class Scaler:
         self._resting.pop(name, None)
         self._hurried.discard(name)
 
+    def keep_only(self, existing: Collection[str]) -> None:
+        """Forget replicas that exist no longer."""
+        for replica in [one for one in self._starting if one not in existing]:
+            del self._starting[replica]
+
     def wanted(
         self,
         deployment: Deployment,
@@ -73,10 +78,19 @@ class Scaler:
         aside: Collection[str] = (),
     ) -> int:
         """The replicas wanted now. ``recalled`` is what an earlier control wanted; ``aside`` are
-        replicas that get no requests, beside a revision that gets them all."""
+        replicas that get no requests, beside a revision that gets them all. Endpoints of others are
+        not scaled, and count for nothing where replicas of ours are."""
         name = deployment.spec.name
+        if deployment.spec.endpoints:
+            self._wanted.pop(name, None)
+            self._why.pop(name, None)
+            self._note(deployment, at_rest=False, hurried=False)
+            return len(deployment.spec.endpoints)
+        foreign = [one for one in groups if one.spec is not None and one.spec.endpoints]
+        groups = [one for one in groups if one not in foreign]
         now = self._clock.monotonic()
-        current = self._wanted.get(name, recalled)
+        # Without a replica of ours, what was wanted before were endpoints.
+        current = self._wanted.get(name, recalled if groups or not foreign else 0)
         memory = self._memory.get(name, ScaleMemory())
         memory = replace(memory, pace=self._pace(deployment, groups, seen, memory.pace))
         fleet = _fleet(groups, seen, current, self._clock.now(), aside)
@@ -87,7 +101,8 @@ class Scaler:
             self._why[name] = memory.why
         self._wanted[name], self._memory[name] = wanted, memory
         busy = any(one.ongoing or one.requests_per_s for one in demand)
-        self._note(deployment, at_rest=wanted == 0, hurried=busy and wanted > 0 and not fleet.ready)
+        answering = fleet.ready or _ready(foreign, seen, aside)
+        self._note(deployment, at_rest=wanted == 0, hurried=busy and wanted > 0 and not answering)
         self._mark = max([self._mark, *(one.measured_at for one in demand)])
         return wanted
 
@@ -179,6 +194,12 @@ class Scaler:
             if began and began == replica.started_at and not replica.restarts:
                 pace = pace.started(max(self._clock.now() - began, 0.001))
         return pace
+
+
+def _ready(groups: Sequence[GroupObservation], seen: Seen, aside: Collection[str]) -> int:
+    """How many replicas answer and get requests."""
+    ids = [one.id for group in groups for one in group.replicas]
+    return sum(one in seen.ready and one not in aside for one in ids)
 
 
 def _fleet(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from cloudlm.control.plan import group_name
+from cloudlm.control.plan import RESTARTS_TO_FAIL, group_name
 from cloudlm.core.deployment import (
     Deployment,
     DeploymentPhase,
@@ -18,8 +18,6 @@ from cloudlm.core.deployment import (
 
 _FAILING = (ReplicaState.BACKOFF, ReplicaState.FAILED)
 _MAX_MESSAGE = 500
-# One crash may be bad luck; a replica that crashes again and again will not come up by itself.
-RESTARTS_TO_FAIL = 2
 
 
 def summarise(

@@ -104,7 +104,7 @@ class Deployment:
 
     def returned(self, spec: DeploymentSpec, revision: int, now: float) -> Deployment:
         """This deployment, running again what an earlier ``revision`` with ``spec`` ran. All else
-        (replicas, prices, routing …) stays as it is."""
+        (replicas, prices, routing …) stays as it is, but see ``running`` for endpoints."""
         return replace(
             self,
             spec=running(spec, over=self.spec),
@@ -117,7 +117,15 @@ class Deployment:
 
 def running(spec: DeploymentSpec, *, over: DeploymentSpec) -> DeploymentSpec:
     """``over``, with what a replica runs (a change of which makes a new revision) out of
-    ``spec``."""
+    ``spec``. Endpoints of others are as many as they are, and do not sleep: where either has some,
+    the bounds and the sleep are ``spec``'s too."""
+    if spec.endpoints or over.endpoints:
+        over = replace(
+            over,
+            min_replicas=spec.min_replicas,
+            max_replicas=spec.max_replicas,
+            asleep=spec.asleep,
+        )
     return replace(
         over,
         model=spec.model,
@@ -165,7 +173,8 @@ class GroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One copy as a driver sees it. ``url`` is the base address once known, without a slash."""
+    """One copy as a driver sees it. ``url`` is the base address once known, without a slash;
+    ``misses`` are the last looks in a row that found another's endpoint failing, two at most."""
 
     id: str
     state: ReplicaState
@@ -174,6 +183,7 @@ class Replica:
     restarts: int = 0
     message: str = ""
     started_at: float = 0.0
+    misses: int = 0
 
 
 @dataclass(frozen=True, slots=True)

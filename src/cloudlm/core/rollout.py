@@ -131,9 +131,10 @@ class Order(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One revision in a deployment's history: what it was asked to run, by whom (a principal's
-    name), and what became of it. ``model`` and ``adapters`` are the fixed versions that its
-    addresses meant when it was first run, empty until then. Times are Unix seconds."""
+    """One revision in a deployment's history: the spec as it was asked for last while this revision
+    was, by whom it was made (a principal's name), and what became of it. ``model`` and ``adapters``
+    are the fixed versions that its addresses meant when it was first run, empty until then. Times
+    are Unix seconds."""
 
     number: int
     spec: DeploymentSpec

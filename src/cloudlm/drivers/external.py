@@ -18,7 +18,7 @@ from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, Replic
 from cloudlm.core.errors import InvalidRequest, NotSupported, StorageFailed
 from cloudlm.core.external import EXTERNAL, ExternalEndpoint
 from cloudlm.drivers.base import Ability, DriverContext
-from cloudlm.drivers.external_look import Looker, Looks, Record
+from cloudlm.drivers.external_look import MISSES_TO_FAIL, Looker, Looks, Record
 from cloudlm.drivers.fence import NotedToken
 from cloudlm.drivers.groups import (
     check_group,
@@ -205,4 +205,5 @@ def _replica(replica: str, endpoint: ExternalEndpoint, record: Record) -> Replic
         url=endpoint.url,
         message=record.reason,
         started_at=record.since,
+        misses=min(record.misses, MISSES_TO_FAIL) if record.reason else 0,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from cloudlm.core.deployment import Deployment
 from cloudlm.core.rollout import Outcome, Revision, Rollout
@@ -96,9 +97,11 @@ class MemoryReleases:
         return found[: max(limit, 0)]
 
     def _note_revision(self, deployment: Deployment, by: str) -> None:
-        """Remember a revision that is new."""
+        """Remember a revision that is new, and of one that is not how it is asked for now."""
         known = self._revisions.setdefault(deployment.spec.name, {})
         if deployment.revision in known:
+            noted = known[deployment.revision]
+            known[deployment.revision] = replace(noted, spec=deployment.spec)
             return
         known[deployment.revision] = releases.first_note(deployment, by)
         rollout = self._rollouts.get(deployment.spec.name)

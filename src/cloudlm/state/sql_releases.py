@@ -116,14 +116,17 @@ class SqlReleases(SqlLeases):
     async def _note_revision(
         self, connection: AsyncConnection, deployment: Deployment, by: str
     ) -> None:
-        """Remember a revision that is new."""
+        """Remember a revision that is new, and of one that is not how it is asked for now."""
         name = deployment.spec.name
         revisions = tables.revisions
         mine = sa.select(revisions.c.number).where(revisions.c.name == name)
         known = set((await connection.execute(mine)).scalars())
-        if deployment.revision in known:
-            return
         note = releases.first_note(deployment, by)
+        if deployment.revision in known:
+            mine = sa.and_(revisions.c.name == name, revisions.c.number == deployment.revision)
+            spec = as_rows.revision_values(name, note)["spec"]
+            await connection.execute(sa.update(revisions).where(mine).values(spec=spec))
+            return
         await connection.execute(sa.insert(revisions), [as_rows.revision_values(name, note)])
         row = await one_row(connection, tables.rollouts, name=name)
         needed = {note.number, 0 if row is None else as_rows.rollout_of(row).stable}
