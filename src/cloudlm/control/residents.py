@@ -1,10 +1,10 @@
 """Who is in this machine's memory: gathers the facts for ``residency``, remembers what it must, and
 says what the verdicts mean for a deployment's plan and status.
 
-Unloading stops the processes instead of putting them to sleep: a sleeping worker keeps its own
-libraries' memory, so that fifty of them would take more than the models that shall fit, while
-starting one anew costs little more than waking it (docs/concepts/deployment.md has the figures).
-Must not start or stop anything.
+Unloading stops the processes instead of putting them to sleep. A sleeping worker keeps its own
+libraries' memory (260 MiB as measured), so that fifty of them would take 13 GiB, which no budget
+could give to models; the price is a start instead of a waking (4.8 s instead of 0.1 s for a model
+of a megabyte; docs/concepts/deployment.md). Must not start or stop anything.
 """
 
 from __future__ import annotations

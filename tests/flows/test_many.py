@@ -1,0 +1,116 @@
+"""Four models on a machine with memory for two, with real processes: every request is answered, the
+pinned one never goes, and never are there more workers than the budget holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from installations import MODEL, QUESTION, Installation, processes_of
+
+pytestmark = [pytest.mark.flow, pytest.mark.timeout(300)]
+NAMES = ("one", "two", "three")
+ROUNDS = 2
+MEMORY_MB = 900
+SPEC = f"""
+name: {{name}}
+model: models:/bank-helper@champion
+memory_mb: {MEMORY_MB}
+"""
+
+
+class Watch:
+    """The most workers that lived at one moment."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._ended = threading.Event()
+        self.most = 0
+        self.named: set[str] = set()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.1):
+            commands = processes_of(self._home).values()
+            workers = [one for one in commands if "-m cloudlm.worker --model" in one]
+            workers = [one for one in workers if "cloudlm.drivers.guard" not in one]
+            self.most = max(self.most, len(workers))
+            for name in (MODEL, *NAMES):
+                if any(f"--served-model-name {name} " in one for one in workers):
+                    self.named.add(name)
+
+
+async def ask_all(running: Installation, rounds: int) -> list[tuple[str, int, str]]:
+    """Rounds of requests for all models at once: name, status and body of each."""
+    headers = {"authorization": f"Bearer {running.key}"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+
+        async def ask(name: str) -> tuple[str, int, str]:
+            body = {
+                "model": name,
+                "messages": [{"role": "user", "content": QUESTION}],
+                "max_tokens": 4,
+                "temperature": 0,
+            }
+            url = f"{running.gateway}/v1/chat/completions"
+            async with session.post(url, json=body) as answer:
+                return name, answer.status, await answer.text()
+
+        found = []
+        for _ in range(rounds):
+            found += await asyncio.gather(*(ask(name) for name in (MODEL, *NAMES) * 4))
+        return found
+
+
+def test_four_models_are_served_from_memory_for_two(
+    own_installation: Callable[..., Installation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CLOUDLM_CONTROL_MEMORY_BUDGET", f"{2 * MEMORY_MB + 300}MiB")
+    monkeypatch.setenv("CLOUDLM_CONTROL_MIN_RESIDENCY_S", "1")
+    running = own_installation()
+    file = tmp_path / "many.yaml"
+    file.write_text("---".join(SPEC.format(name=name) for name in NAMES))
+    with Watch(running.home) as watch:
+        running.cli("apply", "-f", str(file))
+        answers = asyncio.run(ask_all(running, ROUNDS))
+    wrong = [one for one in answers if one[1] != 200]
+    assert not wrong, wrong[:1]
+    assert Counter(name for name, *_ in answers) == dict.fromkeys((MODEL, *NAMES), 4 * ROUNDS)
+    assert watch.most <= 2
+    assert watch.named == {MODEL, *NAMES}
+    shown = running.cli("status").stdout
+    assert "GiB held; " in shown
+    assert "unloaded" in shown
+
+    refused = running.cli(
+        *("deploy", "models:/bank-helper@champion", "--name", "huge", "--memory-mb", "99999"),
+        check=False,
+    )
+    assert refused.returncode != 0
+    assert "memory budget" in refused.stderr
+
+    running.cli("deploy", "models:/bank-helper@champion", "--name", "kept", "--pinned")
+    first = running.replicas("kept")[0]
+    again = asyncio.run(ask_all(running, 1))
+    assert Counter(status for _, status, _ in again) == {200: 4 * 4}
+    (after,) = running.replicas("kept")
+    assert (after["pid"], after["restarts"]) == (first["pid"], 0)
+    rows = json.loads(running.cli("status", "--json").stdout)
+    pinned = {row["spec"]["name"]: row["status"]["residence"] for row in rows}
+    assert pinned["kept"] == "resident"
