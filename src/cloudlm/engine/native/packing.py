@@ -57,7 +57,8 @@ def quantize_int4(weight: Tensor, group: int = 128, *, symmetric: bool = True) -
     groups = -(-k // group)
     rows = max(1, _AT_ONCE // k)
     parts = []
-    for part in weight.split(rows):
+    for first in range(0, len(weight), rows):
+        part = weight[first : first + rows]
         wide = torch.zeros(len(part), groups * group, device=weight.device)
         wide[:, :k] = part
         wide = wide.view(-1, groups, group)
