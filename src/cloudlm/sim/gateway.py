@@ -65,7 +65,7 @@ class SimGateway:
         self._chance = chance
         self._admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self._waiting: dict[Ticket, Request] = {}
-        self._picture = Picture(spec)
+        self.picture = Picture(spec)
         self._capacities = Capacities(settings.replica_capacity)
         self._holding = Holding(timeline, self._look_out, self._herd_is_over)
         self._coming: deque[Ticket] = deque()
@@ -74,7 +74,7 @@ class SimGateway:
         self._demand = DemandReporter(
             name,
             cast("State", None),  # its rows are written here
-            cast("View", self._picture),
+            cast("View", self.picture),
             self._admission,
             self.loads,
             self.clock,
@@ -85,20 +85,20 @@ class SimGateway:
             timeline,
             self.clock,
             self.loads,
-            self._picture,
+            self.picture,
             fleet,
             books,
             chance,
             self._end,
             self._account,
         )
-        self._copies = Copies(self._picture, self._sending.copy)
+        self._copies = Copies(self.picture, self._sending.copy)
 
     # What it is told -----------------------------------------------------------------------------
 
     def follow(self, endpoints: tuple[Endpoint, ...]) -> None:
         """Other replicas serve from now on."""
-        picture = self._picture
+        picture = self.picture
         if endpoints == picture.written:
             return
         picture.follow(endpoints)
@@ -117,12 +117,12 @@ class SimGateway:
         name, now = self._spec.name, self.timeline.now
         self._demand.count(name, arrival.prompt_tokens * BYTES_PER_TOKEN)
         self._books.arrived(arrival)
-        held = not self._picture.endpoints
-        if held and not self._picture.model.holds:
+        held = not self.picture.endpoints
+        if held and not self.picture.model.holds:
             self._end(request, Outcome.REFUSED)
             return
         if held and self._holding.begin():
-            at_once = math.ceil(self._picture.model.target_ongoing_requests)
+            at_once = math.ceil(self.picture.model.target_ongoing_requests)
             self._capacities.narrow(name, at_once)
         limits = self._settings
         ticket = request.ticket = Ticket(
@@ -166,7 +166,7 @@ class SimGateway:
 
     def _herd_is_over(self) -> bool:
         """Whether nobody is held any more; its replicas are then sent as many as others."""
-        name, answers = self._spec.name, bool(self._picture.endpoints)
+        name, answers = self._spec.name, bool(self.picture.endpoints)
         admission = self._admission
         if not herd_is_over(admission.queued(name), admission.ongoing(name), answers=answers):
             return False

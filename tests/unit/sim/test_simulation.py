@@ -17,6 +17,7 @@ from cloudlm.core.routing import Policy as Route
 from cloudlm.core.routing import Routing
 from cloudlm.core.settings import ControlSettings, GatewaySettings
 from cloudlm.core.tenant import Outcome
+from cloudlm.gateway.view import READ_TIMEOUT_S
 from cloudlm.sim.faults import Fault, FaultKind, drawn_faults
 from cloudlm.sim.figures import Figures
 from cloudlm.sim.fit import StepTime
@@ -263,6 +264,17 @@ def test_late_and_doubled_reports_come_again_later() -> None:
     run_until(doubled, 30.75)
     (report,) = reports(doubled)
     assert doubled.gateways[0].clock.now() - report.measured_at > 4.0  # an old one stands there
+
+
+def test_a_gateway_whose_looks_are_lost_goes_by_what_it_saw() -> None:
+    lost = Fault(FaultKind.REPORTS, 10.0, lost=1.0, duration_s=20.0)
+    world = begun(lost, Fault(FaultKind.CRASH, 20.0))
+    (gateway,) = world.gateways
+    run_until(world, 29.0)
+    assert len(world.state.endpoints) == 2
+    assert len(gateway.picture.endpoints) == 3  # it was not told of the crash
+    run_until(world, 30.0 + 2 * READ_TIMEOUT_S)
+    assert gateway.picture.written == world.state.endpoints
 
 
 def test_without_control_answers_go_on_and_nothing_changes() -> None:
