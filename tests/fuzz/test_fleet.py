@@ -87,7 +87,8 @@ def test_a_planted_bug_is_caught(name: str) -> None:
 
 def test_a_failing_schedule_is_shrunk() -> None:
     with bugs.BUGS["a client that left is not noticed"]():
-        whole = next(one for one in map(draw, range(20)) if judge(one).broken)
+        drawn = (draw(seed, requests=40) for seed in range(20))
+        whole = next(one for one in drawn if judge(one).broken)
         small = shrunk(whole)
         assert judge(small).broken
     assert len(small.asks) == 1
@@ -96,9 +97,9 @@ def test_a_failing_schedule_is_shrunk() -> None:
 
 def test_what_is_printed_of_a_failing_schedule_runs_again() -> None:
     with bugs.BUGS["old replicas go before new ones come"]():
-        small = shrunk(draw(WITH_CONTROL[0], requests=8))
-        assert [order.kind for order in small.orders] == ["update"]
-        assert not (small.asks or small.faults)
+        drawn = (draw(seed, requests=8) for seed in WITH_CONTROL)
+        small = shrunk(next(one for one in drawn if judge(one).broken))
+        assert len(small.orders) + len(small.faults) + len(small.asks) <= 3
         script = again(tried(small).splitlines()[-1])
         assert script == small
         assert judge(script) == judge(small)
