@@ -15,6 +15,10 @@ from tests.fuzz.schedule import draw
 SEEDS = 12
 WITH_CONTROL = [seed for seed in range(100) if draw(seed).plane is not None][:8]
 
+ONCE_BROKEN = (1518, 2316, 3907)
+"""Control: a given-up revision's replicas stood in for those that served; a write whose answer was
+lost was taken for undone, so that an endpoint was missing, and one stayed."""
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
@@ -55,7 +59,7 @@ def test_a_wall_clock_that_jumps_moves_no_timer(loop: VirtualLoop) -> None:
     assert clock.monotonic() == 0.0
 
 
-@pytest.mark.parametrize("seed", sorted({*range(SEEDS), *WITH_CONTROL}))
+@pytest.mark.parametrize("seed", sorted({*range(SEEDS), *WITH_CONTROL, *ONCE_BROKEN}))
 def test_no_invariant_is_broken(seed: int) -> None:
     verdict = judge(draw(seed))
     assert not verdict.broken, verdict.told()
