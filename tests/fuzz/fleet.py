@@ -29,7 +29,7 @@ BROKEN_FROM = 100
 PROBE_TIMEOUT_S = 0.5
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 8.0
-_LOST_PROBE = 3  # each third one, so that never two in a row are lost
+_LOST_PROBE = 2  # each other one, so that never two in a row are lost
 
 
 @dataclass(slots=True)
