@@ -21,6 +21,7 @@ from cloudlm.core.errors import CloudlmError
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway import hedge, limiter, recall
 from cloudlm.gateway.account import Attempt
+from cloudlm.gateway.capacity import Capacities
 from cloudlm.gateway.chat import Handler
 from cloudlm.gateway.exchange import unique
 from cloudlm.gateway.flight import Recorded
@@ -197,7 +198,7 @@ def _kept_when_broken(_: Any) -> Any:
 GATEWAY_BUGS: Mapping[str, Bug] = {
     "place never given back": nothing(Gate, "_leave"),
     "waiting ones are not told": nothing(Gate, "_let_in"),
-    "capacity is not looked at": nothing(Gate, "_capacity", 10**9),
+    "capacity is not looked at": nothing(Capacities, "of", 10**9),
     "load never given back": nothing(Loads, "end"),
     "lease never settled": nothing(Limiter, "_settle"),
     "money is not reserved": instead(limiter, "estimate", _no_money_reserved),

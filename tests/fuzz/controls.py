@@ -66,8 +66,8 @@ class NoTurner:
 
 class ControlState:
     """A control process's connection to the state, or that of one of its terms. Notes a write of
-    whoever does not lead any more. ``wrote`` is told of each write that was done, ``gone`` of a
-    deployment that is forgotten next."""
+    whoever does not lead any more. ``wrote`` is told of each write that was done, ``comes`` of
+    each that is done next: it may hinder it."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class ControlState:
         life: Life,
         note: Callable[[str, str], None],
         wrote: Callable[..., None],
-        gone: Callable[[str], Awaitable[None]],
+        comes: Callable[[str, Any], Awaitable[None]],
         term: Lease | None = None,
     ) -> None:
         self._asked, self._state, self._weather, self._life = asked, state, weather, life
-        self._note, self._wrote, self._gone, self._term = note, wrote, gone, term
+        self._note, self._wrote, self._comes, self._term = note, wrote, comes, term
 
     def fenced(self, lease: Lease) -> ControlState:
         held = self._state.fenced(lease)
@@ -92,7 +92,7 @@ class ControlState:
             self._life,
             self._note,
             self._wrote,
-            self._gone,
+            self._comes,
             lease,
         )
 
@@ -104,8 +104,8 @@ class ControlState:
             await self._weather.before()
             if self._life.dead:
                 raise Unavailable("this process is dead")
-            if name == "remove_deployment":
-                await self._gone(arguments[0])
+            if not reads:
+                await self._comes(name, arguments[0] if arguments else None)
             result = await found(*arguments, **named)
             if not reads:
                 self._check(name)
@@ -141,14 +141,14 @@ class ControlProcess:
         latency_s: float,
         note: Callable[[str, str], None],
         wrote: Callable[..., None],
-        gone: Callable[[str], Awaitable[None]],
+        comes: Callable[[str, Any], Awaitable[None]],
         seed: int,
     ) -> None:
         self.holder = holder
         self._loop, self._clock, self._state, self._weather = loop, clock, state, weather
         self._fleet, self._upstream, self._registry = fleet, upstream, registry
         self._latency_s, self._note, self._wrote = latency_s, note, wrote
-        self._gone = gone
+        self._comes = comes
         self._chance = random.Random(f"{seed}/{holder}")
         self._tasks: list[asyncio.Task[None]] = []
         self._comes_back_s = 0.5
@@ -158,7 +158,7 @@ class ControlProcess:
         """A process that has just been started, and knows nothing."""
         life = self.life = Life(self._loop, self._chance, self._latency_s, self._died)
         state: Any = ControlState(
-            self._state, self._state, self._weather, life, self._note, self._wrote, self._gone
+            self._state, self._state, self._weather, life, self._note, self._wrote, self._comes
         )
         clock, metrics = self._clock, ControlMetrics()
         build = {"process": lambda _: FleetDriver(self._fleet, life, self._loop, self._note)}

@@ -29,7 +29,7 @@ BROKEN_FROM = 100
 PROBE_TIMEOUT_S = 0.5
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 8.0
-_LOST_PROBE = 3  # each third one, so that never two in a row are lost
+_LOST_PROBE = 2  # each other one, so that never two in a row are lost
 
 
 @dataclass(slots=True)
@@ -80,6 +80,7 @@ class Fleet:
         """The greatest token that was ever seen here, whatever the fence made of it."""
         self.ordered_at = 0.0
         self.leads: Callable[[], int] = lambda: 0
+        self.has_endpoint: Callable[[str], bool] = lambda _: False
         self.down_until = self.forgets_until = self.late_until = 0.0
         self.stale_until = self.loses_until = 0.0
         self._pictures: dict[str, GroupObservation] = {}
@@ -193,7 +194,9 @@ class Fleet:
             one.there.alive = True
 
     def _stop(self, name: str, one: Running) -> None:
-        """For ever. Nobody may still be served by it, unless it had its time."""
+        """For ever. Nobody is sent there any more, and who is still served had his time."""
+        if self.has_endpoint(name):
+            self._note("drain", f"{name} was stopped while it had an endpoint")
         working = [send for send in self._upstream.under_way if send.replica == name]
         away_s = 0.0 if one.withdrawn_at is None else self._loop.time() - one.withdrawn_at
         if working and self.calm and not one.was_ill and away_s < self._drain_s:

@@ -176,6 +176,7 @@ def _all_served(story: Story, told: list[_Told]) -> None:
     ill = {fault.who for fault in schedule.faults}
     goes_on = schedule.max_resumes > 0 and len(ill) < schedule.replicas and len(ill) == 1
     goes_on = goes_on and EVERYBODY not in ill and kinds <= _ONE_REPLICAS
+    goes_on = goes_on and schedule.plane is None  # else a replica may be alone
     calm = schedule.queued > 100 and not kinds - _CONTROL_S_OWN
     calm = calm and not {order.kind for order in schedule.orders} & _TAKES_AWAY
     for one in told:

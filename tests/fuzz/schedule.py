@@ -39,6 +39,8 @@ CONTROL_FAULTS = (
     "driver_down",
     "driver_forgets",
     "driver_late",
+    "write_lost",
+    "write_lost",
     "looks_late",
     "looks_lost",
     "wedge",
@@ -63,7 +65,7 @@ ORDERS = (
     "spare",
     "alias",
 )
-CONTROL_SHARE = 0.2
+CONTROL_SHARE = 0.125
 """The part of all seeds in which production's control runs the fleet."""
 
 
@@ -169,7 +171,7 @@ def _controlled(plain: Schedule, chance: random.Random) -> Schedule:
             controls=chance.choice((1, 2, 2)),
             start_s=chance.choice((0.1, 0.5, 2.0)),
             latency_s=chance.choice((0.0, 0.02, 0.1)),
-            alias=chance.random() < 0.3,
+            alias=chance.random() < 0.5,
             leftovers=chance.random() < 0.2,
         ),
     )

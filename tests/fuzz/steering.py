@@ -24,7 +24,7 @@ from cloudlm.core.deployment import (
     Endpoint,
     GroupSpec,
 )
-from cloudlm.core.errors import CloudlmError
+from cloudlm.core.errors import CloudlmError, Unavailable
 from cloudlm.core.rollout import Kind, Step, Strategy
 from cloudlm.core.scaling import Scaling
 from cloudlm.drivers.groups import replica_ids
@@ -37,6 +37,8 @@ SETTLED_WITHIN_S = 150.0
 QUIET_S = 2.0
 BEGUN_WITHIN_S = 30.0
 _LOOK_S = 0.5
+_ASKED_AGAIN_S = 12.0
+"""Who wants to ask again when control forgets waits no longer than this for it."""
 _PASS_S = 5.0
 """So long a pass of control may go by what it read at its beginning."""
 _MOST_RESTARTS_S = 60.0
@@ -61,6 +63,7 @@ class Steering:
             self._note,
             world.tell,
         )
+        self.fleet.has_endpoint = self._has_endpoint
         self.fleet.leads = lambda: self._state._lease(LEASE).token
         kinds = {fault.kind for fault in world.schedule.faults}
         self._unseen = any(kind.startswith(("state", "lost")) for kind in kinds)
@@ -71,6 +74,7 @@ class Steering:
         self._led: Life | None = None
         self._deleted_at = -_PASS_S
         self._at_once = False
+        self._lost_writes = 0
         self._spec = DeploymentSpec(MODEL, "models:/bank/1")
         self._endpoints: dict[str, list[Endpoint]] = {}
         self._processes = [
@@ -86,7 +90,7 @@ class Steering:
                 plane.latency_s,
                 self._note,
                 self._wrote,
-                self._gone,
+                self._comes,
                 world.schedule.seed,
             )
             for number in range(plane.controls)
@@ -150,23 +154,34 @@ class Steering:
                 await self._undo(current)
             case "delete" | "recreate":
                 await state.mark_deleting(self._model, now=now)
-                self._at_once = order.kind == "recreate"
-                await asyncio.sleep(order.how * 4.0)
-                self._deleted_at = self.loop.time()
-                await self._put(spec)
+                at_once = self._at_once = order.kind == "recreate"
+                await asyncio.sleep(_ASKED_AGAIN_S if at_once else order.how * 4.0)
+                if self._at_once or not at_once:
+                    self._at_once, self._deleted_at = False, self.loop.time()
+                    await self._put(spec)
             case "alias":
-                self._registry.champion = 1 + int(order.how * 8)
+                self._registry.champion = 2 + int(order.how * 7)
+                await asyncio.sleep(1.0)
+                count = 1 + spec.max_replicas % 4
+                await self._put(replace(spec, min_replicas=count, max_replicas=count))
             case _:
                 await self._spare(order.how)
 
-    async def _gone(self, name: str) -> None:
-        """Control forgets the deployment next: the worst moment to ask for it again."""
-        if name == self._model and self._at_once:
+    async def _comes(self, write: str, name: Any) -> None:
+        """Control writes next. What is forgotten is asked for again at the worst moment, and
+        endpoints may be lost on the way."""
+        if write == "put_endpoints" and self._lost_writes:
+            self._lost_writes -= 1
+            raise Unavailable("the state broke off", retry_after_s=1.0)
+        if write == "remove_deployment" and name == self._model and self._at_once:
             self._at_once, self._deleted_at = False, self.loop.time()
             await self._put(self._spec)
 
     async def _put(self, spec: DeploymentSpec) -> None:
         self._spec = spec if spec.name == self._model else self._spec
+        before = self._state._deployments.get(spec.name)
+        if before is not None and before.deleting:
+            self._deleted_at = self.loop.time()
         await self._state.put_deployment(spec, now=self._world.clock.now())
 
     def _next(self) -> str:
@@ -221,6 +236,8 @@ class Steering:
                 fleet.forgets_until = max(fleet.forgets_until, until)
             case "driver_late":
                 fleet.late_until = max(fleet.late_until, until)
+            case "write_lost":
+                self._lost_writes = 1
             case "looks_late":
                 fleet.stale_until = max(fleet.stale_until, self.loop.time() + fault.for_s / 4)
             case "looks_lost":
@@ -355,6 +372,10 @@ class Steering:
         if len(groups[0].running) != wanted or answering != self._serving(name):
             return f"{name}: {sorted(answering)} answer, {sorted(self._serving(name))} are asked"
         return ""
+
+    def _has_endpoint(self, replica: str) -> bool:
+        every = self._state._endpoints.values()
+        return any(one.replica == replica for endpoints in every for one in endpoints)
 
     def _serving(self, model: str) -> set[str]:
         return _taking(self._state._endpoints.get(model, []))

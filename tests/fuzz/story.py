@@ -14,6 +14,7 @@ PEPPER = b"p" * 32
 LONGEST_S = 120.0
 """No request may take longer, whatever happens."""
 CANCEL_WITHIN_S = 0.25
+A_MOMENT_S = 0.0005
 SETTLE_S = 3.0
 PROBES = 3
 IDLE_TIMEOUT_S = 1.5

@@ -15,6 +15,10 @@ from tests.fuzz.schedule import draw
 SEEDS = 12
 WITH_CONTROL = [seed for seed in range(100) if draw(seed).plane is not None][:8]
 
+ONCE_BROKEN = (1518, 2316, 3907)
+"""Control: a given-up revision's replicas stood in for those that served; a write whose answer was
+lost was taken for undone, so that an endpoint was missing, and one stayed."""
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
@@ -55,7 +59,7 @@ def test_a_wall_clock_that_jumps_moves_no_timer(loop: VirtualLoop) -> None:
     assert clock.monotonic() == 0.0
 
 
-@pytest.mark.parametrize("seed", sorted({*range(SEEDS), *WITH_CONTROL}))
+@pytest.mark.parametrize("seed", sorted({*range(SEEDS), *WITH_CONTROL, *ONCE_BROKEN}))
 def test_no_invariant_is_broken(seed: int) -> None:
     verdict = judge(draw(seed))
     assert not verdict.broken, verdict.told()
@@ -87,7 +91,8 @@ def test_a_planted_bug_is_caught(name: str) -> None:
 
 def test_a_failing_schedule_is_shrunk() -> None:
     with bugs.BUGS["a client that left is not noticed"]():
-        whole = next(one for one in map(draw, range(20)) if judge(one).broken)
+        drawn = (draw(seed, requests=40) for seed in range(20))
+        whole = next(one for one in drawn if judge(one).broken)
         small = shrunk(whole)
         assert judge(small).broken
     assert len(small.asks) == 1
@@ -96,9 +101,9 @@ def test_a_failing_schedule_is_shrunk() -> None:
 
 def test_what_is_printed_of_a_failing_schedule_runs_again() -> None:
     with bugs.BUGS["old replicas go before new ones come"]():
-        small = shrunk(draw(WITH_CONTROL[0], requests=8))
-        assert [order.kind for order in small.orders] == ["update"]
-        assert not (small.asks or small.faults)
+        drawn = (draw(seed, requests=8) for seed in WITH_CONTROL)
+        small = shrunk(next(one for one in drawn if judge(one).broken))
+        assert len(small.orders) + len(small.faults) + len(small.asks) <= 3
         script = again(tried(small).splitlines()[-1])
         assert script == small
         assert judge(script) == judge(small)

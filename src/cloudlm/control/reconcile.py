@@ -77,6 +77,7 @@ class Reconciler:
         self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
         self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
+        self._unsure: set[str] = set()
         self._statuses: dict[str, DeploymentStatus] | None = None
         self._stopped_stalled: dict[str, object] = {}
         self._seen = Seen()
@@ -380,8 +381,10 @@ class Reconciler:
 
     async def _put_endpoints(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
         assert self._endpoints is not None
-        if self._endpoints.get(model, ()) != endpoints:
+        if model in self._unsure or self._endpoints.get(model, ()) != endpoints:
+            self._unsure.add(model)  # a write may be done though its answer was lost
             await self._state.put_endpoints(model, endpoints)
+            self._unsure.discard(model)
             self._endpoints[model] = endpoints
 
     async def _act(
@@ -427,6 +430,7 @@ class Reconciler:
         before = self._statuses.get(status.name)
         if before is not None and replace(before, updated_at=status.updated_at) == status:
             return
+        self._statuses.pop(status.name, None)  # nobody knows, if its answer is lost
         await self._state.put_status(status)
         self._statuses[status.name] = status
         if before is None or before.phase is not status.phase:

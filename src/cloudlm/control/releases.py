@@ -128,7 +128,8 @@ class Releases:
             return plan_hold(groups)
         stable = self._revision(deployment.spec.name, decision.rollout.stable)
         if decision.size is None or stable is None:
-            return plan(deployment, wanted, groups, answering, *versions)
+            serving = _not_given_up(decision, groups, answering)
+            return plan(deployment, wanted, groups, serving, *versions)
         target = desired_group(deployment, versions[0], decision.size, versions[1])
         spec = replace(stable.spec, max_surge=deployment.spec.max_surge)
         beside = [group for group in groups if group.name != target.name]
@@ -216,6 +217,20 @@ def split_of(
     rest = 0.0 if any(share is not None for share in shares.values()) else None
     mirrors = {one.revision: one.mirror for one in endpoints}
     return {revision: shares.get(revision, rest) for revision in revisions}, mirrors
+
+
+def _not_given_up(
+    decision: Decision, groups: Sequence[GroupObservation], answering: Collection[str]
+) -> Collection[str]:
+    """Of the replicas that answer, those that may get requests: what was given up takes the place
+    of nobody who serves, and goes first."""
+    given_up = {
+        replica.id
+        for group in groups
+        if group.spec is not None and decision.shares.get(group.spec.revision) == 0.0
+        for replica in group.replicas
+    }
+    return [one for one in answering if one not in given_up] if given_up else answering
 
 
 def _facts(

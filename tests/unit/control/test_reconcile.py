@@ -353,3 +353,26 @@ async def test_the_loop_survives_a_store_that_is_away(plane, monkeypatch):
     assert "new-r1-0" in plane.running()
     loop.cancel()
     await asyncio.gather(loop, return_exceptions=True)
+
+
+@pytest.mark.parametrize("write", ["put_endpoints", "put_status"])
+async def test_a_write_whose_answer_was_lost_is_not_taken_for_undone(plane, monkeypatch, write):
+    """What is wanted next may be what was there before."""
+    await plane.ask()
+    await plane.steps(3)
+    before = await plane.serving(), await plane.state.get_status("bank")
+    done = getattr(plane.state, write)
+
+    async def lost(*arguments):
+        await done(*arguments)
+        raise Unavailable("the state broke off")
+
+    monkeypatch.setattr(plane.state, write, lost)
+    plane.prober.silence("bank-r1-0")
+    await plane.steps(2)
+    assert (await plane.serving(), await plane.state.get_status("bank")) != before
+    monkeypatch.setattr(plane.state, write, done)
+    del plane.prober.samples["bank-r1-0"]
+    await plane.steps(3)
+    assert await plane.serving() == ["bank-r1-0"]
+    assert (await plane.state.get_status("bank")).phase is before[1].phase

@@ -239,3 +239,29 @@ async def test_scores_decide_where_they_are_asked_for(plane):
 
 def test_the_default_is_a_rolling_update():
     assert Strategy().kind is Kind.ROLLING
+
+
+async def test_what_was_given_up_takes_nobody_s_place_when_the_next_one_rolls(plane):
+    """Blue-green, superseded while it bakes by a revision that rolls: the old replicas serve until
+    the newest do, those that were given up go at once."""
+    answers = Answers(plane)
+    await ask(plane, 1)
+    await run(plane, answers, 4)
+    bakes = Strategy(Kind.BLUE_GREEN, bake_s=300.0)
+    await ask(plane, 2, rollout=bakes)
+    await run(plane, answers, 4)
+    assert {one for one, share in (await shares(plane)).items() if share} == {
+        "bank-r2-0",
+        "bank-r2-1",
+    }
+    for number in range(2):
+        plane.prober.samples[f"bank-r3-{number}"] = Sample(True, ready=False)
+    await ask(plane, 1, rollout=bakes, options={"seed": 1})
+    await run(plane, answers, 1)
+    await ask(plane, 1, Kind.ROLLING, options={"seed": 1})
+    for turn in range(40):
+        await run(plane, answers, 1)
+        assert any(share != 0.0 for share in (await shares(plane)).values())
+        if turn == 20:
+            plane.prober.samples.clear()
+    assert plane.running() == ["bank-r3-0", "bank-r3-1"]
