@@ -1,7 +1,6 @@
 """The traffic and the policies that the autoscaling benchmark compares.
 
-Names say what each trace is for: those of ``HELD_OUT`` were drawn after the algorithms were
-finished, and nothing was set by looking at them.
+Nothing was set by looking at the traces of ``held_out``.
 """
 
 from __future__ import annotations
@@ -53,6 +52,11 @@ def azure(folder: Path, *, begin_s: float = 0.0, end_s: float = math.inf) -> Tra
     return arrivals
 
 
+def mooncake(folder: Path) -> Trace:
+    """The recorded conversations with prompts of 12,000 tokens in the mean; no cache helps."""
+    return lambda: iter(READERS["mooncake"](folder / "mooncake_conversation_trace.jsonl.gz"))
+
+
 def drawn(rate: Callable[[float], float], length_s: float, seed: int, spread: float = 1.0) -> Trace:
     """Requests at ``rate`` a second, with gamma-distributed gaps of that coefficient of variation
     (1: Poisson), and log-normal prompts and answers."""
@@ -95,9 +99,10 @@ def known(folder: Path) -> Mapping[str, Trace]:
     }
 
 
-def held_out() -> Mapping[str, Trace]:
+def held_out(folder: Path) -> Mapping[str, Trace]:
     """Traces that nothing was set by."""
     return {
+        "Mooncake conversation": mooncake(folder),
         "slow wave, cv 2": drawn(wave(7.0, 0.6, 5400.0), 5400.0, 101, spread=2.0),
         "fast waves (10 min)": drawn(wave(5.0, 0.5, 600.0), 3600.0, 102),
         "bursts (cv 2.5)": drawn(lambda _: 8.0, 3600.0, 103, spread=2.5),
@@ -120,11 +125,14 @@ def _spike(at: float) -> float:
 
 
 def policies() -> tuple[Policy, ...]:
-    """Ours as it is, the others at several targets, their usual ones among them."""
+    """Each family at several targets, their usual ones among them; ``tokens`` is ours as it is."""
     found = [Policy("tokens", SPEC, "tokens")]
+    for share in (0.005, 0.04, 0.35):
+        spec = replace(SPEC, scaling=Scaling(late_share=share))
+        found.append(Policy(f"tokens {100 * share:g} %", spec, "tokens"))
     for algorithm, shares in (
-        (Algorithm.HPA, (0.7, 0.8, 0.9)),
-        (Algorithm.KPA, (0.5, 0.6, 0.7)),
+        (Algorithm.HPA, (0.6, 0.7, 0.8, 0.9, 1.0)),
+        (Algorithm.KPA, (0.5, 0.6, 0.7, 0.8)),
     ):
         for share in shares:
             spec = replace(SPEC, scaling=Scaling(algorithm, utilization=share))

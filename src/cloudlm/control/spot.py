@@ -5,13 +5,17 @@ out. The idea is SkyServe's SpotHedge (Mao et al., "SkyServe: Serving AI Models 
 Clouds with Spot Instances", arXiv 2411.01438): spread over zones that fail apart from each other,
 keep some to spare, fall back to machines on demand while spot is missing. Ours besides:
 
-- a zone's record counts less as it ages (half after ``half_life_s``), and raises the price that
-  it is compared by; after a loss or a refused launch it is left alone for a while, twice as long
-  each time, unless too few other zones are open;
+- a zone's record counts less as it ages (half after ``half_life_s``), and adds to the price that
+  it is compared by what its losses cost: their rate times ``lost_s`` of a machine; after a loss or
+  a refused launch it is left alone for a while, twice as long each time, unless too few other
+  zones are open;
 - no zone gets more than its share of an even spread, nor more than stand by to spare: losing any
   one zone then costs no capacity where there are enough zones;
-- what runs stays where it is, and moves only to a zone that costs a fifth less, one machine at a
-  time: the new one is ready before the old one goes.
+- what runs stays where it is, and moves only to a zone that costs a twentieth less, one machine at
+  a time: the new one is ready before the old one goes. Two machines for one start are paid back
+  within twenty;
+- on demand stands in at once for what is missing of those needed; for a spare one only while no
+  zone is open that may be expected to take it, for both would be ready at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-WORTH_MOVING = 0.8
+WORTH_MOVING = 0.95
 _MOST_DOUBLINGS = 4
 
 
@@ -55,13 +59,15 @@ class SpotFacts:
 @dataclass(frozen=True, slots=True)
 class SpotRules:
     """``share`` of what is needed may be on spot, with ``spare`` machines more; spread over
-    ``min_zones`` at least where there are as many. A zone rests ``rest_s`` after it failed."""
+    ``min_zones`` at least where there are as many. A zone rests ``rest_s`` after it failed; a
+    machine lost costs the price of ``lost_s``: the start of another, and moves there and back."""
 
     share: float = 1.0
     spare: int = 1
     min_zones: int = 1
     half_life_s: float = 7200.0
     rest_s: float = 600.0
+    lost_s: float = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +81,9 @@ class SpotTarget:
 def decide(facts: SpotFacts, now: float, rules: SpotRules = SpotRules()) -> SpotTarget:
     """What should stand where, from ``now`` until asked again.
 
-    What stays on spot and what is on demand together are never below ``needed``, and with the
-    spare ones as long as these are missing too: a machine that is starting, was given notice, or
-    will be stopped by this very target is not counted.
+    What stays on spot and what is on demand together are never below ``needed``: a machine that is
+    starting, was given notice, or will be stopped by this very target is not counted. The spare
+    ones are replaced on demand only where no open zone takes them.
     """
     on_spot = math.floor(rules.share * facts.needed + 1e-9)
     worth = [zone for zone in facts.zones if zone.price < facts.on_demand_price]
@@ -94,8 +100,20 @@ def decide(facts: SpotFacts, now: float, rules: SpotRules = SpotRules()) -> Spot
     if sum(running.values()) == total:
         _move(target, [zone.name for zone in opened], cost, _cap(total, len(launches), rules))
     stays = sum(min(zone.staying, target.get(zone.name, 0)) for zone in worth)
-    missing = min(on_spot, max(0, total - stays))
-    return SpotTarget(target, facts.needed - on_spot + missing)
+    coming = _coming(worth, target, now, rules)
+    missing = max(on_spot - stays, total - stays - coming, 0)
+    return SpotTarget(target, facts.needed - on_spot + min(on_spot, missing))
+
+
+def _coming(
+    zones: Sequence[ZoneRecord], target: Mapping[str, int], now: float, rules: SpotRules
+) -> int:
+    """Machines that start or are launched by this target where launches may be expected to work."""
+    return sum(
+        max(0, target.get(zone.name, 0) - zone.staying)
+        for zone in zones
+        if _rests_until(zone, now, rules) <= now
+    )
 
 
 def _move(target: dict[str, int], opened: list[str], cost: Mapping[str, float], cap: int) -> None:
@@ -168,6 +186,8 @@ def _rests_until(zone: ZoneRecord, now: float, rules: SpotRules) -> float:
 
 
 def _risk(zone: ZoneRecord, now: float, rules: SpotRules) -> float:
-    """Losses, each half as heavy after every half-life; a refusal costs a wait and no machine."""
+    """What losses add to the price, as a share of it: losses a second, each half as heavy after
+    every half-life, times ``lost_s``. A refusal costs a wait and no machine."""
     ages = (max(0.0, now - at) for at in zone.losses)
-    return sum(math.pow(0.5, age / rules.half_life_s) for age in ages)
+    heavy = sum(math.pow(0.5, age / rules.half_life_s) for age in ages)
+    return heavy * math.log(2.0) / rules.half_life_s * rules.lost_s

@@ -33,10 +33,11 @@ class Scaling:
     ``target_ttft_ms`` and ``target_tpot_ms`` are the mean times to the first token and for each
     further one that more replicas are to keep; 0 leaves them aside. ``utilization`` is the share of
     ``target_ongoing_requests`` that ``hpa`` and ``kpa`` aim at; 0 takes 1 for ``hpa`` and 0.7 for
-    ``kpa``. ``stable_window_s`` is what ``kpa`` averages over. Fewer replicas are asked for only
-    when nothing more was needed for ``down_window_s``, more only when that much was needed all
-    through ``up_window_s``; None is the algorithm's own. With ``min_replicas`` 0 the last replica
-    goes after ``idle_s`` without a request. While a schedule holds, its bounds do.
+    ``kpa``. ``late_share`` of requests may wait longer than ``target_ttft_ms`` by what ``tokens``
+    foresees; 0 is its own. ``stable_window_s`` is what ``kpa`` averages over. Fewer replicas are
+    asked for only when nothing more was needed for ``down_window_s``, more only when that much was
+    needed all through ``up_window_s``; None is the algorithm's own. With ``min_replicas`` 0 the
+    last replica goes after ``idle_s`` without a request. While a schedule holds, its bounds do.
     """
 
     algorithm: Algorithm = Algorithm.TOKENS
@@ -48,6 +49,7 @@ class Scaling:
     down_window_s: float | None = None
     idle_s: float = IDLE_S
     schedules: tuple[Schedule, ...] = ()
+    late_share: float = 0.0
 
 
 DEFAULT_SCALING = Scaling()
@@ -58,6 +60,7 @@ def check_scaling(scaling: Scaling) -> Scaling:
     check_number(scaling.target_ttft_ms, "scaling.target_ttft_ms", 0.0, 3_600_000.0)
     check_number(scaling.target_tpot_ms, "scaling.target_tpot_ms", 0.0, 3_600_000.0)
     check_number(scaling.utilization, "scaling.utilization", 0.0, 1.0)
+    check_number(scaling.late_share, "scaling.late_share", 0.0, 0.5)
     check_number(scaling.stable_window_s, "scaling.stable_window_s", 6.0, 3600.0)
     check_number(scaling.up_window_s, "scaling.up_window_s", 0.0, MAX_WINDOW_S)
     if scaling.down_window_s is not None:
@@ -86,6 +89,7 @@ def scaling_body(scaling: Scaling) -> dict[str, Any]:
         "target_ttft_ms": scaling.target_ttft_ms,
         "target_tpot_ms": scaling.target_tpot_ms,
         "utilization": scaling.utilization,
+        "late_share": scaling.late_share,
         "stable_window_s": scaling.stable_window_s,
         "up_window_s": scaling.up_window_s,
         "down_window_s": scaling.down_window_s,
@@ -103,6 +107,7 @@ def scaling_from_body(body: Any) -> Scaling:
         target_ttft_ms=fields.number("target_ttft_ms", 0.0),
         target_tpot_ms=fields.number("target_tpot_ms", 0.0),
         utilization=fields.number("utilization", 0.0),
+        late_share=fields.number("late_share", 0.0),
         stable_window_s=fields.number("stable_window_s", 60.0),
         up_window_s=fields.number("up_window_s", 0.0),
         down_window_s=fields.optional_number("down_window_s"),

@@ -72,18 +72,37 @@ def test_changes_are_few_under_steady_traffic(bench: Any, algorithm: Algorithm) 
     assert max(wanted) - min(wanted) <= 4
 
 
-def test_verdicts_compare_at_equal_lateness(bench: Any) -> None:
+def test_hours_are_compared_at_equal_lateness(bench: Any) -> None:
+    kind, hours_at = bench.autoscaling.Outcome, bench.autoscaling.hours_at
+    points = [kind(8.0, 0.002), kind(7.0, 0.006), kind(6.0, 0.026), kind(9.0, 0.3)]
+    assert hours_at(points, 0.006) == pytest.approx(7.0, abs=0.05)
+    assert hours_at(points, 0.016) == pytest.approx(6.5, abs=0.05)
+    assert hours_at(points, 0.5) == 6.0  # none is late so often
+    assert hours_at(points, 0.001) is None
+    assert hours_at(points[::-1], 0.016) == hours_at(points, 0.016)
+    # What cannot be told from 1 % of so many requests counts as 1 %.
+    assert hours_at([kind(7.6, 0.0101), kind(7.0, 0.02)], 0.01) == pytest.approx(7.58, abs=0.01)
+
+
+def test_verdicts_are_of_each_family_at_its_best(bench: Any) -> None:
     kind = bench.autoscaling.Outcome
     line = bench.autoscaling.Line(
-        "t", {"tokens": kind(5.0, 0.005), "hpa": kind(6.0, 0.009), "kpa": kind(4.0, 0.2)}
+        "t",
+        {
+            "tokens": kind(5.0, 0.005),
+            "tokens 35 %": kind(4.0, 0.015),
+            "hpa 80 %": kind(6.0, 0.009),
+            "kpa 70 %": kind(4.0, 0.2),
+        },
     )
-    assert line.best(0.01) == ("hpa", kind(6.0, 0.009))
-    assert line.best(0.001) is None
+    assert line.best() == ("hpa", 6.0)
     text = "\n".join(bench.autoscaling._verdict([line], {"t"}))
-    assert "t, held out: 0.83 times hpa (6.00 h, 0.90 %): met" in text
-    dear = bench.autoscaling.Line("u", {"tokens": kind(5.9, 0.0), "hpa": kind(6.0, 0.0)})
-    assert "0.98 times hpa (6.00 h, 0.00 %): not met" in "\n".join(
-        bench.autoscaling._verdict([dear], set())
+    assert "| t, held out | 1.00 % | 4.45 h | 6.00 h | never | 0.74 | met |" in text
+    late = bench.autoscaling.Line(
+        "u", {"tokens": kind(5.9, 0.02), "hpa 80 %": kind(6.0, 0.02), "kpa 70 %": kind(7.0, 0.0)}
+    )
+    assert "| u | 2.00 % | 5.90 h | 6.00 h | 7.00 h | 0.98 | not met |" in "\n".join(
+        bench.autoscaling._verdict([late], set())
     )
 
 

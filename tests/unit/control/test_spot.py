@@ -125,6 +125,32 @@ def test_what_is_much_cheaper_elsewhere_moves_one_by_one_and_loses_nothing() -> 
     assert decide(market(2, 1), NOW, rules).spot == {"a": 2, "new": 2}
 
 
+def test_a_spare_machine_is_replaced_on_demand_only_where_no_zone_takes_it() -> None:
+    rules = SpotRules(1.0, spare=2)
+    four = tuple(ZoneRecord(f"z{n}", 0.5, ready=2) for n in range(4))
+    free = ZoneRecord("free", 0.6)
+    full = ZoneRecord("free", 0.6, refusals=(NOW - 60,))
+    assert decide(SpotFacts(8, (*four, free), 2.0), NOW, rules) == SpotTarget(
+        {"z0": 2, "z1": 2, "z2": 2, "z3": 2, "free": 2}, 0
+    )
+    assert decide(SpotFacts(8, (*four[:3], full), 2.0), NOW, rules).on_demand >= 2
+    # What is missing of those needed is never waited for.
+    assert decide(SpotFacts(8, (*four[:3], free), 2.0), NOW, rules).on_demand == 2
+
+
+def test_a_loss_counts_as_its_cost_and_many_losses_as_theirs() -> None:
+    def chosen(*losses: float) -> set[str]:
+        zones = (
+            ZoneRecord("cheap", 0.5, losses=losses),
+            ZoneRecord("b", 0.6, ready=2),
+            ZoneRecord("c", 0.6, ready=2),
+        )
+        return set(decide(SpotFacts(3, zones, 2.0), NOW, SpotRules(1.0, spare=1)).spot)
+
+    assert "cheap" in chosen(NOW - 7200)
+    assert "cheap" not in chosen(*(NOW - 7300 - 60 * at for at in range(8)))
+
+
 @pytest.mark.promise(30)
 def test_without_spot_everything_is_on_demand() -> None:
     assert decide(SpotFacts(3, (), 2.0), NOW) == SpotTarget({}, 3)
@@ -213,4 +239,4 @@ def test_in_generated_markets_it_is_nearly_always_whole_and_much_cheaper(seed: i
         usd += (spot + len(held) * ON_DEMAND_USD) * STEP_S / 3600
     always = NEEDED * ON_DEMAND_USD * steps * STEP_S / 3600
     assert whole / steps >= 0.995
-    assert usd / always <= 0.46
+    assert usd / always <= 0.44

@@ -17,7 +17,7 @@ from cloudlm.core.wire import spec_body, spec_from_body
 from cloudlm.state.documents import dump_spec, load_spec
 
 OFFICE = Schedule("0 8 * * mon-fri", 10 * 3600.0, 2, 6, "Europe/Zurich")
-FULL = Scaling(Algorithm.HPA, 400.0, 40.0, 0.8, 30.0, 5.0, 90.0, 600.0, (OFFICE,))
+FULL = Scaling(Algorithm.HPA, 400.0, 40.0, 0.8, 30.0, 5.0, 90.0, 600.0, (OFFICE,), 0.05)
 
 
 def test_a_spec_keeps_its_scaling_on_the_wire_and_in_the_state() -> None:
@@ -39,6 +39,7 @@ def test_changing_it_makes_no_new_revision() -> None:
         ({"algorithm": "magic"}, "tokens, hpa, kpa"),
         ({"target_ttft_ms": -1}, "scaling.target_ttft_ms"),
         ({"utilization": 1.5}, "scaling.utilization"),
+        ({"late_share": 0.9}, "scaling.late_share"),
         ({"down_window_s": -1}, "scaling.down_window_s"),
         ({"idle_s": "5m"}, "scaling.idle_s"),
         ({"algorithm": "kpa", "target_ttft_ms": 100}, "tokens or hpa"),

@@ -123,6 +123,7 @@ SPEC: dict[str, Any] = {
                 "target_ttft_ms": {"type": "number", "minimum": 0, "default": 0},
                 "target_tpot_ms": {"type": "number", "minimum": 0, "default": 0},
                 "utilization": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+                "late_share": {"type": "number", "minimum": 0, "maximum": 0.5, "default": 0},
                 "stable_window_s": {"type": "number", "minimum": 6, "default": 60},
                 "up_window_s": {"type": "number", "minimum": 0, "default": 0},
                 "down_window_s": {"type": ["number", "null"], "minimum": 0},

@@ -70,9 +70,12 @@ class Bucket:
 class Forecast:
     """What the forecaster remembers; see ``forecast``. Loads are in requests at once.
 
-    ``levels`` are the averages of late, the short one first, ``scores`` the weight and the squared
-    error of each and of their line, ``pending`` forecasts not yet due: when, each, and the mix.
-    ``misses`` are late errors of the mix: when, how much more there was, and its weight.
+    ``levels`` are the averages of late, the short one first, ``known_s`` what they are made of,
+    ``by_work`` whether of work or of mere requests. ``rise`` says how far the load has left them:
+    the score, and the loads since with their number. ``scores`` are the weight and the squared
+    error of each level and of their line, ``pending`` forecasts not yet due: when, each, and the
+    mix. ``misses`` are late errors of the mix: when, how much more there was, and its weight;
+    ``errors`` is what they make of the forecast ``load``. Errors are in square roots of the load.
     """
 
     since: float | None = None
@@ -80,13 +83,24 @@ class Forecast:
     arrived: float = 0.0
     samples: int = 0
     count: int = 0
+    known_s: float = 0.0
+    by_work: bool = False
     occupancy: float = 0.0
     levels: tuple[float, ...] = ()
+    rise: tuple[float, float, float] = (0.0, 0.0, 0.0)
     scores: tuple[tuple[float, float], ...] = ()
     pending: tuple[tuple[float, tuple[float, ...], float], ...] = ()
     misses: tuple[tuple[float, float, float], ...] = ()
     load: float = 0.0
-    margin: float = 0.0
+    errors: tuple[tuple[float, float], ...] = ((1.0, 0.0),)
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """How long answers take: the seconds that all spent on them, and how many ended; both fade."""
+
+    busy_s: float = 0.0
+    ended: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +122,7 @@ class ScaleMemory:
     panic_at: float | None = None
     panic_most: int = 0
     forecast: Forecast = field(default_factory=Forecast)
+    stay: Stay = field(default_factory=Stay)
     ttft_s: float = 0.0
     tpot_s: float = 0.0
 

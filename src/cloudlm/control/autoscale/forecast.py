@@ -1,11 +1,18 @@
 """How much load there will be when a replica started now is ready, and how wrong that may be. Pure.
 
-Four exponential averages of the arriving load, over half to four times the start's length, and the
-line through two of them are each held against what came one start later. They are mixed by the
-inverse of their mean squared errors (Bates and Granger, *The Combination of Forecasts*, 1969): on
-steady traffic the long ones count, on a slope the line, and nothing is set for any traffic. The
-*margin* is what the load exceeded the mix by in all but a small share of late requests: an
-empirical quantile, so that bursts that come again find replicas, whatever their distribution.
+*Levels.* Exponential averages of the arriving load, over half to sixteen times the start's
+length, and the line through two of them are each held against what came one start later. They are
+mixed by powers of their inverse mean squared errors (after Bates and Granger, *The Combination of
+Forecasts*, 1969; a power, since averages of the same load err alike): on steady traffic the long
+ones count, on a slope the line, and nothing is set for any traffic.
+
+*Changes.* A jump beyond chance is found by a cumulative sum (Page, *Continuous inspection schemes*,
+1954); the levels then begin anew from what came since. Beyond chance is what is more than late
+errors explain, so that bursts that are usual change no level.
+
+*Errors.* What the load was more or less than the mix one start later, in square roots of the mix,
+as chance has it: of half an hour, and for what is not yet known of it those that Poisson arrivals
+would have made. Forecasts made out of less than a start's length are no record of later ones.
 """
 
 from __future__ import annotations
@@ -16,13 +23,23 @@ from dataclasses import replace
 
 from cloudlm.control.autoscale.facts import Forecast
 
-SPANS = (0.5, 1.0, 2.0, 4.0)
+SPANS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """The averages' time constants, in lengths of a start."""
 _NEAR, _FAR = 1, 3
-SCORE_MEMORY = 0.96
+SCORE_MEMORY = 0.99
+SHARPNESS = 3.0
 MISSES_KEPT_S = 1800.0
 MOST_MISSES = 360
-MISSED_SHARE = 0.02
+CHANCE = 0.5
+"""The variance of a load that is averaged over a stay, for Poisson arrivals, in loads."""
+UNUSUAL = 1.5
+"""By how much traffic is more uneven than Poisson's before anything is known of it."""
+SETTLED_S = 60.0
+SLACK, CHANGED = 0.5, 4.0
+"""Of the cumulative sum, in deviations: what is allowed, and what is a change."""
+_NORMAL = ((0.07, 1.9), (0.25, 1.0), (0.36, 0.0), (0.25, -1.0), (0.07, -1.9))
+
+Miss = tuple[float, float, float]
 
 
 def observed(
@@ -43,10 +60,13 @@ def observed(
         arrived=before.arrived + requests_per_s,
         samples=before.samples + 1,
     )
-    width_s = bucket_s(start_s)
-    if before.count and now - since < width_s:
+    elapsed_s = now - since
+    if elapsed_s >= bucket_s(start_s):
+        return _closed(seen, elapsed_s, request_s, start_s, now)
+    if before.count:
         return seen
-    return _closed(seen, max(now - since, 1e-3), width_s, request_s, start_s, now)
+    so_far = seen.total / seen.samples
+    return replace(seen, load=so_far, errors=errors_of((), max(elapsed_s, 1.0), request_s, start_s))
 
 
 def bucket_s(start_s: float) -> float:
@@ -55,38 +75,34 @@ def bucket_s(start_s: float) -> float:
 
 
 def _closed(
-    seen: Forecast, elapsed_s: float, width_s: float, request_s: float, start_s: float, now: float
+    seen: Forecast, elapsed_s: float, request_s: float, start_s: float, now: float
 ) -> Forecast:
     """The bucket is full: look at what was foretold for now, and foretell anew."""
     load = seen.total / seen.samples
-    weight = seen.arrived / seen.samples
-    share = 1.0 - math.exp(-width_s / max(request_s, 0.1 * width_s))
-    occupancy = load if not seen.count else seen.occupancy + (load - seen.occupancy) * share
-    scores, misses, pending = _judged(seen, occupancy, weight, now)
-    levels = _levelled(seen.levels, load, width_s, start_s, seen.count + 1)
-    foretold = (*levels, _extrapolated(levels))
-    mix = _mixed(foretold, scores)
-    return Forecast(
+    share = 1.0 - math.exp(-elapsed_s / max(request_s, 0.1 * elapsed_s))
+    occupancy = seen.occupancy + (load - seen.occupancy) * share if seen.levels else load
+    seen = _judged(seen, occupancy, seen.arrived / seen.samples, now)
+    seen = _levelled(seen, load, elapsed_s, request_s, start_s)
+    foretold = (*seen.levels, _extrapolated(seen.levels))
+    mix = _mixed(foretold, seen.scores)
+    pending = seen.pending
+    if seen.known_s >= start_s:
+        pending = (*pending, (now + start_s, foretold, mix))
+    return replace(
+        seen,
         since=now,
-        count=seen.count + 1,
+        total=0.0,
+        arrived=0.0,
+        samples=0,
         occupancy=occupancy,
-        levels=levels,
-        scores=scores,
-        pending=(*pending, (now + start_s, foretold, mix)),
-        misses=misses,
+        pending=pending,
         load=mix,
-        margin=_quantile(misses, MISSED_SHARE),
+        errors=errors_of(seen.misses, seen.known_s, request_s, start_s),
     )
 
 
-def _judged(
-    seen: Forecast, occupancy: float, weight: float, now: float
-) -> tuple[
-    tuple[tuple[float, float], ...],
-    tuple[tuple[float, float, float], ...],
-    tuple[tuple[float, tuple[float, ...], float], ...],
-]:
-    """The scores and misses after what has come due, and what has not."""
+def _judged(seen: Forecast, occupancy: float, weight: float, now: float) -> Forecast:
+    """With the scores and misses of what has come due."""
     scores = seen.scores or ((0.0, 0.0),) * (len(SPANS) + 1)
     misses = [one for one in seen.misses if now - one[0] <= MISSES_KEPT_S][-MOST_MISSES:]
     for _, foretold, mix in (one for one in seen.pending if one[0] <= now):
@@ -94,20 +110,43 @@ def _judged(
             (count * SCORE_MEMORY + 1.0, error * SCORE_MEMORY + (occupancy - level) ** 2)
             for (count, error), level in zip(scores, foretold, strict=True)
         )
-        misses.append((now, occupancy - mix, weight))
-    return scores, tuple(misses), tuple(one for one in seen.pending if one[0] > now)
+        misses.append((now, (occupancy - mix) / math.sqrt(max(mix, 1.0)), weight))
+    pending = tuple(one for one in seen.pending if one[0] > now)
+    return replace(seen, scores=scores, misses=tuple(misses), pending=pending)
 
 
 def _levelled(
-    levels: Sequence[float], load: float, width_s: float, start_s: float, count: int
-) -> tuple[float, ...]:
-    if not levels:
-        return (load,) * len(SPANS)
+    seen: Forecast, load: float, width_s: float, request_s: float, start_s: float
+) -> Forecast:
+    """With one more load in the levels, which a change sets anew."""
+    count, known_s = seen.count + 1, seen.known_s + width_s
+    rise = _risen(seen, load, request_s, width_s) if seen.count else seen.rise
+    score, since, number = rise
+    if score > CHANGED:
+        levels = (since / number,) * len(SPANS)
+        return replace(seen, levels=levels, count=1, known_s=number * width_s, rise=(0.0, 0.0, 0.0))
     # The first observations count alike, however long the average.
     shares = (max(min(width_s / (span * max(start_s, 1.0)), 1.0), 1.0 / count) for span in SPANS)
-    return tuple(
-        level + (load - level) * share for level, share in zip(levels, shares, strict=True)
+    levels = tuple(
+        level + (load - level) * share
+        for level, share in zip(seen.levels or (load,) * len(SPANS), shares, strict=True)
     )
+    return replace(seen, levels=levels, count=count, known_s=known_s, rise=rise)
+
+
+def _risen(
+    seen: Forecast, load: float, request_s: float, width_s: float
+) -> tuple[float, float, float]:
+    """The cumulative sum upwards, and the loads since it is above nothing, of which each counts
+    half as much as the next, with their number."""
+    mean = max(seen.load, 1.0)
+    total = math.fsum(weight for weight, _ in seen.errors)
+    square = math.fsum(weight * error * error for weight, error in seen.errors) / max(total, 1e-9)
+    uneven = max(square / (UNUSUAL**2 * CHANCE), 1.0)
+    noise = math.sqrt(2.0 * max(request_s, 0.1) / width_s * mean * uneven)
+    score, loads, number = seen.rise
+    score += (load - mean) / noise - SLACK
+    return (score, loads / 2.0 + load, number / 2.0 + 1.0) if score > 0.0 else (0.0, 0.0, 0.0)
 
 
 def _extrapolated(levels: Sequence[float]) -> float:
@@ -119,19 +158,34 @@ def _extrapolated(levels: Sequence[float]) -> float:
 
 
 def _mixed(foretold: Sequence[float], scores: Sequence[tuple[float, float]]) -> float:
-    weights = [count / max(error, 1e-9) if count else 0.0 for count, error in scores]
-    total = sum(weights)
-    if not total:
+    quality = [count / max(error, 1e-9) if count else 0.0 for count, error in scores]
+    best = max(quality, default=0.0)
+    if not best:
         averages = foretold[: len(SPANS)]
-        return sum(averages) / len(averages)
-    return sum(w * load for w, load in zip(weights, foretold, strict=True)) / total
+        return math.fsum(averages) / len(averages)
+    weights = [(one / best) ** SHARPNESS for one in quality]
+    mixed = math.fsum(w * load for w, load in zip(weights, foretold, strict=True))
+    return mixed / math.fsum(weights)
 
 
-def _quantile(misses: Sequence[tuple[float, float, float]], share: float) -> float:
-    """What at most ``share`` of the requests met more than; never below 0."""
-    left = share * sum(weight for _, _, weight in misses)
-    for _, error, weight in sorted(misses, key=lambda one: -one[1]):
-        left -= weight
-        if left < 0:
-            return max(error, 0.0)
-    return 0.0
+def errors_of(
+    misses: Sequence[Miss], known_s: float, request_s: float, start_s: float
+) -> tuple[tuple[float, float], ...]:
+    """How much more or less there may be than foretold, in square roots of it, each with its
+    weight. Misses are put into cells that grow from the worst on, for it is those that matter;
+    all is wider as long as the levels hold little."""
+    chance = CHANCE + request_s / max(known_s, 1.0)
+    wider = max(math.sqrt(chance / (CHANCE + request_s / SETTLED_S)), 1.0)
+    cells: list[tuple[float, float]] = []
+    ordered = sorted(misses, key=lambda one: -one[1])
+    begin, size = 0, 1
+    while begin < len(ordered):
+        part = ordered[begin : begin + size]
+        error = math.fsum(one[1] for one in part) / len(part)
+        cells.append((math.fsum(one[2] for one in part), wider * error))
+        begin, size = begin + size, size + (size + 1) // 2
+    mean = math.fsum(one[2] for one in misses) / len(misses) if misses else 1.0
+    most = min(MISSES_KEPT_S / bucket_s(start_s), MOST_MISSES)
+    unknown = max(most - len(misses), 0.0) * max(mean, 1e-9)
+    deviation = UNUSUAL * math.sqrt(chance)
+    return (*cells, *((unknown * weight, deviation * at) for weight, at in _NORMAL))

@@ -1,17 +1,16 @@
 """The default rule: replicas for the token work that will be there when a new one is ready. Pure.
 
 *Load.* Prompts and answers cost time of their own: the work that arrives in a second is the tokens
-of its prompts that are not cached, and the answers to be expected, each times the version's
-measured time per token. By Little's law that is the number of requests that will be at replicas at
-once; unlike a count of requests it knows long prompts before they are answered, and a queue is not
-taken for load. Until a version's pace is measured, requests at once stand for it.
+of its prompts that are not cached, each times the version's measured time, and the answers to be
+expected, each as long as answers of late take: ``stay``. By Little's law that is the number of
+requests that will be at replicas at once; unlike a count of requests it knows long prompts before
+they are answered, and a queue is not taken for load. Until a version's pace is measured, requests
+at once stand for it.
 
-*Forecast.* The load one start ahead, and a margin out of the forecaster's own errors: ``forecast``.
+*Forecast.* The load one start ahead, and how wrong such forecasts were: ``forecast``.
 
-*Staffing.* The fewest replicas with which at most a small share of requests waits longer than the
-time to the first token that is asked for: the Erlang C formula in the form of Halfin and Whitt
-(*Heavy-traffic limits for queues with many exponential servers*, 1981) for what chance alone does,
-and forecast plus margin, less what a queue gives back within that wait, for what traffic does.
+*Staffing.* The fewest replicas with which at most a small share of requests is foreseen to wait
+longer than the time to the first token that is asked for: ``staffing``.
 
 *Backlog.* What waits is worked off within one start, by what is free of replicas that answer and of
 those that are starting; only the rest asks for more.
@@ -28,18 +27,20 @@ from dataclasses import replace
 
 from cloudlm.control.autoscale.facts import Fleet, Forecast, ScaleMemory, Signals
 from cloudlm.control.autoscale.forecast import observed
+from cloudlm.control.autoscale.staffing import needed
+from cloudlm.control.autoscale.stay import answer_s, stayed
 from cloudlm.control.autoscale.windows import stabilised
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.pace import Pace
 
 UNKNOWN_START_S = 60.0
-LATE_SHARE = 0.03
-"""Of requests. Whole replicas, kept for a while, leave about a third of it."""
+LATE_SHARE = 0.15
+"""Of requests, as foreseen one start ahead. Whole replicas that are kept for a while, and errors
+that are counted twice (``staffing``), leave about a tenth of it."""
 WAIT_S = 1.0
-STARTS_KEPT = 3.0
-LEAST_DOWN_WINDOW_S = 60.0
+STARTS_KEPT, LONG_STARTS_KEPT = 8.0, 3.0
+LEAST_DOWN_WINDOW_S, LONG_DOWN_WINDOW_S = 60.0, 300.0
 TOLERANCE = 0.1
-_TIMES_MEMORY_S = 30.0
 _OVERLOADED = 1.5
 
 
@@ -55,20 +56,17 @@ def by_tokens(
     memory = _learned(spec, signals, fleet, current, memory)
     pace, slots = memory.pace, spec.target_ongoing_requests
     start_s = pace.start_s or UNKNOWN_START_S
-    prompt = _mean_prompt(signals)
-    request_s = pace.request_s(prompt, slots) if pace.known else WAIT_S
-    load = _load(signals, pace, slots)
-    ahead = observed(memory.forecast, load, signals.requests_per_s, request_s, start_s, now)
+    each_s = answer_s(memory.stay, pace, slots) if pace.known else 0.0
+    request_s = _mean_prompt(signals) * pace.prompt_token_s + each_s if pace.known else WAIT_S
+    load = _load(signals, pace, each_s)
+    # Requests at once are no work: what was foreseen of them says little of it.
+    before = memory.forecast if memory.forecast.by_work == pace.known else Forecast()
+    ahead = observed(before, load, signals.requests_per_s, request_s, start_s, now)
+    ahead = replace(ahead, by_work=pace.known)
     backlog = _backlog(signals, fleet, current, slots, request_s, start_s, ahead.load, pace.known)
-    wait_s = spec.scaling.target_ttft_ms / 1000.0 or WAIT_S
-    most = max(spec.max_replicas, current)
-    wanted = needed(ahead.load + backlog, slots, request_s, wait_s, most, by_chance=pace.known)
-    eased = (ahead.load + ahead.margin) / (1.0 + wait_s / max(request_s, wait_s))
-    wanted = max(wanted, min(math.ceil(eased / slots - 1e-9), most))
+    wanted = _staffed(spec, ahead, backlog, request_s, max(spec.max_replicas, current))
     wanted, late = _in_time(spec, fleet, current, memory, wanted)
-    down_s = spec.scaling.down_window_s
-    if down_s is None:
-        down_s = max(STARTS_KEPT * start_s, LEAST_DOWN_WINDOW_S)
+    down_s = _kept_s(spec, start_s)
     steady, history = stabilised(
         memory.recommendations, wanted, current, now, spec.scaling.up_window_s, down_s
     )
@@ -76,54 +74,42 @@ def by_tokens(
     return steady, replace(memory, forecast=ahead, recommendations=history, why=why)
 
 
+def _kept_s(spec: DeploymentSpec, start_s: float) -> float:
+    """For how long a replica is kept that is not needed: eight starts, or three of long ones."""
+    if spec.scaling.down_window_s is not None:
+        return spec.scaling.down_window_s
+    most_s = max(LONG_DOWN_WINDOW_S, LONG_STARTS_KEPT * start_s)
+    return min(max(STARTS_KEPT * start_s, LEAST_DOWN_WINDOW_S), most_s)
+
+
 def _said(signals: Signals, ahead: Forecast, backlog: float, start_s: float) -> str:
     """For people: the work at once that replicas are wanted for."""
-    if ahead.load + ahead.margin + backlog <= 0:
+    if ahead.load + backlog <= 0:
         return f"{signals.ongoing:g} requests ask" if signals.ongoing else "nobody asks"
     parts = [f"{ahead.load:.3g} requests at once foreseen in {start_s:.3g} s"]
-    if ahead.margin > 0:
-        parts.append(f"up to {ahead.margin:.3g} more")
     if backlog > 0:
         parts.append(f"{backlog:.3g} for what waits")
     return ", ".join(parts)
 
 
-def needed(
-    load: float, slots: float, request_s: float, wait_s: float, most: int, *, by_chance: bool
+def _staffed(
+    spec: DeploymentSpec, ahead: Forecast, backlog: float, request_s: float, most: int
 ) -> int:
-    """The fewest replicas of ``slots`` requests at once for ``load``, at most ``most``; with
-    ``by_chance`` so many that at most LATE_SHARE of requests that arrive by chance wait for longer
-    than ``wait_s``."""
-    replicas = max(math.ceil(load / slots - 1e-9), 0)
-    while (
-        by_chance
-        and replicas < most
-        and late_share(load, replicas * slots, request_s, wait_s) > LATE_SHARE
-    ):
-        replicas += 1
-    return min(replicas, most)
+    """Replicas for what is foreseen, and for what waits."""
+    load, slots, scaling = ahead.load + backlog, spec.target_ongoing_requests, spec.scaling
+    if not ahead.by_work:
+        return min(math.ceil(load / slots - 1e-9), most)
+    wait_s = scaling.target_ttft_ms / 1000.0 or WAIT_S
+    share = scaling.late_share or LATE_SHARE
+    return needed(load, slots, request_s, wait_s, most, share, ahead.errors)
 
 
-def late_share(load: float, servers: float, request_s: float, wait_s: float) -> float:
-    """The share of requests that wait longer than ``wait_s`` for one of ``servers``: Erlang C after
-    Halfin and Whitt, with exponential times of mean ``request_s``."""
-    if load <= 0.0:
-        return 0.0
-    if servers <= load:
-        return 1.0
-    beta = (servers - load) / math.sqrt(load)
-    density = math.exp(-beta * beta / 2.0) / math.sqrt(2.0 * math.pi)
-    below = 0.5 * (1.0 + math.erf(beta / math.sqrt(2.0)))
-    waits = density / (density + beta * below)
-    return waits * math.exp(-(servers - load) * wait_s / max(request_s, 1e-9))
-
-
-def _load(signals: Signals, pace: Pace, slots: float) -> float:
+def _load(signals: Signals, pace: Pace, each_s: float) -> float:
     """The work that arrives, as requests at once."""
     if not pace.known:
         return signals.ongoing
     prompts = signals.prompt_tokens_per_s * pace.prompt_token_s
-    return prompts + signals.requests_per_s * pace.output_tokens * pace.token_s(slots)
+    return prompts + signals.requests_per_s * each_s
 
 
 def _mean_prompt(signals: Signals) -> float:
@@ -162,6 +148,8 @@ def _learned(
     target requests wait for each other, which says nothing of the pace."""
     ready = fleet.answering(current)
     fresh = signals.measured_at > memory.measured_at
+    if fresh:
+        memory = replace(memory, stay=stayed(memory.stay, signals, memory.pace))
     if not fresh or not signals.finished_per_s or not signals.tpot_s or ready <= 0:
         return replace(memory, measured_at=max(signals.measured_at, memory.measured_at))
     ongoing = max(signals.ongoing - signals.queued, 0.0) / ready
