@@ -126,6 +126,8 @@ def _start(home: Path, arguments: tuple[str, ...]) -> Stack:
         "CLOUDLM_ENGINE_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
+    # A user's Python compiles a module once; without this every start here would do it anew.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     up = [sys.executable, "-m", "cloudlm.cli.main", "up", "--json", *arguments]
     with (home.parent / "up.log").open("wb") as errors:
         process = subprocess.Popen(
