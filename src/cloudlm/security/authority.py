@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import ipaddress
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -25,6 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloudlm.core.errors import InvalidRequest, StorageFailed
+from cloudlm.state.drafts import draft_of
+from cloudlm.state.locks import alone_with
 
 LEAF_DAYS = 30
 SELF_SIGNED_DAYS = 365
@@ -251,16 +251,13 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Make ``folder``, private, and keep other processes from writing there meanwhile."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageFailed(f"cannot use the folder {folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            held.enter_context(alone_with(folder))
+        except OSError as error:
+            raise StorageFailed(f"cannot use the folder {folder}: {error.strerror}") from None
         yield
-    finally:
-        os.close(lock)
 
 
 def _read(file: Path) -> bytes:
@@ -272,17 +269,9 @@ def _read(file: Path) -> bytes:
 
 def _write(file: Path, content: bytes, mode: int) -> None:
     """Put ``content`` in place of ``file`` in one step; it is private before it holds a byte."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as open_file:
-                open_file.write(content)
-                open_file.flush()
-                os.fchmod(open_file.fileno(), mode)
-                os.fsync(open_file.fileno())
+        with draft_of(file, content) as draft:
+            draft.chmod(mode)
             draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         raise StorageFailed(f"cannot write {file}: {error.strerror}") from None
