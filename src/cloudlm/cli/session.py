@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from cloudlm.core.errors import StorageFailed
 from cloudlm.core.settings import Settings
+from cloudlm.security.locks import alone_with
 from cloudlm.state.drafts import draft_of
-from cloudlm.state.locks import alone_with
 
 if TYPE_CHECKING:
     from cloudlm.client.access_calls import Place

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
+import os
 import secrets
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -23,8 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloudlm.core.errors import InvalidRequest, StorageFailed
-from cloudlm.state.drafts import draft_of
-from cloudlm.state.locks import alone_with
+from cloudlm.security.locks import alone_with
 
 LEAF_DAYS = 30
 SELF_SIGNED_DAYS = 365
@@ -268,10 +268,19 @@ def _read(file: Path) -> bytes:
 
 
 def _write(file: Path, content: bytes, mode: int) -> None:
-    """Put ``content`` in place of ``file`` in one step; it is private before it holds a byte."""
+    """Put ``content`` in place of ``file`` in one step; it is private before it holds a byte. As
+    ``state.drafts``, which workers may not import."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with draft_of(file, content) as draft:
-            draft.chmod(mode)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as open_file:
+                open_file.write(content)
+                open_file.flush()
+                os.fchmod(open_file.fileno(), mode)
+                os.fsync(open_file.fileno())
             draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         raise StorageFailed(f"cannot write {file}: {error.strerror}") from None

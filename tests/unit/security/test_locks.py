@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from cloudlm.state.locks import alone_with
+from cloudlm.security.locks import alone_with
 
 
 def is_held(place):
