@@ -93,6 +93,7 @@ async def running(
         first_port=settings.worker.first_port,
     )
     drivers = Drivers(context)
+    credentials = Credentials(home.credentials, os.environ)
     metrics = ControlMetrics()
 
     def importer(source: str, name: str | None, alias: str | None, progress: Progress) -> Manifest:
@@ -111,7 +112,15 @@ async def running(
 
         def reconciler(fenced: State, checked: Drivers) -> Reconciler:
             return Reconciler(
-                fenced, checked, registry, prober, clock, settings.control, metrics, turner
+                fenced,
+                checked,
+                registry,
+                prober,
+                clock,
+                settings.control,
+                metrics,
+                turner,
+                credentials,
             )
 
         observer = Observer(drivers, prober, clock, settings.control.stall_timeout_s)
@@ -138,7 +147,7 @@ async def running(
                 callers=Callers(state, pepper, clock, people, policies),
                 oidc=settings.oidc,
                 auditor=auditor,
-                credentials=Credentials(home.credentials, os.environ),
+                credentials=credentials,
                 guard=HostGuard(settings.control.host, settings.control.allowed_origins),
                 leadership=leadership,
             )

@@ -106,7 +106,7 @@ class SimControl:
         at_once(self._scaler.save())
         self._state.wanted = self.wanted = wanted
         step = plan(self._deployment, wanted, groups, ready, spec.model)
-        self._withdraw(groups, ready, step, now)
+        self._write_endpoints(groups, ready, step, now)
         for action in step.actions:
             if self._drains.done(action.leaving, busy, now):
                 self._carry_out(action)
@@ -164,7 +164,7 @@ class SimControl:
             del self._records[unit.id]
         return record.verdict
 
-    def _withdraw(
+    def _write_endpoints(
         self,
         groups: Sequence[GroupObservation],
         ready: set[str],

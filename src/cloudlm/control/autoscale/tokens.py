@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cloudlm.control.autoscale.facts import Fleet, Forecast, ScaleMemory, Signals
+from cloudlm.control.autoscale.facts import Fleet, Forecast, ScaleMemory, TotalDemand
 from cloudlm.control.autoscale.forecast import observed
 from cloudlm.control.autoscale.windows import stabilised
 from cloudlm.core.deployment import DeploymentSpec
@@ -45,7 +45,7 @@ _OVERLOADED = 1.5
 
 def by_tokens(
     spec: DeploymentSpec,
-    signals: Signals,
+    signals: TotalDemand,
     fleet: Fleet,
     current: int,
     memory: ScaleMemory,
@@ -76,7 +76,7 @@ def by_tokens(
     return steady, replace(memory, forecast=ahead, recommendations=history, why=why)
 
 
-def _said(signals: Signals, ahead: Forecast, backlog: float, start_s: float) -> str:
+def _said(signals: TotalDemand, ahead: Forecast, backlog: float, start_s: float) -> str:
     """For people: the work at once that replicas are wanted for."""
     if ahead.load + ahead.margin + backlog <= 0:
         return f"{signals.ongoing:g} requests ask" if signals.ongoing else "nobody asks"
@@ -118,7 +118,7 @@ def late_share(load: float, servers: float, request_s: float, wait_s: float) -> 
     return waits * math.exp(-(servers - load) * wait_s / max(request_s, 1e-9))
 
 
-def _load(signals: Signals, pace: Pace, slots: float) -> float:
+def _load(signals: TotalDemand, pace: Pace, slots: float) -> float:
     """The work that arrives, as requests at once."""
     if not pace.known:
         return signals.ongoing
@@ -126,14 +126,14 @@ def _load(signals: Signals, pace: Pace, slots: float) -> float:
     return prompts + signals.requests_per_s * pace.output_tokens * pace.token_s(slots)
 
 
-def _mean_prompt(signals: Signals) -> float:
+def _mean_prompt(signals: TotalDemand) -> float:
     if signals.requests_per_s > 0:
         return signals.prompt_tokens_per_s / signals.requests_per_s
     return signals.waiting_prompt_tokens / signals.queued if signals.queued else 0.0
 
 
 def _backlog(
-    signals: Signals,
+    signals: TotalDemand,
     fleet: Fleet,
     current: int,
     slots: float,
@@ -156,7 +156,7 @@ def _backlog(
 
 
 def _learned(
-    spec: DeploymentSpec, signals: Signals, fleet: Fleet, current: int, memory: ScaleMemory
+    spec: DeploymentSpec, signals: TotalDemand, fleet: Fleet, current: int, memory: ScaleMemory
 ) -> ScaleMemory:
     """With what a fresh report says of the version's pace. At replicas that are far beyond their
     target requests wait for each other, which says nothing of the pace."""
