@@ -117,7 +117,7 @@ CONTROL_BUGS: Mapping[str, Bug] = {
     "the lease is never renewed": instead(leading.Leadership, "beat", _never_renewed),
     "stopped before it is drained": nothing(Drains, "done", True),
     "drained replicas are never stopped": instead(Drains, "done", _never_done),
-    "the endpoint stays until the end": instead(Reconciler, "_withdraw", _told_late),
+    "the endpoint stays until the end": instead(Reconciler, "_write_endpoints", _told_late),
     "old replicas go before new ones come": instead(plan, "_shrink", _oldest_goes_first),
     "one replica too many": instead(plan, "_grow", _one_too_many),
     "orphans are left": nothing_async(Reconciler, "_remove_orphans"),

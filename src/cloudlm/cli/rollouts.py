@@ -10,7 +10,7 @@ import typer
 from cloudlm.cli.connect import control_client
 from cloudlm.cli.options import Json
 from cloudlm.cli.screen import age_text, print_json, print_table, say, spinner
-from cloudlm.core.rollout import Revision
+from cloudlm.core.rollout import Outcome, Revision
 from cloudlm.core.wire_rollout import RolloutView, SideView, revision_body, rollout_body
 
 WAIT_S = 3600.0
@@ -95,12 +95,13 @@ def history(name: Name, json_output: Json = False) -> None:
     """List the revisions and what became of them."""
     with control_client() as client:
         found = client.rollouts.history(name)
-    if json_output:
-        print_json([revision_body(one) for one in found])
-        return
+        if json_output:
+            print_json([revision_body(one) for one in found])
+            return
+        view = client.rollouts.get(name)
     now = time.time()
-    columns = ("REVISION", "MODEL", "AGE", "BY", "OUTCOME", "SCORE", "REASON")
-    print_table(columns, [_row(one, now) for one in found], "no revisions")
+    columns = ("REVISION", "STATUS", "MODEL", "AGE", "BY", "SCORE", "REASON")
+    print_table(columns, [_row(one, view, now) for one in found], "no revisions")
 
 
 @app.command("score")
@@ -158,10 +159,22 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3f} s"
 
 
-def _row(one: Revision, now: float) -> tuple[Any, ...]:
+def _row(one: Revision, view: RolloutView, now: float) -> tuple[Any, ...]:
     model = one.model or one.spec.model
     age = age_text(now - one.created_at) if one.created_at else ""
-    return (one.number, model, age, one.by, one.outcome, _mean(one), one.reason)
+    return (one.number, _standing(one, view), model, age, one.by, _mean(one), one.reason)
+
+
+def _standing(one: Revision, view: RolloutView) -> str:
+    """Where a revision stands now: the one that answers is ``current``, and of the others what
+    became of them."""
+    if one.number == view.stable:
+        return "current"
+    if one.number == view.target:
+        return "paused" if view.paused else "rolling out"
+    return {Outcome.PROMOTED: "replaced", Outcome.PENDING: "never ready"}.get(
+        one.outcome, one.outcome.replace("_", " ")
+    )
 
 
 def _mean(one: Revision) -> str:

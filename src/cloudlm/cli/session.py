@@ -7,7 +7,6 @@ it. Must not show tokens.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import stat
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudlm.core.errors import StorageFailed
 from cloudlm.core.settings import Settings
+from cloudlm.security.locks import alone_with
 from cloudlm.state.drafts import draft_of
 
 if TYPE_CHECKING:
@@ -74,16 +74,12 @@ class Sessions:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Be the only command that changes the file: a refresh token is good once."""
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self._path.with_name("login.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StorageFailed(f"cannot write {self._path}: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(alone_with(self._path.with_name("login.lock")))
+            except OSError as error:
+                raise StorageFailed(f"cannot write {self._path}: {error.strerror}") from None
             yield
-        finally:
-            os.close(lock)
 
     def _read(self) -> dict[str, Any]:
         try:

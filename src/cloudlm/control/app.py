@@ -95,6 +95,7 @@ async def running(
         first_port=settings.worker.first_port,
     )
     drivers = Drivers(context)
+    credentials = Credentials(home.credentials, os.environ)
     metrics = ControlMetrics()
     memory = MemoryBudget(
         registry,
@@ -118,9 +119,17 @@ async def running(
         )
 
         def reconciler(fenced: State, checked: Drivers) -> Reconciler:
-            own = settings.control
             return Reconciler(
-                fenced, checked, registry, prober, clock, own, metrics, turner, memory
+                fenced,
+                checked,
+                registry,
+                prober,
+                clock,
+                settings.control,
+                metrics,
+                turner,
+                credentials,
+                memory,
             )
 
         observer = Observer(drivers, prober, clock, settings.control.stall_timeout_s)
@@ -147,7 +156,7 @@ async def running(
                 callers=Callers(state, pepper, clock, people, policies),
                 oidc=settings.oidc,
                 auditor=auditor,
-                credentials=Credentials(home.credentials, os.environ),
+                credentials=credentials,
                 guard=HostGuard(settings.control.host, settings.control.allowed_origins),
                 leadership=leadership,
                 memory=memory,

@@ -170,7 +170,7 @@ def _plan_external(
     return Plan(tuple(actions))
 
 
-def plan_beside(target: GroupSpec, groups: Sequence[GroupObservation]) -> Plan:
+def plan_target(target: GroupSpec, groups: Sequence[GroupObservation]) -> Plan:
     """The step that gives ``target`` its replicas, whatever else runs."""
     current = next((one for one in groups if one.name == target.name and one.spec), None)
     if current is not None and not _runs_same(current, target):

@@ -41,6 +41,7 @@ from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
 from cloudlm.core.model import parse_ref
 from cloudlm.core.settings import ControlSettings
 from cloudlm.drivers.base import Ability
+from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -61,6 +62,7 @@ class Reconciler:
         settings: ControlSettings,
         metrics: ControlMetrics,
         turner: Turner,
+        credentials: Credentials | None = None,
         memory: MemoryBudget | None = None,
     ) -> None:
         self._state = state
@@ -72,7 +74,7 @@ class Reconciler:
         self._observer = Observer(drivers, prober, clock, settings.stall_timeout_s)
         self._drains = Drains(settings.drain_timeout_s)
         self._naps = Naps(turner)
-        self._releases = Releases(state, clock)
+        self._releases = Releases(state, clock, credentials)
         self._scaler = Scaler(state, clock)
         self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
         self._versions: dict[str, tuple[str, dict[str, str]]] = {}
@@ -232,7 +234,7 @@ class Reconciler:
             except CloudlmError as error:
                 problem = error.message
         if fault is None:
-            await self._withdraw(
+            await self._write_endpoints(
                 name,
                 groups,
                 step,
@@ -327,7 +329,7 @@ class Reconciler:
     async def _fixed(self, address: str) -> str:
         return (await asyncio.to_thread(self._registry.resolve, parse_ref(address))).ref
 
-    async def _withdraw(
+    async def _write_endpoints(
         self,
         name: str,
         groups: Sequence[SeenGroup],
@@ -462,7 +464,7 @@ class Reconciler:
         for name, groups in orphans.items():
             try:
                 step = plan_deletion([group.observation for group in groups])
-                await self._withdraw(name, groups, step, seen)
+                await self._write_endpoints(name, groups, step, seen)
                 problem = await self._act(step, DEFAULT, groups, seen)
                 if not groups and self._endpoints is not None:
                     self._endpoints.pop(name, None)

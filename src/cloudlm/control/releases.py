@@ -7,17 +7,19 @@ here only saves reading. Must not start, stop or address replicas: ``reconcile``
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from cloudlm.control.external import check_secrets
 from cloudlm.control.plan import (
     Plan,
     desired_group,
     group_name,
     is_hopeless,
     plan,
-    plan_beside,
     plan_hold,
+    plan_target,
 )
 from cloudlm.control.rollout import Decision, Facts, aligned, decide, is_staged
 from cloudlm.control.signals import (
@@ -34,8 +36,11 @@ from cloudlm.core.deployment import (
     Endpoint,
     GroupObservation,
     Replica,
+    running,
 )
+from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.rollout import Revision, Rollout
+from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
@@ -48,9 +53,10 @@ _log = get_logger(__name__)
 class Releases:
     """The roll-outs of all deployments."""
 
-    def __init__(self, state: State, clock: Clock) -> None:
+    def __init__(self, state: State, clock: Clock, credentials: Credentials | None = None) -> None:
         self._state = state
         self._clock = clock
+        self._credentials = credentials
         self._kept: dict[str, Rollout] = {}
         self._history: dict[str, list[Revision]] = {}
         self._judged: dict[str, tuple[float, Rollout, Signals, Signals]] = {}
@@ -111,7 +117,7 @@ class Releases:
             await self._state.put_rollout(decision.rollout, replaces=before)
             self._kept[name] = decision.rollout
         if decision.back:
-            await self._return(deployment, decision)
+            return await self._go_back(deployment, decision)
         return decision
 
     def plan(
@@ -132,10 +138,10 @@ class Releases:
             return plan(deployment, wanted, groups, serving, *versions)
         target = desired_group(deployment, versions[0], decision.size, versions[1])
         spec = replace(stable.spec, max_surge=deployment.spec.max_surge)
-        beside = [group for group in groups if group.name != target.name]
+        others = [group for group in groups if group.name != target.name]
         older = Deployment(spec, deployment.generation, stable.number)
-        step = plan(older, wanted, beside, answering, *_versions(stable, groups))
-        return Plan((*step.actions, *plan_beside(target, groups).actions))
+        step = plan(older, wanted, others, answering, *_versions(stable, groups))
+        return Plan((*step.actions, *plan_target(target, groups).actions))
 
     async def versions(self, name: str, number: int) -> Versions | None:
         """The fixed versions that a revision ran before, None if it never ran."""
@@ -162,6 +168,21 @@ class Releases:
 
     def _revision(self, name: str, number: int) -> Revision | None:
         return next((one for one in self._history.get(name, ()) if one.number == number), None)
+
+    async def _go_back(self, deployment: Deployment, decision: Decision) -> Decision:
+        """Ask again for the stable revision. If its endpoints may not use their keys any more,
+        that is said instead, and the target gets no further request all the same."""
+        stable = self._revision(deployment.spec.name, decision.rollout.stable)
+        try:
+            if stable is not None and stable.spec.endpoints:
+                spec = running(stable.spec, over=deployment.spec)
+                await asyncio.to_thread(check_secrets, spec, self._credentials)
+            await self._return(deployment, decision)
+        except InvalidRequest as error:
+            number = decision.rollout.stable
+            note = f"{decision.back}; cannot go back to revision {number}: {error.message}"
+            return replace(decision, note=note)
+        return decision
 
     async def _return(self, deployment: Deployment, decision: Decision) -> None:
         name = deployment.spec.name

@@ -9,7 +9,7 @@ next call decides the same. Must not know drivers, stores, addresses or a clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cloudlm.control.signals import NOTHING_KNOWN, Signals, breach, lacking
@@ -74,6 +74,8 @@ def decide(deployment: Deployment, before: Rollout | None, facts: Facts, now: fl
     ``now`` Unix seconds."""
     strategy = deployment.spec.rollout
     rollout = aligned(deployment, before, facts.outcomes, now)
+    if before is not None and rollout.since != before.since:
+        facts = replace(facts, new=NOTHING_KNOWN)  # it was seen in a stage that is no more
     if not rollout.under_way:
         shares = _without(rollout.rejected, facts)
         decision = Decision(rollout, shares=shares, note=rollout.reason)
@@ -94,25 +96,62 @@ def aligned(
     outcomes: Mapping[int, Outcome],
     now: float,
 ) -> Rollout:
-    """The roll-out towards the revision that is asked for now: ``before``, or a new one."""
+    """The roll-out towards the revision that is asked for now, by the strategy that is: ``before``,
+    where that stands in a changed strategy, or a new one."""
     name, wanted = deployment.spec.name, deployment.revision
     before = before or Rollout(name)
     if before.target == wanted:
-        return before
+        return _followed(deployment.spec.rollout, before, now)
     # Staged, the stable revision is whole beside it: what is given up can be cut off at once.
-    staged = before.under_way and is_staged(deployment.spec.rollout, before)
+    known = before.stages or stages_of(deployment.spec.rollout)
+    staged = before.under_way and not before.plain and before.stage < len(known)
     rejected = before.target if staged else before.rejected
     if wanted == before.stable:
         return Rollout(name, wanted, wanted, rejected if staged else 0, reason=before.reason)
     good = outcomes.get(wanted) is Outcome.PROMOTED
+    plain = good or not before.stable or deployment.spec.rollout.kind is Kind.ROLLING
     return Rollout(
         name,
         before.stable,
         wanted,
         rejected if rejected != wanted else 0,
         began_at=now,
-        plain=good or not before.stable or deployment.spec.rollout.kind is Kind.ROLLING,
+        plain=plain,
+        stages=() if plain else stages_of(deployment.spec.rollout),
     )
+
+
+def _followed(strategy: Strategy, rollout: Rollout, now: float) -> Rollout:
+    """The roll-out by a strategy that may have changed since. What goes on replica by replica does
+    so, for its stable revision is whole no more. A staged one goes on at the first stage that sends
+    it no less than it gets now, or at the last one, and is measured there anew; without stages it
+    goes on replica by replica. Other times alone leave it where it is."""
+    wanted, known = stages_of(strategy), rollout.stages
+    if rollout.plain or not rollout.under_way or wanted == known:
+        return rollout
+    if not known:  # kept by a control that noted none
+        return replace(rollout, stages=wanted)
+    if not wanted:
+        return replace(
+            rollout, plain=True, stages=(), began_at=now, since=0.0, order=_outright(rollout.order)
+        )
+    if [one[:3] for one in wanted] == [one[:3] for one in known]:
+        return replace(rollout, stages=wanted)
+    gets = _sent(known, rollout)
+    stage = next((n for n, one in enumerate(wanted) if one.share >= gets), len(wanted) - 1)
+    return replace(rollout, stages=wanted, stage=stage, began_at=now, since=0.0)
+
+
+def _outright(order: Order) -> Order:
+    """What is left of an order where no stages are."""
+    return order if order is Order.ABORT else Order.NONE
+
+
+def _sent(stages: Sequence[Stage], rollout: Rollout) -> float:
+    """The part of the requests that the target gets: while a stage waits for its replicas, that of
+    the one before."""
+    number = rollout.stage if rollout.since else rollout.stage - 1
+    return stages[min(number, len(stages) - 1)].share if number >= 0 else 0.0
 
 
 def is_staged(strategy: Strategy, rollout: Rollout) -> bool:
@@ -133,10 +172,15 @@ def size_of(stage: Stage, facts: Facts) -> int:
 def _rolling(rollout: Rollout, facts: Facts) -> Decision:
     target = rollout.target
     others = [revision for revision in facts.present if revision != target]
-    needed = facts.needed(facts.wanted)
-    if others or facts.ready.get(target, 0) < needed or target not in facts.present:
-        note = f"revision {target} replaces what runs, replica by replica"
-        waits = f"{facts.ready.get(target, 0)} of {needed} replicas ready"
+    ready, needed = facts.ready.get(target, 0), facts.needed(facts.wanted)
+    if others or ready < needed or target not in facts.present:
+        note = f"revision {target} starts"
+        if others:
+            how = "at once" if facts.endpoints else "replica by replica"
+            note = f"revision {target} replaces what runs, {how}"
+        waits = f"{ready} of {needed} replicas ready" if ready < needed else ""
+        if others and not waits:
+            waits = f"the end of revision {', '.join(map(str, sorted(others)))}"
         shares = _without(rollout.rejected, facts)
         return Decision(rollout, shares=shares, note=note, waits=waits)
     whole = Rollout(rollout.name, target, target)
@@ -206,7 +250,7 @@ def _onward(strategy: Strategy, rollout: Rollout, stage: int, facts: Facts, now:
     """The next stage, of which nothing is known yet, or the promotion."""
     onward = replace(rollout, stage=stage, began_at=now, since=0.0, order=Order.NONE)
     if not is_staged(strategy, onward):
-        return _rolling(replace(onward, plain=True), facts)
+        return _rolling(replace(onward, plain=True, stages=()), facts)
     return _staged(strategy, onward, replace(facts, new=NOTHING_KNOWN), now)
 
 

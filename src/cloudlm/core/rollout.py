@@ -157,8 +157,10 @@ class Rollout:
     They are equal while nothing is rolled out; then ``rejected`` is the revision that was taken
     back last (0: none), which gets no request any more. ``stage`` counts the stages that are over,
     and ``began_at`` is when this one began; ``since`` is when its traffic did (0: it waits for
-    replicas). ``plain``: it goes without stages, whatever the strategy says. ``reason`` says which
-    revision was rolled back last and why. Unix seconds; ``paused_at`` 0 is not paused.
+    replicas). ``stages`` are those of which ``stage`` is one (none: not known, or none are left),
+    for the strategy may be changed meanwhile. ``plain``: it goes without stages, whatever the
+    strategy says. ``reason`` says which revision was rolled back last and why. Unix seconds;
+    ``paused_at`` 0 is not paused.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Rollout:
     paused_at: float = 0.0
     order: Order = Order.NONE
     reason: str = ""
+    stages: tuple[Stage, ...] = ()
 
     @property
     def under_way(self) -> bool:

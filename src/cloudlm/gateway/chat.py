@@ -65,11 +65,12 @@ from cloudlm.gateway.router import choose
 from cloudlm.gateway.sender import Sender
 from cloudlm.gateway.sessions import session_of
 from cloudlm.gateway.split import choose_side, mark_of
-from cloudlm.gateway.upstream import Answer, ReplicaRefused, Unreachable
+from cloudlm.gateway.upstream import Answer, Declined, ReplicaRefused, Unreachable
 from cloudlm.gateway.view import ServedModel, Snapshot, View
 from cloudlm.gateway.waiting import Waiting
 from cloudlm.security import keys
 from cloudlm.security.tokens import looks_signed
+from cloudlm.telemetry.damping import Damper
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Handler:
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
         self._budgets: dict[str, RetryBudget] = {}
+        self._damper = Damper()
         self._hedges: dict[str, HedgeBudget] = {}
         self._open: set[Exchange] = set()
         self._keys = KnownKeys()
@@ -329,15 +331,18 @@ class Handler:
             try:
                 return await self._try(exchange, call, endpoint, tried)
             except CloudlmError as error:
-                if not self._may_retry(exchange, call, error, tried, budget):
+                following = self._following(exchange, call, error, tried, budget)
+                if following is None:
                     raise
                 last = error
             wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
             with exchange.interrupt:
                 await self._rooms.clock.sleep(wait_s)
-            endpoint = self._choose(exchange, call, tried)
-            if endpoint is None:
-                raise last
+            if not self._serves(call, following):
+                following = self._choose(exchange, call, tried)
+                if following is None:
+                    raise last
+            endpoint = following
             self._rooms.meter.retried(call.model)
 
     async def _try(
@@ -422,6 +427,8 @@ class Handler:
                 self._rooms.cooled(replica, error.retry_after_s)
             elif error.answered_status >= 500 and error.elsewhere:
                 self._rooms.loads.failed(replica, now)
+        elif isinstance(error, Declined):
+            self._rooms.loads.declined(replica, now)
         elif error.retry is Retry.ELSEWHERE:
             away = isinstance(error, Unreachable)
             self._rooms.loads.failed(replica, now, unreachable=away)
@@ -494,20 +501,26 @@ class Handler:
         rooms.meter.hedged(call.model)
         return other
 
-    def _may_retry(
+    def _following(
         self,
         exchange: Exchange,
         call: Call,
         error: CloudlmError,
         tried: set[str],
         budget: RetryBudget,
-    ) -> bool:
-        return (
-            may_help(error)
-            and exchange.attempts < self._rooms.settings.max_attempts
-            and self._choose(exchange, call, tried) is not None
-            and budget.take(self._rooms.clock.monotonic())
-        )
+    ) -> Endpoint | None:
+        """The replica for another attempt after ``error``, None if there shall be none."""
+        if not may_help(error) or exchange.attempts >= self._rooms.settings.max_attempts:
+            return None
+        chosen = self._choose(exchange, call, tried)
+        if chosen is None or not budget.take(self._rooms.clock.monotonic()):
+            return None
+        return chosen
+
+    def _serves(self, call: Call, endpoint: Endpoint) -> bool:
+        """Whether a replica chosen a moment ago serves still."""
+        model = self._rooms.view.snapshot().models.get(call.model)
+        return model is not None and endpoint in model.endpoints
 
     def _asker(self, key: KeyRecord, view: Snapshot) -> Asker:
         """Who asks, as a dialect may know it."""
@@ -547,8 +560,11 @@ class Handler:
     ) -> GatewayResponse:
         status = status_of(error)
         if status >= 500:
-            fields = {"model": exchange.model, "status": status, "reason": error.message}
-            _log.warning("request_not_answered", extra={"fields": fields})
+            reason = exchange.model, status, error.code, type(error)
+            count = self._damper.take(reason, self._rooms.clock.monotonic())
+            if count is not None:
+                fields = {"model": exchange.model, "status": status, "reason": error.message}
+                _log.warning("request_not_answered", extra={"fields": {**fields, "count": count}})
         return refusal(error, self._headers(exchange, {}), dialect)
 
     def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import ssl
+import time
 from typing import Any
 
 import msgspec
@@ -20,9 +22,10 @@ from cloudlm import __version__
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, NotSupported, StorageFailed, UpstreamFailed
 from cloudlm.gateway.pool import Place
-from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream, refusal
+from cloudlm.gateway.upstream import Answer, Declined, ReplicaRefused, Upstream, refusal
 from cloudlm.security.credentials import Credentials, NoCredential
 from cloudlm.security.outside import Forbidden, Outside
+from cloudlm.telemetry.damping import Damper
 from cloudlm.telemetry.logs import get_logger
 
 CHAT_PATH = "/v1/chat/completions"
@@ -38,7 +41,11 @@ _LARGE_BODY_BYTES = 256 * 1024
 # What this gateway adds to a body for its own workers, and what only they would understand.
 _OURS = ("cache_salt", "priority")
 _WITH_USAGE = msgspec.Raw(b'{"include_usage":true}')
-_FAULTS_OF_OURS = frozenset({401, 402, 403, 404, 405, 407, 410, 421})
+_FAULTS_OF_OURS = frozenset({401, 402, 404, 405, 407, 410, 421})
+_DECLINED = frozenset({403})
+"""The credentials are known and do not do for this request (RFC 9110, 15.5.4), where 401 says that
+there are no good ones for the service at all (15.5.2). Providers say 403 of a prompt that their
+moderation flags, of a country, of one feature."""
 _NOT_THERE = frozenset({404, 405})
 _BUSY = frozenset({503, 529})
 _NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
@@ -62,6 +69,7 @@ class Foreign:
     ) -> None:
         self._credentials = credentials
         self._outside = outside
+        self._damper = Damper()
         self._upstream = Upstream(
             token=None,
             connect_timeout_s=connect_timeout_s,
@@ -125,11 +133,20 @@ class Foreign:
 
     def _unfit(self, endpoint: Endpoint, reason: str) -> UpstreamFailed:
         """What clients are told of a fault that only this installation's operator can mend."""
-        _log.error("external_endpoint_unusable", extra={"fields": _about(endpoint, reason)})
+        self._warn("external_endpoint_unusable", endpoint, reason, logging.ERROR)
         return UpstreamFailed(
             f"the service behind replica {endpoint.replica} cannot be asked as it is set up here; "
             "the gateway's log says why"
         )
+
+    def _warn(
+        self, event: str, endpoint: Endpoint, reason: str, level: int = logging.WARNING
+    ) -> None:
+        """Say once in a while what every request may run into."""
+        count = self._damper.take((event, endpoint.replica), time.monotonic())
+        if count is not None:
+            fields = {**_about(endpoint, reason), "count": count}
+            _log.log(level, event, extra={"fields": fields})
 
     def _translated(
         self, endpoint: Endpoint, key: str, path: str, error: ReplicaRefused
@@ -140,14 +157,18 @@ class Foreign:
         said = hidden(str(told.get("message") or ""), key)[:_MAX_SAID]
         if status in _NOT_THERE and path != CHAT_PATH:
             return _not_offered(endpoint, path)  # many offer chat alone, and are well
+        if status in _DECLINED:
+            self._warn("external_endpoint_declined", endpoint, f"it answered {status}: {said}")
+            return Declined(
+                f"the service behind replica {endpoint.replica} declined this request ({status})"
+            )
         if status in _FAULTS_OF_OURS or told.get("code") in _NO_MONEY:
             return self._unfit(endpoint, f"it answered {status}: {said}")
         if status == 429 or status in _BUSY:
             wait_s = error.retry_after_s or (THROTTLED_S if status == 429 else None)
             return _busy(endpoint, 503 if status in _BUSY else 429, wait_s)
         if status >= 500 or status == 408:
-            fields = _about(endpoint, f"it answered {status}: {said}")
-            _log.warning("external_endpoint_failed", extra={"fields": fields})
+            self._warn("external_endpoint_failed", endpoint, f"it answered {status}: {said}")
             return UpstreamFailed(
                 f"the service behind replica {endpoint.replica} failed ({status})"
             )

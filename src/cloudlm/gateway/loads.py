@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 FIRST_DISTRUST_S = 1.0
 LONGEST_DISTRUST_S = 16.0
+DECLINED_TO_DISTRUST = 5
+"""So many requests in a row that a service will not do are no longer those requests' fault; five as
+in Envoy's outlier detection (``consecutive_5xx``, its default)."""
 
 
 class Turn(NamedTuple):
@@ -38,6 +41,7 @@ class ReplicaLoad:
     ``cooling_until`` is the end of the last ``Retry-After`` that it sent, ``suspect_until`` the end
     of the distrust that its last ``failures`` in a row earned it, ``probe`` the number of the
     request that tries it since (0: none). ``unreachable`` means that it took no connection.
+    ``declined`` counts the requests in a row that it would not do.
     ``blocks`` of prompts that it had not cached are still to be computed there. ``chosen_at`` and
     ``cold_at`` number the last choice of it, and the last for a prompt of which it knew nothing.
     """
@@ -51,6 +55,7 @@ class ReplicaLoad:
     failures: int = 0
     probe: int = 0
     unreachable: bool = False
+    declined: int = 0
 
     def suspect(self, now: float) -> bool:
         """Whether it failed lately and nothing may be sent there but in need: its distrust has not
@@ -135,11 +140,18 @@ class Loads:
         self.prefixes.forget(replica)
         load.suspect_until = max(load.suspect_until, now + distrust_s)
 
+    def declined(self, replica: str, now: float) -> None:
+        """``replica`` will not do a request; too many of them in a row are a failure."""
+        load = self._loads.setdefault(replica, ReplicaLoad())
+        load.declined += 1
+        if load.declined >= DECLINED_TO_DISTRUST:
+            self.failed(replica, now)
+
     def answered(self, replica: str) -> None:
         """Trust ``replica`` again: it answered."""
         load = self._loads.get(replica)
-        if load is not None and load.failures:
-            load.failures = 0
+        if load is not None and (load.failures or load.declined):
+            load.failures = load.declined = 0
             load.probe = 0
             load.unreachable = False
             load.suspect_until = float("-inf")

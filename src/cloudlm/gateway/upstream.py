@@ -127,6 +127,11 @@ class Unreachable(UpstreamFailed):
     """A replica took no connection."""
 
 
+class Declined(UpstreamFailed):
+    """A service will not do this one request, for its content, its region, what its key may do with
+    it: that says little of the next one. Another service may."""
+
+
 async def refusal(answer: Answer, replica: str, now: float) -> CloudlmError:
     """The error that an answer with an error status is, for the caller to raise."""
     status = answer.status

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from cloudlm.registry.records import (
     read_alias,
     read_stored_version,
 )
+from cloudlm.registry.removals import forget_dead, intend, is_intended
 from cloudlm.registry.stores.base import Store
 from cloudlm.registry.verify import Progress, remember_verified, verify_folder
 
@@ -104,7 +105,8 @@ class Registry:
         for key in self.store.list(prefix):
             parts = name_and_stem(key)
             if parts is not None:
-                found[parts[1]] = read_alias(self.store.get(key), key)
+                with suppress(NotFound):  # removed between the listing and the reading
+                    found[parts[1]] = read_alias(self.store.get(key), key)
         return found
 
     def resolve(self, ref: ModelRef | str) -> Manifest:
@@ -165,7 +167,8 @@ class Registry:
         return manifest
 
     def set_alias(self, name: str, alias: str, version: int) -> Manifest:
-        """Point ``alias`` at ``version``, wherever it pointed before. Raises ModelNotFound."""
+        """Point ``alias`` at ``version``, wherever it pointed before. Raises ModelNotFound, and
+        Conflict if the version is being removed at this moment; it then points where it did."""
         check_alias(alias)
         manifest = self.resolve(ModelRef(check_name(name, "model"), version=version))
         self._write_alias(name, alias, version)
@@ -181,7 +184,8 @@ class Registry:
     def remove(self, ref: ModelRef | str) -> list[Manifest]:
         """Remove a version, or every version if ``ref`` is only a name; returns what was removed.
 
-        Raises Conflict if an alias points there, ModelNotFound. The numbers are not given again.
+        Raises Conflict if an alias points there, or is being set to (``removals``), ModelNotFound.
+        The numbers are not given again.
         """
         ref = parse_ref(ref) if isinstance(ref, str) else ref
         if ref.version is None and ref.alias is None:
@@ -189,21 +193,22 @@ class Registry:
         else:
             doomed = [self.resolve(ref)]
         numbers = {manifest.version for manifest in doomed}
-        pointing = [
-            f"{ref.name}@{a}" for a, v in self.list_aliases(ref.name).items() if v in numbers
-        ]
-        if pointing:
-            raise Conflict(
-                f"{', '.join(pointing)} points at what would be removed; remove or move the "
-                "alias first"
-            )
-        for manifest in doomed:
-            self._remove_version(manifest)
+        noted: list[str] = []
+        try:
+            for number in numbers:
+                noted.append(intend(self.store, ref.name, number, self._owner, self._clock.now()))
+            self._check_no_alias(ref.name, numbers)
+            for manifest in doomed:
+                self._remove_version(manifest)
+        finally:
+            for key in noted:
+                self.store.delete(key)
         return doomed
 
     def collect_garbage(self) -> int:
         """Remove what killed imports and removals left behind; how many were cleaned up."""
-        return collect_garbage(self.store, self._clock.now())
+        now = self._clock.now()
+        return forget_dead(self.store, now) + collect_garbage(self.store, now)
 
     # -- local copies
 
@@ -305,8 +310,51 @@ class Registry:
             f"{ref}: model {ref.name!r} has no version {version}; it has: {known}", param="model"
         )
 
+    def _check_no_alias(self, name: str, numbers: Collection[int]) -> None:
+        aliases = self.list_aliases(name).items()
+        pointing = [f"{name}@{alias}" for alias, version in aliases if version in numbers]
+        if pointing:
+            raise Conflict(
+                f"{', '.join(pointing)} points at what would be removed; remove or move the "
+                "alias first"
+            )
+
     def _write_alias(self, name: str, alias: str, version: int) -> None:
-        self.store.put(alias_key(name, alias), encode_alias(version, self._clock.now()))
+        """Point an alias at a version. If that is removed meanwhile, all is as it was before."""
+        key = alias_key(name, alias)
+        try:
+            before: bytes | None = self.store.get(key)
+        except NotFound:
+            before = None
+        written = encode_alias(version, self._clock.now())
+        self.store.put(key, written)
+        if self._stays(name, version):
+            return
+        with suppress(NotFound):
+            if self.store.get(key) == written:  # nobody has set it since
+                self._put_back(name, key, before)
+        raise Conflict(
+            f"models:/{name}/{version} is being removed at this moment: {name}@{alias} was not set"
+        )
+
+    def _put_back(self, name: str, key: str, before: bytes | None) -> None:
+        if before is not None:
+            self.store.put(key, before)
+            with suppress(CorruptModel):
+                if self._stays(name, read_alias(before, key)):
+                    return
+        self.store.delete(key)
+
+    def _stays(self, name: str, version: int) -> bool:
+        """Whether a version is there and nobody is about to remove it; in this order, for an intent
+        goes after the version."""
+        if is_intended(self.store, name, version, self._clock.now()):
+            return False
+        key = manifest_key(name, version)
+        try:
+            return read_stored_version(self.store.get(key), key).manifest is not None
+        except NotFound:
+            return False
 
     def _remove_version(self, manifest: Manifest) -> None:
         key = manifest_key(manifest.name, manifest.version)

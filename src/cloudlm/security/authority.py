@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import ipaddress
 import os
 import secrets
@@ -25,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloudlm.core.errors import InvalidRequest, StorageFailed
+from cloudlm.security.locks import alone_with
 
 LEAF_DAYS = 30
 SELF_SIGNED_DAYS = 365
@@ -251,16 +251,13 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Make ``folder``, private, and keep other processes from writing there meanwhile."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageFailed(f"cannot use the folder {folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            held.enter_context(alone_with(folder))
+        except OSError as error:
+            raise StorageFailed(f"cannot use the folder {folder}: {error.strerror}") from None
         yield
-    finally:
-        os.close(lock)
 
 
 def _read(file: Path) -> bytes:
@@ -271,7 +268,8 @@ def _read(file: Path) -> bytes:
 
 
 def _write(file: Path, content: bytes, mode: int) -> None:
-    """Put ``content`` in place of ``file`` in one step; it is private before it holds a byte."""
+    """Put ``content`` in place of ``file`` in one step; it is private before it holds a byte. As
+    ``state.drafts``, which workers may not import."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

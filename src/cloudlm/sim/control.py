@@ -114,7 +114,7 @@ class SimControl:
         versions = (deployment.spec.model, dict(deployment.spec.adapters))
         at_once(self._releases.fix(deployment.spec.name, deployment.revision, versions))
         step = self._releases.plan(deployment, decision, wanted, groups, ready, versions)
-        self._withdraw(groups, ready, step, decision, now)
+        self._write_endpoints(groups, ready, step, decision, now)
         for action in step.actions:
             if self._drains.done(action.leaving, busy, now):
                 self._carry_out(action)
@@ -172,7 +172,7 @@ class SimControl:
             del self._records[unit.id]
         return record.verdict
 
-    def _withdraw(
+    def _write_endpoints(
         self,
         groups: Sequence[GroupObservation],
         ready: set[str],

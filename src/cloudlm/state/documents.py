@@ -40,7 +40,7 @@ from cloudlm.core.placement import (
     Users,
 )
 from cloudlm.core.price import Price
-from cloudlm.core.rollout import Kind, Order, Rollout, Step, Strategy
+from cloudlm.core.rollout import Kind, Order, Rollout, Stage, Step, Strategy
 from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.scaling import Algorithm, Scaling
 from cloudlm.core.schedule import Schedule
@@ -121,6 +121,7 @@ def _load_strategy(body: Any) -> Strategy:
 def load_rollout(text: str) -> Rollout:
     """A roll-out out of the JSON of its fields."""
     body = _known(Rollout, load_object(text))
+    body["stages"] = tuple(Stage(*one) for one in body.get("stages", ()))
     return Rollout(**{**body, "order": Order(body.get("order", ""))})
 
 

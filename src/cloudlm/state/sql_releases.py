@@ -123,9 +123,9 @@ class SqlReleases(SqlLeases):
         known = set((await connection.execute(mine)).scalars())
         note = releases.first_note(deployment, by)
         if deployment.revision in known:
-            this = sa.and_(revisions.c.name == name, revisions.c.number == deployment.revision)
             spec = as_rows.revision_values(name, note)["spec"]
-            await connection.execute(sa.update(revisions).where(this).values(spec=spec))
+            same = sa.and_(revisions.c.name == name, revisions.c.number == deployment.revision)
+            await connection.execute(sa.update(revisions).where(same).values(spec=spec))
             return
         await connection.execute(sa.insert(revisions), [as_rows.revision_values(name, note)])
         row = await one_row(connection, tables.rollouts, name=name)

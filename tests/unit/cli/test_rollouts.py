@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,11 +74,34 @@ def test_steering(control: Any, ok: Ok, arguments: list[str], sent: Any) -> None
 
 def test_history(control: Any, ok: Ok) -> None:
     control.answers["GET /deployments/helper/revisions"] = {"data": [revision_body(REVISION)]}
+    control.answers[f"GET {PATH}"] = rollout_body(RolloutView("helper", Kind.CANARY, 1, 1))
     shown = ok("rollout", "history", "helper").stdout
-    for words in ("models:/bank/2", "root", "rolled_back", "0.750", "2 of 2 attempts failed"):
+    for words in ("models:/bank/2", "root", "rolled back", "0.750", "2 of 2 attempts failed"):
         assert words in shown
     printed = json.loads(ok("rollout", "history", "helper", "--json").stdout)
     assert printed == [revision_body(REVISION)]
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [
+        (DONE, ("never ready", "current", "replaced")),
+        (VIEW, ("never ready", "rolling out", "current")),
+        (RolloutView("helper", Kind.CANARY, 1, 2, True), ("never ready", "paused", "current")),
+    ],
+)
+def test_history_says_which_revision_answers(control: Any, ok: Ok, view: Any, words: Any) -> None:
+    promoted = replace(REVISION, outcome=Outcome.PROMOTED)
+    notes = [replace(REVISION, number=3, outcome=Outcome.PENDING)]
+    notes += [promoted, replace(promoted, number=1)]
+    control.answers["GET /deployments/helper/revisions"] = {
+        "data": [revision_body(r) for r in notes]
+    }
+    control.answers[f"GET {PATH}"] = rollout_body(view)
+    rows = ok("rollout", "history", "helper").stdout.splitlines()[1:]
+    assert len(rows) == 3
+    for row, status in zip(rows, words, strict=True):
+        assert status in row
 
 
 def test_score(control: Any, ok: Ok) -> None:

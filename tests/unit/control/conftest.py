@@ -22,6 +22,7 @@ from cloudlm.drivers.base import Ability, DriverContext
 from cloudlm.drivers.external import ExternalDriver
 from cloudlm.drivers.external_look import Look
 from cloudlm.drivers.memory import MemoryDriver, MemoryWorld
+from cloudlm.security.credentials import Credentials
 from cloudlm.state.memory import MemoryState
 
 PEPPER = b"p" * 32
@@ -160,6 +161,7 @@ class Plane:
 
     def __post_init__(self):
         self.turner = ScriptedTurner(self.prober)
+        self.credentials = Credentials(self.home / "secrets", {})
         self.restart()
 
     def restart(self):
@@ -185,6 +187,7 @@ class Plane:
             ControlSettings(drain_timeout_s=30.0, stall_timeout_s=20.0),
             self.metrics,
             self.turner,
+            self.credentials,
             self.memory,
         )
 

@@ -39,13 +39,13 @@ class TalkingDriver:
 
 
 async def test_groups_in_the_order_of_their_revisions_and_of_no_other_deployment():
-    lines = await log_lines(TalkingDriver(), "bank", replica=None, tail=5, follow=False)
+    lines = await log_lines([TalkingDriver()], "bank", replica=None, tail=5, follow=False)
     assert b"".join([line async for line in lines]).decode() == "bank-r2 says ü\nbank-r10 says ü\n"
 
 
 async def test_following_hears_all_and_lets_go_of_all():
     driver = TalkingDriver()
-    lines = await log_lines(driver, "bank", replica=None, tail=5, follow=True)
+    lines = await log_lines([driver], "bank", replica=None, tail=5, follow=True)
     heard = {await anext(lines), await anext(lines)}
     assert heard == {"bank-r2 says ü\n".encode(), "bank-r10 says ü\n".encode()}
     assert driver.reading == {"bank-r2", "bank-r10"}
@@ -57,9 +57,32 @@ async def test_a_driver_without_output_says_so():
     driver = TalkingDriver()
     driver.abilities = frozenset()
     with pytest.raises(NotSupported, match="talking"):
-        await log_lines(driver, "bank", replica=None, tail=5, follow=False)
+        await log_lines([driver], "bank", replica=None, tail=5, follow=False)
 
 
 async def test_a_replica_of_another_deployment_is_not_found():
     with pytest.raises(NotFound):
-        await log_lines(TalkingDriver(), "bank", replica="bankrupt-r1-0", tail=5, follow=False)
+        await log_lines([TalkingDriver()], "bank", replica="bankrupt-r1-0", tail=5, follow=False)
+
+
+class SilentDriver(TalkingDriver):
+    """Endpoints of others: what they say is theirs."""
+
+    name = "silent"
+    abilities = frozenset()
+
+    async def groups(self):
+        return ["bank-r3"]
+
+
+@pytest.mark.parametrize("first", [TalkingDriver, SilentDriver])
+async def test_a_deployment_that_moves_is_heard_wherever_it_runs(first):
+    """Towards endpoints of others, the old replicas still have much to say, and the other way."""
+    second = SilentDriver if first is TalkingDriver else TalkingDriver
+    drivers = [first(), second()]
+    lines = await log_lines(drivers, "bank", replica=None, tail=5, follow=False)
+    assert b"".join([line async for line in lines]).decode() == "bank-r2 says ü\nbank-r10 says ü\n"
+    lines = await log_lines(drivers, "bank", replica="bank-r2-0", tail=5, follow=False)
+    assert [line async for line in lines] == ["bank-r2 says ü\n".encode()]
+    with pytest.raises(NotSupported, match="silent"):
+        await log_lines(drivers, "bank", replica="bank-r3-0", tail=5, follow=False)

@@ -47,6 +47,7 @@ def test_the_first_revision_needs_no_canary():
     decision = decide(wish(1), None, Facts(2, {1: 2}, {1: 1}), T + 0.0)
     assert decision.rollout.plain
     assert (decision.size, decision.shares, decision.hold) == (None, {}, False)
+    assert (decision.note, decision.waits) == ("revision 1 starts", "1 of 2 replicas ready")
     whole = decide(wish(1), decision.rollout, Facts(2, {1: 2}, {1: 2}), T + 1.0)
     assert whole.rollout == stable()
     assert whole.ended == ((1, Outcome.PROMOTED, ""),)
@@ -82,6 +83,11 @@ def test_after_its_last_step_it_is_promoted_by_replacing_what_runs():
     decision = decide(wish(), rollout, facts({1: 4, 2: 2}, new=FINE, old=FINE), T + 161.0)
     assert (decision.size, decision.shares, decision.rollout.plain) == (None, {}, True)
     assert decision.ended == ()
+    full = decide(wish(), decision.rollout, facts({1: 1, 2: 4}), T + 190.0)
+    assert (full.note, full.waits) == (
+        "revision 2 replaces what runs, replica by replica",
+        "the end of revision 1",
+    )
     last = decide(wish(), decision.rollout, facts({2: 4}), T + 200.0)
     assert last.rollout == stable(2)
     assert last.ended == ((2, Outcome.PROMOTED, ""),)

@@ -13,6 +13,7 @@ from cloudlm.core.external import EXTERNAL, ExternalEndpoint
 from cloudlm.core.rollout import Kind, Outcome
 from cloudlm.core.spec import check_spec
 from cloudlm.drivers.external_look import Look
+from cloudlm.security.credentials import Credential
 
 URLS = tuple(f"https://{name}.example/v1" for name in "abcd")
 REFUSED = Look("it does not accept the key (401)")
@@ -150,6 +151,28 @@ class TestToOwn:
         wanted = _as_it_ran(chosen, await plane.state.get_deployment("bank"))
         services = SimpleNamespace(drivers=plane.drivers, state=plane.state, credentials=None)
         await check_can_run(services, wanted)
+
+
+async def test_nothing_goes_back_to_a_key_that_is_another_tenants_by_now(plane):
+    """The way back looks at keys as the way there did; the bad revision stops all the same."""
+    origin = f"{URLS[0]}:443".replace("/v1:443", ":443")
+    plane.credentials.put(Credential("ours", origin, "sk-1"))
+    endpoint = ExternalEndpoint(URLS[0], "big", secret="ours")
+    spec = DeploymentSpec(
+        "bank", "big", EXTERNAL, endpoints=(endpoint,), rollout=STRATEGIES[Kind.CANARY]
+    )
+    await plane.state.put_deployment(check_spec(spec), now=plane.clock.now())
+    await run(plane, 4)
+    plane.credentials.put(Credential("ours", origin, "sk-2", tenant="acme"))
+    plane.world.broken["models:/bank/1"] = "exit code 1: no such tensor"
+    await own(plane)
+    await run(plane, 30, seconds=1.0)
+    assert (await plane.state.get_deployment("bank")).revision == 2
+    message = (await plane.state.get_status("bank")).message
+    assert await takers(plane) == ["bank-r1-0"]
+    view = await plane.state.get_rollout("bank")
+    assert view.stable == 1
+    assert message
 
 
 class TestAmongEndpoints:

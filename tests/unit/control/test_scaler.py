@@ -177,3 +177,16 @@ def test_replicas_that_get_no_requests_are_no_capacity():
     seen = Seen(ready=ready)
     assert _fleet(groups, seen, 2, 0.0, ()).ready == 4
     assert _fleet(groups, seen, 2, 0.0, {"bank-r2-0", "bank-r2-1"}).ready == 2
+
+
+async def test_of_replicas_that_are_gone_nothing_is_remembered(plane):
+    plane.prober.default = Sample(True, ready=False)
+    await plane.ask(min_replicas=3, max_replicas=3)
+    await plane.steps(3)
+    assert len(plane.reconciler._scaler._starting) == 3
+    await plane.ask(min_replicas=1, max_replicas=1)
+    await plane.steps(4)
+    assert list(plane.reconciler._scaler._starting) == ["bank-r1-0"]
+    await plane.state.mark_deleting("bank", now=plane.clock.now())
+    await plane.steps(4)
+    assert plane.reconciler._scaler._starting == {}

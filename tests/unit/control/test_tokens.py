@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
-from cloudlm.control.autoscale.facts import Forecast, Signals, Stay
+from cloudlm.control.autoscale.facts import Forecast, Stay, TotalDemand
 from cloudlm.control.autoscale.forecast import errors_of, observed
 from cloudlm.control.autoscale.staffing import late_share, needed
 from cloudlm.control.autoscale.stay import answer_s, stayed
@@ -217,7 +217,7 @@ def test_the_length_of_answers_is_known_before_the_long_ones_end():
     for second in range(10):
         ended = 2.0 if second else 0.0
         inside += 4.0 - ended
-        stay = stayed(stay, Signals(ongoing=inside, finished_per_s=ended), Pace())
+        stay = stayed(stay, TotalDemand(ongoing=inside, finished_per_s=ended), Pace())
     assert 5.0 < answer_s(stay, pace, 8.0) < 15.0  # those that ended say 1 s
 
 
@@ -225,7 +225,7 @@ def test_the_length_of_answers_is_known_before_the_long_ones_end():
 def test_requests_that_hang_do_not_make_answers_endless(reports):
     pace, stay = measured(), Stay()
     for ongoing, ended in reports:
-        stay = stayed(stay, Signals(ongoing=ongoing, finished_per_s=ended), pace)
+        stay = stayed(stay, TotalDemand(ongoing=ongoing, finished_per_s=ended), pace)
     assert 0.0 <= answer_s(stay, pace, 8.0) <= 4.0 * 200.0 * TOKEN_S * 1.001
 
 

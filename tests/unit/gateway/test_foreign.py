@@ -17,7 +17,10 @@ from cloudlm.core.errors import CloudlmError, NotSupported, UpstreamFailed
 from cloudlm.core.external import ExternalEndpoint, origin_of
 from cloudlm.core.price import Price
 from cloudlm.core.settings import ExternalSettings
+from cloudlm.gateway import chat
 from cloudlm.gateway.foreign import Foreign, foreign_body, hidden
+from cloudlm.gateway.loads import DECLINED_TO_DISTRUST
+from cloudlm.gateway.router import choose
 from cloudlm.gateway.upstream import ReplicaRefused
 from cloudlm.security.credentials import Credential, Credentials
 from cloudlm.security.outside import Outside
@@ -142,7 +145,65 @@ class TestTheRequest:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("status", [401, 402, 403, 404, 405])
+    async def test_a_request_that_is_declined_goes_elsewhere_and_ejects_nobody(
+        self, kit, tmp_path, caplog
+    ) -> None:
+        async with foreign_rig(kit, tmp_path, 2) as rig:
+            first, second = rig.replicas
+            error = {"error": {"message": f"flagged by moderation {KEY}"}}
+            first.default = kit.Plan("status", status=403, error=error)
+            for _ in range(2):
+                assert (await rig.ask(kit.chat_body(stream=True))).tokens == 5
+            assert first.requests
+            assert rig.gateway.loads.of(first.name).failures == 0
+            assert "it answered 403: flagged by moderation ***" in reasons(caplog)
+            second.default = first.default
+            result = await rig.ask(kit.chat_body())
+            assert (result.status, result.json["error"]["code"]) == (502, "upstream_failed")
+            assert "declined" in result.json["error"]["message"]
+            assert "moderation" not in result.body.decode()
+
+    async def test_one_that_declines_everything_is_ejected(self, kit, tmp_path) -> None:
+        async with foreign_rig(kit, tmp_path) as rig:
+            mock = rig.replicas[0]
+            mock.default = kit.Plan("status", status=403)
+            for number in range(DECLINED_TO_DISTRUST):
+                assert rig.gateway.loads.of(mock.name).failures == 0, number
+                assert (await rig.ask(kit.chat_body())).status == 502
+            assert rig.gateway.loads.of(mock.name).failures == 1
+            mock.default = kit.Plan()
+            assert (await rig.ask(kit.chat_body())).status == 200
+            assert rig.gateway.loads.of(mock.name).declined == 0
+
+    async def test_a_replica_is_chosen_once_for_each_attempt(
+        self, kit, tmp_path, monkeypatch
+    ) -> None:
+        chosen = []
+
+        def counted(*arguments, **named):
+            chosen.append(choose(*arguments, **named))
+            return chosen[-1]
+
+        monkeypatch.setattr(chat, "choose", counted)
+        async with foreign_rig(kit, tmp_path, 2) as rig:
+            for mock in rig.replicas:
+                mock.default = kit.Plan("status", status=500)
+            assert (await rig.ask(kit.chat_body())).status == 502
+            assert len([one for one in chosen if one is not None]) == 2
+
+    async def test_refusals_without_end_are_few_lines_that_say_how_many(
+        self, kit, tmp_path, caplog
+    ) -> None:
+        async with foreign_rig(kit, tmp_path) as rig:
+            rig.replicas[0].default = kit.Plan("status", status=401)
+            for _ in range(20):
+                assert (await rig.ask(kit.chat_body())).status >= 500
+            for event in ("request_not_answered", "external_endpoint_unusable"):
+                lines = [one for one in caplog.records if one.message == event]
+                assert 1 <= len(lines) < 20
+                assert lines[0].fields["count"] == 1
+
+    @pytest.mark.parametrize("status", [401, 402, 404, 405])
     async def test_our_fault_is_not_the_clients(self, kit, tmp_path, caplog, status) -> None:
         async with foreign_rig(kit, tmp_path) as rig:
             error = {"message": f"bad key {KEY}", "type": "x", "code": "invalid_api_key"}

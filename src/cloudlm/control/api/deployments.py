@@ -142,8 +142,9 @@ def routes(services: Services) -> APIRouter:
         replica: str | None = Query(None, max_length=128),
     ) -> Response:
         deployment = await found(request, name, Verb.READ, Resource.LOGS)
-        driver = services.drivers.get(deployment.spec.driver)
-        lines = await log_lines(driver, name, replica=replica, tail=tail, follow=follow)
+        own = services.drivers.get(deployment.spec.driver)
+        others = [one for one in services.drivers.in_use().values() if one is not own]
+        lines = await log_lines([own, *others], name, replica=replica, tail=tail, follow=follow)
         return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
 
     return router

@@ -6,32 +6,47 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
 
 from cloudlm.core.errors import NotFound, NotSupported
 from cloudlm.drivers.base import Ability, Driver
 
 
 async def log_lines(
-    driver: Driver, deployment: str, *, replica: str | None, tail: int, follow: bool
+    drivers: Sequence[Driver], deployment: str, *, replica: str | None, tail: int, follow: bool
 ) -> AsyncIterator[bytes]:
-    """Lines with their newlines, oldest group first. Raises NotFound for an unknown replica,
-    NotSupported if the driver keeps no output; both before the stream begins."""
-    if Ability.REPLICA_LOGS not in driver.abilities:
-        raise NotSupported(f"driver {driver.name!r} does not keep the output of replicas")
-    groups = _groups_of(await driver.groups(), deployment)
+    """Lines with their newlines, oldest group first, of all groups wherever they run: while a
+    deployment moves, old ones run on another driver. ``drivers`` begin with the deployment's own.
+    Raises NotFound for an unknown replica, NotSupported if no driver of a group keeps output; both
+    before the stream begins."""
+    groups = [one for driver in drivers for one in await _groups_of(driver, deployment)]
     if replica is not None:
-        groups = [group for group in groups if group == replica.rpartition("-")[0]]
-        known = [r.id for g in groups for r in (await driver.observe(g)).replicas]
+        groups = [one for one in groups if one.name == replica.rpartition("-")[0]]
+        known = [r.id for g in groups for r in (await g.driver.observe(g.name)).replicas]
         if replica not in known:
             raise NotFound(f"deployment {deployment!r} has no replica {replica!r}")
-    sources = [driver.logs(g, replica=replica, tail=tail, follow=follow) for g in groups]
+    talking = [one for one in groups if Ability.REPLICA_LOGS in one.driver.abilities]
+    silent = groups[0].driver if groups else drivers[0]
+    if not talking and Ability.REPLICA_LOGS not in silent.abilities:
+        raise NotSupported(f"driver {silent.name!r} does not keep the output of replicas")
+    sources = [
+        one.driver.logs(one.name, replica=replica, tail=tail, follow=follow)
+        for one in sorted(talking, key=lambda one: one.revision)
+    ]
     return _joined(sources) if follow else _chained(sources)
 
 
-def _groups_of(names: Sequence[str], deployment: str) -> list[str]:
+class _Group(NamedTuple):
+    revision: int
+    name: str
+    driver: Driver
+
+
+async def _groups_of(driver: Driver, deployment: str) -> list[_Group]:
     form = re.compile(re.escape(deployment) + r"-r([0-9]+)")
-    found = [(int(match[1]), name) for name in names if (match := form.fullmatch(name))]
-    return [name for _, name in sorted(found)]
+    names = await driver.groups()
+    found = [(match, name) for name in names if (match := form.fullmatch(name))]
+    return [_Group(int(match[1]), name, driver) for match, name in found]
 
 
 async def _chained(sources: Sequence[AsyncIterator[str]]) -> AsyncIterator[bytes]:

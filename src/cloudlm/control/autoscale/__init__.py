@@ -16,7 +16,7 @@ from cloudlm.control.autoscale.facts import (
     Fleet,
     Recommendation,
     ScaleMemory,
-    Signals,
+    TotalDemand,
     joined,
     reporting,
 )
@@ -28,7 +28,9 @@ from cloudlm.core.scaling import Algorithm
 
 __all__ = ["Fleet", "Recommendation", "ScaleMemory", "autoscale"]
 
-Rule = Callable[[DeploymentSpec, Signals, Fleet, int, ScaleMemory, float], tuple[int, ScaleMemory]]
+Rule = Callable[
+    [DeploymentSpec, TotalDemand, Fleet, int, ScaleMemory, float], tuple[int, ScaleMemory]
+]
 RULES: Mapping[Algorithm, Rule] = {
     Algorithm.TOKENS: by_tokens,
     Algorithm.HPA: by_hpa,
@@ -72,7 +74,7 @@ def autoscale(
     return max(low, min(high, wanted)), memory
 
 
-def _idle_since(signals: Signals, memory: ScaleMemory, now: float) -> float | None:
+def _idle_since(signals: TotalDemand, memory: ScaleMemory, now: float) -> float | None:
     if signals.busy:
         return None
     return now if memory.idle_since is None else memory.idle_since

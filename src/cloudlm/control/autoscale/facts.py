@@ -28,7 +28,7 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True)
-class Signals:
+class TotalDemand:
     """The demand of all gateways together; times are means over what ended."""
 
     ongoing: float = 0.0
@@ -127,11 +127,11 @@ class ScaleMemory:
     tpot_s: float = 0.0
 
 
-def joined(demand: Sequence[Demand]) -> Signals:
+def joined(demand: Sequence[Demand]) -> TotalDemand:
     """The reports of all gateways as one."""
     finished = sum(one.finished_per_s for one in demand)
     tokens = sum(one.output_tokens_per_s for one in demand)
-    return Signals(
+    return TotalDemand(
         ongoing=sum(one.ongoing for one in demand),
         queued=sum(one.queued for one in demand),
         requests_per_s=sum(one.requests_per_s for one in demand),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cloudlm.control.autoscale.facts import Fleet, Recommendation, ScaleMemory, Signals
+from cloudlm.control.autoscale.facts import Fleet, Recommendation, ScaleMemory, TotalDemand
 from cloudlm.control.autoscale.windows import average, sampled, stabilised
 from cloudlm.core.deployment import DeploymentSpec
 
@@ -26,7 +26,7 @@ UTILIZATION = 1.0
 
 def by_hpa(
     spec: DeploymentSpec,
-    signals: Signals,
+    signals: TotalDemand,
     fleet: Fleet,
     current: int,
     memory: ScaleMemory,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cloudlm.control.autoscale.facts import Fleet, ScaleMemory, Signals
+from cloudlm.control.autoscale.facts import Fleet, ScaleMemory, TotalDemand
 from cloudlm.control.autoscale.windows import average, sampled, stabilised
 from cloudlm.core.deployment import DeploymentSpec
 
@@ -24,7 +24,7 @@ TICK_S = 2.0
 
 def by_kpa(
     spec: DeploymentSpec,
-    signals: Signals,
+    signals: TotalDemand,
     fleet: Fleet,
     current: int,
     memory: ScaleMemory,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from cloudlm.control.autoscale.facts import Signals, Stay
+from cloudlm.control.autoscale.facts import Stay, TotalDemand
 from cloudlm.core.pace import Pace
 
 KNOWN_BEFORE = 20.0
@@ -23,7 +23,7 @@ MOST_TIMES = 4.0
 """Of what the answers that ended say; requests that hang must not buy replicas without end."""
 
 
-def stayed(before: Stay, signals: Signals, pace: Pace) -> Stay:
+def stayed(before: Stay, signals: TotalDemand, pace: Pace) -> Stay:
     """With one more report, of a second. The time that prompts take is left out: it is known when
     they come."""
     prompts = signals.computed_tokens_per_s * pace.prompt_token_s

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cloudlm.control.autoscale.facts import Fleet, Forecast, ScaleMemory, Signals
+from cloudlm.control.autoscale.facts import Fleet, Forecast, ScaleMemory, TotalDemand
 from cloudlm.control.autoscale.forecast import observed
 from cloudlm.control.autoscale.staffing import needed
 from cloudlm.control.autoscale.stay import answer_s, stayed
@@ -46,7 +46,7 @@ _OVERLOADED = 1.5
 
 def by_tokens(
     spec: DeploymentSpec,
-    signals: Signals,
+    signals: TotalDemand,
     fleet: Fleet,
     current: int,
     memory: ScaleMemory,
@@ -82,7 +82,7 @@ def _kept_s(spec: DeploymentSpec, start_s: float) -> float:
     return min(max(STARTS_KEPT * start_s, LEAST_DOWN_WINDOW_S), most_s)
 
 
-def _said(signals: Signals, ahead: Forecast, backlog: float, start_s: float) -> str:
+def _said(signals: TotalDemand, ahead: Forecast, backlog: float, start_s: float) -> str:
     """For people: the work at once that replicas are wanted for."""
     if ahead.load + backlog <= 0:
         return f"{signals.ongoing:g} requests ask" if signals.ongoing else "nobody asks"
@@ -104,7 +104,7 @@ def _staffed(
     return needed(load, slots, request_s, wait_s, most, share, ahead.errors)
 
 
-def _load(signals: Signals, pace: Pace, each_s: float) -> float:
+def _load(signals: TotalDemand, pace: Pace, each_s: float) -> float:
     """The work that arrives, as requests at once."""
     if not pace.known:
         return signals.ongoing
@@ -112,14 +112,14 @@ def _load(signals: Signals, pace: Pace, each_s: float) -> float:
     return prompts + signals.requests_per_s * each_s
 
 
-def _mean_prompt(signals: Signals) -> float:
+def _mean_prompt(signals: TotalDemand) -> float:
     if signals.requests_per_s > 0:
         return signals.prompt_tokens_per_s / signals.requests_per_s
     return signals.waiting_prompt_tokens / signals.queued if signals.queued else 0.0
 
 
 def _backlog(
-    signals: Signals,
+    signals: TotalDemand,
     fleet: Fleet,
     current: int,
     slots: float,
@@ -142,7 +142,7 @@ def _backlog(
 
 
 def _learned(
-    spec: DeploymentSpec, signals: Signals, fleet: Fleet, current: int, memory: ScaleMemory
+    spec: DeploymentSpec, signals: TotalDemand, fleet: Fleet, current: int, memory: ScaleMemory
 ) -> ScaleMemory:
     """With what a fresh report says of the version's pace. At replicas that are far beyond their
     target requests wait for each other, which says nothing of the pace."""
