@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from installations import MODEL, Installation, processes_of, wait_for
+from postgres_server import running_postgres
 
 from cloudlm.core.lease import Lease
 from cloudlm.state.open import open_state
@@ -21,9 +22,9 @@ pytestmark = [pytest.mark.flow, pytest.mark.timeout(300)]
 LEASE_S = "6"
 
 
-def lease_in(home: Path) -> Lease:
+def lease_at(state_url: str) -> Lease:
     async def read() -> Lease:
-        state = await open_state(f"sqlite:///{home / 'state.db'}")
+        state = await open_state(state_url)
         try:
             return await state.get_lease("control")
         finally:
@@ -39,8 +40,20 @@ def running_in(home: Path, what: str) -> list[int]:
     ]
 
 
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def state_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The state of both controls; PostgreSQL where its binaries are found."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'shared.db'}"
+        return
+    with running_postgres() as server:
+        yield server.url(server.new_database())
+
+
 @pytest.fixture
-def second(tmp_path: Path) -> Iterator[Callable[[Installation], subprocess.Popen[bytes]]]:
+def second(
+    tmp_path: Path, state_url: str
+) -> Iterator[Callable[[Installation], subprocess.Popen[bytes]]]:
     """Start a control with a home of its own on an installation's state and registry."""
     home = tmp_path / "second"
     reading, writing = os.pipe()
@@ -50,7 +63,7 @@ def second(tmp_path: Path) -> Iterator[Callable[[Installation], subprocess.Popen
         environment = {
             **first.environment,
             "CLOUDLM_HOME": str(home),
-            "CLOUDLM_STATE_URL": f"sqlite:///{first.home / 'state.db'}",
+            "CLOUDLM_STATE_URL": state_url,
             "CLOUDLM_REGISTRY_URL": str(first.home / "registry"),
             "CLOUDLM_WORKER_FIRST_PORT": "18700",
             "CLOUDLM_LIFELINE_FD": str(reading),
@@ -80,29 +93,31 @@ def test_a_stopped_leader_is_followed_and_does_no_harm_when_it_goes_on(
     second: Callable[[Installation], subprocess.Popen[bytes]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    state_url: str,
 ) -> None:
     monkeypatch.setenv("CLOUDLM_CONTROL_LEASE_S", LEASE_S)
+    monkeypatch.setenv("CLOUDLM_STATE_URL", state_url)
     first = own_installation()
     there = tmp_path / "second"
     other = second(first)
-    assert f":{first.home}#" in lease_in(first.home).holder
+    assert f":{first.home}#" in lease_at(state_url).holder
     (leader,) = running_in(first.home, "cloudlm.control")
     assert len(running_in(first.home, "cloudlm.worker")) == 1
     os.kill(leader, signal.SIGSTOP)
     try:
-        wait_for("the other to lead", lambda: f":{there}#" in lease_in(first.home).holder)
+        wait_for("the other to lead", lambda: f":{there}#" in lease_at(state_url).holder)
         wait_for("its replica", lambda: running_in(there, "cloudlm.worker"))
-        token = lease_in(first.home).token
+        token = lease_at(state_url).token
     finally:
         os.kill(leader, signal.SIGCONT)
     # It finds itself overtaken: its replica goes, since the leader elsewhere cannot see it.
     wait_for("one replica", lambda: not running_in(first.home, "cloudlm.worker"), 150)
     assert len(running_in(there, "cloudlm.worker")) == 1
-    assert lease_in(first.home).token == token
+    assert lease_at(state_url).token == token
     assert "this control stands by" in first.cli("status").stdout
     other.send_signal(signal.SIGTERM)  # a clean end gives the lease back
     assert other.wait(60) == 0
-    wait_for("the first to lead", lambda: f":{first.home}#" in lease_in(first.home).holder)
+    wait_for("the first to lead", lambda: f":{first.home}#" in lease_at(state_url).holder)
     wait_for("its replica", lambda: running_in(first.home, "cloudlm.worker"))
     wait_for("an answer", lambda: [one["state"] for one in first.replicas()] == ["ready"], 150)
     assert MODEL in first.cli("status").stdout
