@@ -74,9 +74,9 @@ bench-engine-peers: setup
 # Latency and throughput beside every peer that is found, the ladder of streams, overload and outage, memory,
 # streams whose replica is killed: about half an hour.
 bench-gateway: setup
-	@mkdir -p out
+	@mkdir -p out && rm -f out/bench-gateway.jsonl
 	@for script in run.py "streams.py --only all" overload.py memory.py resume.py; do \
-		$(BIN)/python bench/gateway/$$script; done | tee out/bench-gateway.jsonl
+		$(BIN)/python bench/gateway/$$script >> out/bench-gateway.jsonl || exit 1; done
 	@$(BIN)/python bench/gateway/report.py out/bench-gateway.jsonl
 
 # Policies against each other in the simulator: routing, autoscaling, spot; then real processes:
