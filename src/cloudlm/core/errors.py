@@ -32,6 +32,7 @@ errors are translated into this tree once, at the seam where they enter.
     ├── Unavailable 503               (retry later)
     │   ├── NoReplica 503
     │   ├── ModelAsleep 503
+    │   ├── ModelTooLarge 503         (it will never fit this machine's memory)
     │   └── Overloaded 503
     ├── UpstreamTimeout 504           (retry elsewhere)
     ├── StorageFailed 507             (full disk, unwritable folder)
