@@ -110,6 +110,8 @@ def main() -> int:
     try:
         settings, _ = load_settings()
         seat = _seat(sys.argv[1:])
+        # The thread that writes the ledger must not hold up a request for the usual 5 ms.
+        sys.setswitchinterval(0.0005)
         setup_logging(settings.log, process="gateway")
         if seat is None and settings.gateway.workers > 1:
             return asyncio.run(keep(settings))
