@@ -160,13 +160,9 @@ class Faults:
             self._after(fault, serving.resume)
 
     def _slow_start(self, fault: Fault) -> None:
-        fleet = self._world.fleet
-        fleet.start_factor *= fault.factor
-
-        def back() -> None:
-            fleet.start_factor /= fault.factor
-
-        self._after(fault, back)
+        slower = self._world.fleet.slower_starts
+        slower.append(fault.factor)
+        self._after(fault, lambda: slower.remove(fault.factor))
 
     def _zone_loss(self, fault: Fault) -> None:
         fleet = self._world.fleet

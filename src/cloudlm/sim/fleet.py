@@ -110,7 +110,8 @@ class Fleet:
         self.units: dict[str, Unit] = {}
         self.closed: set[str] = set()
         """Zones that are lost at this moment."""
-        self.start_factor = 1.0
+        self.slower_starts: list[float] = []
+        """How many times as long starts take now; of several the slowest counts."""
         self.at_once = False
         """Whether replicas start in no time: what runs already when a simulation begins."""
         self.replica_s = 0.0
@@ -167,7 +168,8 @@ class Fleet:
             return
         unit.began_at = unit.billed_from = self._timeline.now
         self._set(unit, ReplicaState.STARTING)
-        start_s = 0.0 if self.at_once else unit.version.figures.start_s * self.start_factor
+        factor = 0.0 if self.at_once else max(self.slower_starts, default=1.0)
+        start_s = unit.version.figures.start_s * factor
         self._timeline.after(start_s, self._started, unit, life)
 
     def _started(self, unit: Unit, life: int) -> None:
