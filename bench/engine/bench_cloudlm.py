@@ -29,7 +29,7 @@ def main():
 
     from cloudlm.engine.importing import unsearched
 
-    with unsearched():  # as the worker does
+    with unsearched("cloudlm.engine.load"):  # as the worker does
         import torch
 
         from cloudlm import __version__

@@ -306,11 +306,6 @@ def measure(asked: Namespace) -> dict[str, Any]:
     }
 
 
-def section(asked: Namespace) -> str:
-    """The text for RESULTS.md."""
-    return text(measure(asked))
-
-
 def text(found: dict[str, Any]) -> str:
     """What was measured, as a section of RESULTS.md."""
     changed, crowd, wakes = found["changes"], found["herd"], found["wakes"]

@@ -219,11 +219,6 @@ def crowd() -> list[Arrival]:
     return list(drawn(moments, sizes, Lengths(PROMPT.mean, 0.3), Lengths(OUTPUT.mean, 0.3)))
 
 
-def section(asked: Namespace) -> str:
-    """The text for RESULTS.md."""
-    return text(measure(asked))
-
-
 def text(found: dict[str, Any]) -> str:
     """What was measured, as a section of RESULTS.md."""
     step = found["step"]

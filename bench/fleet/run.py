@@ -5,11 +5,11 @@
     python bench/fleet/run.py --only reality       one part alone
     python bench/fleet/run.py --only processes --json
 
-Every part is a module with a ``section`` that gives its text. ``routing``, ``autoscaling`` and
-``spot`` are simulated throughout, with replicas' figures that were measured
-(``cloudlm/sim/figures.yaml``). ``reality`` and ``processes`` run real processes, which is why
-nothing else should use the machine meanwhile; they give JSON too. Exits 1 if a part could not be
-measured.
+``routing``, ``autoscaling`` and ``spot`` are simulated throughout, with replicas' figures that were
+measured (``cloudlm/sim/figures.yaml``); each is a module whose ``section`` gives its text.
+``reality`` and ``processes`` run real processes, which is why nothing else should use the machine
+meanwhile; their ``measure`` gives data, for ``--json`` too, and ``text`` makes the section of it.
+Exits 1 if a part could not be measured.
 """
 
 from __future__ import annotations
@@ -29,28 +29,17 @@ import routing
 import spot
 from stack import BenchFailed
 
-RESULTS = Path(__file__).parents[1] / "RESULTS.md"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from results import record
+
 TRACES = Path(__file__).parent / "traces"
-PARTS: Mapping[str, Callable[[argparse.Namespace], str]] = {
+SIMULATED: Mapping[str, Callable[[argparse.Namespace], str]] = {
     "routing": routing.section,
     "autoscaling": autoscaling.section,
     "spot": spot.section,
-    "reality": reality.section,
-    "processes": processes.section,
 }
 MEASURED: Mapping[str, ModuleType] = {"reality": reality, "processes": processes}
-"""Parts that give data (``measure``) beside its text (``text``)."""
-BEGIN, END = "<!-- bench-fleet {}: begin -->", "<!-- bench-fleet {}: end -->"
-
-
-def recorded(text: str, part: str, section: str) -> str:
-    """``text`` with a part's section in the place of its last one, or at the end."""
-    begin, end = BEGIN.format(part), END.format(part)
-    block = f"{begin}\n{section.rstrip()}\n{end}"
-    before, found, rest = text.partition(begin)
-    if not found:
-        return f"{text.rstrip()}\n\n{block}\n"
-    return before + block + rest.partition(end)[2]
+PARTS = (*SIMULATED, *MEASURED)
 
 
 def main() -> int:
@@ -84,7 +73,7 @@ def run(name: str, asked: argparse.Namespace) -> None:
         found = MEASURED[name].measure(asked)
         section = MEASURED[name].text(found)
     else:
-        section = PARTS[name](asked)
+        section = SIMULATED[name](asked)
     took_s = time.perf_counter() - began
     if asked.json:
         print(json.dumps({"part": name, "seconds": round(took_s, 1), **found}))
@@ -92,7 +81,7 @@ def run(name: str, asked: argparse.Namespace) -> None:
         print(section)
         print(f"{name}: {took_s:.0f} s")
     if asked.record:
-        RESULTS.write_text(recorded(RESULTS.read_text("utf-8"), name, section), "utf-8")
+        record(f"bench-fleet {name}", section)
 
 
 if __name__ == "__main__":

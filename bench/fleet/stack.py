@@ -91,14 +91,15 @@ class Stack:
         found = max(busy_s - own_s, 0.0) / at
 
     def _cpu_s(self) -> tuple[float, float, float]:
-        """Seconds of CPU that everybody and that we used, and the time."""
+        """Seconds of CPU that everybody and that we used, ours with what our children took that
+        have ended, and the time."""
         fields = [int(one) for one in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
         everybody = sum(fields[:3]) + sum(fields[5:8])  # all but idle and waiting for disks
         ours = 0
         for pid in (*self.processes(), os.getpid()):
             with contextlib.suppress(OSError):
                 times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ours += int(times[11]) + int(times[12])
+                ours += sum(map(int, times[11:15]))  # utime, stime, cutime, cstime: proc(5)
         return everybody / _TICKS_PER_S, ours / _TICKS_PER_S, time.monotonic()
 
 

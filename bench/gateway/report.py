@@ -89,7 +89,7 @@ def peers_table(found: Found) -> list[str]:
         )
         for name in names
     ]
-    rows.append("| errors | " + " | ".join(errors) + " |")
+    rows.append("| errors in closed loops | " + " | ".join(errors) + " |")
     others = names[1:]
     if others:
         rows += ["", "cloudlm against each, above 1 is ahead:", ""]

@@ -41,8 +41,8 @@ _ASKED_AGAIN_S = 12.0
 """Who wants to ask again when control forgets waits no longer than this for it."""
 _PASS_S = 5.0
 """So long a pass of control may go by what it read at its beginning."""
-_MOST_RESTARTS_S = 60.0
 _MOMENTS = ("on the way", "on the way", "after a write", "")
+"""At which control may be paused; of four, each as likely as it stands here often."""
 _WELL = (DeploymentPhase.READY, DeploymentPhase.IDLE)
 _QUICK = Scaling(idle_s=1.0, down_window_s=1.0)
 
@@ -226,10 +226,7 @@ class Steering:
                     )
             case "control_pause":
                 for one in self._processes:  # whoever leads
-                    one.pauses(
-                        ("on the way", "on the way", "after a write", "")[int(fault.how * 4)],
-                        fault.for_s,
-                    )
+                    one.pauses(_MOMENTS[int(fault.how * 4)], fault.for_s)
             case "driver_down":
                 fleet.down_until = max(fleet.down_until, until)
             case "driver_forgets":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from cloudlm.cli.connect import control_client, gateway_notes
 from cloudlm.cli.log_lines import event_of, readable
@@ -43,7 +42,7 @@ from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.scaling import IDLE_S, Algorithm, Scaling
 from cloudlm.core.spec import CLOUDLM, ENGINES
 from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
-from cloudlm.state.home import yaml_fault
+from cloudlm.core.yaml_text import NotYaml, parse_documents, parse_yaml
 
 if TYPE_CHECKING:
     from cloudlm.client import Client
@@ -360,8 +359,8 @@ def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:
     for pair in pairs:
         key, equals, raw = pair.partition("=")
         try:
-            value = yaml.safe_load(raw) if equals else None
-        except yaml.YAMLError:
+            value = parse_yaml(raw) if equals else None
+        except NotYaml:
             value = None
         if not key or not isinstance(value, str | int | float | bool):
             raise InvalidRequest(f"option {pair!r} must be KEY=VALUE, such as max_model_len=512")
@@ -406,12 +405,14 @@ def read_specs(file: Path) -> list[DeploymentSpec]:
     """The deployments in a YAML file, ``-`` for standard input. Raises InvalidRequest naming the
     file and the fault."""
     try:
-        text = sys.stdin.read() if file == Path("-") else file.read_text("utf-8")
-        documents = [doc for doc in yaml.safe_load_all(text) if doc is not None]
+        text = sys.stdin.read() if file == Path("-") else file.read_bytes()
+        documents = [doc for doc in parse_documents(text) if doc is not None]
     except OSError as error:
         raise InvalidRequest(f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} is not valid YAML: {yaml_fault(error)}") from None
+    except UnicodeDecodeError as error:  # of standard input
+        raise InvalidRequest(f"{file} is not valid YAML: {error.reason}") from None
+    except NotYaml as error:
+        raise InvalidRequest(f"{file} is not valid YAML: {error}") from None
     if not documents:
         raise InvalidRequest(f"{file} holds no deployment")
     specs = []

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from cloudlm.cli.connect import control_client
 from cloudlm.cli.options import Json
@@ -14,7 +13,7 @@ from cloudlm.cli.screen import print_json, print_table, say
 from cloudlm.core.access import Effect, Rule
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.wire_access import role_body
-from cloudlm.state.home import yaml_fault
+from cloudlm.core.yaml_text import NotYaml, parse_yaml
 
 app = typer.Typer(no_args_is_help=True, help="Roles: list, create, remove, matrix.")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The role's name.")]
@@ -107,11 +106,11 @@ def _rules_text(rules: tuple[Rule, ...]) -> str:
 
 def _rules_in(file: Path) -> list[Any]:
     try:
-        tree = yaml.safe_load(file.read_text("utf-8"))
+        tree = parse_yaml(file.read_bytes())
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"{file} is not YAML: {yaml_fault(error)}") from None
+    except NotYaml as error:
+        raise InvalidRequest(f"{file} is not YAML: {error}") from None
     rules = tree.get("rules") if isinstance(tree, dict) else tree
     if not isinstance(rules, list):
         raise InvalidRequest(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from cloudlm.cli.connect import open_local_state
 from cloudlm.cli.options import Json, seconds_of
@@ -105,6 +104,8 @@ def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) 
 
 
 def _fit(path: Path, name: str) -> None:
+    import yaml
+
     from cloudlm.sim.figures import figures_body, fitted
     from cloudlm.sim.fit import read_measurements
 

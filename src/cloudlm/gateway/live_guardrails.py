@@ -76,10 +76,15 @@ class LiveGuardrails:
         return True
 
     async def follow(self, interval_s: float = FOLLOW_INTERVAL_S) -> None:
-        """Renew until cancelled."""
+        """Renew until cancelled: a fault that nobody thought of is told and ends nothing."""
         while True:
             await asyncio.sleep(interval_s)
-            await self.renew()
+            try:
+                await self.renew()
+            except Exception as error:
+                reason = {"file": str(self._path), "reason": f"unexpected {type(error).__name__}"}
+                _log.exception("guardrails_not_renewed", extra={"fields": reason})
+                self._refused = True
 
     def close(self) -> None:
         """Let go of the readers."""

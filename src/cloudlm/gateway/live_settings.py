@@ -25,6 +25,7 @@ FOLLOW_INTERVAL_S = 1.0
 
 _log = get_logger(__name__)
 _Mark = tuple[int, int, int] | None
+_UNREAD: _Mark = (0, 0, 0)  # of no file: none has the number 0
 
 
 class Source(NamedTuple):
@@ -51,7 +52,9 @@ class LiveSettings:
         self._routes = routes
         self._prices = prices
         self._changed = changed
-        self._mark = self._seen = mark_of(source.path)
+        self._seen = mark_of(source.path)
+        # The settings were read some time ago and may be of an earlier content.
+        self._mark = _UNREAD if self._seen is not None else None
         self._fault = ""
         self._waiting: tuple[str, ...] = ()
 
@@ -83,24 +86,41 @@ class LiveSettings:
         if mark != self._seen:
             self._seen = mark
             return False
-        self._mark = mark
+        before, self._mark = self._mark, mark
+        found = await self._read(mark)
+        if await asyncio.to_thread(mark_of, self._source.path) != mark:
+            # What was read belongs to no mark: of a file that vanished in between, for one, the
+            # settings are those of an installation without a file.
+            self._mark = before
+            return False
         try:
-            return await self._take(mark)
+            if isinstance(found, CloudlmError):
+                raise found
+            return await self._take(found)
         except CloudlmError as error:
             self._fault = error.param or "it cannot be read"
             self._tell("error", "settings_not_renewed", reason=error.message)
             return False
 
     async def follow(self, interval_s: float = FOLLOW_INTERVAL_S) -> None:
-        """Renew until cancelled."""
+        """Renew until cancelled: a fault that nobody thought of is told and ends nothing."""
         while True:
             await asyncio.sleep(interval_s)
-            await self.renew()
+            try:
+                await self.renew()
+            except Exception as error:
+                self._fault = f"unexpected {type(error).__name__}"
+                self._tell("exception", "settings_not_renewed", reason=self._fault)
 
-    async def _take(self, mark: _Mark) -> bool:
+    async def _read(self, mark: _Mark) -> GatewaySettings | CloudlmError:
         if mark is None:
-            raise StorageFailed(f"the settings file {self._source.path} is gone")
-        wanted = await asyncio.to_thread(self._source.read)
+            return StorageFailed(f"the settings file {self._source.path} is gone")
+        try:
+            return await asyncio.to_thread(self._source.read)
+        except CloudlmError as error:
+            return error
+
+    async def _take(self, wanted: GatewaySettings) -> bool:
         routes, prices = read_routes(wanted.routes), read_prices(wanted.prices)
         self._fault = ""
         self._compare(wanted)

@@ -16,10 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.fields import Fields, shown
+from cloudlm.core.yaml_text import NotYaml, parse_yaml
 from cloudlm.sim.fit import Measurement, StepTime, fit, worst_error
 
 _BUNDLED = "figures.yaml"
@@ -105,8 +104,8 @@ def fitted(name: str, rows: tuple[Measurement, ...], **more: Any) -> Figures:
 
 def _read_all(text: str, where: str) -> dict[str, Figures]:
     try:
-        body = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        body = parse_yaml(text)
+    except NotYaml as error:
         raise InvalidRequest(f"{where} is no YAML: {error}") from None
     top = Fields(body, where)
     found = [_read(one, f"{where}: figures") for one in top.items("figures")]

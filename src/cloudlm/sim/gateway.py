@@ -54,6 +54,7 @@ class SimGateway:
         books: Books,
         fleet: Fleet,
         chance: Random,
+        draws: Random,
     ) -> None:
         self.timeline = timeline
         self.clock = WallClock(timeline)
@@ -89,6 +90,7 @@ class SimGateway:
             fleet,
             books,
             chance,
+            draws,
             self._end,
             self._account,
         )

@@ -13,12 +13,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import yaml
-
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.fields import Fields
 from cloudlm.core.settings import ControlSettings, GatewaySettings
 from cloudlm.core.wire import spec_from_body
+from cloudlm.core.yaml_text import NotYaml, parse_yaml
 from cloudlm.sim.control import AUTOSCALERS, scaled
 from cloudlm.sim.faults import Fault, FaultKind, check_fault, drawn_faults
 from cloudlm.sim.figures import Figures, bundled, read_figures
@@ -50,11 +49,10 @@ def read_scenario(path: Path, *, seed: int | None = None) -> Scenario:
     try:
         if path.stat().st_size > MAX_SCENARIO_BYTES:
             raise InvalidRequest(f"{path} is too large for a scenario")
-        body = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"the scenario {path} cannot be read: {reason}") from None
-    except yaml.YAMLError as error:
+        body = parse_yaml(path.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"the scenario {path} cannot be read: {error.strerror}") from None
+    except NotYaml as error:
         raise InvalidRequest(f"{path} is no YAML: {error}") from None
     try:
         return _scenario(body, path, seed)

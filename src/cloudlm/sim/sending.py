@@ -14,7 +14,6 @@ from random import Random
 from cloudlm.core.chat import Usage
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.price import FREE
-from cloudlm.core.routing import Policy
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.gateway.loads import Loads
@@ -32,8 +31,9 @@ WORKER_RETRY_AFTER_S = 1.0
 
 
 class Sending:
-    """What one gateway process does with requests that were let in. ``on_end`` is told how each
-    ended, ``on_row`` of every row of the ledger."""
+    """What one gateway process does with requests that were let in. ``draws`` is the chance that
+    policies choose by, apart from all other chance, so that it is the same for every policy.
+    ``on_end`` is told how each ended, ``on_row`` of every row of the ledger."""
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Sending:
         fleet: Fleet,
         books: Books,
         chance: Random,
+        draws: Random,
         on_end: Callable[[Request, Outcome], None],
         on_row: Callable[[LedgerRow], None],
     ) -> None:
@@ -58,6 +59,7 @@ class Sending:
         self._fleet = fleet
         self._books = books
         self._chance = chance
+        self._draws = draws
         self._end = on_end
         self._on_row = on_row
         self._budget = RetryBudget()
@@ -83,9 +85,6 @@ class Sending:
 
     def _choose(self, request: Request, *, retrying: bool) -> Endpoint | None:
         routing, model = self._spec.routing, self._picture.model
-        draws = (0.0, 0.0)
-        if routing.policy is Policy.POWER_OF_TWO:
-            draws = (self._chance.random(), self._chance.random())
         among = choose
         if model.split:
             among = partial(choose_side, mark=mark_of(request.who, model.name))
@@ -98,7 +97,7 @@ class Sending:
             keys=request.keys,
             policy=routing.policy,
             session=request.arrival.session,
-            draws=draws,
+            draws=(self._draws.random(), self._draws.random()),
         )
 
     def _send(self, request: Request, endpoint: Endpoint) -> None:

@@ -135,6 +135,7 @@ class World:
                 self.books,
                 self.fleet,
                 Random(seeds.random()),
+                Random(f"{setting.seed} choices {number}"),
             )
             for number in range(setting.gateways)
         ]

@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cloudlm.core.errors import BadSetting, StorageFailed
 from cloudlm.core.settings import SettingRow, Settings, read_settings
+from cloudlm.core.yaml_text import NotYaml, parse_yaml
 from cloudlm.state.drafts import draft_of
 
 PEPPER_BYTES = 32
@@ -58,11 +57,11 @@ def settings_path(
 def read_yaml(path: Path, what: str) -> Any:
     """The content of a YAML file. Raises BadSetting naming ``what`` it is and where the fault."""
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
+        return parse_yaml(path.read_bytes())
     except OSError as error:
         raise BadSetting(f"the {what} {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadSetting(f"the {what} {path} is not YAML: {yaml_fault(error)}") from None
+    except NotYaml as error:
+        raise BadSetting(f"the {what} {path} is not YAML: {error}") from None
 
 
 def _read_tree(path: Path, *, required: bool) -> dict[str, Any]:
@@ -72,14 +71,6 @@ def _read_tree(path: Path, *, required: bool) -> dict[str, Any]:
     if not isinstance(tree, dict | None):
         raise BadSetting(f"the settings file {path} must hold a mapping of settings")
     return tree or {}
-
-
-def yaml_fault(error: Exception) -> str:
-    """Where and what, on one line and without quoting the file, which may hold secrets."""
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None)
-    return f"{where}{problem or type(error).__name__}"
 
 
 def _expanded(path: str | Path) -> Path:

@@ -110,7 +110,7 @@ def load_found(found: Found, config: WorkerConfig, tell: Tell) -> LocalEngine:
     from cloudlm.engine.importing import unsearched
 
     try:
-        with unsearched():
+        with unsearched("cloudlm.engine.load"):
             from cloudlm.engine.load import load_engine
     except ImportError as error:
         if error.name is not None and error.name.startswith("cloudlm"):

@@ -1,9 +1,10 @@
-"""The fleet benchmark: cases are alike for all policies, only a part's own section is replaced."""
+"""The fleet benchmark: cases are alike for all policies, each part writes its own section."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).parents[3] / "bench" / "fleet"
-MODULES = ("cases", "routing", "run")
+MODULES = ("cases", "routing", "run", "reality", "processes", "stack", "results")
 
 
 @pytest.fixture
@@ -23,13 +24,43 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         sys.modules.pop(name, None)
 
 
-def test_only_a_parts_own_section_is_replaced(bench: Any) -> None:
-    first = bench.run.recorded("# Results\n", "routing", "old")
-    second = bench.run.recorded(first + "\n## Other\n", "spot", "more")
-    third = bench.run.recorded(second, "routing", "new")
-    assert "old" not in third
-    assert third.index("new") < third.index("## Other") < third.index("more")
-    assert third.startswith("# Results\n")
+@pytest.fixture
+def results(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n")
+    monkeypatch.setattr(bench.results, "RESULTS", path)
+    return path
+
+
+def test_parts_are_recorded_each_in_its_place(
+    bench: Any, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Namespace(json=False, record=True)
+    said = {name: f"old {name}" for name in bench.run.PARTS}
+    simulated = {name: lambda _, name=name: said[name] for name in bench.run.SIMULATED}
+    monkeypatch.setattr(bench.run, "SIMULATED", simulated)
+    for name, module in bench.run.MEASURED.items():
+        monkeypatch.setattr(module, "measure", lambda _, name=name: {"name": name})
+        monkeypatch.setattr(module, "text", lambda found: said[found["name"]])
+    for name in bench.run.PARTS:
+        bench.run.run(name, asked)
+    results.write_text(results.read_text() + "\n## More\n")
+    said["routing"] = "new"
+    bench.run.run("routing", asked)
+    said["routing"] = "old routing"
+    expected = "".join(
+        f"\n<!-- bench-fleet {name}: begin -->\n{'new' if name == 'routing' else said[name]}\n"
+        f"<!-- bench-fleet {name}: end -->\n"
+        for name in bench.run.PARTS
+    )
+    assert results.read_text() == f"# Results\n{expected}\n## More\n"
+
+
+def test_what_is_recorded_has_its_markers(bench: Any) -> None:
+    """A part whose markers' names are others would be written a second time, at the end."""
+    text = bench.results.RESULTS.read_text("utf-8")
+    for name in ("routing", "autoscaling", "spot"):
+        assert text.count(f"<!-- bench-fleet {name}: begin -->") == 1
 
 
 def test_the_patterns_are_the_same_for_every_policy(bench: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -113,6 +114,16 @@ def test_prompts_have_the_length_that_was_asked_for(bench: Any) -> None:
     assert len(text.split()) == 50
     assert set(map(len, text.split())) == {3}
     assert bench.small_model.words(Random(2), 50) != text
+
+
+def test_what_our_children_took_that_have_ended_is_ours(bench: Any, tmp_path: Path) -> None:
+    """A worker that was stopped between two looks is none of the others."""
+    stack = bench.stack.Stack(tmp_path, None, "", "", "", {})
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    _, before_s, _ = stack._cpu_s()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    _, after_s, _ = stack._cpu_s()
+    assert after_s - before_s > 0.45
 
 
 def test_what_a_wake_takes_beyond_the_start(bench: Any) -> None:

@@ -60,6 +60,7 @@ def test_several_documents(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("name: [", ["not valid YAML", "line 1"]),
+        ("name: a\nnote: 2024-02-30", ["not valid YAML", "line 2"]),
         ("\x01", ["not valid YAML"]),
         ("", ["no deployment"]),
         ("- a\n- b", ["JSON object"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cloudlm.engine.scratch import LOCK, Scratch, remove_left
+from cloudlm.engine.scratch import ALONE_S, LOCK, Scratch, remove_left
 
 PREFIX = "cloudlm-test-"
 
@@ -80,3 +80,24 @@ def test_what_is_not_ours_stays(folder: Path) -> None:
     assert set(folder.rglob("*")) == before
     (folder / f"{PREFIX}no-lock" / LOCK).touch()  # now it is one that nobody holds
     assert remove_left(PREFIX) == [folder / f"{PREFIX}no-lock"]
+
+
+@pytest.mark.parametrize("inside", [(), ("lock.new",)])
+def test_a_folder_whose_maker_was_killed_before_its_lock_goes_when_it_is_old(
+    folder: Path, inside: tuple[str, ...]
+) -> None:
+    old, young, kept = (folder / f"{PREFIX}{name}" for name in ("old", "young", "kept"))
+    for one in (old, young, kept):
+        one.mkdir()
+        for name in inside:
+            (one / name).touch()
+    (kept / "socket").touch()  # somebody's, who knows no locks
+    link = folder / f"{PREFIX}link"
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    for one in (old, kept, elsewhere, link):
+        then = one.lstat().st_mtime - ALONE_S - 60.0
+        os.utime(one, (then, then), follow_symlinks=False)
+    assert remove_left(PREFIX) == [old]
+    assert young.exists() and kept.exists() and link.is_symlink() and elsewhere.exists()

@@ -379,6 +379,9 @@ def test_a_bad_file_is_told(tmp_path: Path, tree: Any, why: str) -> None:
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(BadSetting, match=why):
         read(path)
+    path.write_text("policies: 2024-02-30")
+    with pytest.raises(BadSetting, match="is not YAML: line 1"):
+        read(path)
     with pytest.raises(BadSetting, match="cannot be read"):
         read(tmp_path / "none.yaml")
 
@@ -503,3 +506,30 @@ async def test_a_changed_file_holds_for_the_next_request(
         (tmp_path / "guardrails.yaml").unlink()
         assert not await rig.gateway.guardrails.renew()
         assert await statuses(rig) == [200, 400]
+
+
+async def test_an_unforeseen_fault_ends_no_following(
+    kit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "guardrails.yaml"
+    path.write_text("policies: {}")
+    async with kit.open_rig(home=tmp_path, guardrails="guardrails.yaml") as rig:
+        guardrails = rig.gateway.guardrails
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("nobody thought of this")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("cloudlm.gateway.live_guardrails.open_guardrails", broken)
+            path.write_text("policies: {} # changed")
+            following = asyncio.create_task(guardrails.follow(0.0))
+            while not guardrails.notes and not following.done():
+                await asyncio.sleep(0)
+        assert "guardrails_not_renewed" in caplog.text and "nobody thought" in caplog.text
+        assert b"cloudlm_gateway_files_refused 1.0" in rig.gateway.meter.exposition()
+        path.write_text("policies: {}")
+        while guardrails.notes:
+            assert not following.done()
+            await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

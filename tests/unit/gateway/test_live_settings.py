@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import BadSetting
+from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.gateway.app import make_app
 from cloudlm.gateway.bridge import Bridge
@@ -106,6 +108,7 @@ async def test_a_changed_route_holds_for_the_next_request(
         ("gateway: {prices: 'x=1'}", "gateway.prices"),
         ("gateway: {port: -1, routes: 'chat = large'}", "gateway.port"),
         ("gateway: [", "cannot be read"),
+        ("note: 2024-02-30", "cannot be read"),
         (None, "cannot be read"),
     ],
 )
@@ -175,6 +178,104 @@ async def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path, write:
     assert routes == read_routes("chat = a")
     assert await live.renew()
     assert routes == {}
+
+
+async def _nothing() -> None:
+    return None
+
+
+async def test_what_was_written_before_the_first_look_is_taken(
+    tmp_path: Path, write: Write
+) -> None:
+    """The settings were read, then the file changed, then the gateway began to follow it."""
+    write(routes="chat = a", prices="a=1/1/1")
+    running = _read(tmp_path)
+    routes, prices = read_routes(running.routes), read_prices(running.prices)
+    write(routes="chat = b", prices="a=2/2/2")
+    reads = []
+
+    def read() -> GatewaySettings:
+        reads.append(1)
+        return _read(tmp_path)
+
+    source = Source(tmp_path / "config.yaml", read)
+    live = LiveSettings(source, running, routes, prices, _nothing)
+    assert await live.renew()
+    assert routes == read_routes("chat = b")
+    assert prices == read_prices("a=2/2/2")
+    assert not await live.renew()
+    assert len(reads) == 1
+
+
+async def test_an_installation_without_a_file_has_no_fault(tmp_path: Path, write: Write) -> None:
+    routes = read_routes("chat = a")
+    source = Source(tmp_path / "config.yaml", lambda: _read(tmp_path))
+    live = LiveSettings(source, _read(tmp_path), routes, {}, _nothing)
+    assert not await _looked(live)
+    assert not live.refused
+    assert routes == read_routes("chat = a")
+    write(routes="chat = b")
+    assert await _looked(live)
+    assert routes == read_routes("chat = b")
+
+
+@pytest.mark.parametrize("returns", [True, False])
+async def test_a_file_that_vanishes_while_it_is_read_empties_nothing(
+    tmp_path: Path, write: Write, returns: bool
+) -> None:
+    """Between the look at the file and its reading somebody moves it away, and perhaps back."""
+    file, away = tmp_path / "config.yaml", tmp_path / "away.yaml"
+    routes = read_routes("chat = a")
+    moves = [file.rename]
+
+    def read() -> GatewaySettings:
+        if moves:
+            moves.pop()(away)
+        return _read(tmp_path)
+
+    write(routes="chat = a")
+    running = _read(tmp_path)
+    live = LiveSettings(Source(file, read), running, routes, {}, _nothing)
+    write(routes="chat = b")
+    assert not await _looked(live)
+    assert routes == read_routes("chat = a")
+    assert not live.refused
+    if returns:
+        away.rename(file)
+        assert await live.renew()
+        assert routes == read_routes("chat = b")
+    else:
+        assert not await _looked(live)
+        assert live.refused
+        assert routes == read_routes("chat = a")
+
+
+async def test_an_unforeseen_fault_is_told_and_ends_nothing(
+    kit: Any, tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(routes=f"chat = {kit.MODEL}")
+    async with kit.open_rig(home=tmp_path, routes=f"chat = {kit.MODEL}") as rig:
+        live = _follow(rig, tmp_path)
+        good = live._source.read
+
+        def broken() -> GatewaySettings:
+            raise RuntimeError("nobody thought of this")
+
+        live._source = live._source._replace(read=broken)
+        following = asyncio.create_task(live.follow(0.0))
+        while not live.refused and not following.done():
+            await asyncio.sleep(0)
+        assert "settings_not_renewed" in caplog.text and "nobody thought" in caplog.text
+        assert "unexpected RuntimeError" in (await _readiness(rig))["notes"][0]
+        assert b"cloudlm_gateway_files_refused 1.0" in rig.gateway.meter.exposition()
+        assert (await rig.ask(kit.chat_body(model="chat"))).status == 200
+        live._source = live._source._replace(read=good)
+        write(routes=f"chat = {kit.MODEL}; again = {kit.MODEL}")
+        while (await rig.ask(kit.chat_body(model="again"))).status != 200:
+            assert not following.done()
+        assert not live.refused
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
 _ROUTES = st.sampled_from(["", "chat = a", "chat = b", "chat = a; more = b", "chat = ", "= a", "x"])

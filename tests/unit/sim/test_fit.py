@@ -112,6 +112,7 @@ def test_figures_are_written_and_read_back(tmp_path: Path) -> None:
         ("figures: [{name: a, base_s: 1, prefill_token_s: 1, rows: [[1]]}]", "a row must be"),
         ("figures: [{name: a, base_s: 1, prefill_token_s: 1, colour: 1}]", "no field 'colour'"),
         ("figures: {", "no YAML"),
+        ("figures: 2024-02-30", "no YAML"),
     ],
 )
 def test_broken_figures_are_named(tmp_path: Path, text: str, says: str) -> None:

@@ -147,7 +147,11 @@ def test_the_example_of_a_bad_version_is_rolled_back() -> None:
 
 
 def test_what_is_no_scenario_is_named(tmp_path: Path) -> None:
-    for text, says in (("a: [", "no YAML"), ("[1]", "must be a JSON object")):
+    for text, says in (
+        ("a: [", "no YAML"),
+        ("a: 2024-02-30", "no YAML"),
+        ("[1]", "must be a JSON object"),
+    ):
         path = tmp_path / "bad.yaml"
         path.write_text(text)
         with pytest.raises(InvalidRequest, match=says):

@@ -101,6 +101,15 @@ def test_without_faults_all_is_answered_and_paid() -> None:
     assert 0.1 < result.cache_hits < 1.0
 
 
+@pytest.mark.parametrize("route", [Route.WEIGHTED, Route.POWER_OF_TWO])
+def test_policies_that_draw_spread_requests_as_in_the_gateway(route: Route) -> None:
+    result = simulate(policy(4, routing=Routing(policy=route)), setting(), arrivals())
+    check_conserved(result)
+    counts = Counter(row.replica for row in result.rows)
+    assert len(counts) == 4
+    assert max(counts.values()) < 2 * min(counts.values())
+
+
 def test_an_empty_trace_ends() -> None:
     result = simulate(policy(), setting(), [])
     assert result.requests == result.open == 0

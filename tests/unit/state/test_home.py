@@ -47,9 +47,21 @@ def test_settings_come_from_the_file_in_home(tmp_path: Path) -> None:
     assert source == os.fspath(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("text", ["gateway: [", "- a", "\x00", "gateway:\n  prot: 1"])
-def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"gateway: [",
+        b"- a",
+        b"\x00",
+        b"gateway:\n  prot: 1",
+        b"note: 2024-02-30",
+        b"home: \xff",
+        b"[" * 5000,
+    ],
+    ids=str,
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(text)
     with pytest.raises(BadSetting, match=r"config\.yaml"):
         load_settings(environ={"CLOUDLM_HOME": str(tmp_path)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
@@ -18,7 +19,7 @@ from cloudlm.registry.bundled import bundled_folder
 from cloudlm.registry.registry import open_registry
 from cloudlm.worker.config import WorkerConfig
 from cloudlm.worker.daemon import in_daemon_thread
-from cloudlm.worker.loading import load_model
+from cloudlm.worker.loading import Found, load_found, load_model
 from cloudlm.worker.prepare import Offload, render_messages
 
 
@@ -51,6 +52,16 @@ async def test_a_folder_becomes_a_model_that_answers(config: WorkerConfig) -> No
         offload.close()
         await serving.renderer.close()
         await serving.engine.close()
+
+
+def test_a_second_engine_does_not_keep_what_is_left_of_the_first(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines are circles; what is frozen is never given back."""
+    monkeypatch.setattr("cloudlm.engine.load.load_engine", lambda *_, **__: None)
+    gc.unfreeze()
+    load_found(Found(bundled_folder(), "echo", "float32"), config, silent)
+    assert gc.get_freeze_count() == 0
 
 
 async def test_a_broken_folder_is_named(config: WorkerConfig, tmp_path: Path) -> None:

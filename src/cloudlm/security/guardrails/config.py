@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from cloudlm.core.errors import BadSetting
+from cloudlm.core.yaml_text import NotYaml, parse_yaml
 from cloudlm.security.guardrails.detectors import ORDER, Kind
-from cloudlm.state.home import yaml_fault
 
 MAX_INPUT_CHARACTERS = 200_000
 
@@ -118,11 +117,11 @@ def read(path: Path) -> Guardrails:
     """The file's content. Raises BadSetting that says where it is wrong."""
     where = f"the guardrails file {path}"
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
+        tree = parse_yaml(path.read_bytes())
     except OSError as error:
         raise BadSetting(f"{where} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadSetting(f"{where} is not YAML: {yaml_fault(error)}") from None
+    except NotYaml as error:
+        raise BadSetting(f"{where} is not YAML: {error}") from None
     return convert(tree if tree is not None else {}, where)
 
 
