@@ -1,12 +1,13 @@
 """Streams that survive SIGKILL of their replica: how many, and how long the gap is.
 
-    python bench/gateway/resume.py [--count 500] [--streams 16] [--tokens 150] [--seed 1]
+    python bench/gateway/resume.py [--count 500] [--streams 16] [--tokens 150] [--seconds 1200]
 
 Starts an installation of its own (temporary home, free ports) with two replicas of the starter
 model. Each of the ``--streams`` requests (half greedy, half drawn with a seed) is first answered
 undisturbed. Then, in rounds, all are sent at once, one replica is killed at a random moment, and
 every stream is compared with its undisturbed answer, event for event, without ids and times. A
-stream counts if the ledger knows two attempts of it; rounds go on until ``--count`` of them.
+stream counts if the ledger knows two attempts of it; rounds go on until ``--count`` of
+them, or until ``--seconds`` are over.
 Prints one JSON line; exits 1 if a stream was not the same or the ledger's tokens are not.
 
 ``gap_ms`` is a counted stream's longest silence, from event to event.
@@ -164,7 +165,8 @@ async def measure(stack: Stack, args: argparse.Namespace) -> dict[str, Any]:
         numbers = range(args.streams)
         whole = await asyncio.gather(*(ask(stack, client, n, args.tokens) for n in numbers))
         args.spread_s = max(time.perf_counter() - began - 0.5, 0.2)
-        while len(broken) < args.count:
+        ends = time.monotonic() + args.seconds
+        while len(broken) < args.count and time.monotonic() < ends:
             rounds += 1
             answers = await one_round(stack, client, args, draw)
             await asyncio.sleep(1.5)  # the ledger is written behind the answers
@@ -195,6 +197,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1200.0, help="no further kill after these")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         stack = start(Path(folder) / "home")
