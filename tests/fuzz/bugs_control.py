@@ -10,7 +10,7 @@ from typing import Any
 from tests.fuzz.planting import Bug, both, instead, nothing, nothing_async
 
 from cloudlm.control import leading, plan, probe
-from cloudlm.control.autoscale.facts import Signals
+from cloudlm.control.autoscale.facts import TotalDemand
 from cloudlm.control.drain import Drains
 from cloudlm.control.observe import Observer, _life
 from cloudlm.control.plan import Plan
@@ -126,7 +126,9 @@ CONTROL_BUGS: Mapping[str, Bug] = {
     "a lost endpoint counts as written": instead(Reconciler, "_put_endpoints", _taken_for_all),
     "an alias changes what runs": instead(Reconciler, "_version", _what_it_means_now),
     "asked for again and yet deleted": instead(MemoryState, "remove_deployment", _whoever_deletes),
-    "nobody is heard who waits": instead(Signals, "busy", lambda _: property(lambda self: False)),
+    "nobody is heard who waits": instead(
+        TotalDemand, "busy", lambda _: property(lambda self: False)
+    ),
     "one missed probe takes the endpoint": both(
         instead(probe, "UNREACHABLE_AFTER", lambda _: 1),
         instead(Observer, "_probe_one", _asked_once),
