@@ -105,7 +105,7 @@ def _any_revision(_: Any) -> Any:
 
 def _any_attempts(_: Any) -> Any:
     def may(self: Handler, exchange: Any, call: Any, error: Any, tried: Any, budget: Any) -> bool:
-        return may_help(error) and self._choose(exchange, call, tried) is not None
+        return may_help(error)
 
     return may
 

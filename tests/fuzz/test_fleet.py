@@ -72,6 +72,12 @@ def test_the_same_seed_is_the_same_run() -> None:
     assert traces[0] != traces[1]
 
 
+@pytest.mark.parametrize("name", sorted(bugs.BUGS))
+def test_a_bug_finds_the_code_that_it_is_planted_over(name: str) -> None:
+    with bugs.BUGS[name]():
+        pass
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -14,18 +14,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cloudlm.core.deployment import (
-    Deployment,
-    GroupObservation,
-    GroupSpec,
-    Replica,
-    ReplicaState,
-)
-
-# One crash may be bad luck; a replica that crashes again and again will not come up by itself. Nor
-# does one look at another's endpoint say much: a second one follows seconds later.
-RESTARTS_TO_FAIL = 2
-LOOKS_TO_FAIL = 2
+from cloudlm.core.deployment import Deployment, GroupObservation, GroupSpec, ReplicaState
+from cloudlm.core.health import is_hopeless
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +82,6 @@ def desired_group(
         adapters=dict(adapters or {}),
         endpoints=spec.endpoints,
     )
-
-
-def is_hopeless(replica: Replica, ready: Collection[str]) -> bool:
-    """Whether a replica does not answer, and is not likely to by itself."""
-    if replica.id in ready:
-        return False
-    doubtful = 0 < replica.misses < LOOKS_TO_FAIL
-    failed = replica.state is ReplicaState.FAILED and not doubtful
-    return failed or replica.restarts >= RESTARTS_TO_FAIL
 
 
 def plan_deletion(groups: Sequence[GroupObservation]) -> Plan:
@@ -266,7 +247,8 @@ def _answering(groups: Sequence[GroupObservation], ready: Collection[str]) -> in
 def _size(group: GroupObservation, ready: Collection[str]) -> int:
     """Its size without those that are hopeless: groups shrink from their end, so that one at the
     beginning cannot go first."""
-    return size_of_group(group) - sum(is_hopeless(one, ready) for one in group.replicas)
+    dead = sum(one.id not in ready and is_hopeless(one) for one in group.replicas)
+    return size_of_group(group) - dead
 
 
 def _leaving(group: GroupObservation, replicas: int) -> frozenset[str]:

@@ -12,15 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cloudlm.control.external import check_secrets
-from cloudlm.control.plan import (
-    Plan,
-    desired_group,
-    group_name,
-    is_hopeless,
-    plan,
-    plan_hold,
-    plan_target,
-)
+from cloudlm.control.plan import Plan, desired_group, group_name, plan, plan_hold, plan_target
 from cloudlm.control.rollout import Decision, Facts, aligned, decide, is_staged
 from cloudlm.control.signals import (
     LATEST,
@@ -39,6 +31,7 @@ from cloudlm.core.deployment import (
     running,
 )
 from cloudlm.core.errors import InvalidRequest
+from cloudlm.core.health import is_hopeless
 from cloudlm.core.rollout import Revision, Rollout
 from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
@@ -271,7 +264,8 @@ def _facts(
         number = group.spec.revision
         present[number] = len(group.replicas)
         ready[number] = sum(one.id in answering for one in group.replicas)
-        hopeless = [one for one in group.replicas if is_hopeless(one, answering)]
+        silent = [one for one in group.replicas if one.id not in answering]
+        hopeless = [one for one in silent if is_hopeless(one)]
         if number == deployment.revision:
             failing = hopeless
         elif group.spec.endpoints:

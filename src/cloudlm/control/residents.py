@@ -19,9 +19,9 @@ from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.observe import Seen, SeenGroup
 from cloudlm.control.plan import Action, Apply, Plan, group_name, size_of_group
 from cloudlm.control.residency import Claim, Verdict, held_by, reside
-from cloudlm.control.status import is_hopeless
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Demand, Deployment, DeploymentStatus, Residence
+from cloudlm.core.health import is_hopeless
 from cloudlm.core.rollout import Kind
 
 _NEVER = float("-inf")

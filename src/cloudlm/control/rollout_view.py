@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cloudlm.control.plan import is_hopeless, revision_of
+from cloudlm.control.plan import revision_of
 from cloudlm.control.releases import read_signals
 from cloudlm.control.rollout import Facts, aligned, decide, is_staged
 from cloudlm.control.signals import Signals, quantile
 from cloudlm.core.deployment import Deployment, DeploymentStatus, ReplicaState
+from cloudlm.core.health import is_hopeless
 from cloudlm.core.rollout import Kind, Outcome, stages_of
 from cloudlm.core.wire_rollout import RolloutView, SideView
 from cloudlm.state.base import State
@@ -59,8 +60,9 @@ def _told(
         number = revision_of(name, one.id)
         if number is not None:
             present[number] += 1
-            ready[number] += one.state in (ReplicaState.READY, ReplicaState.SLEEPING)
-            dead += number == deployment.revision and is_hopeless(one, ())
+            answers = one.state in (ReplicaState.READY, ReplicaState.SLEEPING)
+            ready[number] += answers
+            dead += number == deployment.revision and not answers and is_hopeless(one)
     wanted = 0 if status is None else status.wanted_replicas
     endpoints = len(deployment.spec.endpoints)
     return Facts(wanted, present, ready, outcomes, endpoints=endpoints, dead=dead)

@@ -11,9 +11,9 @@ keep some to spare, fall back to machines on demand while spot is missing. Ours 
   zones are open;
 - no zone gets more than its share of an even spread, nor more than stand by to spare: losing any
   one zone then costs no capacity where there are enough zones;
-- what runs stays where it is, and moves only to a zone that costs a twentieth less, one machine at
-  a time: the new one is ready before the old one goes. Two machines for one start are paid back
-  within twenty;
+- what runs stays where it is, and moves only to a zone that costs a twentieth less than what may go
+  then, one machine at a time: the new one is ready before the old one goes. Two machines for one
+  start are paid back within twenty;
 - on demand stands in at once for what is missing of those needed; for a spare one only while no
   zone is open that may be expected to take it, for both would be ready at the same time.
 """
@@ -97,8 +97,9 @@ def decide(facts: SpotFacts, now: float, rules: SpotRules = SpotRules()) -> Spot
     launches = {zone.name for zone in opened}
     total = on_spot + rules.spare
     target = spread(total, names, rules, running=running, launches=launches)
-    if sum(running.values()) == total:
-        _move(target, [zone.name for zone in opened], cost, _cap(total, len(launches), rules))
+    if sum(running.values()) == total and target == running:
+        moved = _moved(running, names, launches, cost, rules)
+        target = target if moved is None else running | {moved: running.get(moved, 0) + 1}
     stays = sum(min(zone.staying, target.get(zone.name, 0)) for zone in worth)
     coming = _coming(worth, target, now, rules)
     missing = max(on_spot - stays, total - stays - coming, 0)
@@ -116,14 +117,28 @@ def _coming(
     )
 
 
-def _move(target: dict[str, int], opened: list[str], cost: Mapping[str, float], cap: int) -> None:
-    """One machine more where it is cheapest, if that is worth it. As soon as it is ready there is
-    one too many, and ``spread`` keeps the cheapest that run."""
-    dearest = max((cost[name] for name in target), default=0.0)
-    free = [name for name in opened if target.get(name, 0) < cap]
-    cheapest = min(free, key=lambda name: cost[name], default=None)
-    if cheapest is not None and cost[cheapest] < WORTH_MOVING * dearest:
-        target[cheapest] = target.get(cheapest, 0) + 1
+def _moved(
+    running: Mapping[str, int],
+    names: Sequence[str],
+    launches: set[str],
+    cost: Mapping[str, float],
+    rules: SpotRules,
+) -> str | None:
+    """The cheapest zone for one machine more that takes the place of one that costs enough more.
+    As soon as it is ready there is one too many: only if ``spread`` then stops the dearer one is
+    anything won, and is there an end to it."""
+    total = sum(running.values())
+    cap = _cap(total, len(launches), rules)
+    for name in names:
+        if name not in launches or running.get(name, 0) >= cap:
+            continue
+        more = {**running, name: running.get(name, 0) + 1}
+        left = spread(total, names, rules, running=more, launches=launches)
+        gone = [one for one in more if left.get(one, 0) < more[one]]
+        dearer = all(cost[name] < WORTH_MOVING * cost[one] for one in gone)
+        if dearer and all(count <= more.get(one, 0) for one, count in left.items()):
+            return name
+    return None
 
 
 def spread(

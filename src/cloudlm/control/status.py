@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from cloudlm.control.plan import RESTARTS_TO_FAIL, group_name
+from cloudlm.control.plan import group_name
 from cloudlm.core.deployment import (
     Deployment,
     DeploymentPhase,
@@ -15,6 +15,7 @@ from cloudlm.core.deployment import (
     Replica,
     ReplicaState,
 )
+from cloudlm.core.health import is_hopeless
 
 _FAILING = (ReplicaState.BACKOFF, ReplicaState.FAILED)
 _MAX_MESSAGE = 500
@@ -108,12 +109,6 @@ def _shown(
 def _is_failing(replica: Replica) -> bool:
     crashed_before = replica.state is ReplicaState.STARTING and replica.restarts > 0
     return replica.state in _FAILING or (crashed_before and bool(replica.message))
-
-
-def is_hopeless(replica: Replica) -> bool:
-    """Whether it crashed again and again, or its address is known and refuses."""
-    refuses = replica.state is ReplicaState.FAILED and replica.url is not None
-    return refuses or replica.restarts >= RESTARTS_TO_FAIL
 
 
 def _reason(replica: Replica) -> str:

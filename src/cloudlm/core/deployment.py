@@ -174,7 +174,8 @@ class GroupSpec:
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One copy as a driver sees it. ``url`` is the base address once known, without a slash;
-    ``misses`` are the last looks in a row that found another's endpoint failing, two at most."""
+    ``misses`` are the last looks in a row that found another's endpoint failing, or starts in a row
+    that did not come about, two at most."""
 
     id: str
     state: ReplicaState

@@ -17,8 +17,9 @@ from typing import ParamSpec, TypeVar
 from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, ReplicaState
 from cloudlm.core.errors import InvalidRequest, NotSupported, StorageFailed
 from cloudlm.core.external import EXTERNAL, ExternalEndpoint
+from cloudlm.core.health import MISSES_TO_FAIL
 from cloudlm.drivers.base import Ability, DriverContext
-from cloudlm.drivers.external_look import MISSES_TO_FAIL, Looker, Looks, Record
+from cloudlm.drivers.external_look import Looker, Looks, Record
 from cloudlm.drivers.fence import NotedToken
 from cloudlm.drivers.groups import (
     check_group,

@@ -21,11 +21,11 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from cloudlm import __version__
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.external import ExternalEndpoint
+from cloudlm.core.health import MISSES_TO_FAIL
 from cloudlm.security.credentials import Credentials
 from cloudlm.security.outside import Forbidden, Outside
 
 LOOK_TIMEOUT_S = 10.0
-MISSES_TO_FAIL = 2
 FAILING_INTERVAL_S = 5.0
 """Pause between looks at an endpoint that fails: whoever mends it should not wait long."""
 _MAX_LIST_BYTES = 4 * 1024 * 1024

@@ -19,6 +19,7 @@ from typing import Any
 
 from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, ReplicaState
 from cloudlm.core.external import endpoints_body
+from cloudlm.core.health import MISSES_TO_FAIL
 from cloudlm.drivers import procfs
 from cloudlm.drivers.base import DriverContext
 from cloudlm.drivers.fence import NotedToken
@@ -119,7 +120,7 @@ class GuardedReplicas:
                 replicas = [self._replica(one) for one in guarded.values()]
                 return GroupObservation(name, replace(group.spec, replicas=0), tuple(replicas))
             failed = [
-                Replica(replica, ReplicaState.FAILED, message=self._start_failures[replica].message)
+                _not_started(replica, self._start_failures[replica])
                 for replica in _wanted(group)
                 if replica in self._start_failures and replica not in guarded
             ]
@@ -350,6 +351,11 @@ class GuardedReplicas:
             message=str(body.get("message", "")),
             started_at=float(body.get("started_at", 0.0)),
         )
+
+
+def _not_started(replica: str, failure: _StartFailure) -> Replica:
+    misses = min(failure.count, MISSES_TO_FAIL)
+    return Replica(replica, ReplicaState.FAILED, message=failure.message, misses=misses)
 
 
 def _wanted(group: _Group) -> list[str]:

@@ -46,6 +46,8 @@ class Exchange:
         self.model = NO_MODEL
         self.replica = ""
         self.attempts = 0
+        self.declined: list[str] = []  # replicas that would not do it
+        self.is_copy = False  # nobody's: all its attempts are number 0
         self.revision = 0  # of the replica that answers
         self.price = FREE
         self.usage = Usage()  # of all attempts so far
@@ -109,7 +111,7 @@ class Attempt:
         self._ledger = ledger
         self._on_settled = on_settled
         self._on_begun = on_begun
-        self._number = exchange.attempts
+        self._number = 0 if exchange.is_copy else exchange.attempts
         self._replica = exchange.replica
         self._started_at = exchange.clock.now()
         self._started = exchange.clock.monotonic()

@@ -61,7 +61,7 @@ from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.resume import RESUMABLE, Resumer, may_help
 from cloudlm.gateway.retry import HedgeBudget, RetryBudget, full_jitter
-from cloudlm.gateway.router import choose
+from cloudlm.gateway.router import choose, may_retry
 from cloudlm.gateway.sender import Sender
 from cloudlm.gateway.sessions import session_of
 from cloudlm.gateway.split import choose_side, mark_of
@@ -315,6 +315,7 @@ class Handler:
         if exchange.routing.hedge_after_s:
             self._hedges.setdefault(call.model, HedgeBudget()).count_request()
         tried: set[str] = set()
+        exchange.declined.clear()  # by another model's replicas, before a course turned
         if exchange.key is not None:
             exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
         model = self._rooms.view.snapshot().models.get(call.model)
@@ -331,18 +332,16 @@ class Handler:
             try:
                 return await self._try(exchange, call, endpoint, tried)
             except CloudlmError as error:
-                following = self._following(exchange, call, error, tried, budget)
-                if following is None:
+                if not self._may_retry(exchange, call, error, tried, budget):
                     raise
                 last = error
             wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
             with exchange.interrupt:
                 await self._rooms.clock.sleep(wait_s)
-            if not self._serves(call, following):
-                following = self._choose(exchange, call, tried)
-                if following is None:
-                    raise last
-            endpoint = following
+            # Not before the wait: others have chosen, failed and asked for time meanwhile.
+            endpoint = self._choose(exchange, call, tried)
+            if endpoint is None:
+                raise last
             self._rooms.meter.retried(call.model)
 
     async def _try(
@@ -401,7 +400,7 @@ class Handler:
                     await relay.begin(deadline)
                     win()
                     rooms.loads.computed(replica, turn)
-                    rooms.loads.answered(replica)
+                    self._answered(exchange)
                     headers = {"content-type": relay.content_type, **_STREAM_HEADERS}
                     return GatewayResponse(200, self._headers(exchange, headers), relay)
                 raw = await answer.whole(max(deadline - rooms.clock.monotonic(), 0.0))
@@ -415,11 +414,14 @@ class Handler:
                 known = exchange.interrupt.error or RequestCancelled("the request was cancelled")
             if known is not None:
                 self._judge(replica, known)
+            if isinstance(known, Declined):
+                exchange.declined.append(replica)
             attempt.fail(known or InternalError("the gateway failed"))
             raise
 
     def _judge(self, replica: str, error: CloudlmError) -> None:
-        """Remember what a failed attempt says about its replica."""
+        """Remember what a failed attempt says about its replica. That it declined the request says
+        something only once another answers: ``_answered``."""
         now = self._rooms.clock.monotonic()
         if isinstance(error, ReplicaRefused):
             if error.retry_after_s:
@@ -427,11 +429,16 @@ class Handler:
                 self._rooms.cooled(replica, error.retry_after_s)
             elif error.answered_status >= 500 and error.elsewhere:
                 self._rooms.loads.failed(replica, now)
-        elif isinstance(error, Declined):
-            self._rooms.loads.declined(replica, now)
-        elif error.retry is Retry.ELSEWHERE:
+        elif error.retry is Retry.ELSEWHERE and not isinstance(error, Declined):
             away = isinstance(error, Unreachable)
             self._rooms.loads.failed(replica, now, unreachable=away)
+
+    def _answered(self, exchange: Exchange) -> None:
+        """The exchange's replica answers; whoever declined the request could have done so too."""
+        loads, now = self._rooms.loads, self._rooms.clock.monotonic()
+        loads.answered(exchange.replica)
+        while exchange.declined:
+            loads.declined(exchange.declined.pop(), now)
 
     def _whole(
         self,
@@ -455,7 +462,7 @@ class Handler:
             attempt.first_content()
         if field is not None and usage is not None:
             attempt.relayed(usage)
-        self._rooms.loads.answered(exchange.replica)
+        self._answered(exchange)
         attempt.settle(Outcome.FINISHED, 200)
         exchange.end(Outcome.FINISHED, 200)
         headers = self._headers(exchange, {"content-type": "application/json"})
@@ -501,26 +508,22 @@ class Handler:
         rooms.meter.hedged(call.model)
         return other
 
-    def _following(
+    def _may_retry(
         self,
         exchange: Exchange,
         call: Call,
         error: CloudlmError,
         tried: set[str],
         budget: RetryBudget,
-    ) -> Endpoint | None:
-        """The replica for another attempt after ``error``, None if there shall be none."""
-        if not may_help(error) or exchange.attempts >= self._rooms.settings.max_attempts:
-            return None
-        chosen = self._choose(exchange, call, tried)
-        if chosen is None or not budget.take(self._rooms.clock.monotonic()):
-            return None
-        return chosen
-
-    def _serves(self, call: Call, endpoint: Endpoint) -> bool:
-        """Whether a replica chosen a moment ago serves still."""
-        model = self._rooms.view.snapshot().models.get(call.model)
-        return model is not None and endpoint in model.endpoints
+    ) -> bool:
+        """Whether there shall be another attempt after ``error``; if so, it is counted."""
+        rooms = self._rooms
+        if not may_help(error) or exchange.attempts >= rooms.settings.max_attempts:
+            return False
+        now = rooms.clock.monotonic()
+        model = rooms.view.snapshot().models.get(call.model)
+        there = model.endpoints if model is not None else ()
+        return may_retry(there, rooms.loads, now, tried) and budget.take(now)
 
     def _asker(self, key: KeyRecord, view: Snapshot) -> Asker:
         """Who asks, as a dialect may know it."""

@@ -14,6 +14,7 @@ import functools
 import logging
 import ssl
 import time
+from collections.abc import Hashable
 from typing import Any
 
 import msgspec
@@ -116,7 +117,7 @@ class Foreign:
         except ReplicaRefused as error:
             raise told(error) from None
         except Forbidden as error:
-            raise self._unfit(endpoint, str(error)) from None
+            raise self._unfit(endpoint, str(error), Forbidden.__name__) from None
         answer.translated = told
         return answer
 
@@ -129,21 +130,27 @@ class Foreign:
         try:
             return self._credentials.key_for(endpoint.secret, endpoint.url)
         except (NoCredential, StorageFailed) as error:
-            raise self._unfit(endpoint, error.message) from None
+            raise self._unfit(endpoint, error.message, type(error).__name__) from None
 
-    def _unfit(self, endpoint: Endpoint, reason: str) -> UpstreamFailed:
+    def _unfit(self, endpoint: Endpoint, reason: str, kind: Hashable) -> UpstreamFailed:
         """What clients are told of a fault that only this installation's operator can mend."""
-        self._warn("external_endpoint_unusable", endpoint, reason, logging.ERROR)
+        self._warn("external_endpoint_unusable", endpoint, reason, kind, logging.ERROR)
         return UpstreamFailed(
             f"the service behind replica {endpoint.replica} cannot be asked as it is set up here; "
             "the gateway's log says why"
         )
 
     def _warn(
-        self, event: str, endpoint: Endpoint, reason: str, level: int = logging.WARNING
+        self,
+        event: str,
+        endpoint: Endpoint,
+        reason: str,
+        kind: Hashable,
+        level: int = logging.WARNING,
     ) -> None:
-        """Say once in a while what every request may run into."""
-        count = self._damper.take((event, endpoint.replica), time.monotonic())
+        """Say once in a while what every request may run into. ``kind`` is what the reason is
+        known by: a second kind is said at once, whatever the first one's words were."""
+        count = self._damper.take((event, endpoint.replica, kind), time.monotonic())
         if count is not None:
             fields = {**_about(endpoint, reason), "count": count}
             _log.log(level, event, extra={"fields": fields})
@@ -155,20 +162,21 @@ class Foreign:
         status = error.answered_status
         told = error.body()["error"]
         said = hidden(str(told.get("message") or ""), key)[:_MAX_SAID]
+        code, answered = told.get("code"), f"it answered {status}: {said}"
         if status in _NOT_THERE and path != CHAT_PATH:
             return _not_offered(endpoint, path)  # many offer chat alone, and are well
         if status in _DECLINED:
-            self._warn("external_endpoint_declined", endpoint, f"it answered {status}: {said}")
+            self._warn("external_endpoint_declined", endpoint, answered, status)
             return Declined(
                 f"the service behind replica {endpoint.replica} declined this request ({status})"
             )
-        if status in _FAULTS_OF_OURS or told.get("code") in _NO_MONEY:
-            return self._unfit(endpoint, f"it answered {status}: {said}")
+        if status in _FAULTS_OF_OURS or code in _NO_MONEY:
+            return self._unfit(endpoint, answered, (status, code in _NO_MONEY))
         if status == 429 or status in _BUSY:
             wait_s = error.retry_after_s or (THROTTLED_S if status == 429 else None)
             return _busy(endpoint, 503 if status in _BUSY else 429, wait_s)
         if status >= 500 or status == 408:
-            self._warn("external_endpoint_failed", endpoint, f"it answered {status}: {said}")
+            self._warn("external_endpoint_failed", endpoint, answered, status)
             return UpstreamFailed(
                 f"the service behind replica {endpoint.replica} failed ({status})"
             )

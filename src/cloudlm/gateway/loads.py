@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 FIRST_DISTRUST_S = 1.0
 LONGEST_DISTRUST_S = 16.0
 DECLINED_TO_DISTRUST = 5
-"""So many requests in a row that a service will not do are no longer those requests' fault; five as
-in Envoy's outlier detection (``consecutive_5xx``, its default)."""
+"""So many requests in a row that a service will not do and another does are no longer those
+requests' fault; five as in Envoy's outlier detection (``consecutive_5xx``, its default)."""
 
 
 class Turn(NamedTuple):
@@ -41,7 +41,7 @@ class ReplicaLoad:
     ``cooling_until`` is the end of the last ``Retry-After`` that it sent, ``suspect_until`` the end
     of the distrust that its last ``failures`` in a row earned it, ``probe`` the number of the
     request that tries it since (0: none). ``unreachable`` means that it took no connection.
-    ``declined`` counts the requests in a row that it would not do.
+    ``declined`` counts the requests in a row that it would not do, and another did.
     ``blocks`` of prompts that it had not cached are still to be computed there. ``chosen_at`` and
     ``cold_at`` number the last choice of it, and the last for a prompt of which it knew nothing.
     """
@@ -141,7 +141,9 @@ class Loads:
         load.suspect_until = max(load.suspect_until, now + distrust_s)
 
     def declined(self, replica: str, now: float) -> None:
-        """``replica`` will not do a request; too many of them in a row are a failure."""
+        """``replica`` would not do a request that another has answered; too many of them in a row
+        are a failure. Of one that nobody answers it is not known whose fault it is: whoever sends
+        such requests must not take a replica from others."""
         load = self._loads.setdefault(replica, ReplicaLoad())
         load.declined += 1
         if load.declined >= DECLINED_TO_DISTRUST:

@@ -79,7 +79,7 @@ class Mirror:
             return
         aside = Exchange(request_id, self._clock, self._aside)
         aside.key, aside.model = _key(model.tenant or DEFAULT_TENANT), call.model
-        aside.attempts = -1  # the attempt that comes is number 0: it is nobody's
+        aside.is_copy = True
         try:
             async with asyncio.timeout(LONGEST_S):
                 await _read(await self._attempt(aside, call, endpoint))

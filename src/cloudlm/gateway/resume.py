@@ -112,7 +112,7 @@ class Resumer:
         _log.warning("stream_resumed", extra={"fields": fields})
         exchange.attempts += 1
         exchange.replica = replica
-        rooms.meter.resumed(exchange.model)
+        exchange.meter.resumed(exchange.model)
         turn = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
         attempt = Attempt(
             exchange,

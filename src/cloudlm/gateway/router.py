@@ -9,7 +9,7 @@ takes no connection is not there and counts for neither.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.routing import Policy
@@ -82,6 +82,16 @@ def _ranked_choice(
     if len(but) > len(endpoints) // 4:
         return None
     return RANKED[policy](ranking, loads, facts, but)
+
+
+def may_retry(
+    endpoints: Iterable[Endpoint], loads: Loads, now: float, tried: Container[str]
+) -> bool:
+    """Whether ``choose`` has somebody for a request that is to be sent again, at a look."""
+    return any(
+        one.weight > 0 and one.replica not in tried and loads.of(one.replica).cooling_until <= now
+        for one in endpoints
+    )
 
 
 def eligible(

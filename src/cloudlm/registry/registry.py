@@ -51,7 +51,7 @@ from cloudlm.registry.records import (
     read_alias,
     read_stored_version,
 )
-from cloudlm.registry.removals import forget_dead, intend, is_intended
+from cloudlm.registry.removals import forget_dead, intend, is_intended, withdraw
 from cloudlm.registry.stores.base import Store
 from cloudlm.registry.verify import Progress, remember_verified, verify_folder
 
@@ -201,8 +201,7 @@ class Registry:
             for manifest in doomed:
                 self._remove_version(manifest)
         finally:
-            for key in noted:
-                self.store.delete(key)
+            withdraw(self.store, noted)
         return doomed
 
     def collect_garbage(self) -> int:

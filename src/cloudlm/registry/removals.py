@@ -13,8 +13,10 @@ manifests or aliases.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
+from contextlib import suppress
 
-from cloudlm.core.errors import NotFound
+from cloudlm.core.errors import CloudlmError, NotFound
 from cloudlm.registry.garbage import UPLOAD_AGE_S
 from cloudlm.registry.owner import is_gone
 from cloudlm.registry.records import Upload, read_upload
@@ -29,6 +31,14 @@ def intend(store: Store, name: str, version: int, owner: str, now: float) -> str
     key = f"{_prefix(name, version)}{secrets.token_hex(8)}.json"
     store.put(key, Upload(owner, now).encode())
     return key
+
+
+def withdraw(store: Store, keys: Iterable[str]) -> None:
+    """Delete the notes of a removal that is done or given up, as many as can be. One that stays
+    does not hide what the removal came to: garbage collection sees to it."""
+    for key in keys:
+        with suppress(CloudlmError):
+            store.delete(key)
 
 
 def is_intended(store: Store, name: str, version: int, now: float) -> bool:

@@ -44,7 +44,7 @@ class Request:
         self.keys: tuple[bytes, ...] = ()
         self.ticket: Ticket | None = None
         self.tried: set[str] = set()
-        self.attempts = -1 if copy else 0  # a copy's attempt is number 0: it is nobody's
+        self.attempts = 0
         self.resumes = 0
         self.revision = 0
         self.version: Version | None = None

@@ -19,7 +19,7 @@ from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.mirror import MIRROR_KEY, choose_for_copy
 from cloudlm.gateway.retry import RetryBudget, full_jitter
-from cloudlm.gateway.router import choose
+from cloudlm.gateway.router import choose, may_retry
 from cloudlm.gateway.split import choose_side, mark_of
 from cloudlm.sim.fleet import Fleet
 from cloudlm.sim.measure import Books
@@ -208,7 +208,7 @@ class Sending:
         if (
             not request.copy
             and request.attempts < self._settings.max_attempts
-            and self._choose(request, retrying=True) is not None
+            and may_retry(self._picture.model.endpoints, self.loads, now, request.tried)
             and self._budget.take(now)
         ):
             self._books.retried += 1
@@ -262,7 +262,7 @@ class Sending:
         return LedgerRow(
             id=f"{request.number}-{'copy-' if copy else ''}{request.attempts}",
             request_id=str(request.number),
-            attempt=request.attempts,
+            attempt=0 if copy else request.attempts,
             tenant=request.arrival.tenant,
             key_id=MIRROR_KEY if copy else "",
             model=self._spec.name,

@@ -125,6 +125,43 @@ def test_what_is_much_cheaper_elsewhere_moves_one_by_one_and_loses_nothing() -> 
     assert decide(market(2, 1), NOW, rules).spot == {"a": 2, "new": 2}
 
 
+def test_nothing_moves_to_where_it_would_be_stopped_again() -> None:
+    """The dearest is there because of the zones that must differ: it goes for another zone only."""
+    a, b, c = ZoneRecord("a", 1.0, 2), ZoneRecord("b", 1.1, 1), ZoneRecord("c", 1.5, 1)
+    rules = SpotRules(1.0, spare=1, min_zones=3)
+    assert decide(SpotFacts(3, (a, b, c), 4.0), NOW, rules).spot == {"a": 2, "b": 1, "c": 1}
+    rules, four = SpotRules(1.0, spare=2, min_zones=3), (a, b, c, ZoneRecord("d", 1.2))
+    moving = {"a": 2, "b": 1, "c": 1, "d": 1}
+    assert decide(SpotFacts(2, four, 4.0), NOW, rules).spot == moving
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 2.5), st.integers(0, 3)), min_size=3, max_size=6),
+    st.integers(1, 8),
+    st.builds(SpotRules, st.just(1.0), spare=st.integers(0, 3), min_zones=st.integers(1, 5)),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_market_that_does_not_change_comes_to_rest(
+    found: list[tuple[float, int]], needed: int, rules: SpotRules
+) -> None:
+    """Whatever runs at first, there is an end to orders: each machine moves to cheaper zones."""
+    state = {f"z{number}": (ready, 0) for number, (_, ready) in enumerate(found)}
+    for _ in range(400):
+        market = tuple(
+            ZoneRecord(name, price, *state[name])
+            for name, (price, _) in zip(state, found, strict=True)
+        )
+        target = decide(SpotFacts(needed, market, 2.0), NOW, rules).spot
+        before, state = state, {}
+        for name, (ready, pending) in before.items():
+            kept = min(ready, target.get(name, 0))
+            came = min(pending, target.get(name, 0) - kept)
+            state[name] = kept + came, target.get(name, 0) - kept - came
+        if state == before:
+            return
+    raise AssertionError(f"still moving: {state}")
+
+
 def test_a_spare_machine_is_replaced_on_demand_only_where_no_zone_takes_it() -> None:
     rules = SpotRules(1.0, spare=2)
     four = tuple(ZoneRecord(f"z{n}", 0.5, ready=2) for n in range(4))

@@ -47,6 +47,8 @@ def told(groups, ready=(), wanted=1, leaving=(), problem="", wish=WISH):
         (told([group(replica())], ["bank-r1-0"], problem="x"), DeploymentPhase.DEGRADED),
         (told([group(replica(ReplicaState.BACKOFF, restarts=1))]), DeploymentPhase.STARTING),
         (told([group(replica(ReplicaState.BACKOFF, restarts=2))]), DeploymentPhase.FAILED),
+        (told([group(replica(ReplicaState.FAILED, misses=1))]), DeploymentPhase.STARTING),
+        (told([group(replica(ReplicaState.FAILED, misses=2))]), DeploymentPhase.FAILED),
         (told([], wish=replace(WISH, deleting=True)), DeploymentPhase.DELETING),
         (
             told([group(replica()), group(replica(), revision=2)], ["bank-r2-0"]),

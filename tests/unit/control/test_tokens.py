@@ -118,6 +118,49 @@ def test_bursts_that_come_again_find_replicas():
     assert min(again) * 8 >= 30  # a burst's work, though it is over before a replica starts
 
 
+IDLE = [Demand("bank", "g1", 0, 0, 0.0, 0.0)]
+RESTARTED = st.builds(
+    lambda slots, tokens, start_s, least: (
+        replace(SPEC, target_ongoing_requests=slots, min_replicas=least),
+        ScaleMemory(pace=measured(start_s, tokens)),
+    ),
+    st.floats(1.0, 64.0),
+    st.floats(1.0, 4000.0),
+    st.floats(0.5, 600.0),
+    st.integers(0, 3),
+)
+
+
+@given(RESTARTED, st.integers(0, 3), st.floats(0.5, 30.0))
+def test_idle_it_stays_at_its_least_after_a_restart(restarted, more, step_s):
+    """Nobody asked since control began anew: what nobody knows of is no reason for replicas."""
+    spec, memory = restarted
+    current = before = spec.min_replicas + more
+    for number in range(60):
+        current, memory = autoscale(spec, IDLE, current, memory, number * step_s, Fleet(current))
+        assert spec.min_replicas <= current <= before
+        before = current
+
+
+@pytest.mark.parametrize("slots", [1.0, 8.0])
+def test_one_request_after_a_restart_keeps_no_replicas_for_long(slots):
+    """What was once asked is foreseen ever less, and so are its errors."""
+    spec = replace(SPEC, target_ongoing_requests=slots)
+    memory = ScaleMemory(pace=measured(output_tokens=700.0))  # 21 s
+    asked, memory = follow([demand(0.1, answer=700.0)] * 10, memory=memory, spec=spec)
+    wanted, _ = follow([IDLE] * 900, asked[-1], memory, 10.0, spec=spec)
+    assert wanted[-1] == 1
+
+
+@given(st.floats(0.0, 1.0), st.floats(1.0, 1800.0), st.floats(0.1, 60.0))
+def test_of_nothing_nothing_is_feared(load, known_s, request_s):
+    errors = errors_of((), known_s, request_s, 30.0, load)
+    certain = errors_of((), known_s, request_s, 30.0, 1.0)
+    for (weight, error), (same, most) in zip(errors, certain, strict=True):
+        assert weight == same
+        assert error == pytest.approx(most * math.sqrt(load))
+
+
 def test_unmeasured_it_goes_by_requests_at_once():
     asked = [Demand("bank", "g1", 24, 0, 9.0, 0.0)]
     assert autoscale(SPEC, asked, 1, ScaleMemory(), 0.0)[0] == 3
@@ -184,7 +227,7 @@ def test_a_jump_that_was_seen_once_costs_replicas_by_its_weight():
     once = (*usual, *((354.0 + at, 8.0, 1.0) for at in range(6)))
     often = (*usual, *((354.0 + at, 8.0, 1.0) for at in range(120)))
     wanted = [
-        needed(36.0, 8, 6.0, 1.0, 99, 0.15, errors_of(misses, 900.0, 6.0, 30.0))
+        needed(36.0, 8, 6.0, 1.0, 99, 0.15, errors_of(misses, 900.0, 6.0, 30.0, 36.0))
         for misses in (usual, once, often)
     ]
     assert wanted[1] <= wanted[0] + 1

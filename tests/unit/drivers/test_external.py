@@ -17,10 +17,11 @@ from cloudlm.core.clock import ManualClock
 from cloudlm.core.deployment import GroupSpec
 from cloudlm.core.errors import BadSetting, InvalidRequest
 from cloudlm.core.external import ExternalEndpoint, origin_of
+from cloudlm.core.health import MISSES_TO_FAIL
 from cloudlm.core.settings import ExternalSettings
 from cloudlm.drivers.base import DriverContext
 from cloudlm.drivers.external import ExternalDriver
-from cloudlm.drivers.external_look import MISSES_TO_FAIL, Look, Looker, Record, judged
+from cloudlm.drivers.external_look import Look, Looker, Record, judged
 from cloudlm.security.credentials import Credential, Credentials
 from cloudlm.security.outside import Outside
 from cloudlm.security.tls import LiveContext, client_context

@@ -14,6 +14,7 @@ import pytest
 
 from cloudlm.core.deployment import GroupSpec, ReplicaState
 from cloudlm.core.errors import StorageFailed
+from cloudlm.core.health import is_hopeless
 from cloudlm.drivers import procfs
 from cloudlm.drivers.process import ProcessDriver, worker_command
 from cloudlm.drivers.runfiles import read_json, write_json
@@ -211,8 +212,9 @@ async def test_a_guard_that_cannot_start_is_a_failed_replica_not_an_exception(dr
     (context.home / "logs").write_text("a file where a folder should be")
     await driver.apply(replace(SPEC, replicas=1))
     (replica,) = (await driver.observe("bank-r1")).replicas
-    assert replica.state is ReplicaState.FAILED
+    assert (replica.state, replica.misses) == (ReplicaState.FAILED, 1)
     assert "cannot start a guard" in replica.message
+    assert not is_hopeless(replica)
     (context.home / "logs").unlink()
     await running(driver, 1)
 

@@ -17,10 +17,9 @@ from cloudlm.core.errors import CloudlmError, NotSupported, UpstreamFailed
 from cloudlm.core.external import ExternalEndpoint, origin_of
 from cloudlm.core.price import Price
 from cloudlm.core.settings import ExternalSettings
-from cloudlm.gateway import chat
+from cloudlm.gateway import retry
 from cloudlm.gateway.foreign import Foreign, foreign_body, hidden
 from cloudlm.gateway.loads import DECLINED_TO_DISTRUST
-from cloudlm.gateway.router import choose
 from cloudlm.gateway.upstream import ReplicaRefused
 from cloudlm.security.credentials import Credential, Credentials
 from cloudlm.security.outside import Outside
@@ -163,33 +162,57 @@ class TestRefusals:
             assert "declined" in result.json["error"]["message"]
             assert "moderation" not in result.body.decode()
 
-    async def test_one_that_declines_everything_is_ejected(self, kit, tmp_path) -> None:
-        async with foreign_rig(kit, tmp_path) as rig:
-            mock = rig.replicas[0]
-            mock.default = kit.Plan("status", status=403)
-            for number in range(DECLINED_TO_DISTRUST):
-                assert rig.gateway.loads.of(mock.name).failures == 0, number
-                assert (await rig.ask(kit.chat_body())).status == 502
-            assert rig.gateway.loads.of(mock.name).failures == 1
-            mock.default = kit.Plan()
-            assert (await rig.ask(kit.chat_body())).status == 200
-            assert rig.gateway.loads.of(mock.name).declined == 0
-
-    async def test_a_replica_is_chosen_once_for_each_attempt(
+    async def test_one_that_declines_what_others_answer_is_ejected(
         self, kit, tmp_path, monkeypatch
     ) -> None:
-        chosen = []
-
-        def counted(*arguments, **named):
-            chosen.append(choose(*arguments, **named))
-            return chosen[-1]
-
-        monkeypatch.setattr(chat, "choose", counted)
+        monkeypatch.setattr(retry, "BUDGET_SHARE", 1.0)
         async with foreign_rig(kit, tmp_path, 2) as rig:
+            first, second = rig.replicas
+            known = rig.gateway.loads.of
+
+            async def ask_until(condition) -> None:
+                for _ in range(60):
+                    if condition():
+                        return
+                    assert (await rig.ask(kit.chat_body(stream=True))).tokens == 5
+                raise AssertionError("it never came true")
+
+            first.plans.extend([kit.Plan("status", status=403)] * (DECLINED_TO_DISTRUST - 1))
+            await ask_until(lambda: not first.plans)
+            assert known(first.name).declined == DECLINED_TO_DISTRUST - 1
+            await ask_until(lambda: not known(first.name).declined)  # so it was not in a row
+            first.default = kit.Plan("status", status=403)
+            before = len(first.requests)
+            await ask_until(lambda: known(first.name).failures)
+            assert len(first.requests) - before == DECLINED_TO_DISTRUST
+            assert not known(second.name).failures
+
+    @pytest.mark.parametrize("count", [1, 2])
+    async def test_one_client_whom_nobody_answers_ejects_nobody(
+        self, kit, tmp_path, monkeypatch, count
+    ) -> None:
+        """A prompt that every moderation flags is its sender's matter."""
+        monkeypatch.setattr(retry, "BUDGET_SHARE", 1.0)
+        async with foreign_rig(kit, tmp_path, count) as rig:
             for mock in rig.replicas:
-                mock.default = kit.Plan("status", status=500)
-            assert (await rig.ask(kit.chat_body())).status == 502
-            assert len([one for one in chosen if one is not None]) == 2
+                mock.default = kit.Plan("status", status=403)
+            for _ in range(2 * DECLINED_TO_DISTRUST):
+                assert (await rig.ask(kit.chat_body())).status == 502
+            for mock in rig.replicas:
+                assert len(mock.requests) >= DECLINED_TO_DISTRUST
+                load = rig.gateway.loads.of(mock.name)
+                assert (load.failures, load.declined) == (0, 0)
+
+    async def test_a_second_cause_is_said_at_once(self, kit, tmp_path, caplog) -> None:
+        async with foreign_rig(kit, tmp_path) as rig:
+            plans = rig.replicas[0].plans
+            spent = {"error": {"message": "spent", "code": "insufficient_quota"}}
+            for status, error in ((401, None), (402, None), (429, spent), (401, None)):
+                plans.append(kit.Plan("status", status=status, error=error))
+                assert (await rig.ask(kit.chat_body())).status == 502
+            lines = [r for r in caplog.records if r.message == "external_endpoint_unusable"]
+            said = [line.fields["reason"].partition(":")[0] for line in lines]
+            assert said[:3] == ["it answered 401", "it answered 402", "it answered 429"]
 
     async def test_refusals_without_end_are_few_lines_that_say_how_many(
         self, kit, tmp_path, caplog

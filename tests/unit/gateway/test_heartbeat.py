@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloudlm.core.clock import ManualClock
+from cloudlm.core.errors import UpstreamFailed, UpstreamTimeout
+from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import Outcome
+from cloudlm.gateway.account import Exchange
+from cloudlm.gateway.dialects.openai import Call, OpenAIRendering, Operation
 from cloudlm.gateway.flight import Recorded
+from cloudlm.gateway.meter import Meter
+from cloudlm.gateway.relay import Relay
 from cloudlm.gateway.sse import PING, SseParser
 
 
@@ -59,7 +70,7 @@ async def test_before_the_first_content_there_is_none(kit: Any) -> None:
 
 @pytest.mark.promise(10)
 async def test_a_stream_is_resumed_after_comments(kit: Any) -> None:
-    async with kit.open_rig(replicas=2, heartbeat_s=0.05, idle_timeout_s=0.12) as rig:
+    async with kit.open_rig(replicas=2, heartbeat_s=0.05, idle_timeout_s=2.0) as rig:
         rig.replicas[0].default = kit.Plan(notes=True, tokens=4, stall_at=3)
         rig.replicas[1].default = kit.Plan(notes=True, tokens=4)
         result = await rig.ask(kit.chat_body(stream=True, seed=7))
@@ -128,26 +139,93 @@ async def test_a_kept_answer_holds_no_comment(pieces: list[bytes]) -> None:
 
 async def test_a_comment_of_the_replicas_own_is_passed_on(kit: Any) -> None:
     """Behind a gateway of others the silence is measured there: its comments end it here."""
-    async with kit.open_rig() as rig:
+    async with kit.open_rig(heartbeat_s=60.0, idle_timeout_s=60.0) as rig:
         replica = rig.replicas[0]
         stream = replica._stream
+        content_came, comment_came = asyncio.Event(), asyncio.Event()
 
-        async def with_comment(plan: Any, body: Any, writer: Any, watch: Any) -> bool:
-            write, count = writer.write, 0
+        async def with_comments(plan: Any, body: Any, writer: Any, watch: Any) -> bool:
+            write, drain, count = writer.write, writer.drain, 0
+            comment = b"10\r\n: who is there\n\n\r\n"
 
             def say(data: bytes) -> None:
                 nonlocal count
                 count += 1
-                write(data)
-                if count in (1, 3):  # after the head, and after the first content
-                    write(b"10\r\n: who is there\n\n\r\n")
+                write(data + comment if count == 1 else data)  # one after the head
 
-            writer.write = say
+            async def drained() -> None:
+                await drain()
+                if count == 3:  # one after the first content, in the silence that follows
+                    await content_came.wait()
+                    write(comment)
+                    await comment_came.wait()
+
+            writer.write, writer.drain = say, drained
             return bool(await stream(plan, body, writer, watch))
 
-        replica._stream = with_comment
-        replica.default = kit.Plan(pause_s=0.02)
-        result = await rig.ask(kit.chat_body(stream=True))
-        assert b"who is there" not in result.body
-        told = b"".join(part for part in _parts(result.body) if part != PING)
+        replica._stream = with_comments
+        response = await rig.gateway.handler.handle(rig.request(kit.chat_body(stream=True)))
+        pieces: list[bytes] = []
+
+        def note(piece: bytes) -> bool:
+            pieces.append(piece)
+            content_came.set()
+            if piece == PING:
+                comment_came.set()
+            return True
+
+        async for piece in response.body:
+            note(piece)
+            await response.body.pump(note)
+        parts = _parts(b"".join(pieces))
+        assert b"who is there" not in b"".join(parts)
+        assert parts.count(PING) == 1
+        assert b"t0" in parts[parts.index(PING) - 1]
+        told = b"".join(part for part in parts if part != PING)
         assert kit.Result(200, {}, told).tokens == 5
+
+
+class _Scripted:
+    """An answer of these pieces; None is silence for as long as anybody waits."""
+
+    is_event_stream = True
+
+    def __init__(self, *pieces: bytes | None) -> None:
+        self._left = deque(pieces)
+
+    async def piece(self, timeout_s: float) -> bytes:
+        piece = self._left.popleft()
+        if piece is None:
+            raise UpstreamTimeout("silent")
+        return piece
+
+    def close(self) -> None:
+        self._left.clear()
+
+
+class _Breaking(OpenAIRendering):
+    """Cannot say everything."""
+
+    def chunk(self, chunk: dict[str, Any]) -> bytes:
+        if chunk.get("odd"):
+            raise UpstreamFailed("nobody can say this")
+        return super().chunk(chunk)
+
+
+async def test_what_is_handed_over_after_a_silence_is_accounted_for() -> None:
+    """However the piece ends: what was in front of the fault has gone to the client."""
+
+    def said(text: str, **more: Any) -> bytes:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+        return b"data: " + json.dumps({"choices": [choice], **more}).encode() + b"\n\n"
+
+    call = Call(Operation.CHAT, "m", b"{}", stream=True)
+    call = replace(call, translate=lambda _: _Breaking(call))
+    answer = _Scripted(said("a"), None, said("b") + said("", odd=True))
+    attempt = Mock()
+    settings = GatewaySettings(heartbeat_s=0.5, idle_timeout_s=5.0)
+    relay = Relay(Exchange("r", ManualClock(), Meter()), attempt, answer, call, settings, Mock())
+    await relay.begin(5.0)
+    pieces = [await anext(relay) for _ in range(3)]
+    assert [b'"a"' in pieces[0], pieces[1] == PING, b'"b"' in pieces[2]] == [True] * 3
+    assert attempt.follow.call_args.args[0]().completion_tokens == 2

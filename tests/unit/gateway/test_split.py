@@ -234,6 +234,29 @@ async def test_a_copy_is_sent_afterwards_and_nobody_pays(kit: Any) -> None:
         rig.assert_nothing_open()
 
 
+async def test_a_copy_that_goes_on_elsewhere_is_still_nobodys(kit: Any) -> None:
+    async with kit.open_rig(3) as rig:
+        await split(rig, kit, 0.0, mirror=1.0)
+        old, *shadows = rig.replicas
+        endpoints = [Endpoint(kit.MODEL, old.name, old.url, 1, 1.0, 1.0)]
+        endpoints += [Endpoint(kit.MODEL, s.name, s.url, 2, 1.0, 0.0, 1.0) for s in shadows]
+        await rig.state.put_endpoints(kit.MODEL, endpoints)
+        await rig.gateway.view.refresh()
+        for shadow in shadows:
+            shadow.default = kit.Plan(tokens=4, notes=True)
+        shadows[0].plans.append(kit.Plan(tokens=4, notes=True, garbage_at=3))
+        for _ in range(2):  # one begins at the shadow that breaks off
+            assert (await rig.ask(kit.chat_body(stream=True))).tokens == 5
+            await copied(rig, kit)
+        copies = [row for row in await rig.rows() if row.key_id == "@mirror"]
+        assert sorted(row.outcome for row in copies) == ["failed", "finished", "finished"]
+        assert [row.attempt for row in copies] == [0, 0, 0]
+        assert b'cloudlm_gateway_resumes_total{model="tiny"} 0.0' in (
+            await rig.gateway.exposition()
+        )
+        rig.assert_nothing_open()
+
+
 async def test_a_shadow_that_fails_or_hangs_is_no_clients_matter(kit: Any) -> None:
     async with kit.open_rig(2, first_token_timeout_s=1.0) as rig:
         await split(rig, kit, 0.0, mirror=1.0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudlm.core.clock import ManualClock
-from cloudlm.core.errors import Conflict, ModelNotFound
+from cloudlm.core.errors import Conflict, ModelNotFound, StorageFailed
 from cloudlm.registry.registry import Registry
 from cloudlm.registry.removals import intend, is_intended
 from cloudlm.registry.stores.memory import MemoryStore
@@ -157,3 +157,30 @@ def test_a_version_that_is_being_removed_takes_no_alias(registry, model, clock):
     registry.store.delete(key)
     registry.set_alias("tiny", "best", 1)
     assert registry.resolve("models:/tiny@best").version == 1
+
+
+class StickyStore(MemoryStore):
+    """Fails once to delete."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def delete(self, key):
+        self.asked.append(key)
+        if len(self.asked) == 1:
+            raise StorageFailed("the disk is gone for a moment")
+        super().delete(key)
+
+
+def test_a_note_that_cannot_be_deleted_hides_no_reason_and_keeps_no_other(two_versions):
+    objects, folder = two_versions
+    store = StickyStore()
+    for key, data in objects.items():
+        store.put(key, data)
+    registry = registry_of(store, folder)
+    registry.set_alias("tiny", "best", 2)
+    with pytest.raises(Conflict, match="tiny@best"):
+        registry.remove("tiny")
+    assert len(store.asked) == 2
+    assert list(store.list("removals/")) == store.asked[:1]

@@ -91,5 +91,6 @@ def _at_rest(
     if idle_s < spec.scaling.idle_s:
         left_s = spec.scaling.idle_s - idle_s
         why = f"nobody asks; the last replica goes in {left_s:.0f} s"
-        return max(wanted, 1), memory if current > 1 else replace(memory, why=why)
+        wanted = max(min(wanted, current), 1)
+        return wanted, memory if current > 1 else replace(memory, why=why)
     return 0, replace(memory, why="nobody asks; a request starts a replica")

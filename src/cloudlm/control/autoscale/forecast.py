@@ -12,7 +12,8 @@ errors explain, so that bursts that are usual change no level.
 
 *Errors.* What the load was more or less than the mix one start later, in square roots of the mix,
 as chance has it: of half an hour, and for what is not yet known of it those that Poisson arrivals
-would have made. Forecasts made out of less than a start's length are no record of later ones.
+would have made, so that nothing is feared where nobody asks. Forecasts made out of less than a
+start's length are no record of later ones.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def observed(
     if before.count:
         return seen
     so_far = seen.total / seen.samples
-    return replace(seen, load=so_far, errors=errors_of((), max(elapsed_s, 1.0), request_s, start_s))
+    errors = errors_of((), max(elapsed_s, 1.0), request_s, start_s, so_far)
+    return replace(seen, load=so_far, errors=errors)
 
 
 def bucket_s(start_s: float) -> float:
@@ -97,7 +99,7 @@ def _closed(
         occupancy=occupancy,
         pending=pending,
         load=mix,
-        errors=errors_of(seen.misses, seen.known_s, request_s, start_s),
+        errors=errors_of(seen.misses, seen.known_s, request_s, start_s, mix),
     )
 
 
@@ -169,11 +171,12 @@ def _mixed(foretold: Sequence[float], scores: Sequence[tuple[float, float]]) -> 
 
 
 def errors_of(
-    misses: Sequence[Miss], known_s: float, request_s: float, start_s: float
+    misses: Sequence[Miss], known_s: float, request_s: float, start_s: float, load: float
 ) -> tuple[tuple[float, float], ...]:
-    """How much more or less there may be than foretold, in square roots of it, each with its
-    weight. Misses are put into cells that grow from the worst on, for it is those that matter;
-    all is wider as long as the levels hold little."""
+    """How much more or less there may be than the ``load`` foretold, in square roots of it (of 1,
+    if it is less), each with its weight. Misses are put into cells that grow from the worst on, for
+    it is those that matter; all is wider as long as the levels hold little. What is not known yet
+    is chance with what arrives: of nothing there is none."""
     chance = CHANCE + request_s / max(known_s, 1.0)
     wider = max(math.sqrt(chance / (CHANCE + request_s / SETTLED_S)), 1.0)
     cells: list[tuple[float, float]] = []
@@ -187,5 +190,5 @@ def errors_of(
     mean = math.fsum(one[2] for one in misses) / len(misses) if misses else 1.0
     most = min(MISSES_KEPT_S / bucket_s(start_s), MOST_MISSES)
     unknown = max(most - len(misses), 0.0) * max(mean, 1e-9)
-    deviation = UNUSUAL * math.sqrt(chance)
+    deviation = UNUSUAL * math.sqrt(chance * min(max(load, 0.0), 1.0))
     return (*cells, *((unknown * weight, deviation * at) for weight, at in _NORMAL))

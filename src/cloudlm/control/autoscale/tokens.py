@@ -95,8 +95,10 @@ def _said(signals: TotalDemand, ahead: Forecast, backlog: float, start_s: float)
 def _staffed(
     spec: DeploymentSpec, ahead: Forecast, backlog: float, request_s: float, most: int
 ) -> int:
-    """Replicas for what is foreseen, and for what waits."""
+    """Replicas for what is foreseen, and for what waits: of nothing nothing can be more."""
     load, slots, scaling = ahead.load + backlog, spec.target_ongoing_requests, spec.scaling
+    if load <= 0:
+        return 0
     if not ahead.by_work:
         return min(math.ceil(load / slots - 1e-9), most)
     wait_s = scaling.target_ttft_ms / 1000.0 or WAIT_S
