@@ -231,12 +231,8 @@ class Residents:
         memory_mb, needs = wish.sized.spec.memory_mb, [0]
         if not any(size_of_group(one.observation) for one in groups):  # any of them may come back
             needs += [await self._replica_bytes(one, memory_mb) for one in groups]
-        stable = wish.moving.revision
-        if (
-            wish.moving.size is not None
-            and stable is not None
-            and self._is_here(stable.spec.driver)
-        ):
+        stable = None if wish.moving.size is None else wish.moving.revision
+        if stable is not None and self._is_here(stable.spec.driver):
             needs.append(await self._budget.need(fixed(stable.spec, stable.model), memory_mb))
         if self._is_here(wish.deployment.spec.driver):
             specs = [one.observation.spec for one in groups if one.observation.name == wish.target]
