@@ -6,6 +6,7 @@ step allocates, and the process itself. Must not read a file or the machine.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +48,7 @@ def budget_of(text: str, machine_bytes: int) -> int:
         found = machine_bytes * float(share[1]) / 100
     elif amount is not None:
         found = float(amount[1]) * _UNITS.get(amount[2].lower(), 0)
-    if found < MIB:
+    if found < MIB or not math.isfinite(found):
         raise BadSetting(
             f"control.memory_budget = {text[:40]!r} must be an amount of at least 1 MiB such as "
             "24GiB, or a share of the machine's memory up to 100 % such as 75%",

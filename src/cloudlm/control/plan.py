@@ -159,12 +159,18 @@ def plan_target(target: GroupSpec, groups: Sequence[GroupObservation]) -> Plan:
     size = 0 if current is None or current.spec is None else current.spec.replicas
     if current is not None and size == target.replicas <= len(current.replicas):
         return Plan()
-    leaving = frozenset[str]() if current is None else _leaving(current, target.replicas)
+    leaving = frozenset[str]() if current is None else leaving_of(current, target.replicas)
     return Plan((Apply(target, leaving),))
 
 
-def plan_hold(groups: Sequence[GroupObservation]) -> Plan:
-    """Nothing but what is broken changes: groups that lost a replica get it back."""
+def plan_hold(groups: Sequence[GroupObservation], wanted: int = 0, serving: str = "") -> Plan:
+    """Nothing but what is broken changes: groups that lost a replica get it back. Where none has
+    any, while some are ``wanted``, the group ``serving`` gets them (the first, if it is not there):
+    it went to zero, or was unloaded, and would never come back."""
+    specs = [group.spec for group in groups if group.spec]
+    if wanted and specs and not any(spec.replicas for spec in specs):
+        spec = next((one for one in specs if one.name == serving), specs[0])
+        return Plan((Apply(replace(spec, replicas=wanted)),))
     broken = [g.spec for g in groups if g.spec and len(g.replicas) < g.spec.replicas]
     return Plan(tuple(Apply(spec) for spec in broken))
 
@@ -182,7 +188,7 @@ def _grow(
     complete = len(current.replicas) >= replicas
     if replicas == size and complete:
         return None
-    return Apply(replace(target, replicas=replicas), _leaving(current, replicas))
+    return Apply(replace(target, replicas=replicas), leaving_of(current, replicas))
 
 
 def _shrink(
@@ -218,7 +224,7 @@ def _shrink(
         if size == 0:
             actions.append(_delete(group))
         elif size < group.spec.replicas:
-            actions.append(Apply(replace(group.spec, replicas=size), _leaving(group, size)))
+            actions.append(Apply(replace(group.spec, replicas=size), leaving_of(group, size)))
     return actions
 
 
@@ -251,7 +257,8 @@ def _size(group: GroupObservation, ready: Collection[str]) -> int:
     return size_of_group(group) - dead
 
 
-def _leaving(group: GroupObservation, replicas: int) -> frozenset[str]:
+def leaving_of(group: GroupObservation, replicas: int) -> frozenset[str]:
+    """Ids of those that go when the group is to have so many ``replicas``."""
     kept = {f"{group.name}-{number}" for number in range(replicas)}
     return frozenset(replica.id for replica in group.replicas if replica.id not in kept)
 

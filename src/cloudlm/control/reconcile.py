@@ -23,9 +23,9 @@ from cloudlm.control.plan import Action, Apply, Plan, group_name, plan_deletion
 from cloudlm.control.probe import Prober
 from cloudlm.control.registry import ModelRegistry
 from cloudlm.control.releases import Releases, split_of
-from cloudlm.control.residency import Verdict
-from cloudlm.control.residents import Residents, unloading, with_room, within
+from cloudlm.control.residents import Residents
 from cloudlm.control.rollout import Decision
+from cloudlm.control.room import Room, Wish
 from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
 from cloudlm.control.status import summarise
 from cloudlm.core.clock import Clock
@@ -35,7 +35,6 @@ from cloudlm.core.deployment import (
     DeploymentStatus,
     Endpoint,
     GroupObservation,
-    Residence,
 )
 from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
 from cloudlm.core.model import parse_ref
@@ -182,19 +181,22 @@ class Reconciler:
         self, deployments: Sequence[Deployment], demand: Sequence[Demand], seen: Seen
     ) -> dict[str, int]:
         """The replicas that each deployment would have, and who of them may be in memory."""
-        asked, wanted = {}, {}
+        wishes = []
         for one in deployments:
             name = one.spec.name
             served = {name, *one.spec.adapters}
-            asked[name] = [d for d in demand if d.model in served]
+            asked = [d for d in demand if d.model in served]
             try:
                 observations = [group.observation for group in seen.of(name)]
                 sized = self._releases.sized(one)
-                wanted[name] = self._wanted(sized, asked[name], observations, seen)
+                wanted = self._wanted(sized, asked, observations, seen)
+                moving = self._releases.moving(one, wanted)
+                version, _ = self._versions.get(group_name(name, one.revision), ("", {}))
+                wishes.append(Wish(one, sized, wanted, asked, version, moving))
             except Exception:  # one deployment's trouble is no other's
                 _log.exception("deployment_failed", extra={"fields": {"deployment": name}})
-        await self._residents.look(deployments, wanted, asked, seen)
-        return wanted
+        await self._residents.look(wishes, seen)
+        return {one.name: one.wanted for one in wishes}
 
     # One deployment -----------------------------------------------------------------------------
 
@@ -202,12 +204,11 @@ class Reconciler:
         name = deployment.spec.name
         groups = seen.of(name)
         observations = [group.observation for group in groups]
-        verdict = self._residents.verdict(name)
-        wanted = wished if verdict is None else min(wished, verdict.replicas)
-        if not wanted:
+        homes = self._releases.homes(name)
+        room = self._residents.room(deployment, wished, seen, homes)
+        if not room.granted:
             self._scaler.unloaded(deployment)
         problem, step, decision = "", Plan(), None
-        homes = self._releases.homes(name)
         used = (deployment.spec.driver, *homes.values())
         fault = next((seen.faults[one] for one in used if one in seen.faults), None)
         if fault is not None:
@@ -216,24 +217,19 @@ class Reconciler:
             try:
                 if deployment.deleting:
                     step = plan_deletion(observations)
-                elif verdict is not None and verdict.unload:
-                    step = unloading(groups)
                 else:
                     answering = seen.ready | seen.sleeping  # what sleeps can answer again
                     decision = await self._releases.decide(
-                        deployment, observations, answering, wanted
+                        deployment, observations, answering, room.wanted, room.no_room
                     )
-                    versions = await self._version(deployment, groups)
-                    fitted = with_room(deployment, verdict, wanted)
-                    step = self._releases.plan(
-                        fitted, decision, wanted, observations, answering, versions
-                    )
-                    step = within(step, verdict, groups)
+                    step = await self._next(deployment, decision, room, groups, answering)
             except Superseded:
                 raise
             except CloudlmError as error:
-                problem = error.message
-        if fault is None:
+                problem, step = (
+                    error.message,
+                    room.fit(step),
+                )  # others get their memory all the same
             await self._write_endpoints(
                 name,
                 groups,
@@ -243,23 +239,19 @@ class Reconciler:
                 adapters=deployment.spec.adapters,
                 decision=decision,
             )
-            patient = verdict is not None and verdict.replicas < wished
-            acted = await self._act(step, deployment.spec.driver, groups, seen, homes, patient)
-            problem = acted or problem
-            problem = problem or self._turn(deployment, observations, step, seen)
-        problem = problem or self._misfit(name, verdict)
+            acted = await self._act(step, deployment.spec.driver, groups, seen, homes, room.patient)
+            problem = acted or problem or self._turn(deployment, groups, step, seen)
+        note = room.told("" if decision is None else decision.note, self._scaler.why(name))
         status = summarise(
             deployment,
-            wished if verdict and verdict.residence is Residence.WAITING else wanted,
+            room.shown,
             observations,
             seen.ready,
             step.leaving,
-            problem,
+            problem or room.problem,
             self._clock.now(),
             seen.sleeping,
-            note=self._residents.note(name)
-            or ("" if decision is None else decision.note)
-            or self._scaler.why(name),
+            note=note,
         )
         await self._write_status(self._residents.shown(status))
         # A driver that is not installed runs nothing that we could stop.
@@ -267,16 +259,32 @@ class Reconciler:
         if deployment.deleting and not groups and known:
             await self._forget(deployment)
 
-    def _misfit(self, name: str, verdict: Verdict | None) -> str:
-        """What is wrong with a deployment that the memory can never hold."""
-        too_large = verdict is not None and verdict.residence is Residence.TOO_LARGE
-        return self._residents.note(name) if too_large else ""
+    async def _next(
+        self,
+        deployment: Deployment,
+        decision: Decision,
+        room: Room,
+        groups: Sequence[SeenGroup],
+        answering: Collection[str],
+    ) -> Plan:
+        """The deployment's next step, as far as there is room for it."""
+        versions = await self._version(deployment, groups)
+        step = self._releases.plan(
+            room.fitted(deployment),
+            decision,
+            room.wanted,
+            [group.observation for group in groups],
+            answering,
+            versions,
+        )
+        return room.fit(step)
 
     def _turn(
-        self, deployment: Deployment, groups: Sequence[GroupObservation], step: Plan, seen: Seen
+        self, deployment: Deployment, groups: Sequence[SeenGroup], step: Plan, seen: Seen
     ) -> str:
         """Have the replicas that stay sleep or wake as asked; returns what hinders it."""
-        staying = [r for g in groups for r in g.replicas if r.id not in step.leaving and r.url]
+        replicas = [one for group in groups for one in group.observation.replicas]
+        staying = [one for one in replicas if one.id not in step.leaving and one.url]
         asleep = None if deployment.deleting else deployment.spec.asleep
         now = self._clock.monotonic()
         return self._naps.mind(asleep, staying, seen.ready, seen.sleeping, now)

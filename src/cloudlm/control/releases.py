@@ -14,6 +14,7 @@ from dataclasses import replace
 from cloudlm.control.external import check_secrets
 from cloudlm.control.plan import Plan, desired_group, group_name, plan, plan_hold, plan_target
 from cloudlm.control.rollout import Decision, Facts, aligned, decide, is_staged
+from cloudlm.control.room import Moving, beside
 from cloudlm.control.signals import (
     LATEST,
     NOTHING_KNOWN,
@@ -77,14 +78,23 @@ class Releases:
         name = deployment.spec.name
         if not deployment.spec.endpoints or deployment.deleting:
             return deployment
-        history = self._history.get(name, ())
-        outcomes = {one.number: one.outcome for one in history}
-        moving = aligned(deployment, self._kept.get(name), outcomes, self._clock.now())
+        moving = self._aligned(deployment)
         stable = self._revision(name, moving.stable)
         staged = moving.under_way and is_staged(deployment.spec.rollout, moving)
         if not staged or stable is None or stable.spec.endpoints:
             return deployment
         return replace(deployment, spec=stable.spec, revision=stable.number)
+
+    def moving(self, deployment: Deployment, wanted: int) -> Moving:
+        """What a deployment's roll-out wants to run where so many replicas are ``wanted``."""
+        rollout = self._aligned(deployment)
+        stable = self._revision(deployment.spec.name, rollout.stable)
+        return Moving(rollout.stable, stable, beside(deployment, rollout, wanted))
+
+    def _aligned(self, deployment: Deployment) -> Rollout:
+        name = deployment.spec.name
+        outcomes = {one.number: one.outcome for one in self._history.get(name, ())}
+        return aligned(deployment, self._kept.get(name), outcomes, self._clock.now())
 
     async def decide(
         self,
@@ -92,12 +102,14 @@ class Releases:
         groups: Sequence[GroupObservation],
         answering: Collection[str],
         wanted: int,
+        no_room: bool = False,
     ) -> Decision:
-        """What a deployment's roll-out does next; kept before it is told. Raises Conflict if
-        somebody else moved it at this moment."""
+        """What a deployment's roll-out does next; kept before it is told. ``no_room``: the memory
+        has none for all replicas. Raises Conflict if somebody else moved it at this moment."""
         name, now = deployment.spec.name, self._clock.now()
         before = self._kept.get(name)
         facts = _facts(deployment, groups, answering, wanted, self._history.get(name, ()))
+        facts = replace(facts, no_room=no_room)
         if before is not None:
             new, old = await self._signals(deployment, before)
             facts = replace(facts, new=new, old=old)
@@ -124,11 +136,12 @@ class Releases:
     ) -> Plan:
         """The next step of a deployment's groups. ``versions`` are those of its revision."""
         if decision.hold:
-            return plan_hold(groups)
+            serving = group_name(deployment.spec.name, decision.rollout.stable)
+            return plan_hold(groups, wanted, serving)
         stable = self._revision(deployment.spec.name, decision.rollout.stable)
         if decision.size is None or stable is None:
-            serving = _not_given_up(decision, groups, answering)
-            return plan(deployment, wanted, groups, serving, *versions)
+            answering = _not_given_up(decision, groups, answering)
+            return plan(deployment, wanted, groups, answering, *versions)
         target = desired_group(deployment, versions[0], decision.size, versions[1])
         spec = replace(stable.spec, max_surge=deployment.spec.max_surge)
         others = [group for group in groups if group.name != target.name]

@@ -39,7 +39,8 @@ class Claim:
     their way out included; ``wanted`` would be there if memory were no matter. ``asked``: requests
     for it are waiting or under way, ``used_at`` the last moment of that and ``asked_at`` since when
     they wait for a first replica. ``loaded_at`` is since when a replica answers (None: none does
-    yet). A pinned one keeps ``least``. ``failing``: its replicas do not come up.
+    yet). A pinned one keeps ``least``. ``failing``: its replicas do not come up. ``sizes_bytes`` is
+    what each of the present replicas holds, in the order in which they would go (empty: all alike).
     """
 
     name: str
@@ -55,16 +56,18 @@ class Claim:
     least: int = 1
     asleep: bool = False
     failing: bool = False
+    sizes_bytes: tuple[int, ...] = ()
 
     @property
     def staying(self) -> int:
         """Replicas that would go on if memory were no matter."""
         return min(self.wanted, self.present)
 
-    @property
-    def replica_bytes(self) -> int:
-        """What one of the present replicas holds."""
-        return self.held_bytes // self.present if self.present else 0
+    def size_of(self, number: int) -> int:
+        """What one of the present replicas holds. Number 0 would go last."""
+        if len(self.sizes_bytes) == self.present:
+            return self.sizes_bytes[-1 - number]
+        return self.held_bytes // self.present
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,13 @@ class _Rank(IntEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Victim:
-    """One replica that may go."""
+    """One replica that may go. ``place`` is the greater, the later it would go of its
+    deployment's."""
 
     rank: _Rank
     since: float
     name: str
+    place: int
     size_bytes: int = field(compare=False)
 
 
@@ -121,16 +126,18 @@ def reside(
 
 def too_large(claims: Iterable[Claim], budget_bytes: int) -> frozenset[str]:
     """Those that can never be loaded: a replica (of a pinned one: those that it keeps) is larger
-    than what other pinned deployments leave."""
+    than what pinned deployments leave. Of these come first those that are there, then by name; one
+    that does not fit keeps nothing from others."""
     found = list(claims)
-    kept = {one.name: one.need_bytes * max(one.least, 1) for one in found if one.pinned}
-    return frozenset(
-        one.name
-        for one in found
-        if not one.present
-        and kept.get(one.name, one.need_bytes)
-        > budget_bytes - sum(kept.values()) + kept.get(one.name, 0)
-    )
+    left, misfits = budget_bytes, set[str]()
+    for one in sorted((c for c in found if c.pinned), key=lambda c: (not c.present, c.name)):
+        kept_bytes = one.need_bytes * max(one.least, 1)
+        if one.present or kept_bytes <= left:
+            left -= kept_bytes
+        else:
+            misfits.add(one.name)
+    others = (one for one in found if not one.pinned and not one.present)
+    return frozenset(misfits | {one.name for one in others if one.need_bytes > left})
 
 
 class _Room:
@@ -141,8 +148,9 @@ class _Room:
         self, claims: Sequence[Claim], budget_bytes: int, now: float, min_residency_s: float
     ) -> None:
         self.free = budget_bytes - sum(one.held_bytes for one in claims)
-        surplus = ((one.present - one.staying) * one.replica_bytes for one in claims)
-        self.planned = self.free + sum(surplus)
+        self.planned = self.free + sum(
+            one.size_of(number) for one in claims for number in range(one.staying, one.present)
+        )
         self.granted = {one.name: one.staying for one in claims}
         self._victims = sorted(
             victim for one in claims for victim in _victims(one, now, min_residency_s)
@@ -193,7 +201,8 @@ class _Room:
         if short_bytes <= 0 or (found < short_bytes and not anything):
             return
         for one in list(reversed(chosen)):
-            if found - one.size_bytes >= short_bytes:  # one that goes anyway is enough
+            first = not any(o.name == one.name and o.place > one.place for o in chosen)
+            if first and found - one.size_bytes >= short_bytes:  # who goes anyway is enough
                 chosen.remove(one)
                 found -= one.size_bytes
         for one in chosen:
@@ -212,20 +221,21 @@ class _Room:
 def _victims(claim: Claim, now: float, min_residency_s: float) -> list[_Victim]:
     """The replicas that may go for others, each with its rank."""
     kept = claim.least if claim.pinned else 0
-    size, name = claim.replica_bytes, claim.name
+    name = claim.name
     useless = (claim.failing or claim.asleep) and not claim.pinned
     stayed_s = 0.0 if claim.loaded_at is None else now - claim.loaded_at
     unused = claim.loaded_at is not None and claim.used_at < claim.loaded_at
     found = []
     for number in range(kept, claim.staying):
+        place, size = -number, claim.size_of(number)
         if useless:
-            found.append(_Victim(_Rank.USELESS, claim.used_at, name, size))
+            found.append(_Victim(_Rank.USELESS, claim.used_at, name, place, size))
         elif not claim.asked and (unused or claim.loaded_at is None or stayed_s >= min_residency_s):
-            found.append(_Victim(_Rank.IDLE, claim.used_at, name, size))
+            found.append(_Victim(_Rank.IDLE, claim.used_at, name, place, size))
         elif number and stayed_s >= min_residency_s:
-            found.append(_Victim(_Rank.BESIDE, claim.used_at, name, size))
+            found.append(_Victim(_Rank.BESIDE, claim.used_at, name, place, size))
         elif stayed_s >= BUSY_STAYS * min_residency_s and claim.loaded_at is not None:
-            found.append(_Victim(_Rank.BUSY, claim.loaded_at, name, size))
+            found.append(_Victim(_Rank.BUSY, claim.loaded_at, name, place, size))
     return found
 
 

@@ -1,5 +1,5 @@
 """Who is in this machine's memory: gathers the facts for ``residency``, remembers what it must, and
-says what the verdicts mean for a deployment's plan and status.
+says what the verdicts mean for a deployment's plan (``room``) and status.
 
 Unloading stops the processes instead of putting them to sleep. A sleeping worker keeps its own
 libraries' memory (260 MiB as measured), so that fifty of them would take 13 GiB, which no budget
@@ -9,22 +9,27 @@ of a megabyte; docs/concepts/deployment.md). Must not start or stop anything.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cloudlm.control.budget import MemoryBudget, fixed
 from cloudlm.control.drivers import Drivers
-from cloudlm.control.footprint import amount_text
+from cloudlm.control.footprint import PROCESS_BYTES, amount_text
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.observe import Seen, SeenGroup
-from cloudlm.control.plan import Action, Apply, Plan, group_name, size_of_group
+from cloudlm.control.plan import size_of_group
 from cloudlm.control.residency import Claim, Verdict, held_by, reside
+from cloudlm.control.room import Room, Wish, in_order_of_going
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import Demand, Deployment, DeploymentStatus, Residence
+from cloudlm.core.deployment import Deployment, DeploymentStatus, Residence
+from cloudlm.core.errors import BrokenModel, CloudlmError
 from cloudlm.core.health import is_hopeless
-from cloudlm.core.rollout import Kind
+from cloudlm.telemetry.logs import get_logger
 
+LEAST_START_S = 60.0
+"""What starts is given so long at least before it counts as one that does not come up."""
 _NEVER = float("-inf")
+_log = get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -34,6 +39,7 @@ class _Known:
     used_at: float = _NEVER
     asked_at: float | None = None
     loaded_at: float | None = None
+    began_at: float | None = None
 
 
 class Residents:
@@ -47,74 +53,67 @@ class Residents:
         self._clock = clock
         self._metrics = metrics
         self._known: dict[str, _Known] = {}
+        self._wishes: dict[str, Wish] = {}
         self._claims: dict[str, Claim] = {}
         self._verdicts: dict[str, Verdict] = {}
-        self._models: dict[tuple[str, int], str] = {}
+        self._unknown: dict[str, str] = {}
+        self._other_bytes = 0
+        self._is_blind = False
 
-    async def look(
-        self,
-        deployments: Sequence[Deployment],
-        wanted: Mapping[str, int],
-        demand: Mapping[str, Sequence[Demand]],
-        seen: Seen,
-    ) -> None:
-        """Judge anew. ``wanted`` are the replicas that each deployment would have, ``demand`` the
-        fresh reports of each."""
+    async def look(self, wishes: Sequence[Wish], seen: Seen) -> None:
+        """Judge anew."""
         if not self._budget.size_bytes:
             return
         now = self._clock.monotonic()
-        mine = [
-            one
-            for one in deployments
-            if one.spec.name in wanted and self._budget.concerns(self._drivers, one.spec.driver)
-        ]
-        names = {one.spec.name for one in mine}
-        self._known = {name: self._known.get(name, _Known()) for name in names}
-        self._models = {key: one for key, one in self._models.items() if key[0] in names}
-        claims = [
-            await self._claim(one, wanted[one.spec.name], demand[one.spec.name], seen, now)
-            for one in mine
-        ]
-        other_bytes = 0
-        for group in seen.groups:
-            if group.deployment not in names and self._is_here(group):
-                other_bytes += await self._held(group, 0)
-        before = self._verdicts
-        self._claims = {one.name: one for one in claims}
+        self._wishes = {one.name: one for one in wishes if self._concerns(one, seen)}
+        self._known = {name: self._known.get(name, _Known()) for name in self._wishes}
+        self._unknown, self._is_blind = {}, False
+        before, claims = self._verdicts, dict[str, Claim]()
+        for name, wish in self._wishes.items():
+            try:
+                claims[name] = await self._claim(wish, seen, now)
+            except Exception:  # one deployment's trouble is no other's
+                _log.exception("memory_not_known", extra={"fields": {"deployment": name}})
+                claims[name] = self._unchanged(wish, seen)
+        self._other_bytes = await self._others(seen)
+        if self._is_blind:
+            claims = {name: replace(one, wanted=one.staying) for name, one in claims.items()}
+        self._claims = claims
         self._verdicts = reside(
-            claims, self._budget.size_bytes, now, self._budget.min_residency_s, other_bytes
+            list(claims.values()),
+            self._budget.size_bytes,
+            now,
+            self._budget.min_residency_s,
+            self._other_bytes,
         )
-        self._tell(before, other_bytes)
+        self._tell(before)
 
-    def verdict(self, name: str) -> Verdict | None:
-        """That of the last look; None: no budget concerns the deployment."""
-        return self._verdicts.get(name)
-
-    def note(self, name: str) -> str:
-        """What people are told of it, empty if there is nothing to say."""
-        verdict, claim = self._verdicts.get(name), self._claims.get(name)
-        if verdict is None or claim is None:
-            return ""
-        need, size = amount_text(claim.need_bytes), amount_text(self._budget.size_bytes)
-        if verdict.residence is Residence.TOO_LARGE:
-            return (
-                f"it needs {need} of memory, more than the budget of {size} "
-                "(control.memory_budget) has beside what is pinned: raise it, or make the model "
-                "smaller (precision, kv_cache_mb)"
-            )
-        if verdict.residence is Residence.WAITING:
-            leaving = held_by(self._verdicts, Residence.LEAVING)
-            held = sum(one.held_bytes for one in self._claims.values())
-            free = amount_text(max(self._budget.size_bytes - held, 0))
-            said = f"waits for {need} of memory; {free} of {size} are free"
-            return f"{said}; leaving: {', '.join(leaving)}" if leaving else said
-        if verdict.unload:
-            return "others wait for its memory: it finishes its requests and is unloaded"
-        if verdict.residence is Residence.UNLOADED and claim.asleep:
-            return "put to sleep, and no longer in memory"
-        if verdict.residence is Residence.UNLOADED:
-            return f"not in memory; a request loads it ({need})"
-        return ""
+    def room(
+        self, deployment: Deployment, wished: int, seen: Seen, homes: Mapping[str, str]
+    ) -> Room:
+        """What the last look leaves a deployment. ``homes`` are the drivers of groups that are not
+        there yet; those not named begin at the deployment's."""
+        name = deployment.spec.name
+        verdict, wish = self._verdicts.get(name), self._wishes.get(name)
+        if verdict is None or wish is None:
+            return Room(wished)
+        groups, claim = seen.of(name), self._claims[name]
+        note = "" if deployment.deleting else self._note(wish, verdict, claim)
+        untold = name in self._unknown and not claim.present and wished > 0
+        stays_out = untold or verdict.residence is Residence.TOO_LARGE
+        drivers = {wish.target: deployment.spec.driver, **homes}
+        drivers |= {one.observation.name: one.driver for one in groups}
+        return Room(
+            wished,
+            verdict,
+            claim,
+            tuple(one.observation for one in groups),
+            frozenset(one for one, driver in drivers.items() if self._is_here(driver)),
+            wish.target,
+            wish.stable,
+            note,
+            note if stays_out else "",
+        )
 
     def shown(self, status: DeploymentStatus) -> DeploymentStatus:
         """The status with what the budget has to say."""
@@ -124,33 +123,69 @@ class Residents:
         held = self._claims[status.name].held_bytes
         return replace(status, residence=verdict.residence, memory_bytes=held)
 
-    async def _claim(
-        self,
-        deployment: Deployment,
-        wanted: int,
-        demand: Sequence[Demand],
-        seen: Seen,
-        now: float,
-    ) -> Claim:
-        spec, known = deployment.spec, self._known[deployment.spec.name]
-        groups = [one for one in seen.of(spec.name) if self._is_here(one)]
+    def _note(self, wish: Wish, verdict: Verdict, claim: Claim) -> str:
+        """What people are told of it, empty if there is nothing to say."""
+        need, size = amount_text(claim.need_bytes), amount_text(self._budget.size_bytes)
+        if verdict.residence is Residence.TOO_LARGE:
+            need = amount_text(claim.need_bytes * (claim.least if claim.pinned else 1))
+            return (
+                f"it needs {need} of memory, more than the budget of {size} "
+                "(control.memory_budget) has beside what is pinned: raise it, or make the model "
+                "smaller (precision, kv_cache_mb)"
+            )
+        if wish.name in self._unknown:
+            why = self._unknown[wish.name]
+            return f"nothing is started while it is not known what memory it takes: {why}"
+        if verdict.residence is Residence.WAITING:
+            held = self._other_bytes + sum(one.held_bytes for one in self._claims.values())
+            free = amount_text(max(self._budget.size_bytes - held, 0))
+            return f"waits for {need} of memory; {free} of {size} are free{self._leaving(wish)}"
+        if verdict.unload:
+            return "others wait for its memory: it finishes its requests and is unloaded"
+        if verdict.residence is Residence.UNLOADED and claim.asleep:
+            return "put to sleep, and no longer in memory"
+        if verdict.residence is Residence.UNLOADED:
+            return f"not in memory; a request loads it ({need})"
+        return ""
+
+    def _leaving(self, wish: Wish) -> str:
+        """Who makes room; only those of the same tenant are named."""
+        leaving = held_by(self._verdicts, Residence.LEAVING)
+        tenant = wish.deployment.spec.tenant
+        said = [n for n in leaving if self._wishes[n].deployment.spec.tenant == tenant]
+        if others := len(leaving) - len(said):
+            said.append(f"{others} of other tenants")
+        return f"; leaving: {', '.join(said)}" if said else ""
+
+    # Claims -------------------------------------------------------------------------------------
+
+    async def _claim(self, wish: Wish, seen: Seen, now: float) -> Claim:
+        spec, known = wish.sized.spec, self._known[wish.name]
+        groups = self._here(wish, seen)
         replicas = [one for group in groups for one in group.observation.replicas]
         present = sum(size_of_group(one.observation) for one in groups)
-        asked = any(one.ongoing or one.requests_per_s for one in demand)
+        asked = any(one.ongoing or one.requests_per_s for one in wish.demand)
         asked = asked or any(seen.busy.get(one.id) for one in replicas)
         answers = any(one.id in seen.ready or one.id in seen.sleeping for one in replicas)
-        if asked:
-            known.used_at = now
-        known.loaded_at = (known.loaded_at or now) if answers else None
-        waits = asked and not present
-        known.asked_at = (known.asked_at or now) if waits else None
-        held = [await self._held(one, spec.memory_mb) for one in groups]
+        _remember(known, now, asked=asked, answers=answers, present=bool(present))
+        limit_s = max(wish.deployment.spec.rollout.start_timeout_s, LEAST_START_S)
+        hangs = known.began_at is not None and now - known.began_at >= limit_s
+        wanted = self._wanted(wish, groups, present)
+        need_bytes, sizes_bytes = 0, tuple[int, ...]()
+        try:
+            need_bytes = await self._need(wish, groups)
+        except CloudlmError as error:
+            self._unknown[wish.name] = error.message
+            wanted = min(wanted, present)
+        for group in groups:
+            size = size_of_group(group.observation)
+            sizes_bytes += (await self._replica_bytes(group, spec.memory_mb),) * size
         return Claim(
             spec.name,
-            await self._budget.need(fixed(spec, self._version(deployment, groups)), spec.memory_mb),
-            self._wish(deployment, wanted, groups, present),
+            need_bytes,
+            wanted,
             present=present,
-            held_bytes=sum(held),
+            held_bytes=sum(sizes_bytes),
             asked=asked,
             used_at=known.used_at,
             asked_at=now if known.asked_at is None else known.asked_at,
@@ -158,45 +193,91 @@ class Residents:
             pinned=spec.pinned,
             least=max(spec.min_replicas, 1),
             asleep=bool(spec.asleep),
-            failing=not answers and any(is_hopeless(one) for one in replicas),
+            failing=not answers and (hangs or any(is_hopeless(one) for one in replicas)),
+            sizes_bytes=sizes_bytes,
         )
 
-    def _wish(
-        self, deployment: Deployment, wanted: int, groups: Sequence[SeenGroup], present: int
-    ) -> int:
-        """Replicas of all revisions together: while one replaces another there are more."""
-        if deployment.deleting:
+    def _unchanged(self, wish: Wish, seen: Seen) -> Claim:
+        """Of a deployment whose facts cannot be had: it keeps what it has and starts nothing."""
+        present = sum(size_of_group(one.observation) for one in self._here(wish, seen))
+        self._unknown[wish.name] = "see control's log"
+        fresh = Claim(wish.name, 0, present, held_bytes=present * PROCESS_BYTES)
+        before = self._claims.get(wish.name, fresh)
+        return replace(before, wanted=present, present=present, sizes_bytes=())
+
+    def _wanted(self, wish: Wish, groups: Sequence[SeenGroup], present: int) -> int:
+        """Replicas here of all revisions together: while one replaces another there are more."""
+        if wish.deployment.deleting:
             return 0
-        if deployment.spec.asleep and not present:
+        if wish.sized.spec.asleep and not present:
             return 0  # nothing is loaded to be put to sleep
-        current = group_name(deployment.spec.name, deployment.revision)
-        others = [one for one in groups if one.observation.name != current]
-        if not any(size_of_group(one.observation) for one in others):
-            return wanted
-        if deployment.spec.rollout.kind is Kind.ROLLING:
-            return wanted + min(deployment.spec.max_surge, wanted)
-        return wanted + max(wanted, 1)
+        target_is_here = self._is_here(wish.deployment.spec.driver)
+        if wish.moving.size is None:
+            if not target_is_here:
+                return present  # they go as the plan says
+            others = any(
+                size_of_group(one.observation)
+                for one in groups
+                if one.observation.name != wish.target
+            )
+            surge = wish.deployment.spec.max_surge if others else 0
+            return wish.wanted + min(surge, wish.wanted)
+        stable = wish.moving.revision
+        stays = stable is not None and self._is_here(stable.spec.driver)
+        return (wish.wanted if stays else 0) + (wish.moving.size if target_is_here else 0)
 
-    def _version(self, deployment: Deployment, groups: Sequence[SeenGroup]) -> str:
-        """The fixed version of the newest revision, as far as it ever ran here."""
-        key = deployment.spec.name, deployment.revision
-        for one in groups:
-            spec = one.observation.spec
-            if spec is not None and spec.revision == deployment.revision:
-                self._models[key] = spec.model
-        return self._models.get(key, "")
+    async def _need(self, wish: Wish, groups: Sequence[SeenGroup]) -> int:
+        """What one more replica takes, of any revision that may start. Raises CloudlmError."""
+        memory_mb, needs = wish.sized.spec.memory_mb, [0]
+        if not any(size_of_group(one.observation) for one in groups):  # any of them may come back
+            needs += [await self._replica_bytes(one, memory_mb) for one in groups]
+        stable = None if wish.moving.size is None else wish.moving.revision
+        if stable is not None and self._is_here(stable.spec.driver):
+            needs.append(await self._budget.need(fixed(stable.spec, stable.model), memory_mb))
+        if self._is_here(wish.deployment.spec.driver):
+            specs = [one.observation.spec for one in groups if one.observation.name == wish.target]
+            version = next((one.model for one in specs if one is not None), wish.version)
+            spec = fixed(wish.deployment.spec, version)
+            needs.append(await self._budget.need(spec, memory_mb))
+        return max(needs)
 
-    async def _held(self, group: SeenGroup, memory_mb: int) -> int:
+    async def _replica_bytes(self, group: SeenGroup, memory_mb: int) -> int:
+        """What one replica of a group holds. Where that is not known for now, nothing may start."""
         spec = group.observation.spec
         if spec is None:
             return 0
-        return size_of_group(group.observation) * await self._budget.need(spec, memory_mb)
+        try:
+            return await self._budget.need(spec, memory_mb)
+        except BrokenModel:
+            return PROCESS_BYTES  # nor could it be loaded again
+        except CloudlmError:
+            self._is_blind = True
+            return PROCESS_BYTES
 
-    def _is_here(self, group: SeenGroup) -> bool:
-        return self._budget.concerns(self._drivers, group.driver)
+    async def _others(self, seen: Seen) -> int:
+        """What is held here and belongs to no deployment (any more)."""
+        found = 0
+        for group in seen.groups:
+            if group.deployment not in self._wishes and self._is_here(group.driver):
+                found += size_of_group(group.observation) * await self._replica_bytes(group, 0)
+        return found
 
-    def _tell(self, before: Mapping[str, Verdict], other_bytes: int) -> None:
-        held = other_bytes
+    def _concerns(self, wish: Wish, seen: Seen) -> bool:
+        """Whether any of it is or would be in this machine's memory."""
+        there = any(size_of_group(one.observation) for one in self._here(wish, seen))
+        return there or self._is_here(wish.sized.spec.driver)
+
+    def _here(self, wish: Wish, seen: Seen) -> list[SeenGroup]:
+        """Its groups on this machine, those whose replicas go first at the beginning."""
+        found = {g.observation.name: g for g in seen.of(wish.name) if self._is_here(g.driver)}
+        groups = [one.observation for one in found.values()]
+        return [found[one.name] for one in in_order_of_going(groups, wish.stable, wish.target)]
+
+    def _is_here(self, driver: str) -> bool:
+        return self._budget.concerns(self._drivers, driver)
+
+    def _tell(self, before: Mapping[str, Verdict]) -> None:
+        held = self._other_bytes
         for name, verdict in self._verdicts.items():
             earlier = before.get(name)
             if verdict.unload and not (earlier is not None and earlier.unload):
@@ -205,45 +286,14 @@ class Residents:
         self._metrics.memory(self._budget.size_bytes, held)
 
 
-def within(step: Plan, verdict: Verdict | None, groups: Sequence[SeenGroup]) -> Plan:
-    """The plan, starting no more replicas than the verdict allows."""
-    if verdict is None:
-        return step
-    sizes = {one.observation.name: size_of_group(one.observation) for one in groups}
-    actions: list[Action] = []
-    for action in step.actions:
-        if not isinstance(action, Apply):
-            actions.append(action)
-            continue
-        name = action.spec.name
-        size = sizes.get(name, 0)
-        others = sum(sizes.values()) - size
-        most = max(size, verdict.replicas - others)
-        if action.spec.replicas > most:
-            action = replace(action, spec=replace(action.spec, replicas=most))
-        sizes[name] = max(size, action.spec.replicas)
-        actions.append(action)
-    return Plan(tuple(actions))
+def _remember(known: _Known, now: float, *, asked: bool, answers: bool, present: bool) -> None:
+    """Since when it is used, waits, is loaded and starts."""
+    if asked:
+        known.used_at = now
+    known.loaded_at = _since(known.loaded_at, now) if answers else None
+    known.asked_at = _since(known.asked_at, now) if asked and not present else None
+    known.began_at = _since(known.began_at, now) if present and not answers else None
 
 
-def with_room(deployment: Deployment, verdict: Verdict | None, wanted: int) -> Deployment:
-    """The deployment with no larger surge than the memory has room for: where that is none, the old
-    replica goes before the new one comes, and requests wait meanwhile."""
-    if verdict is None:
-        return deployment
-    surge = min(deployment.spec.max_surge, max(verdict.replicas - wanted, 0))
-    return replace(deployment, spec=replace(deployment.spec, max_surge=surge))
-
-
-def unloading(groups: Collection[SeenGroup]) -> Plan:
-    """Every replica goes; the groups stay, so that the roll-out goes on from where it is."""
-    return Plan(
-        tuple(
-            Apply(
-                replace(one.observation.spec, replicas=0),
-                frozenset(replica.id for replica in one.observation.replicas),
-            )
-            for one in groups
-            if one.observation.spec is not None and size_of_group(one.observation)
-        )
-    )
+def _since(before: float | None, now: float) -> float:
+    return now if before is None else before

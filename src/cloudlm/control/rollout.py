@@ -16,6 +16,8 @@ from cloudlm.control.signals import NOTHING_KNOWN, Signals, breach, lacking
 from cloudlm.core.deployment import Deployment
 from cloudlm.core.rollout import Kind, Order, Outcome, Rollout, Stage, Strategy, stages_of
 
+NOTED_EVERY = 0.1
+"""The part of the time to start after which it is noted that it has not begun."""
 _NO_REQUESTS = Stage(0.0, 0.0, 0.0, 0.0)
 
 
@@ -29,6 +31,7 @@ class Facts:
     ``failing`` says why replicas of the target do not come up, empty if nothing hinders them.
     ``endpoints`` are those of others that the target consists of (0: of replicas of ours): all are
     there at once, whatever is wanted. ``dead`` of them fail, as they do in the stable revision.
+    ``no_room``: the memory has none for all of these replicas.
     """
 
     wanted: int
@@ -40,6 +43,7 @@ class Facts:
     failing: str = ""
     endpoints: int = 0
     dead: int = 0
+    no_room: bool = False
 
     def needed(self, size: int) -> int:
         """How many of the target's replicas must be ready where it is to have ``size``."""
@@ -222,8 +226,14 @@ def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> D
 def _starting(
     strategy: Strategy, rollout: Rollout, facts: Facts, now: float, how_many: str
 ) -> Decision:
-    """The stage has not all its replicas yet: requests go as in the one before."""
+    """The stage has not all its replicas yet: requests go as in the one before. The time to start
+    is not running while the memory has no room for them; noted now and then, not at each look."""
     late = now - rollout.began_at >= strategy.start_timeout_s
+    size = size_of(stages_of(strategy)[rollout.stage], facts)
+    if facts.no_room and not facts.endpoints and facts.present.get(rollout.target, 0) < size:
+        late, how_many = False, f"{how_many}, no room in memory for more"
+        if now - rollout.began_at >= max(strategy.start_timeout_s * NOTED_EVERY, 1.0):
+            rollout = replace(rollout, began_at=now)
     broken = facts.failing or (
         f"not ready within {strategy.start_timeout_s:g} s ({how_many})" if late else ""
     )

@@ -117,14 +117,16 @@ class Deployment:
 
 def running(spec: DeploymentSpec, *, over: DeploymentSpec) -> DeploymentSpec:
     """``over``, with what a replica runs (a change of which makes a new revision) out of
-    ``spec``. Endpoints of others are as many as they are, and do not sleep: where either has some,
-    the bounds and the sleep are ``spec``'s too."""
+    ``spec``. Endpoints of others are as many as they are, do not sleep and take no memory: where
+    either has some, the bounds, the sleep and what is said of memory are ``spec``'s too."""
     if spec.endpoints or over.endpoints:
         over = replace(
             over,
             min_replicas=spec.min_replicas,
             max_replicas=spec.max_replicas,
             asleep=spec.asleep,
+            pinned=spec.pinned,
+            memory_mb=spec.memory_mb,
         )
     return replace(
         over,

@@ -173,7 +173,7 @@ class Plane:
         }
         self.drivers = Drivers(context, build)
         self.metrics = ControlMetrics()
-        self.memory = MemoryBudget(self.registry, self.budget_mb * 2**20)
+        self.memory = MemoryBudget(self.registry, self.budget_mb * 2**20, clock=self.clock)
         self.reconciler = self.reconciler_of(self.state, self.drivers)
         self.jobs = Jobs(self.state, self.clock, {"import": Kind(import_from_body, self._import)})
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudlm.control.budget import MemoryBudget, machine_bytes
+from cloudlm.control.budget import KNOWN_S, MemoryBudget, machine_bytes
 from cloudlm.control.footprint import MIB, PROCESS_BYTES, amount_text, budget_of, replica_bytes
 from cloudlm.core.deployment import Deployment, DeploymentSpec
-from cloudlm.core.errors import BadSetting, UnprocessableRequest
+from cloudlm.core.errors import BadSetting, CorruptModel, StorageFailed, UnprocessableRequest
 from cloudlm.core.model import Manifest, ModelFile
 from cloudlm.core.settings import EngineSettings
 
@@ -51,7 +53,9 @@ def test_a_budget_is_an_amount_or_a_share(text, size_bytes):
     assert budget_of(text, GIB) == size_bytes
 
 
-@pytest.mark.parametrize("text", ["lots", "0", "24", "101%", "-1GiB", "50%GiB", "1PiB", "١GiB"])
+@pytest.mark.parametrize(
+    "text", ["lots", "0", "24", "101%", "-1GiB", "50%GiB", "1PiB", "١GiB", "9" * 400]
+)
 def test_what_is_neither_is_refused_with_an_example(text):
     with pytest.raises(BadSetting, match="24GiB"):
         budget_of(text, GIB)
@@ -136,6 +140,94 @@ async def test_no_budget_and_other_machines_refuse_nothing(plane):
     await MemoryBudget(plane.registry).check(asked("huge", 10**6), [], plane.drivers)
     elsewhere = DeploymentSpec("huge", "gpt", driver="external", memory_mb=10**6)
     await MemoryBudget(plane.registry, MIB).check(elsewhere, [], plane.drivers)
+
+
+async def test_what_stands_is_not_refused_again_after_the_budget_was_lowered(plane):
+    budget = MemoryBudget(plane.registry, 500 * MIB)
+    before = Deployment(asked("big", 900, min_replicas=2, max_replicas=2))
+    await budget.check(replace(before.spec, asleep=True), [before], plane.drivers)
+    await budget.check(replace(before.spec, min_replicas=1), [before], plane.drivers)
+    for grown in (replace(before.spec, memory_mb=901), replace(before.spec, pinned=True)):
+        with pytest.raises(UnprocessableRequest):
+            await budget.check(grown, [before], plane.drivers)
+    kept = Deployment(replace(before.spec, pinned=True))
+    with pytest.raises(UnprocessableRequest):
+        more = replace(kept.spec, min_replicas=3, max_replicas=3)
+        await budget.check(more, [kept], plane.drivers)
+
+
+async def test_other_tenants_deployments_are_not_named(plane):
+    budget = MemoryBudget(plane.registry, 1000 * MIB)
+    others = [Deployment(asked("secret", 900, tenant="rivals"))]
+    with pytest.raises(UnprocessableRequest, match="for another deployment ever") as caught:
+        await budget.check(asked("kept", 200, pinned=True, tenant="ours"), others, plane.drivers)
+    assert "secret" not in caught.value.message
+
+
+class Registry:
+    """The plane's registry, which counts what it is asked and fails while ``fault`` says so."""
+
+    def __init__(self, kept):
+        self.kept = kept
+        self.fault = None
+        self.asked = 0
+
+    def resolve(self, ref):
+        self.asked += 1
+        if self.fault is not None:
+            raise self.fault
+        return self.kept.resolve(ref)
+
+    def configuration(self, ref):
+        return self.kept.configuration(ref)
+
+
+async def test_a_registry_that_fails_is_no_small_model(plane):
+    registry = Registry(plane.registry)
+    budget = MemoryBudget(registry, 10**9, clock=plane.clock)
+    known = DeploymentSpec("bank", "models:/bank/1")
+    need = await budget.need(known)
+    registry.fault = StorageFailed("the disk is gone")
+    assert await budget.need(known) == need
+    for _ in range(5):
+        with pytest.raises(StorageFailed, match="disk"):
+            await budget.need(DeploymentSpec("bank", "models:/bank/2"))
+    assert registry.asked == 2, "what failed is not tried in every pass"
+    registry.fault = CorruptModel("its bytes are others")
+    await plane.clock.advance(KNOWN_S)
+    with pytest.raises(CorruptModel):
+        await budget.need(DeploymentSpec("bank", "models:/bank/2"))
+    registry.fault = None
+    await plane.clock.advance(KNOWN_S)
+    assert await budget.need(DeploymentSpec("bank", "models:/bank/2")) == need
+
+
+async def test_an_alias_needs_what_it_means_now(plane):
+    small, large = plane.registry.versions["bank"]
+    files = (ModelFile("model.safetensors", 10**9, "0" * 64),)
+    plane.registry.versions["bank"] = [small, replace(large, files=files)]
+    registry = Registry(plane.registry)
+    budget = MemoryBudget(registry, 10**10, clock=plane.clock)
+    spec = DeploymentSpec("bank", "models:/bank@champion")
+    need = await budget.need(spec)
+    plane.registry.set_alias("bank", "champion", 2)
+    await plane.clock.advance(KNOWN_S)
+    assert await budget.need(spec) == need + 10**9 - 10
+    registry.fault = StorageFailed("the disk is gone")
+    await plane.clock.advance(KNOWN_S)
+    assert await budget.need(spec) == need + 10**9 - 10, "as it was last known"
+
+
+async def test_an_alias_that_was_moved_for_a_wish_counts_at_once(plane):
+    small, large = plane.registry.versions["bank"]
+    files = (ModelFile("model.safetensors", 10**10, "0" * 64),)
+    plane.registry.versions["bank"] = [replace(small, files=files), large]
+    budget = MemoryBudget(plane.registry, 10**10, clock=plane.clock)
+    spec = DeploymentSpec("bank", "models:/bank@champion")
+    with pytest.raises(UnprocessableRequest):
+        await budget.check(spec, [], plane.drivers)
+    plane.registry.set_alias("bank", "champion", 2)
+    await budget.check(spec, [], plane.drivers)
 
 
 async def test_an_unknown_version_needs_a_process_at_least(plane):

@@ -219,60 +219,103 @@ def test_too_large_is_said_of_what_pinned_ones_shut_out():
     assert too_large([waiting("w", 11)], 10) == {"w"}
 
 
+def test_a_pinned_one_that_does_not_fit_shuts_out_nobody():
+    large = Claim("large", 11, wanted=1, pinned=True)
+    small = Claim("small", 4, wanted=1, pinned=True)
+    assert too_large([large, small, waiting("w", 6)], 10) == {"large"}
+    found = verdicts([large, small, waiting("w", 6)], 10)
+    assert (found["small"].replicas, found["w"].replicas) == (1, 1)
+
+
+def test_of_pinned_ones_that_exclude_each_other_the_one_that_is_there_stays():
+    first = Claim("a", 6, wanted=1, pinned=True)
+    there = Claim("b", 6, wanted=1, present=1, held_bytes=6, pinned=True)
+    assert too_large([first, replace(there, present=0, held_bytes=0)], 10) == {"b"}
+    assert too_large([first, there], 10) == {"a"}
+
+
+def moving(*sizes, **changes):
+    """A deployment of two revisions; the first of ``sizes`` goes first."""
+    return replace(
+        idle("moving", **changes),
+        wanted=len(sizes),
+        present=len(sizes),
+        held_bytes=sum(sizes),
+        sizes_bytes=sizes,
+    )
+
+
+def test_replicas_of_different_size_count_with_their_own():
+    found = verdicts([moving(5, 1), waiting("w", 5)], 6)
+    assert found["moving"].replicas == 1
+    found = verdicts([moving(1, 5), waiting("w", 5)], 6)
+    assert found["moving"].replicas == 0, "the small one goes first, and is not enough"
+
+
+def test_what_is_on_its_way_out_counts_with_its_own_size():
+    leaving = replace(moving(5, 1), wanted=1)
+    found = verdicts([leaving, idle("other", 2), waiting("w", 5)], 8)
+    assert not unloaded(found)
+
+
 @dataclass
 class Machine:
     """A machine that does what it is told: starts and stops take ``lag`` seconds, and whoever is
     loaded answers its requests within a second."""
 
-    sizes: list
+    sizes: dict
+    wanted: dict
     budget: int
     lag: int
 
     def __post_init__(self):
-        self.held = {}  # name: [since, loaded_at or None, leaving since or None]
+        # name: its replicas as [since, loaded_at or None, leaving since or None]
+        self.held = {name: [] for name in self.sizes}
         self.asked_at = {}
         self.used_at = {}
         self.waits = {}
 
     def step(self, now, asked):
-        for name, state in list(self.held.items()):
-            if state[2] is not None and now - state[2] >= self.lag:  # held requests hold up nobody
-                del self.held[name]
-            elif state[1] is None and now - state[0] >= self.lag:
-                state[1] = now
+        for replicas in self.held.values():
+            # Held requests hold up nobody.
+            replicas[:] = [one for one in replicas if not one[2] or now - one[2] < self.lag]
+            for one in replicas:
+                if one[1] is None and now - one[0] >= self.lag:
+                    one[1] = now
         claims = [self._claim(name, now, name in asked) for name in self.sizes]
         assert sum(one.held_bytes for one in claims) <= self.budget
         for name, verdict in reside(claims, self.budget, now, STAY_S).items():
-            if verdict.replicas and name not in self.held:
-                self.held[name] = [now, None, None]
-            elif name in self.held:
-                leaves = verdict.unload
-                self.held[name][2] = (self.held[name][2] or now) if leaves else None
-        return {n for n in asked if n in self.held and self.held[n][1] and not self.held[n][2]}
+            replicas = self.held[name]
+            missing = verdict.replicas - len(replicas)
+            replicas += [[now, None, None] for _ in range(missing)]
+            for number, one in enumerate(replicas):
+                one[2] = (one[2] or now) if number >= verdict.replicas else None
+        return {n for n in asked if any(one[1] and not one[2] for one in self.held[n])}
 
     def _claim(self, name, now, asked):
-        state, size = self.held.get(name), self.sizes[name]
+        replicas, size = self.held[name], self.sizes[name]
+        loaded = [one[1] for one in replicas if one[1]]
         if asked:
             self.used_at[name] = now
-        if asked and state is None:
+        if asked and not replicas:
             self.asked_at.setdefault(name, now)
         else:
             self.asked_at.pop(name, None)
         return Claim(
             name,
             size,
-            wanted=1,
-            present=int(state is not None),
-            held_bytes=size if state else 0,
+            wanted=self.wanted[name],
+            present=len(replicas),
+            held_bytes=size * len(replicas),
             asked=asked,
             used_at=self.used_at.get(name, float("-inf")),
             asked_at=self.asked_at.get(name, now),
-            loaded_at=state[1] if state else None,
+            loaded_at=min(loaded, default=None),
         )
 
 
 @given(
-    st.lists(st.integers(1, 4), min_size=2, max_size=7),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 2)), min_size=2, max_size=7),
     st.integers(4, 8),
     st.integers(1, 4),
     st.randoms(use_true_random=False),
@@ -281,8 +324,9 @@ class Machine:
 def test_under_any_contention_everybody_has_a_turn(sizes, budget, lag, random):
     """All models are asked at random, some without a pause; each is answered after a bounded
     time: a turn of every other one."""
-    named = {f"m{number}": size for number, size in enumerate(sizes)}
-    machine = Machine(named, budget, lag)
+    named = {f"m{number}": size for number, (size, _) in enumerate(sizes)}
+    wanted = {f"m{number}": count for number, (_, count) in enumerate(sizes)}
+    machine = Machine(named, wanted, budget, lag)
     greedy = set(random.sample(sorted(named), k=len(named) // 2))
     since = {}
     longest = (len(sizes) + 1) * (BUSY_STAYS * STAY_S + 3 * lag + 3)

@@ -6,12 +6,11 @@ import itertools
 import random
 
 import pytest
+from crowd import SIZE_MB, Clients, phase, present, residence
 
 from cloudlm.control.probe import Sample
-from cloudlm.core.deployment import Demand, DeploymentPhase, Residence
+from cloudlm.core.deployment import DeploymentPhase, Residence
 from cloudlm.core.rollout import Kind, Step, Strategy
-
-SIZE_MB = 100
 
 
 @pytest.fixture
@@ -20,48 +19,6 @@ def crowd(plane):
     plane.budget_mb = 3 * SIZE_MB
     plane.restart()
     return plane
-
-
-class Clients:
-    """The gateway and who asks it: requests wait until their model has an endpoint, and are
-    answered in the second after."""
-
-    def __init__(self, plane):
-        self.plane = plane
-        self.waiting = {}
-        self.sent = self.answered = 0
-        self.longest_s = 0.0
-
-    def ask(self, name):
-        self.sent += 1
-        self.waiting.setdefault(name, []).append(self.plane.clock.monotonic())
-
-    async def second(self):
-        plane = self.plane
-        serving = {one.model for one in await plane.state.list_endpoints() if one.weight > 0}
-        now = plane.clock.monotonic()
-        rows = []
-        for one in await plane.state.list_deployments():
-            name = one.spec.name
-            asked = len(self.waiting.get(name, ()))
-            rows.append(Demand(name, "g1", asked, asked, float(asked), plane.clock.now()))
-            if name in serving and asked:
-                self.longest_s = max(self.longest_s, now - min(self.waiting[name]))
-                self.answered += len(self.waiting.pop(name))
-        await plane.state.put_demand(rows)
-        await plane.steps(2)
-
-
-def present(plane):
-    return {one.rpartition("-r")[0] for one in plane.running()}
-
-
-async def phase(plane, name):
-    return (await plane.state.get_status(name)).phase
-
-
-async def residence(plane, name):
-    return (await plane.state.get_status(name)).residence
 
 
 async def test_fifty_models_are_served_from_memory_for_three(crowd):

@@ -40,6 +40,23 @@ def begun(deployment, now=T, ready=None):
     return decision.rollout
 
 
+def test_the_time_to_start_does_not_run_while_there_is_no_room():
+    deployment = wish(start_timeout_s=100.0)
+    none = facts({1: 4})
+    before = decide(deployment, stable(), none, T).rollout
+    waits = replace(none, no_room=True)
+    assert decide(deployment, before, waits, T + 5).rollout == before, "noted now and then"
+    waited = decide(deployment, before, waits, T + 500)
+    assert (waited.back, waited.rollout.began_at) == ("", T + 500)
+    assert "no room in memory" in waited.waits
+    assert not decide(deployment, waited.rollout, none, T + 599).back
+    assert decide(deployment, waited.rollout, none, T + 600).back
+    starts = replace(facts({1: 4, 2: 0}), present={1: 4, 2: 1}, no_room=True)
+    assert decide(deployment, waited.rollout, starts, T + 600).back, "it has its replica"
+    broken = replace(waits, failing="it ends again and again")
+    assert decide(deployment, before, broken, T + 1).back
+
+
 # Canary -------------------------------------------------------------------------------------------
 
 

@@ -220,3 +220,17 @@ def test_bounds_go_with_endpoints_and_with_nothing_else():
     there = Deployment(theirs)
     back = there.returned(ours.spec, 2, 0.0).spec
     assert (back.min_replicas, back.max_replicas) == (2, 4)
+
+
+def test_what_is_said_of_memory_goes_with_endpoints_and_with_nothing_else():
+    model = "models:/bank/1"
+    ours = Deployment(DeploymentSpec("bank", model, pinned=True, memory_mb=500))
+    theirs = check_spec(
+        DeploymentSpec("bank", "big", EXTERNAL, endpoints=(ExternalEndpoint(URLS[0], "big"),))
+    )
+    there = ours.returned(theirs, 2, 0.0).spec
+    assert check_spec(there) == there
+    back = Deployment(there).returned(ours.spec, 1, 0.0).spec
+    assert (back.pinned, back.memory_mb) == (True, 500)
+    other = DeploymentSpec("bank", "models:/bank/2")
+    assert ours.returned(other, 2, 0.0).spec.pinned
