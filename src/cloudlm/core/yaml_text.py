@@ -31,7 +31,8 @@ def parse_documents(text: str | bytes) -> list[Any]:
 
     try:
         whole = text if isinstance(text, str) else text.decode("utf-8")
-        return list(yaml.load_all(whole, _loader()))
+        SafeLoader = _safe_loader()
+        return list(yaml.load_all(whole, Loader=SafeLoader))
     except UnicodeDecodeError as error:
         raise NotYaml(f"byte {error.start + 1} is not UTF-8") from None
     except yaml.YAMLError as error:
@@ -41,7 +42,7 @@ def parse_documents(text: str | bytes) -> list[Any]:
 
 
 @functools.cache
-def _loader() -> type[yaml.SafeLoader]:
+def _safe_loader() -> type[yaml.SafeLoader]:
     import yaml
 
     class Loader(yaml.SafeLoader):
