@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from installations import MODEL, QUESTION, Installation, processes_of
+from watching import Watch
 
 pytestmark = [pytest.mark.flow, pytest.mark.timeout(300)]
 NAMES = ("one", "two", "three")
@@ -25,33 +25,23 @@ memory_mb: {MEMORY_MB}
 """
 
 
-class Watch:
+class Workers(Watch):
     """The most workers that lived at one moment."""
 
     def __init__(self, home: Path) -> None:
+        super().__init__(every_s=0.1)
         self._home = home
-        self._ended = threading.Event()
         self.most = 0
         self.named: set[str] = set()
-        self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.1):
-            commands = processes_of(self._home).values()
-            workers = [one for one in commands if "-m cloudlm.worker --model" in one]
-            workers = [one for one in workers if "cloudlm.drivers.guard" not in one]
-            self.most = max(self.most, len(workers))
-            for name in (MODEL, *NAMES):
-                if any(f"--served-model-name {name} " in one for one in workers):
-                    self.named.add(name)
+    def look(self) -> None:
+        commands = processes_of(self._home).values()
+        workers = [one for one in commands if "-m cloudlm.worker --model" in one]
+        workers = [one for one in workers if "cloudlm.drivers.guard" not in one]
+        self.most = max(self.most, len(workers))
+        for name in (MODEL, *NAMES):
+            if any(f"--served-model-name {name} " in one for one in workers):
+                self.named.add(name)
 
 
 async def ask_all(running: Installation, rounds: int) -> list[tuple[str, int, str]]:
@@ -86,7 +76,7 @@ def test_four_models_are_served_from_memory_for_two(
     running = own_installation()
     file = tmp_path / "many.yaml"
     file.write_text("---".join(SPEC.format(name=name) for name in NAMES))
-    with Watch(running.home) as watch:
+    with Workers(running.home) as watch:
         running.cli("apply", "-f", str(file))
         answers = asyncio.run(ask_all(running, ROUNDS))
     wrong = [one for one in answers if one[1] != 200]

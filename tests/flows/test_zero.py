@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from installations import QUESTION, Installation, processes_of, wait_for
+from watching import Watch
 
 pytestmark = [pytest.mark.flow, pytest.mark.promise(19)]
 COLD = "cold"
@@ -27,28 +27,18 @@ scaling: {{idle_s: 2}}
 """
 
 
-class Watch:
+class Guards(Watch):
     """The guards of the deployment's replicas that lived at any moment, by process id."""
 
     def __init__(self, home: Path) -> None:
+        super().__init__(every_s=0.2)
         self._home = home
-        self._ended = threading.Event()
         self.pids: set[int] = set()
-        self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.2):
-            for pid, command in processes_of(self._home).items():
-                if "cloudlm.drivers.guard" in command and f"{COLD}-r" in command:
-                    self.pids.add(pid)
+    def look(self) -> None:
+        for pid, command in processes_of(self._home).items():
+            if "cloudlm.drivers.guard" in command and f"{COLD}-r" in command:
+                self.pids.add(pid)
 
 
 async def herd(running: Installation) -> list[tuple[int, str]]:
@@ -82,7 +72,7 @@ def test_a_thousand_requests_wait_for_one_start(
     assert running.replicas(COLD) == []
     assert "idle" in running.cli("status").stdout
     for _ in range(2):  # and again from zero
-        with Watch(running.home) as watch:
+        with Guards(running.home) as watch:
             answers = asyncio.run(herd(running))
             counted = Counter(status for status, _ in answers)
             assert counted == {200: REQUESTS}, [text for code, text in answers if code != 200][:1]
