@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -609,7 +610,7 @@ class TestLedger:
     async def test_a_retry_doubles_nothing(self, state: State) -> None:
         await state.append_ledger([])
         await state.append_ledger([row(1), row(2), row(1)])
-        await state.append_ledger([replace(row(2), prompt_tokens=999), row(3)])
+        await state.append_ledger([msgspec.structs.replace(row(2), prompt_tokens=999), row(3)])
         assert await state.list_ledger() == [row(1), row(2), row(3)]
 
     async def test_it_is_listed_oldest_first_and_filtered(self, state: State) -> None:
@@ -630,7 +631,7 @@ class TestLedger:
 
     @pytest.mark.promise(6)
     async def test_no_text_can_stop_a_row(self, state: State) -> None:
-        odd = replace(row(1), model=ODD, request_id=ODD)
+        odd = msgspec.structs.replace(row(1), model=ODD, request_id=ODD)
         await state.append_ledger([odd])
         assert await state.list_ledger(request_id=ODD) == [odd]
 
@@ -841,7 +842,7 @@ def test_the_port_and_its_twins_have_the_same_methods() -> None:
 async def test_usage_sums_what_the_ledger_holds(state: State) -> None:
     day = 86_400.0
     rows = [
-        replace(
+        msgspec.structs.replace(
             row(number, started_at=(2 + number % 3) * day - 0.5),
             tenant="acme" if number % 2 else ODD,
             key_id=f"k{number % 4}",

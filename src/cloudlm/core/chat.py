@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+import msgspec
+
 
 class FinishReason(StrEnum):
     """Why a choice ended; the values are OpenAI's."""
@@ -170,8 +172,7 @@ class EmbeddingRequest:
     user: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Tokens of one request; ``cached_tokens`` of the prompt were found in the prefix cache."""
 
     prompt_tokens: int = 0

@@ -30,6 +30,8 @@ class Price:
 
     def cost(self, usage: Usage) -> int:
         """What these tokens cost, billionths; prompt tokens out of the cache cost less."""
+        if self is FREE:
+            return 0
         cached = min(usage.cached_tokens, usage.prompt_tokens)
         fresh = usage.prompt_tokens - cached
         return (

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from cloudlm.core.access import DEFAULT_PROJECT, DEFAULT_TENANT, ROOT, Limits
 from cloudlm.core.errors import BadSetting
 
@@ -99,10 +101,12 @@ class Outcome(StrEnum):
     SEMANTIC = "semantic"
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerRow:
+class LedgerRow(msgspec.Struct, frozen=True):
     """One attempt of one request: who, what, where, how it ended, tokens really relayed, and their
-    cost at the price of that moment, in billionths of the currency."""
+    cost at the price of that moment, in billionths of the currency.
+
+    Two are made for each request (the first tells what it leaves if the gateway dies), and a frozen
+    dataclass of so many fields takes ten times as long to make."""
 
     id: str
     request_id: str

@@ -20,6 +20,10 @@ from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.meter import NO_MODEL, Meter
 from cloudlm.gateway.upstream import ReplicaRefused
 
+_NOTHING = Usage()
+_FAILED, _FINISHED = Outcome.FAILED, Outcome.FINISHED
+_REPEATED = (Outcome.CACHED, Outcome.SEMANTIC)
+
 
 def status_of(error: CloudlmError) -> int:
     """The HTTP status that a client sees for ``error``."""
@@ -46,11 +50,11 @@ class Exchange:
         self.model = NO_MODEL
         self.replica = ""
         self.attempts = 0
-        self.declined: list[str] = []  # replicas that would not do it
+        self.declined: tuple[str, ...] = ()  # replicas that would not do it
         self.is_copy = False  # nobody's: all its attempts are number 0
         self.revision = 0  # of the replica that answers
         self.price = FREE
-        self.usage = Usage()  # of all attempts so far
+        self.usage = _NOTHING  # of all attempts so far
         self.tokens_aside = 0  # of other models that were asked for it, which limits count too
         self.cost = 0  # the same in billionths of the currency
         self.headers: dict[str, str] = {}  # for the answer, whatever it is
@@ -78,6 +82,10 @@ class Exchange:
         """The exchange gives back what it holds of its model."""
         while self._on_leave:
             self._on_leave.pop()()
+
+    def finish(self) -> None:
+        """The exchange is over: its client has its answer."""
+        self.end(_FINISHED, 200)
 
     def end(self, outcome: Outcome, status: int) -> None:
         """The exchange is over. Only the first call counts."""
@@ -116,7 +124,7 @@ class Attempt:
         self._started_at = exchange.clock.now()
         self._started = exchange.clock.monotonic()
         self._first_token_s: float | None = None
-        self._usage: Callable[[], Usage] = Usage
+        self._usage: Callable[[], Usage] = _nothing
         self._settled = False
         ledger.begin(self)
 
@@ -139,6 +147,10 @@ class Attempt:
                 exchange.meter.first_token(exchange.model, now - exchange.started)
                 exchange.answered = True
 
+    def finish(self) -> None:
+        """The attempt is over: its replica answered to the end."""
+        self.settle(_FINISHED, 200)
+
     def fail(self, error: CloudlmError) -> None:
         """The attempt is over because of ``error``."""
         self.settle(outcome_of(error), status_of(error))
@@ -150,31 +162,32 @@ class Attempt:
         self._settled = True
         self._on_settled()
         exchange, usage = self._exchange, self._usage()
-        exchange.usage += usage
-        exchange.cost += self._cost(outcome, usage)
-        self._ledger.add(self._row(outcome, status, usage))
+        exchange.usage = usage if exchange.usage is _NOTHING else exchange.usage + usage
+        cost = self._cost(outcome, usage)
+        exchange.cost += cost
+        self._ledger.add(self._row(outcome, status, usage, cost))
         exchange.meter.attempt_ended(
             exchange.model, outcome, usage.prompt_tokens, usage.completion_tokens
         )
 
     def _cost(self, outcome: Outcome, usage: Usage) -> int:
         price = self._exchange.price
-        again = outcome in (Outcome.CACHED, Outcome.SEMANTIC)
-        return price.again(usage) if again else price.cost(usage)
+        return price.again(usage) if outcome in _REPEATED else price.cost(usage)
 
     def row_so_far(self) -> LedgerRow:
         """The row that this attempt leaves if the gateway dies."""
-        return self._row(Outcome.FAILED, InternalError.status, self._usage())
+        usage = self._usage()
+        return self._row(_FAILED, InternalError.status, usage, self._cost(_FAILED, usage))
 
-    def _row(self, outcome: Outcome, status: int, usage: Usage) -> LedgerRow:
-        exchange = self._exchange
-        assert exchange.key is not None
+    def _row(self, outcome: Outcome, status: int, usage: Usage, cost: int) -> LedgerRow:
+        exchange, key = self._exchange, self._exchange.key
+        assert key is not None
         return LedgerRow(
             id=self.id,
             request_id=exchange.request_id,
             attempt=self._number,
-            tenant=exchange.key.tenant,
-            key_id=exchange.key.id,
+            tenant=key.tenant,
+            key_id=key.id,
             model=exchange.model,
             replica=self._replica,
             outcome=outcome,
@@ -185,6 +198,11 @@ class Attempt:
             started_at=self._started_at,
             duration_s=exchange.clock.monotonic() - self._started,
             first_token_s=self._first_token_s,
-            project=exchange.key.project,
-            cost=self._cost(outcome, usage),
+            project=key.project,
+            cost=cost,
         )
+
+
+def _nothing() -> Usage:
+    """What is known to be used before anything is."""
+    return _NOTHING

@@ -65,26 +65,33 @@ class _Line:
     that wait no longer are passed over, and swept out when they are many.
     """
 
-    __slots__ = ("between_s", "finish", "first", "inside", "last", "left_at", "lengths", "virtual")
+    __slots__ = (
+        "between_s",
+        "finish",
+        "first",
+        "inside",
+        "last",
+        "left_at",
+        "length",
+        "lengths",
+        "virtual",
+    )
 
     def __init__(self) -> None:
         self.inside = 0
         self.first: list[Ticket] = []
         self.last: list[tuple[int, float, int, Ticket]] = []
-        self.lengths = [0] * len(Criticality)
+        self.length = 0  # requests that wait
+        self.lengths = [0] * len(Criticality)  # by criticality
         self.virtual = 0.0
         self.finish: dict[str, float] = {}
         self.left_at: float | None = None
         self.between_s = 0.0  # mean time between departures while others wait
 
-    @property
-    def length(self) -> int:
-        """Requests that wait."""
-        return sum(self.lengths)
-
     def push(self, ticket: Ticket) -> None:
         """Have a request wait."""
         ticket.waits = True
+        self.length += 1
         self.lengths[ticket.criticality] += 1
         self.finish[ticket.tenant] = ticket.end
         heapq.heappush(self.first, ticket)
@@ -94,6 +101,7 @@ class _Line:
     def remove(self, ticket: Ticket) -> None:
         """A request waits no longer."""
         ticket.waits = False
+        self.length -= 1
         self.lengths[ticket.criticality] -= 1
         if len(self.last) > 2 * self.length + _SWEEP_AT:
             self.first = [one for one in self.first if one.waits]
@@ -122,8 +130,9 @@ class _Line:
         ticket.admitted = True
         self.inside += 1
         self.virtual = max(self.virtual, ticket.start)
-        if ticket.end > self.finish.get(ticket.tenant, 0.0):
-            self.finish[ticket.tenant] = ticket.end
+        end = ticket.end
+        if end > self.finish.get(ticket.tenant, 0.0):
+            self.finish[ticket.tenant] = end
 
     def depart(self, now: float) -> None:
         """A request that was inside has ended."""
@@ -201,7 +210,7 @@ class Admission:
         else:
             ticket.admitted = False
             line.depart(now)
-        admitted = self.pump(ticket.model, capacity)
+        admitted = self.pump(ticket.model, capacity) if line.first else []
         if not line.inside and not line.length:
             del self._lines[ticket.model]  # shares are forgotten: nobody is kept waiting
         return admitted

@@ -45,7 +45,7 @@ from cloudlm.gateway.dialects import openai, routes
 from cloudlm.gateway.dialects.base import Asker, Dialect, Route
 from cloudlm.gateway.dialects.openai import Call, Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
-from cloudlm.gateway.gate import Gate
+from cloudlm.gateway.gate import PRIORITY_HEADER, Gate
 from cloudlm.gateway.hedge import Race, quickest
 from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.known import KnownKeys, Tenants
@@ -79,6 +79,9 @@ if TYPE_CHECKING:
 
 NO_REPLICA_RETRY_AFTER_S = 2.0
 ASLEEP_RETRY_AFTER_S = 30.0
+_BY_SESSION = Policy.SESSION_AFFINITY
+_SAID = {policy: policy.value.replace("_", "-") for policy in Policy}
+_JSON = {"content-type": "application/json"}
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _log = get_logger(__name__)
@@ -155,7 +158,7 @@ class Handler:
             lambda _: exchange.interrupt.cut(RequestCancelled("the client went away"))
         )
         self._open.add(exchange)
-        exchange.at_end(lambda: self._open.discard(exchange))
+        exchange.at_end(functools.partial(self._open.discard, exchange))
         route, name = routes.find(request)
         try:
             return await self._answer(exchange, request, route, name)
@@ -177,11 +180,11 @@ class Handler:
     ) -> GatewayResponse:
         rooms = self._rooms
         view = rooms.view.snapshot()
-        exchange.key = self._keys.find(request.headers, view, self._rooms.clock.now())
+        exchange.key = self._keys.find(request.headers, view, rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
             self._keys.remember(request.headers, exchange.key)
-            view = self._rooms.view.snapshot()  # a look again may have brought a newer one
+            view = rooms.view.snapshot()  # a look again may have brought a newer one
         route.check(request)
         asker = self._asker(exchange.key, view)
         if route.unfold is not None:
@@ -194,7 +197,9 @@ class Handler:
             call = parse(request, name, asker)
         else:  # in a thread, so that reading a megabyte of token ids holds up nobody else
             call = await asyncio.to_thread(parse, request, name, asker)
-        course = await self._courses.of(exchange, request.headers, call)
+        course = self._courses.direct(call)
+        if course is None:
+            course = await self._courses.of(exchange, request.headers, call)
         while True:
             try:
                 return await self._ask(exchange, request, course, asker)
@@ -206,32 +211,32 @@ class Handler:
         self, exchange: Exchange, request: GatewayRequest, course: Course, asker: Asker
     ) -> GatewayResponse:
         """Ask the model that the course is at."""
-        assert exchange.key is not None
-        call, view = await course.call(), self._rooms.view.snapshot()
+        rooms, key = self._rooms, exchange.key
+        assert key is not None
+        call, view = course.asked or await course.call(), rooms.view.snapshot()
         known = view.models.get(call.model)
         if (known is None or not known.endpoints or known.asleep) and not course.may_turn:
-            view = await self._rooms.view.look_again()
-        model = view.deployed(call.model, exchange.key)
+            view = await rooms.view.look_again()
+        model = view.deployed(call.model, key)
         held_s = self._expect(exchange, call, model, may_hold=not course.may_turn)
-        ticket = self._rooms.gate.ticket(
-            exchange, request.headers, may_lead=asker.may_lead(model.name), held_s=held_s
-        )
-        ticket.weight = self._rooms.weights.get(exchange.key.tenant, 1.0)
+        may_lead = PRIORITY_HEADER in request.headers and asker.may_lead(model.name)
+        ticket = rooms.gate.ticket(exchange, request.headers, may_lead=may_lead, held_s=held_s)
+        ticket.weight = rooms.weights.get(key.tenant, 1.0)
         if course.tokens is None:
-            reserve = self._rooms.limiter.reserve
-            course.tokens = await reserve(exchange, call, view, course.others)
-        self._rooms.limiter.price(exchange, call.model)
+            course.tokens = await rooms.limiter.reserve(exchange, call, view, course.others)
+        else:
+            rooms.limiter.price(exchange, call.model)
         ticket.cost = course.tokens
         self._note_routing(exchange, request, call, model)
-        if self._rooms.guardrails is not None:
-            call = course.screened(await self._rooms.guardrails.screen(exchange, call, model))
+        if rooms.guardrails is not None:
+            call = course.screened(await rooms.guardrails.screen(exchange, call, model))
         question = self.recall.question(exchange, request, call, model)
         answer = await question.known() if question is not None else None
         if answer is not None:
             return answer
         if held_s is not None:
-            self._rooms.waiting.hold(model)
-        await self._rooms.gate.enter(ticket, exchange)
+            rooms.waiting.hold(model)
+        await rooms.gate.enter(ticket, exchange)
         if question is None:
             return await self._serve(exchange, call)
         return await question.ask(lambda: self._serve(exchange, call))
@@ -292,33 +297,37 @@ class Handler:
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
             )
         rooms.meter.entered(model.name)
-        exchange.at_leave(lambda: rooms.meter.left(model.name))
+        exchange.at_leave(functools.partial(rooms.meter.left, model.name))
         return held_s
 
     def _note_routing(
         self, exchange: Exchange, request: GatewayRequest, call: Call, model: ServedModel
     ) -> None:
         routing = exchange.routing = model.routing
-        wants = routing.policy is Policy.SESSION_AFFINITY or model.split or bool(model.beside)
+        wants = routing.policy is _BY_SESSION or model.split or bool(model.beside)
         if wants and exchange.key is not None:
             tenant, header = exchange.key.tenant, routing.session_header
             exchange.session = session_of(tenant, request.headers, header, call.body)
 
     def _budget(self, model: str) -> RetryBudget:
-        return self._budgets.setdefault(model, RetryBudget())
+        budget = self._budgets.get(model)
+        if budget is None:
+            budget = self._budgets[model] = RetryBudget()
+        return budget
 
     async def _serve(self, exchange: Exchange, call: Call) -> GatewayResponse:
         """Try replicas until one answers, the attempts or the budget are used up, or none is
         left; then the last replica's verdict stands."""
+        rooms = self._rooms
         budget = self._budget(call.model)
-        budget.count_request(self._rooms.clock.monotonic())
+        budget.count_request(rooms.clock.monotonic())
         if exchange.routing.hedge_after_s:
             self._hedges.setdefault(call.model, HedgeBudget()).count_request()
         tried: set[str] = set()
-        exchange.declined.clear()  # by another model's replicas, before a course turned
+        exchange.declined = ()  # by another model's replicas, before a course turned
         if exchange.key is not None:
             exchange.prompt_keys = block_keys(call.body, exchange.key.tenant)
-        model = self._rooms.view.snapshot().models.get(call.model)
+        model = rooms.view.snapshot().models.get(call.model)
         if model is not None and model.beside:
             self.mirror.watch(exchange, call, model)
         endpoint = self._choose(exchange, call, tried)
@@ -327,30 +336,31 @@ class Handler:
                 f"no replica of {call.model!r} takes requests now",
                 retry_after_s=NO_REPLICA_RETRY_AFTER_S,
             )
+        hedged = bool(exchange.routing.hedge_after_s)
         while True:
             tried.add(endpoint.replica)
             try:
-                return await self._try(exchange, call, endpoint, tried)
+                if hedged:
+                    return await self._hedged(exchange, call, endpoint, tried)
+                return await self._attempt(exchange, call, endpoint)
             except CloudlmError as error:
                 if not self._may_retry(exchange, call, error, tried, budget):
                     raise
                 last = error
-            wait_s = full_jitter(exchange.attempts, self._rooms.fraction())
+            wait_s = full_jitter(exchange.attempts, rooms.fraction())
             with exchange.interrupt:
-                await self._rooms.clock.sleep(wait_s)
+                await rooms.clock.sleep(wait_s)
             # Not before the wait: others have chosen, failed and asked for time meanwhile.
             endpoint = self._choose(exchange, call, tried)
             if endpoint is None:
                 raise last
-            self._rooms.meter.retried(call.model)
+            rooms.meter.retried(call.model)
 
-    async def _try(
+    async def _hedged(
         self, exchange: Exchange, call: Call, endpoint: Endpoint, tried: set[str]
     ) -> GatewayResponse:
-        """One attempt, and another beside it if it is slow and the deployment wants that."""
+        """One attempt, and another beside it if it is slow."""
         after_s = exchange.routing.hedge_after_s
-        if not after_s:
-            return await self._attempt(exchange, call, endpoint)
         race = Race()
 
         def second() -> Coroutine[Any, Any, GatewayResponse] | None:
@@ -368,13 +378,15 @@ class Handler:
         exchange.replica = replica
         exchange.revision = endpoint.revision
         turn = rooms.loads.begin(replica, exchange.prompt_keys, rooms.clock.monotonic())
-        policy = exchange.routing.policy.replace("_", "-")
-        route = f"{policy}; known={len(exchange.prompt_keys) - turn.blocks}"
+        had = len(exchange.prompt_keys) - turn.blocks
+        route = f"{_SAID[exchange.routing.policy]}; known={had}"
         if exchange.asked:
             route += f"; via={exchange.asked}"
         exchange.route = route
         attempt = Attempt(exchange, rooms.ledger, lambda: rooms.loads.end(replica, turn))
-        said = self._said(exchange) | (RESUMABLE if call.stream else {})
+        said = self._said(exchange)
+        if call.stream:
+            said |= RESUMABLE
         answer: Answer | None = None
 
         def win() -> None:
@@ -383,15 +395,16 @@ class Handler:
             exchange.replica, exchange.revision = replica, endpoint.revision
             exchange.route = route
 
+        timeout_s = rooms.settings.first_token_timeout_s
         try:
-            deadline = rooms.clock.monotonic() + rooms.settings.first_token_timeout_s
+            deadline = rooms.clock.monotonic() + timeout_s
             with exchange.interrupt if race is None else Interrupt():
                 answer = await rooms.upstream.send(
                     endpoint,
                     call.path,
                     call.body,
                     said,
-                    timeout_s=rooms.settings.first_token_timeout_s,
+                    timeout_s=timeout_s,
                     now=rooms.clock.now(),
                 )
                 if call.stream:
@@ -415,7 +428,7 @@ class Handler:
             if known is not None:
                 self._judge(replica, known)
             if isinstance(known, Declined):
-                exchange.declined.append(replica)
+                exchange.declined += (replica,)
             attempt.fail(known or InternalError("the gateway failed"))
             raise
 
@@ -437,8 +450,9 @@ class Handler:
         """The exchange's replica answers; whoever declined the request could have done so too."""
         loads, now = self._rooms.loads, self._rooms.clock.monotonic()
         loads.answered(exchange.replica)
-        while exchange.declined:
-            loads.declined(exchange.declined.pop(), now)
+        for replica in exchange.declined:
+            loads.declined(replica, now)
+        exchange.declined = ()
 
     def _whole(
         self,
@@ -450,7 +464,7 @@ class Handler:
     ) -> GatewayResponse:
         """An answer that came in one piece. It stands once ``win`` has not raised."""
         body = openai.decode(raw)
-        field = call.result_field
+        generates, field = call.generates, call.result_field
         if body is None or (field is not None and not isinstance(body.get(field), list)):
             raise UpstreamFailed(f"replica {exchange.replica} sent an answer that is no answer")
         if openai.is_aborted(body):
@@ -458,15 +472,14 @@ class Handler:
         usage = openai.usage_of(body)
         answer = openai.rendering(call).whole(body)
         win()
-        if call.generates:
+        if generates:
             attempt.first_content()
         if field is not None and usage is not None:
             attempt.relayed(usage)
         self._answered(exchange)
-        attempt.settle(Outcome.FINISHED, 200)
-        exchange.end(Outcome.FINISHED, 200)
-        headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, answer)
+        attempt.finish()
+        exchange.finish()
+        return GatewayResponse(200, self._headers(exchange, _JSON), answer)
 
     # What the path asks ---------------------------------------------------------------------------
 
@@ -546,9 +559,8 @@ class Handler:
         else:
             found = route.read(request, name, asker)
         body = openai.encode(found)
-        exchange.end(Outcome.FINISHED, 200)
-        headers = self._headers(exchange, {"content-type": "application/json"})
-        return GatewayResponse(200, headers, body)
+        exchange.finish()
+        return GatewayResponse(200, self._headers(exchange, _JSON), body)
 
     async def _count(self, exchange: Exchange, name: str, body: bytes) -> None:
         """Rights and limits of what the gateway does itself. Raises PermissionDenied."""
@@ -570,7 +582,7 @@ class Handler:
                 _log.warning("request_not_answered", extra={"fields": {**fields, "count": count}})
         return refusal(error, self._headers(exchange, {}), dialect)
 
-    def _headers(self, exchange: Exchange, more: dict[str, str]) -> dict[str, str]:
+    def _headers(self, exchange: Exchange, more: Mapping[str, str]) -> dict[str, str]:
         """Who served the request, for every answer."""
         headers = {"x-request-id": exchange.request_id, **exchange.headers, **more}
         if exchange.model:
@@ -583,10 +595,10 @@ class Handler:
 
     def _said(self, exchange: Exchange) -> dict[str, str]:
         """What a replica is told about the request besides its body."""
-        headers = {"x-request-id": exchange.request_id}
-        if exchange.key is not None:
-            headers |= self._tenants.facts(exchange.key.tenant).headers
-        return headers
+        own = {"x-request-id": exchange.request_id}
+        if exchange.key is None:
+            return own
+        return own | self._tenants.facts(exchange.key.tenant).headers
 
     # What happens around it -----------------------------------------------------------------------
 

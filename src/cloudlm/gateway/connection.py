@@ -89,6 +89,7 @@ class Connection(asyncio.Protocol):
         self._head_wire_bytes = 0
         self._method = ""
         self._target = Target("/", "")
+        self._modern = True  # HTTP/1.1
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._wire_bytes = 0
@@ -179,24 +180,31 @@ class Connection(asyncio.Protocol):
 
     def on_url(self, url: bytes) -> None:
         self._head.target += url
-        self._guarded(self._head.grow, len(url))
+        try:
+            self._head.grow(len(url))
+        except CloudlmError as error:
+            raise self._refusing(error) from None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head_open:
-            self._guarded(self._head.add, name, value)
-        else:  # a trailer: counted, and never believed
-            self._guarded(self._head.grow, len(name) + len(value) + 4)
-
-    def _guarded(self, step: Callable[..., object], *arguments: object) -> None:
         try:
-            step(*arguments)
+            if self._head_open:
+                self._head.add(name, value)
+            else:  # a trailer: counted, and never believed
+                self._head.grow(len(name) + len(value) + 4)
         except CloudlmError as error:
-            self._fault = error
-            raise _Refused from None
+            raise self._refusing(error) from None
+
+    def _refusing(self, error: CloudlmError) -> Exception:
+        """What breaks off the parser, to be raised."""
+        self._fault = error
+        return _Refused()
 
     def on_headers_complete(self) -> None:
         self._head_open, self._body_open = False, True
-        self._guarded(self._believe)
+        try:
+            self._believe()
+        except CloudlmError as error:
+            raise self._refusing(error) from None
 
     def _believe(self) -> None:
         head, parser = self._head, self._parser
@@ -204,9 +212,10 @@ class Connection(asyncio.Protocol):
         self._method = parser.get_method().decode("latin-1")
         self._target = read_target(head.target)
         version = parser.get_http_version()
+        self._modern = version == "1.1"
         limit = self._site.max_body_bytes
         has_body = check(self._method, version, head, self._target, limit)
-        if check_expect(head.headers) and has_body and version == "1.1":
+        if "expect" in head.headers and check_expect(head.headers) and has_body and self._modern:
             self._continue = True
             if self._turn is None:
                 self._say_continue()
@@ -236,7 +245,7 @@ class Connection(asyncio.Protocol):
             self._method, target.path, self._head.headers, whole, gone, target.query, self._peer
         )
         keep = self._parser.should_keep_alive() and self._served < MAX_REQUESTS
-        turn = Turn(request, keep, self._parser.get_http_version() == "1.1")
+        turn = Turn(request, keep, self._modern)
         if not keep:
             self._deaf = True
         if self._turn is None:

@@ -9,7 +9,7 @@ handler asks the models.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,21 +49,26 @@ class Course:
 
     __slots__ = ("_call", "_later", "_longer", "model", "tokens")
 
-    def __init__(self, call: Call, models: Iterable[str], longer: Iterable[str] = ()) -> None:
+    def __init__(self, call: Call, models: Iterable[str], longer: Sequence[str] = ()) -> None:
         self._call = call
         self.model, *self._later = models
-        self._longer = [name for name in longer if name != self.model]
+        self._longer = [name for name in longer if name != self.model] if longer else []
         self.tokens: int | None = None
 
     @property
     def others(self) -> Collection[str]:
         """The models that may still be asked."""
-        return {*self._later, *self._longer}
+        return {*self._later, *self._longer} if self._later or self._longer else ()
 
     @property
     def may_turn(self) -> bool:
         """Whether another model may be asked if this one has no replica."""
         return bool(self._later)
+
+    @property
+    def asked(self) -> Call | None:
+        """What the model is asked, if that is what the client asked; else see ``call``."""
+        return self._call if self._call.model == self.model else None
 
     async def call(self) -> Call:
         """What the model is asked: the client's call under the model's own name."""
@@ -105,11 +110,13 @@ class Courses:
         self._routes: Mapping[str, ModelRoute] = rooms.routes
         self._budget = budget
 
+    def direct(self, call: Call) -> Course | None:
+        """The course of a request that names a model; None if it names a route."""
+        return Course(call, (call.model,)) if call.model not in self._routes else None
+
     async def of(self, exchange: Exchange, headers: Mapping[str, str], call: Call) -> Course:
-        """The course of a validated request. Raises ModelNotFound."""
-        route = self._routes.get(call.model)
-        if route is None:
-            return Course(call, (call.model,))
+        """The course of a validated request that names a route. Raises ModelNotFound."""
+        route = self._routes[call.model]
         assert exchange.key is not None
         key, rooms = exchange.key, self._rooms
         view = rooms.view.snapshot()

@@ -26,6 +26,7 @@ _WRITE_TIMEOUT_S = 2.0
 _TOKENS_PER_BYTE = 0.25
 _RATIO_MEMORY = 0.95
 _WHOLE_SHARE = 0.001
+_FINISHED = Outcome.FINISHED
 
 _log = get_logger(__name__)
 
@@ -114,7 +115,7 @@ class DemandReporter:
         """Take from an attempt's row what it says of the work; one that failed or that no replica
         answered says nothing, and copies (attempt 0) are nobody's requests."""
         work = self._work.get(row.model)
-        if work is not None and row.attempt and row.outcome is Outcome.FINISHED and row.replica:
+        if work is not None and row.attempt and row.outcome is _FINISHED and row.replica:
             work.end(row)
 
     def measure(self) -> list[Demand]:

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -75,4 +76,9 @@ def unique() -> str:
 
 def header_safe(text: str) -> str:
     """``text`` as a header may hold it: printable ASCII without spaces, at most 200 characters."""
-    return _UNSAFE_IN_HEADER.sub("_", text[:200])
+    return _made_safe(text[:200])
+
+
+@lru_cache(1024)
+def _made_safe(text: str) -> str:
+    return _UNSAFE_IN_HEADER.sub("_", text)

@@ -7,6 +7,7 @@ more. Must not decide who goes first.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping
 
 from cloudlm.core.clock import Clock
@@ -19,6 +20,7 @@ from cloudlm.gateway.view import Snapshot
 PRIORITY_HEADER = "x-request-priority"
 DEADLINE_HEADER = "x-cloudlm-deadline-ms"
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+_USUAL = Criticality.DEFAULT
 _PRIORITIES = {one.name.lower(): one for one in Criticality}
 
 
@@ -63,11 +65,14 @@ class Gate:
         that is held for a replica's start may wait ``held_s``. Raises InvalidRequest for a header
         that says nothing known."""
         assert exchange.key is not None
-        criticality = read_priority(headers)
-        if not may_lead:
-            criticality = max(criticality, Criticality.DEFAULT)
-        longest_s = self._longest_wait_s if held_s is None else held_s
-        wait_s = min(read_deadline_s(headers, longest_s), longest_s)
+        criticality = _USUAL
+        if PRIORITY_HEADER in headers:
+            criticality = read_priority(headers)
+            if not may_lead:
+                criticality = max(criticality, _USUAL)
+        wait_s = self._longest_wait_s if held_s is None else held_s
+        if DEADLINE_HEADER in headers:
+            wait_s = min(read_deadline_s(headers, wait_s), wait_s)
         return Ticket(
             exchange.model,
             exchange.key.tenant,
@@ -80,7 +85,7 @@ class Gate:
         model. Raises Overloaded, or what the exchange was cut with."""
         now = self._clock.monotonic()
         victim = self._admission.enter(ticket, self._capacities.of(ticket.model), now)
-        exchange.at_leave(lambda: self._leave(ticket))
+        exchange.at_leave(functools.partial(self._leave, ticket))
         if victim is not None:
             self._tell(victim, turned_away())
         if ticket.waits:

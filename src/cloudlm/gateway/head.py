@@ -10,6 +10,7 @@ whatever could be read in two ways is refused and the connection closed. Pure: n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -24,6 +25,7 @@ from cloudlm.core.errors import (
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
+_USUAL_TARGET_BYTES = 100
 _SINGLE = frozenset(
     {
         "authorization",
@@ -60,17 +62,20 @@ class Head:
     def add(self, name: bytes, value: bytes) -> None:
         """Take one header line. Raises HeadTooLarge and InvalidRequest."""
         self.count += 1
-        self.grow(len(name) + len(value) + 4)
+        self.size_bytes += len(name) + len(value) + 4
+        if self.size_bytes > MAX_HEAD_BYTES:
+            raise head_too_large()
         if self.count > MAX_HEADERS:
             raise HeadTooLarge(f"the request has more than {MAX_HEADERS} headers")
         key = _NAMES.get(name) or name.decode("latin-1").lower()
         text = value.decode("latin-1").strip(" \t")
-        if key not in self.headers:
-            self.headers[key] = text
+        headers = self.headers
+        if key not in headers:
+            headers[key] = text
         elif key in _SINGLE:
             raise InvalidRequest(f"the header {key} may be given once only", param=key)
         else:
-            self.headers[key] += ", " + text
+            headers[key] += ", " + text
 
     def grow(self, size_bytes: int) -> None:
         """Count bytes. Raises HeadTooLarge."""
@@ -89,6 +94,10 @@ class Target(NamedTuple):
 
 def read_target(raw: bytes) -> Target:
     """The target of a request line, percent-decoded. Raises InvalidRequest."""
+    return _usual_target(raw) if len(raw) <= _USUAL_TARGET_BYTES else _target(raw)
+
+
+def _target(raw: bytes) -> Target:
     try:
         text = raw.decode("ascii")
     except UnicodeDecodeError:
@@ -103,6 +112,9 @@ def read_target(raw: bytes) -> Target:
             raise InvalidRequest("the request's target must begin with '/'")
     path, _, query = text.partition("#")[0].partition("?")
     return Target(unquote(path) if "%" in path else path, query, host)
+
+
+_usual_target = lru_cache(1024)(_target)
 
 
 def check(method: str, version: str, head: Head, target: Target, max_body_bytes: int) -> bool:

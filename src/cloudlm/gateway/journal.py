@@ -116,20 +116,21 @@ class Journal:
     def append(self, row: LedgerRow, *, is_open: bool = False) -> bool:
         """Hand a row to the operating system; False if the disk does not take it."""
         line = _encoder.encode(_Line(row, is_open)) + b"\n"
-        if self.waiting_bytes + len(line) > self._max_waiting_bytes:
+        size = len(line)
+        if self._active_bytes + self._waiting_bytes + size > self._max_waiting_bytes:
             return False
         try:
             if self._active is None:
                 self._begin_segment()
             assert self._active is not None
             written = os.write(self._active, line)
-            if written != len(line):  # a full disk took half a line: end it, so the next is whole
+            if written != size:  # a full disk took half a line: end it, so the next is whole
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._active, self._active_bytes)
                 return False
         except OSError:
             return False
-        self._active_bytes += len(line)
+        self._active_bytes += size
         self.active_rows += not is_open
         if self._active_bytes >= MAX_SEGMENT_BYTES:
             self.seal()

@@ -5,11 +5,11 @@ a revoked key is refused at once. Must not decide whether a key is good.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 
 from cloudlm.core.tenant import TENANT_HEADER, WEIGHT_HEADER, KeyRecord
 from cloudlm.gateway.view import Snapshot
@@ -29,26 +29,37 @@ class KnownKeys:
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(32)
         self._known: dict[bytes, tuple[str, str]] = {}
+        self._view: Snapshot | None = None
+        self._standing: dict[bytes, KeyRecord] = {}  # those that stand in this view
 
     def find(self, headers: Mapping[str, str], view: Snapshot, now: float) -> KeyRecord | None:
         """The record of a key that was verified before and is still good at ``now``."""
-        found = self._known.get(self._mark(headers))
-        record = view.keys.get(found[0]) if found is not None else None
-        if found is None or record is None:
-            return None
-        good = record.digest == found[1] and view.directory.alive(record, now)
-        return record if good else None
+        mark = self._mark(headers)
+        if view is not self._view:
+            self._view = view
+            self._standing.clear()
+        record = self._standing.get(mark)
+        if record is None:
+            found = self._known.get(mark)
+            record = view.keys.get(found[0]) if found is not None else None
+            if found is None or record is None or record.digest != found[1]:
+                return None
+            if not view.directory.stands(record):
+                return None
+            self._standing[mark] = record
+        return record if record.usable(now) else None
 
     def remember(self, headers: Mapping[str, str], record: KeyRecord) -> None:
         """``record`` was verified with what these headers hold."""
         if len(self._known) >= MAX_KNOWN_KEYS:
             self._known.clear()
+            self._standing.clear()
         self._known[self._mark(headers)] = (record.id, record.digest)
 
     def _mark(self, headers: Mapping[str, str]) -> bytes:
         authorization, api_key = headers.get("authorization", ""), headers.get("x-api-key", "")
         text = f"{authorization}\0{api_key}".encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(text, digest_size=16, key=self._salt).digest()
+        return blake2b(text, digest_size=16, key=self._salt).digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class Limiter:
         self._bounds: dict[str, tuple[Bound, ...]] = {}
         self._running: set[str] = set()
         self._month = (0.0, 0)  # until when, Unix seconds, and which
-        self._day = 0.0  # when the present one began, Unix seconds
+        self._day = (0.0, 0.0)  # when the present one began and will end, Unix seconds
 
     async def reserve(
         self, exchange: Exchange, call: Call, view: Snapshot, others: Iterable[str] = ()
@@ -98,7 +98,7 @@ class Limiter:
         verdict = await self._counters.reserve(
             lease_id, bounds, tokens=wanted.tokens, spend=wanted.spend, month=month
         )
-        exchange.headers |= headers_of(verdict)
+        exchange.headers.update(headers_of(verdict))
         if verdict.refusal is not None:
             raise refused(verdict.refusal, wanted)
         lease = verdict.lease
@@ -128,13 +128,15 @@ class Limiter:
 
     def bounds(self, key: KeyRecord, view: Snapshot) -> tuple[Bound, ...]:
         """The limits that a key stands under, widest last; holders without any are left out."""
-        day = day_start(self._clock.now())
-        if view is not self._view or day != self._day:
-            self._view, self._day = view, day
+        began, ends = self._day
+        now = self._clock.now()
+        if view is not self._view or not began <= now < ends:
+            began = day_start(now)
+            self._view, self._day = view, (began, began + DAY_S)
             self._bounds.clear()
         found = self._bounds.get(key.id)
         if found is None:
-            found = self._bounds[key.id] = bounds_of(key, view.directory, day)
+            found = self._bounds[key.id] = bounds_of(key, view.directory, began)
         return found
 
     def month(self) -> int:

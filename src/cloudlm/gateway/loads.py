@@ -92,9 +92,11 @@ class Loads:
         ``end`` is to be told."""
         load = self._loads.setdefault(replica, ReplicaLoad())
         self._choices += 1
-        known = self.prefixes.known(replica, keys, now)
-        self.prefixes.note(replica, keys, now)
-        blocks = len(keys) - known
+        known = blocks = 0
+        if keys:
+            known = self.prefixes.known(replica, keys, now)
+            self.prefixes.note(replica, keys, now)
+            blocks = len(keys) - known
         load.ongoing += 1
         if blocks:
             load.blocks += blocks
@@ -104,12 +106,13 @@ class Loads:
             load.cold_at = self._choices
         if load.failures and not load.probe:
             load.probe = self._choices
-        self._changed(replica)
+        if self.ranked:
+            self._changed(replica)
         return Turn(blocks, self._choices)
 
     def computed(self, replica: str, turn: Turn) -> None:
         """The prompt of a request that ``begin`` counted is computed: its answer has begun."""
-        if turn.number in self._computing:
+        if turn.blocks and turn.number in self._computing:
             self._computing.remove(turn.number)
             self._loads[replica].blocks -= turn.blocks
             self._changed(replica)
@@ -119,8 +122,10 @@ class Loads:
         load = self._loads[replica]
         assert load.ongoing > 0, f"request ended twice on {replica}"
         load.ongoing -= 1
-        self.computed(replica, turn)
-        self._changed(replica)
+        if turn.blocks:
+            self.computed(replica, turn)
+        if self.ranked:
+            self._changed(replica)
         if load.probe == turn.number:
             load.probe = 0
 

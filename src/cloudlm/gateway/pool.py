@@ -25,8 +25,12 @@ MAX_ANSWER_HEAD_BYTES = 64 * 1024
 KEEP_IDLE_S = 4.0
 _READ_AHEAD_BYTES = 256 * 1024
 _JOINED_BYTES = 64 * 1024
+_NAMES = {
+    form: name
+    for name in ("connection", "content-length", "content-type", "date", "server")
+    for form in (name.encode(), name.title().encode())
+}
 _BREAKS_OUT = re.compile(r"[\x00-\x20\x7f]")
-_LINE_END = re.compile(r"[\r\n\0]")
 
 
 class Broken(Exception):
@@ -71,12 +75,25 @@ def read_url(url: str) -> tuple[Place, str, str]:
 
 def header_lines(headers: dict[str, str]) -> bytes:
     """Headers on the wire. Raises ValueError if one could break out of its line."""
-    lines: list[str] = []
-    for name, value in headers.items():
-        if _LINE_END.search(value) or _BREAKS_OUT.search(name) or ":" in name:
-            raise ValueError("a header holds a line end")
-        lines.append(f"{name}: {value}\r\n")
-    return "".join(lines).encode("latin-1")
+    text = "".join([f"{_sound(name)}: {value}\r\n" for name, value in headers.items()])
+    ends = len(headers)
+    if text.count("\r") != ends or text.count("\n") != ends or "\0" in text:
+        raise ValueError("a header holds a line end")
+    return text.encode("latin-1")
+
+
+@lru_cache(256)
+def _sound(name: str) -> str:
+    """``name`` as it is. Raises ValueError if it could break out of its line."""
+    if _BREAKS_OUT.search(name) or ":" in name:
+        raise ValueError("a header's name holds a space, a colon or a control character")
+    return name
+
+
+def _header_name(name: bytes) -> str:
+    """In lower case. Replicas name the same few again and again; what others may make up is not
+    kept."""
+    return _NAMES.get(name) or name.decode("latin-1").lower()
 
 
 class Line(asyncio.Protocol):
@@ -159,7 +176,7 @@ class Line(asyncio.Protocol):
         if self._head_bytes > MAX_ANSWER_HEAD_BYTES:
             self._broken = True
         elif not self._has_head and not self._surplus:  # else a trailer
-            self.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+            self.headers.setdefault(_header_name(name), value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
         if self._surplus:
@@ -258,6 +275,20 @@ class Line(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
         return data
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answer has arrived to its end and none of it was handed out to a stream."""
+        return self._complete
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that have arrived and were not handed out."""
+        return self._held_bytes
+
+    def rest(self) -> bytes:
+        """All that was not handed out, of an answer that is whole."""
+        return self._taken() if self._pieces else b""
 
     @property
     def ended(self) -> bool:

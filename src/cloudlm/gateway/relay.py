@@ -19,7 +19,6 @@ from typing import Any, Protocol, Self
 from cloudlm.core.chat import Usage
 from cloudlm.core.errors import CloudlmError, RequestCancelled, UpstreamFailed, UpstreamTimeout
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.core.tenant import Outcome
 from cloudlm.gateway.account import Attempt, Exchange
 from cloudlm.gateway.dialects import openai
 from cloudlm.gateway.dialects.base import EVENT_STREAM, AnswerEnded
@@ -258,8 +257,8 @@ class Relay:
         self._handed = (self._stated, self._pieces_with_content)
         self._attempt.follow(self._share)
         if self._finished and self._failure is None:
-            self._attempt.settle(Outcome.FINISHED, 200)
-            self._exchange.end(Outcome.FINISHED, 200)
+            self._attempt.finish()
+            self._exchange.finish()
         return out
 
     def _usage(self) -> Usage:

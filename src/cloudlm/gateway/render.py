@@ -39,11 +39,14 @@ def render_head(
 
     Raises ValueError if a header holds a line end or NUL.
     """
-    status = response.status
-    lines = [f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}", f"date: {_date.text()}"]
-    for name, value in response.headers.items():
-        if name != "connection":
-            lines.append(f"{name}: {value}")
+    status, headers = response.status, response.headers
+    if "connection" in headers:  # said below, by what is true of this one
+        headers = {name: value for name, value in headers.items() if name != "connection"}
+    lines = [
+        f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}",
+        f"date: {_date.text()}",
+        *[f"{name}: {value}" for name, value in headers.items()],
+    ]
     if length is None:
         if modern:
             lines.append("transfer-encoding: chunked")

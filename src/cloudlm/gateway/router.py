@@ -40,15 +40,15 @@ def choose(
     ``draws`` two numbers drawn evenly from 0 to below 1, for policies that draw and for endpoints
     of several priorities.
     """
-    facts = Facts(now, keys, session, draws)
     if len(endpoints) >= RANKED_FROM and policy in RANKED and isinstance(endpoints, tuple):
+        facts = Facts(now, keys, session, draws)
         found = _ranked_choice(endpoints, loads, tried, policy, facts)
         if found is not None:
             return found
     levels: Sequence[Sequence[Endpoint]]
     if has_priorities(endpoints):
         levels, rest = by_priority(endpoints, loads, now, tried=tried, draw=draws[0])
-        facts = facts._replace(draws=(rest, draws[1]))
+        draws = rest, draws[1]
     else:
         levels = [endpoints]
     candidates: list[Endpoint] = []
@@ -58,7 +58,7 @@ def choose(
             break
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    return DECIDERS[policy](candidates, loads, facts)
+    return DECIDERS[policy](candidates, loads, Facts(now, keys, session, draws))
 
 
 def _ranked_choice(

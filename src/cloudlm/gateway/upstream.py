@@ -98,6 +98,9 @@ class Answer:
 
     async def whole(self, timeout_s: float, limit_bytes: int = MAX_ANSWER_BYTES) -> bytes:
         """The whole body. Raises UpstreamFailed also if it is larger than ``limit_bytes``."""
+        line = self._line
+        if line is not None and line.is_whole and line.held_bytes <= limit_bytes:
+            return line.rest()
         pieces: list[bytes] = []
         size = 0
         deadline = self._loop.time() + timeout_s
@@ -228,7 +231,7 @@ class Upstream:
         except ValueError as error:
             raise InternalError(f"a request for a replica could not be written: {error}") from None
         first = f"POST {target} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n"
-        return first.encode() + self._fixed + more + b"\r\n"
+        return b"".join((first.encode(), self._fixed, more, b"\r\n"))
 
     async def _exchange(
         self, place: Place, head: bytes, body: bytes, replica: str, due: float, timeout_s: float

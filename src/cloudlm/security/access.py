@@ -39,6 +39,7 @@ from cloudlm.security.roles import BUILT_IN
 
 SELF = "@self"
 _MAX_REMEMBERED = 50_000
+_USE = Verb.USE
 _VERBS = frozenset(verb.value for verb in Verb)
 _RESOURCES = frozenset(kind.value for kind in Resource)
 
@@ -187,6 +188,7 @@ class Directory:
         self._keys = {one.id: one for one in keys}
         self._powers: dict[tuple[str, str, str], Powers] = {}
         self._verdicts: dict[tuple[str, Ask], bool] = {}
+        self._uses: dict[tuple[str, str], bool] = {}  # by key and model: asked for every request
 
     # Looking up -----------------------------------------------------------------------------------
 
@@ -247,6 +249,18 @@ class Directory:
 
     def may_infer(self, record: KeyRecord, model: str, verb: str = Verb.USE) -> bool:
         """Whether a living key may use a model, or (``lead``) go ahead of others with it."""
+        if verb is not _USE:
+            return self._may_infer(record, model, verb)
+        asked = (record.id, model)
+        verdict = self._uses.get(asked)
+        if verdict is None:
+            verdict = self._may_infer(record, model, verb)
+            if len(self._uses) >= _MAX_REMEMBERED:
+                self._uses.clear()
+            self._uses[asked] = verdict
+        return verdict
+
+    def _may_infer(self, record: KeyRecord, model: str, verb: str) -> bool:
         scope = scope_of(record.tenant, record.project)
         return self.allows(record, Ask(verb, Resource.INFERENCE, model, scope))
 

@@ -17,6 +17,8 @@ from cloudlm.core.errors import BadSetting, PermissionDenied
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _WEB = ("http", "https")
+_MAX_REMEMBERED = 256
+_REMEMBERED_CHARACTERS = 64
 
 
 class HostGuard:
@@ -27,12 +29,14 @@ class HostGuard:
     def __init__(self, host: str, origins: str = "") -> None:
         self._names = LOCAL_NAMES | {host.lower()} if is_loopback(host) else None
         self._origins = frozenset(read_origins(origins))
+        self._passed: set[str] = set()  # hosts as clients write them, looked at before
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises PermissionDenied for a foreign name or page."""
         if self._names is None:
             return
-        if host_name(headers.get("host", "")) not in self._names:
+        host = headers.get("host", "")
+        if host not in self._passed and not self._answers_to(host):
             raise PermissionDenied(
                 "this server listens on this machine only and answers to 'localhost' and "
                 "'127.0.0.1'; set gateway.host (or control.host) to serve others"
@@ -44,6 +48,13 @@ class HostGuard:
                 "ask it; name this one's origin in gateway.allowed_origins (or "
                 "control.allowed_origins) if it may"
             )
+
+    def _answers_to(self, host: str) -> bool:
+        if self._names is None or host_name(host) not in self._names:
+            return False
+        if len(host) <= _REMEMBERED_CHARACTERS and len(self._passed) < _MAX_REMEMBERED:
+            self._passed.add(host)
+        return True
 
     def _knows(self, origin: str) -> bool:
         """Whether a page may ask. ``null`` is a page that hides where it is from; what has another

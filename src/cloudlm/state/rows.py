@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from operator import attrgetter
 from typing import Any
 
@@ -193,7 +193,7 @@ def job_of(row: DatabaseRow) -> Job:
     return Job(**values)
 
 
-LEDGER_COLUMNS = tuple(field.name for field in fields(LedgerRow))
+LEDGER_COLUMNS = LedgerRow.__struct_fields__
 _OUTCOME = LEDGER_COLUMNS.index("outcome")
 _read = attrgetter(*LEDGER_COLUMNS)
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from msgspec import structs
 
 from cloudlm.core.access import (
     FIRST_IDENTITIES,
@@ -346,7 +347,7 @@ async def test_a_budget_outlives_the_gateway(kit: Any, tmp_path: Any) -> None:
         (tenant,) = (await rig.state.list_identities()).tenants
         wanted = replace(tenant, limits=Limits(spend_per_month=0.5))
         await rig.state.put_identity(wanted, replaces=tenant)
-        spent = replace(row, id="other", key_id="gone", cost=NANO // 2)
+        spent = structs.replace(row, id="other", key_id="gone", cost=NANO // 2)
         await rig.state.append_ledger([spent])
         await rig.gateway.view.refresh()
         settings = rig.gateway.settings
@@ -366,8 +367,8 @@ async def test_a_budget_of_the_day_stops_beside_that_of_the_month(kit: Any, tmp_
         limits = Limits(spend_per_day=0.5, spend_per_month=5.0)
         await rig.state.put_identity(replace(tenant, limits=limits), replaces=tenant)
         day_before = row.started_at - 86_400
-        yesterday = replace(row, id="y", key_id="gone", cost=NANO, started_at=day_before)
-        today = replace(row, id="t", key_id="gone", cost=NANO // 2)
+        yesterday = structs.replace(row, id="y", key_id="gone", cost=NANO, started_at=day_before)
+        today = structs.replace(row, id="t", key_id="gone", cost=NANO // 2)
         for known, status in ((yesterday, 200), (today, 429)):
             await rig.state.append_ledger([known])
             await rig.gateway.view.refresh()

@@ -66,6 +66,7 @@ class PlainChat(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _decoder = msgspec.json.Decoder(PlainChat)
+NO_OPTIONS = PlainStreamOptions()
 _SHOWN = PlainStreamOptions(include_usage=True, continuous_usage_stats=True)
 
 
