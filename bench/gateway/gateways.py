@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cloudlm.core.access import Limits
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Role
 from cloudlm.security.keys import mint
@@ -51,6 +52,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+LIMITS = Limits(
+    requests_per_minute=10_000_000,
+    tokens_per_minute=10_000_000_000,
+    concurrent_streams=10_000,
+    spend_per_month=1_000_000.0,
+)
+"""Of our key: every kind is counted for each request, none is reached."""
+
+
 def ours(name: str, folder: Path, fast: int, slow: int, source: str = "") -> Contender:
     """Our gateway with all its duties; ``source`` is the ``src`` of another checkout."""
     return deployed(name, folder, {FAST: [fast], SLOW: [slow]}, source=source)
@@ -70,6 +80,7 @@ def deployed(
     environment = {
         "CLOUDLM_HOME": str(folder),
         "CLOUDLM_GATEWAY_PORT": str(port),
+        "CLOUDLM_GATEWAY_PRICES": "*=0.5/0.1/1.5",
         "CLOUDLM_LOG_LEVEL": "warning",
         **(settings or {}),
     }
@@ -101,7 +112,7 @@ async def _prepare(home: Home, models: Mapping[str, Sequence[int]]) -> str:
                 for number, port in enumerate(ports)
             ],
         )
-    minted = mint("bench", Role.USER, home.pepper(), now)
+    minted = mint("bench", Role.USER, home.pepper(), now, limits=LIMITS)
     await state.put_key(minted.record)
     await state.close()
     return minted.text

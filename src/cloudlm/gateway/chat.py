@@ -226,7 +226,7 @@ class Handler:
             course.tokens = await rooms.limiter.reserve(exchange, call, view, course.others)
         else:
             rooms.limiter.price(exchange, call.model)
-        ticket.cost = course.tokens
+        ticket.cost = float(course.tokens)
         self._note_routing(exchange, request, call, model)
         if rooms.guardrails is not None:
             call = course.screened(await rooms.guardrails.screen(exchange, call, model))

@@ -27,7 +27,7 @@ class KnownKeys:
     """
 
     def __init__(self) -> None:
-        self._salt = secrets.token_bytes(32)
+        self._salt = secrets.token_bytes(16)
         self._known: dict[bytes, tuple[str, str]] = {}
         self._view: Snapshot | None = None
         self._standing: dict[bytes, KeyRecord] = {}  # those that stand in this view
@@ -57,9 +57,11 @@ class KnownKeys:
         self._known[self._mark(headers)] = (record.id, record.digest)
 
     def _mark(self, headers: Mapping[str, str]) -> bytes:
-        authorization, api_key = headers.get("authorization", ""), headers.get("x-api-key", "")
-        text = f"{authorization}\0{api_key}".encode("utf-8", "surrogatepass")
-        return blake2b(text, digest_size=16, key=self._salt).digest()
+        text = headers.get("authorization", "")
+        if "x-api-key" in headers:
+            text = f"{text}\0{headers['x-api-key']}"
+        raw = text.encode("utf-8", "surrogatepass")
+        return blake2b(self._salt + raw, digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from cloudlm.core.access import Limits, scope_of
@@ -24,7 +25,7 @@ from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.counters import Counters
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import unique
-from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Quota, Refusal, Verdict
+from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Refusal, Verdict
 from cloudlm.gateway.view import Snapshot
 from cloudlm.security.access import Directory
 from cloudlm.state.base import State
@@ -104,7 +105,7 @@ class Limiter:
         lease = verdict.lease
         assert lease is not None
         self._running.add(lease.id)
-        exchange.at_end(lambda: self._settle(exchange, lease))
+        exchange.at_end(partial(self._settle, exchange, lease))
         return wanted.tokens
 
     def price(self, exchange: Exchange, model: str) -> None:
@@ -241,10 +242,13 @@ def _parts(scope: str, limits: Limits, day: float) -> Iterator[Bound]:
 def estimate(call: Call, price: Price, answer_tokens: int) -> Estimate:
     """What a request may use. Tokens are guessed at a fourth of its bytes and settled later; for
     money a prompt counts as its bytes, for no token is shorter than one."""
-    if call.result_field is None:
+    if call.generates:
+        answer = (call.max_tokens or answer_tokens) * call.choices
+    elif call.result_field is None:
         return Estimate(0, 0)
+    else:
+        answer = 0
     size_bytes = len(call.body)
-    answer = (call.max_tokens or answer_tokens) * call.choices if call.generates else 0
     most = price.most(size_bytes + TEMPLATE_TOKENS, answer)
     return Estimate(size_bytes // BYTES_PER_TOKEN + answer, most)
 
@@ -278,16 +282,16 @@ def refused(refusal: Refusal, wanted: Estimate) -> CloudlmError:
 def headers_of(verdict: Verdict) -> dict[str, str]:
     """What is left of the tightest limits, as OpenAI says it; nothing of limits not set."""
     headers: dict[str, str] = {}
-    for kind, quota in (("requests", verdict.requests), ("tokens", verdict.tokens)):
-        if quota is not None:
-            _tell(headers, kind, quota)
+    requests, tokens = verdict.requests, verdict.tokens
+    if requests is not None:
+        headers["x-ratelimit-limit-requests"] = str(requests.limit)
+        headers["x-ratelimit-remaining-requests"] = str(requests.remaining)
+        headers["x-ratelimit-reset-requests"] = span(requests.reset_s)
+    if tokens is not None:
+        headers["x-ratelimit-limit-tokens"] = str(tokens.limit)
+        headers["x-ratelimit-remaining-tokens"] = str(tokens.remaining)
+        headers["x-ratelimit-reset-tokens"] = span(tokens.reset_s)
     return headers
-
-
-def _tell(headers: dict[str, str], kind: str, quota: Quota) -> None:
-    headers[f"x-ratelimit-limit-{kind}"] = str(quota.limit)
-    headers[f"x-ratelimit-remaining-{kind}"] = str(quota.remaining)
-    headers[f"x-ratelimit-reset-{kind}"] = span(quota.reset_s)
 
 
 def span(seconds: float) -> str:
@@ -295,5 +299,7 @@ def span(seconds: float) -> str:
     milliseconds = max(round(seconds * 1000), 0)
     if milliseconds < 1000:
         return f"{milliseconds}ms"
+    if milliseconds < 60_000:
+        return f"{milliseconds / 1000:g}s"
     minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"
+    return f"{minutes}m{rest / 1000:g}s"

@@ -39,10 +39,16 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The limits of one holder. ``scope`` names it: ``key:…``, ``tenant:…``."""
+    """The limits of one holder. ``scope`` names it: ``key:…``, ``tenant:…``. ``budget`` is its
+    ``spend_per_month`` in billionths."""
 
     scope: str
     limits: Limits
+    budget: int | None = field(init=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.limits.spend_per_month is not None:
+            object.__setattr__(self, "budget", round(self.limits.spend_per_month * NANO))
 
 
 class Lease(NamedTuple):
@@ -104,7 +110,11 @@ class Window:
         """Count ``amount`` in the newest slice, or in an older one that still counts; what is
         given back to a slice that has fallen out is gone with it."""
         self.total += amount
-        for one in reversed(self._slices):
+        slices = self._slices
+        if slices and slices[-1][0] == index:
+            slices[-1][1] += amount
+            return
+        for one in reversed(slices):
             if one[0] == index:
                 one[1] += amount
                 return
@@ -136,6 +146,7 @@ class Facts:
     month: int = 0
     spent: int = 0
     reserved: int = 0
+    index: int = -1  # of the slice in which it was looked at last
 
     @classmethod
     def read(
@@ -155,6 +166,7 @@ class Tally:
         self._lease_s = lease_s
         self._used: dict[str, Facts] = {}
         self._leases: dict[str, tuple[Lease, float]] = {}  # the first to expire first
+        self._none_expires_before = float("-inf")
 
     def reserve(
         self,
@@ -168,12 +180,14 @@ class Tally:
     ) -> Verdict:
         """Take one request, ``tokens`` and ``spend`` from every bound, or nothing from any."""
         index = int(now // SLICE_S)
-        self._expire(now)
+        if now >= self._none_expires_before:
+            self._expire(now)
         asked = [(bound, self._at(bound.scope, index, month)) for bound in bounds]
         for bound, used in asked:
             if _refusal(bound, used, tokens, spend, now) is not None:
                 return explain(None, asked, tokens, spend, now)
-        lease = Lease(lease_id, tuple(b.scope for b, _ in asked), tokens, spend, index, month)
+        scopes = tuple([bound.scope for bound, _ in asked])
+        lease = Lease(lease_id, scopes, tokens, spend, index, month)
         for _, used in asked:
             used.requests.add(index, 1)
             used.tokens.add(index, tokens)
@@ -189,12 +203,13 @@ class Tally:
         reserved beyond is there again at once. Also true for a lease that has expired."""
         self._release(lease.id)
         index = int(now // SLICE_S)
+        more = tokens - lease.tokens
+        counted_in = lease.slice if more < 0 else index
         for scope in lease.scopes:
             used = self._at(scope, index, month)
             if not counts:
                 used.requests.add(lease.slice, -1)
-            more = tokens - lease.tokens
-            used.tokens.add(lease.slice if more < 0 else index, more)
+            used.tokens.add(counted_in, more)
             used.spent += spend
 
     def renew(self, lease_ids: Iterable[str], now: float) -> None:
@@ -231,27 +246,33 @@ class Tally:
             used = self._used[scope] = Facts(month=month)
         if used.month < month:
             used.month, used.spent = month, 0
-        used.requests.expire(index)
-        used.tokens.expire(index)
+        if used.index != index:
+            used.index = index
+            used.requests.expire(index)
+            used.tokens.expire(index)
         return used
 
     def _expire(self, now: float) -> None:
         while self._leases:
             lease_id, (_, expires) = next(iter(self._leases.items()))
             if expires > now:
+                self._none_expires_before = expires
                 return
             self._release(lease_id)
+        self._none_expires_before = now + self._lease_s
 
     def _release(self, lease_id: str) -> None:
         """Give back what is held while a request runs; once."""
         held = self._leases.pop(lease_id, None)
         if held is None:
             return
+        spend = held[0].spend
         for scope in held[0].scopes:
             used = self._used.get(scope)
             if used is not None:
-                used.ongoing = max(used.ongoing - 1, 0)
-                used.reserved = max(used.reserved - held[0].spend, 0)
+                if used.ongoing > 0:
+                    used.ongoing -= 1
+                used.reserved = used.reserved - spend if used.reserved > spend else 0
 
 
 def explain(
@@ -272,9 +293,10 @@ def explain(
 
 def _refusal(bound: Bound, used: Facts, tokens: int, spend: int, now: float) -> Refusal | None:
     limits, scope = bound.limits, bound.scope
-    if limits.spend_per_month is not None:
-        limit, taken = round(limits.spend_per_month * NANO), used.spent + used.reserved
-        if taken + spend > limit or taken >= limit:
+    budget = bound.budget
+    if budget is not None and limits.spend_per_month is not None:
+        taken = used.spent + used.reserved
+        if taken + spend > budget or taken >= budget:
             return Refusal(scope, Kind.SPEND, limits.spend_per_month, taken / NANO, None)
     at_once = limits.concurrent_streams
     if at_once is not None and used.ongoing >= at_once:
@@ -299,17 +321,15 @@ def _quotas(asked: list[tuple[Bound, Facts]], now: float) -> tuple[Quota | None,
     """The tightest limit of requests and of tokens."""
     requests = tokens = None
     for bound, used in asked:
-        per_minute = bound.limits.requests_per_minute
+        limits = bound.limits
+        per_minute = limits.requests_per_minute
         if per_minute is not None:
-            requests = _tighter(requests, per_minute, used.requests, now)
-        per_minute = bound.limits.tokens_per_minute
+            left = max(per_minute - used.requests.total, 0)
+            if requests is None or left < requests.remaining:
+                requests = Quota(per_minute, left, used.requests.reset_in(now))
+        per_minute = limits.tokens_per_minute
         if per_minute is not None:
-            tokens = _tighter(tokens, per_minute, used.tokens, now)
+            left = max(per_minute - used.tokens.total, 0)
+            if tokens is None or left < tokens.remaining:
+                tokens = Quota(per_minute, left, used.tokens.reset_in(now))
     return requests, tokens
-
-
-def _tighter(known: Quota | None, limit: int, window: Window, now: float) -> Quota:
-    remaining = max(limit - window.total, 0)
-    if known is not None and known.remaining <= remaining:
-        return known
-    return Quota(limit, remaining, window.reset_in(now))

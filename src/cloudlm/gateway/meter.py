@@ -8,7 +8,7 @@ numbers, and take Prometheus' form only when they are read. Everything runs in o
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
@@ -91,15 +91,9 @@ class Meter:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests: Counter[tuple[str, Outcome, int]] = Counter()
-        self._models: dict[str, _ModelNumbers] = {}
+        self._models: defaultdict[str, _ModelNumbers] = defaultdict(_ModelNumbers)
         self._guarded: Counter[tuple[str, str, str, str]] = Counter()
         self.registry.register(self)
-
-    def _of(self, model: str) -> _ModelNumbers:
-        numbers = self._models.get(model)
-        if numbers is None:
-            numbers = self._models[model] = _ModelNumbers()
-        return numbers
 
     def watch(self, name: str, doc: str, value: Callable[[], float]) -> None:
         """A gauge that is read when it is scraped."""
@@ -107,45 +101,45 @@ class Meter:
 
     def entered(self, model: str) -> None:
         """A request was admitted."""
-        self._of(model).ongoing += 1
+        self._models[model].ongoing += 1
 
     def left(self, model: str) -> None:
         """A request that was admitted ended."""
-        self._of(model).ongoing -= 1
+        self._models[model].ongoing -= 1
 
     def retried(self, model: str) -> None:
         """A request goes to another replica."""
-        self._of(model).retries += 1
+        self._models[model].retries += 1
 
     def resumed(self, model: str) -> None:
         """A stream goes on at another replica."""
-        self._of(model).resumes += 1
+        self._models[model].resumes += 1
 
     def hedged(self, model: str) -> None:
         """A second attempt begins beside a slow one."""
-        self._of(model).hedges += 1
+        self._models[model].hedges += 1
 
     def fell_back(self, model: str) -> None:
         """A request leaves a model that cannot answer it for another."""
-        self._of(model).fallbacks += 1
+        self._models[model].fallbacks += 1
 
     def mirrored(self, model: str) -> None:
         """A copy of a request goes to a revision that is tried out."""
-        self._of(model).mirrored += 1
+        self._models[model].mirrored += 1
 
     def not_mirrored(self, model: str) -> None:
         """A copy was left out because too many are under way."""
-        self._of(model).not_mirrored += 1
+        self._models[model].not_mirrored += 1
 
     def first_token(self, model: str, seconds: float) -> None:
         """The first content of an answer is about to be sent."""
-        self._of(model).ttft.observe(seconds)
+        self._models[model].ttft.observe(seconds)
 
     def attempt_ended(
         self, model: str, outcome: Outcome, prompt_tokens: int, completion_tokens: int
     ) -> None:
         """One attempt was accounted for."""
-        numbers = self._of(model)
+        numbers = self._models[model]
         numbers.attempts[outcome] += 1
         numbers.prompt_tokens += prompt_tokens
         numbers.completion_tokens += completion_tokens
@@ -157,7 +151,7 @@ class Meter:
     def request_ended(self, model: str, outcome: Outcome, status: int, seconds: float) -> None:
         """One request has its answer; ``model`` is NO_MODEL unless it is deployed."""
         self._requests[model, outcome, status] += 1
-        self._of(model).duration.observe(seconds)
+        self._models[model].duration.observe(seconds)
 
     def exposition(self) -> bytes:
         """All numbers in Prometheus' text format."""

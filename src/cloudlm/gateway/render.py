@@ -45,7 +45,7 @@ def render_head(
     lines = [
         f"HTTP/1.1 {status} {_PHRASES.get(status, 'Unknown')}",
         f"date: {_date.text()}",
-        *[f"{name}: {value}" for name, value in headers.items()],
+        *map(": ".join, headers.items()),
     ]
     if length is None:
         if modern:

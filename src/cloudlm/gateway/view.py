@@ -104,8 +104,9 @@ class Snapshot:
     def may_use(self, key: KeyRecord, name: str) -> bool:
         """Whether a key has the right to use a model and, if it is a tenant's own, is of it."""
         found = self.models.get(name)
-        foreign = found is not None and found.tenant not in ("", key.tenant)
-        return not foreign and self.directory.may_infer(key, name)
+        if found is not None and found.tenant and found.tenant != key.tenant:
+            return False
+        return self.directory.may_infer(key, name)
 
     def model(self, name: str, key: KeyRecord) -> ServedModel:
         """The model of that name. Raises ModelNotFound naming those that this key may use: one that
@@ -114,7 +115,10 @@ class Snapshot:
 
     def deployed(self, name: str, key: KeyRecord) -> ServedModel:
         """As ``model``, but never a route."""
-        return self._allowed(name, key, self.models.get(name))
+        found = self.models.get(name)
+        if found is not None and self.may_use(key, name):
+            return found
+        return self._allowed(name, key, found)
 
     def _may(self, key: KeyRecord, model: ServedModel) -> bool:
         if model.behind:  # a route
