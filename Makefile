@@ -49,9 +49,11 @@ docs: setup
 starter: setup
 	@$(BIN)/python -m starter.train
 
-# The engine's CPU kernels; built on first use otherwise, where a compiler is found.
+# The engine's CPU kernels (built on first use otherwise, where a compiler is found), and the path of a
+# request through the gateway (minutes; the gateway runs from its sources otherwise).
 native: $(STAMP)
 	@$(BIN)/python -m cloudlm.engine.native.build
+	@$(BIN)/python -m cloudlm.gateway.compiled
 
 # 100,000 malformed requests against the gateway's server; the tests send a few thousand.
 fuzz-gateway: setup

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from cloudlm.core.cache_folder import cache_root
 from cloudlm.core.errors import BadSetting, UnsafeModel, UnsupportedModel
 from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.architectures import find_architecture
@@ -21,7 +22,6 @@ from cloudlm.engine.architectures.config import ModelConfig, read_json
 from cloudlm.engine.formats.base import Checkpoint
 from cloudlm.engine.formats.opening import open_checkpoint
 from cloudlm.engine.native import packing
-from cloudlm.engine.native.build import cache_root
 from cloudlm.engine.native.library import NativeKernels
 from cloudlm.engine.native.packed_files import PackedFile, packed_key
 from cloudlm.engine.ops.cache import block_size_bytes

@@ -12,6 +12,11 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 
+from cloudlm.gateway import compiled
+
+COMPILED = compiled.use()  # before any of the modules that it stands for is imported
+# ruff: noqa: E402
+
 from cloudlm.core.clock import SystemClock
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.settings import Settings
@@ -61,6 +66,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
         server = make_server(gateway)
         async with gateway.running(), _with_parent(channel, server):
             fields = {"host": wanted.host, "port": bound.getsockname()[1]}
+            fields["compiled"] = COMPILED is not None
             _calm()
             _log.info("gateway_listens", extra={"fields": fields})
             await server.serve(bound)

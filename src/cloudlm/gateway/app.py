@@ -284,14 +284,11 @@ class Gateway:
             await self.ledger.flush()  # what a dead process left in the journal was spent too
             await self.limiter.tend(self.view.snapshot())
         tasks = [
-            asyncio.create_task(part(), name=part.__qualname__)
-            for part in (
-                self.view.run,
-                self.ledger.run,
-                self.demand.run,
-                self.refusals.run,
-                self.waiting.run,
-            )
+            asyncio.create_task(self.view.run(), name="view"),
+            asyncio.create_task(self.ledger.run(), name="ledger"),
+            asyncio.create_task(self.demand.run(), name="demand"),
+            asyncio.create_task(self.refusals.run(), name="refusals"),
+            asyncio.create_task(self.waiting.run(), name="waiting"),
         ]
         tasks.append(asyncio.create_task(self.door.run(), name="door"))
         tasks.append(asyncio.create_task(self.replica_tls.follow(), name="replica_tls"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cloudlm.core.cache_folder import native_folder
 from cloudlm.engine.native import build, load_kernels
 from cloudlm.engine.native.plan import MAX_KEYS, Query, plan_attention
 
@@ -746,8 +747,8 @@ def test_where_libraries_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name in ("CLOUDLM_NATIVE_CACHE", "CLOUDLM_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert build.cache_folder() == tmp_path / ".cache/cloudlm/native"
+    assert native_folder() == tmp_path / ".cache/cloudlm/native"
     monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path / "installation"))
-    assert build.cache_folder() == tmp_path / "installation/cache/native"
+    assert native_folder() == tmp_path / "installation/cache/native"
     monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path / "own"))
-    assert build.cache_folder() == tmp_path / "own"
+    assert native_folder() == tmp_path / "own"

@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from cloudlm.core.cache_folder import native_folder
+
 _logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
@@ -62,7 +64,7 @@ def library(
         _logger.info("native_no_compiler", extra={"fields": {"searched": list(COMPILERS)}})
         return None
     try:
-        folder = cache or cache_folder()
+        folder = cache or native_folder()
         target = folder / f"cloudlm-{instructions}-{_fingerprint(found, instructions)}.so"
         if not target.is_file():
             _build(found, instructions, target)
@@ -74,21 +76,6 @@ def library(
     fields = {"instructions": instructions, "compiler": found, "reason": reason}
     _logger.warning("native_build_failed", extra={"fields": fields})
     return None
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    own = os.environ.get("CLOUDLM_NATIVE_CACHE")
-    return Path(own) if own else cache_root() / "native"
-
-
-def cache_root() -> Path:
-    """The folder of what can be made again: ``$CLOUDLM_HOME/cache``, or ``~/.cache/cloudlm``.
-    RuntimeError: there is no home."""
-    installation = os.environ.get("CLOUDLM_HOME")
-    if installation:
-        return Path(installation) / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cloudlm"
 
 
 def find_compiler() -> str | None:
