@@ -222,7 +222,7 @@ class Reconciler:
                 else:
                     answering = seen.ready | seen.sleeping  # what sleeps can answer again
                     decision = await self._releases.decide(
-                        deployment, observations, answering, room.wanted, room.no_room
+                        deployment, observations, answering, room.wanted, room.no_room, room.never
                     )
                     step = await self._next(deployment, decision, room, groups, answering)
             except Superseded:
