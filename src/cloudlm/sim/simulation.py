@@ -17,9 +17,13 @@ from cloudlm.gateway.demand import INTERVAL_S
 from cloudlm.sim.control import SimControl, scaled
 from cloudlm.sim.faults import Fault, Faults
 from cloudlm.sim.figures import Figures
-from cloudlm.sim.fleet import PLACERS, Fleet, Zone
+from cloudlm.sim.fleet import Fleet
 from cloudlm.sim.gateway import SimGateway
+from cloudlm.sim.ground import Zone, Zones
+from cloudlm.sim.machines import Machines
 from cloudlm.sim.measure import Books, Moment, ServiceLevel, Spread, spread_of
+from cloudlm.sim.placing import Placed
+from cloudlm.sim.rented import Rent
 from cloudlm.sim.replica import Work
 from cloudlm.sim.request import Attempt, Switchboard
 from cloudlm.sim.revisions import SimRevisions
@@ -39,13 +43,14 @@ COLLECT_AFTER = 200_000
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What is compared: a deployment as a user would write it, who scales it (one of
-    ``control.AUTOSCALERS``; empty: as the spec says), where replicas go, and which versions are
-    deployed meanwhile, by the strategy that the spec names."""
+    ``control.AUTOSCALERS``; empty: as the spec says), where production has ``placed`` it (None: in
+    the setting's zones), and which versions are deployed meanwhile, by the strategy that the spec
+    names."""
 
     name: str
     spec: DeploymentSpec
     autoscaler: str = ""
-    placement: str = "spread"
+    placed: Placed | None = None
     releases: tuple[Release, ...] = ()
 
 
@@ -96,6 +101,8 @@ class Result:
     moments: tuple[Moment, ...]
     rows: tuple[LedgerRow, ...] = ()
     rollouts: tuple[RolloutResult, ...] = ()
+    placed: Placed | None = None
+    rent: Rent | None = None
 
 
 class World:
@@ -110,11 +117,11 @@ class World:
         revisions.deploy(spec, WallClock(timeline).now())
         self.state = SimState(timeline, Random(seeds.random()), revisions)
         switchboard = Switchboard()
+        self.machines = self._machines(policy.placed, setting)
         self.fleet = Fleet(
             timeline,
             Versions(setting.figures, policy.releases),
-            setting.zones,
-            PLACERS[policy.placement],
+            self.machines or Zones(setting.zones),
             switchboard,
             switchboard.lost,
         )
@@ -153,6 +160,16 @@ class World:
         self.faults = Faults(self, Random(seeds.random()))
         self.faults.schedule(setting.faults)
         self._every_s = 1.0
+
+    def _machines(self, placed: Placed | None, setting: Setting) -> Machines | None:
+        """The machines that bear the fleet, if production has chosen some."""
+        if placed is None:
+            return None
+        made = Machines(self.timeline, placed, lambda: not (self.control.down or self.state.down))
+        made.needed = lambda: len(self.fleet.units)
+        made.lose = lambda unit: self.fleet.crash(self.fleet.units[unit])
+        made.move = lambda unit: self.fleet.move(unit, made.free, setting.control.drain_timeout_s)
+        return made
 
     def unanswered(self) -> int:
         """Requests that were not answered until now."""
@@ -239,6 +256,8 @@ def simulate(
         world.begin(arrivals, every_s)
         world.timeline.run()
         world.fleet.settle()
+        if world.machines is not None:
+            world.machines.settle()
         return _result(policy, world)
 
 
@@ -256,6 +275,7 @@ def _seldom_collected() -> Iterator[None]:
 
 def _result(policy: Policy, world: World) -> Result:
     books, fleet = world.books, world.fleet
+    rent = None if world.machines is None else world.machines.rent
     count = max(books.arrivals, 1)
     return Result(
         policy=policy.name,
@@ -272,7 +292,7 @@ def _result(policy: Policy, world: World) -> Result:
         violations=books.violations / count,
         cache_hits=fleet.cached_tokens / max(fleet.prompt_tokens, 1),
         replica_hours=fleet.replica_s / 3600.0,
-        cost=fleet.money,
+        cost=fleet.money if rent is None else rent.usd,
         output_tokens=books.output_tokens,
         most_replicas=max((one.exist for one in books.moments), default=0),
         faults=world.faults.done,
@@ -282,4 +302,6 @@ def _result(policy: Policy, world: World) -> Result:
         moments=tuple(books.moments),
         rows=tuple(books.rows or ()),
         rollouts=world.rollouts.results(),
+        placed=policy.placed,
+        rent=rent,
     )

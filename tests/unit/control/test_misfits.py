@@ -114,7 +114,6 @@ def test_what_others_pinned_keep_is_not_to_be_had():
 # In the loop --------------------------------------------------------------------------------------
 
 
-@pytest.mark.promise(25)
 @pytest.mark.parametrize("kind", STAGED)
 async def test_a_target_that_never_fits_beside_the_stable_revision_is_rolled_back(plane, kind):
     roomy(plane, 2 * PROCESS_MB + 200)
