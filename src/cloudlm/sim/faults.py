@@ -41,9 +41,9 @@ class Fault:
 
     ``replicas`` are hit (crash, stall, preemption, network cut), drawn from those that run, in
     ``zone`` if one is named. A preemption tells ``notice_s`` before, and so does a zone in which no
-    machine on spot is to be had. ``factor`` is how many times
-    as long starts take, ``jump_s`` how far a clock jumps (``process``: control or gateway).
-    ``lost``, ``late`` (by ``delay_s``) and ``doubled`` are shares of the gateways' reports.
+    machine on spot is to be had. ``factor`` is how many times as long starts take, ``jump_s`` how
+    far a clock jumps (``process``: control or gateway). ``lost``, ``late`` (by ``delay_s``) and
+    ``doubled`` are shares of the gateways' reports.
     """
 
     kind: FaultKind

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from random import Random
@@ -29,15 +27,13 @@ from cloudlm.sim.request import Attempt, Switchboard
 from cloudlm.sim.revisions import SimRevisions
 from cloudlm.sim.rollouts import RolloutResult, Rollouts
 from cloudlm.sim.state import SimState
-from cloudlm.sim.timeline import Timeline, WallClock
+from cloudlm.sim.timeline import Timeline, WallClock, seldom_collected
 from cloudlm.sim.traffic import Arrival
 from cloudlm.sim.versions import Release, Versions
 
 LONGEST_TAIL_S = 3600.0
 """How long after its last request a simulation may go on until all have ended."""
 CHECK_S = 0.1
-COLLECT_AFTER = 200_000
-"""New objects after which the garbage collector looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +245,7 @@ def simulate(
 ) -> Result:
     """How a policy does under these arrivals, which are in order of time. ``every_s`` apart the
     fleet is noted."""
-    with _seldom_collected():
+    with seldom_collected():
         world = World(policy, setting)
         if setting.warm:
             world.warm_up()
@@ -259,18 +255,6 @@ def simulate(
         if world.machines is not None:
             world.machines.settle()
         return _result(policy, world)
-
-
-@contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Events and requests are in no cycles, so that looking for cycles among them is in vain; done
-    as often as usual it took 7 % of the time of a large fleet."""
-    usual = gc.get_threshold()
-    gc.set_threshold(COLLECT_AFTER, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
 
 
 def _result(policy: Policy, world: World) -> Result:
