@@ -19,17 +19,10 @@ from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.figures import ModelFigures, figures_of
 from cloudlm.core.model import AddressKind, address_kind
-from cloudlm.core.spec import VLLM
 
 if TYPE_CHECKING:
-    from cloudlm.control.needs import Batch
     from cloudlm.control.offers import Asked
     from cloudlm.control.place import Choice
-
-# Tokens and sequences of a step where the deployment's options do not say: our engine's, and
-# vLLM's own defaults.
-_BATCH = {VLLM: (2048, 256)}
-_OWN_BATCH = (1024, 64)
 
 
 def plan(
@@ -43,13 +36,14 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Choose machines for the deployments in a file, and say why. Nothing is rented."""
+    from cloudlm.control.asking import asked_of
     from cloudlm.control.place import place
 
     specs = read_specs(file)
     market = chosen_catalogue(catalogue)
     found = []
     for spec in specs:
-        asked = asked_of(spec)
+        asked = asked_of(spec, _registered_figures)
         found.append((spec, asked, place(asked, market)))
     if json_output:
         print_json([decision_body(*one) for one in found])
@@ -59,34 +53,6 @@ def plan(
         print_decision(spec, asked, decision, everything=everything)
         for hint in hints(spec, asked, decision.best) if decision.best else ():
             say(f"note: {hint}")
-
-
-def asked_of(spec: DeploymentSpec) -> Asked:
-    """What placement is asked for a deployment. Raises InvalidRequest naming what is missing."""
-    from cloudlm.control.offers import Asked
-
-    if spec.placement is None or spec.placement.traffic is None:
-        raise InvalidRequest(
-            f"{spec.name}: placement.traffic is missing; say for how much to plan, such as "
-            "placement: {traffic: {requests_per_s: 2, prompt_tokens: 800, output_tokens: 200}}",
-            param="placement.traffic",
-        )
-    traffic = spec.placement.traffic
-    figures = spec.placement.figures or _registered_figures(spec)
-    longest = traffic.prompt_tokens + traffic.output_tokens
-    if 0 < figures.context_length < longest:
-        raise InvalidRequest(
-            f"{spec.name}: requests of {longest} tokens are longer than the model's "
-            f"{figures.context_length}; lower placement.traffic.prompt_tokens or output_tokens",
-            param="placement.traffic",
-        )
-    return Asked(
-        figures=figures,
-        placement=spec.placement,
-        traffic=traffic,
-        batch=_batch(spec),
-        min_replicas=spec.min_replicas,
-    )
 
 
 def _registered_figures(spec: DeploymentSpec) -> ModelFigures:
@@ -101,26 +67,6 @@ def _registered_figures(spec: DeploymentSpec) -> ModelFigures:
         manifest = registry.resolve(spec.model)
         config = registry.configuration(manifest.ref)
     return figures_of(manifest, config, None if precision is None else str(precision))
-
-
-def _batch(spec: DeploymentSpec) -> Batch:
-    from cloudlm.control.needs import Batch
-
-    tokens, sequences = _BATCH.get(spec.engine, _OWN_BATCH)
-    names = ("max_batch_tokens", "max_batch_sequences")
-    if spec.engine == VLLM:
-        names = ("max_num_batched_tokens", "max_num_seqs")
-    return Batch(_whole(spec, names[0], tokens), _whole(spec, names[1], sequences))
-
-
-def _whole(spec: DeploymentSpec, option: str, default: int) -> int:
-    value = spec.options.get(option, default)
-    if type(value) is not int or value < 1:
-        raise InvalidRequest(
-            f"{spec.name}: option {option} must be a whole number above 0, not {value!r}",
-            param=f"options.{option}",
-        )
-    return value
 
 
 def hints(spec: DeploymentSpec, asked: Asked, best: Choice) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from cloudlm.cli.catalogue import Folder, chosen_catalogue
 from cloudlm.cli.connect import open_local_state
 from cloudlm.cli.options import Json, seconds_of
 from cloudlm.cli.screen import print_across, print_json, print_text, say
@@ -35,6 +36,7 @@ def simulate(
     html: Annotated[
         str | None, typer.Option("--html", help="Write a page with plots to this file.")
     ] = None,
+    catalogue: Folder = None,
     fit: Annotated[
         str | None,
         typer.Option("--fit", help="CSV file of measurements: print a replica's figures instead."),
@@ -57,7 +59,7 @@ def simulate(
     if len(wanted) != 1:
         raise typer.BadParameter("name a scenario, or give one of --fit and --export-ledger")
     if scenario is not None:
-        _compare(Path(scenario), seed, html, json_output)
+        _compare(Path(scenario), seed, html, catalogue, json_output)
     elif fit is not None:
         _fit(Path(fit), name)
     else:
@@ -65,9 +67,12 @@ def simulate(
         asyncio.run(_export(export_ledger, seconds_of(since) or 0.0))
 
 
-def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) -> None:
+def _compare(
+    path: Path, seed: int | None, html: str | None, catalogue: Path | None, json_output: bool
+) -> None:
     from cloudlm.sim.page import page
     from cloudlm.sim.report import measured_rows, report_body
+    from cloudlm.sim.report_machines import chosen_text, machine_columns, machine_rows
     from cloudlm.sim.report_rollouts import rollout_columns, rollout_reasons, rollout_rows
     from cloudlm.sim.scenario import read_scenario
     from cloudlm.sim.simulation import simulate
@@ -75,13 +80,15 @@ def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) 
     deciders = logging.getLogger("cloudlm.control")
     if not deciders.handlers:  # what they log in virtual time is in the report
         deciders.addHandler(logging.NullHandler())
-    scenario = read_scenario(path, seed=seed)
+    scenario = read_scenario(path, seed=seed, market=lambda: chosen_catalogue(catalogue))
     results = []
     for policy in scenario.policies:
         began = time.perf_counter()
         result = simulate(policy, scenario.setting, scenario.arrivals())
         took_s = time.perf_counter() - began
         say(f"{policy.name}: {result.requests:,} requests simulated in {took_s:.1f} s")
+        if policy.placed is not None:
+            say(f"{policy.name}: placed on {chosen_text(policy.placed)}")
         results.append(result)
     if html is not None:
         notes = [
@@ -90,12 +97,17 @@ def _compare(path: Path, seed: int | None, html: str | None, json_output: bool) 
             f"replicas as {scenario.setting.figures.name} was measured",
             f"{len(scenario.setting.faults)} faults",
         ]
+        placed = [(one.name, one.placed) for one in scenario.policies if one.placed is not None]
+        notes += [f"{name}: {chosen_text(where)}" for name, where in placed]
         _write(Path(html), page(scenario.name, notes, results))
         say(f"wrote {html}")
     if json_output:
         print_json(report_body(scenario.name, scenario.setting.seed, results))
     else:
         print_across(("MEASURE", *(result.policy for result in results)), measured_rows(results))
+        if columns := machine_columns(results):
+            print_text("")
+            print_across(("MACHINES", *columns), machine_rows(results))
         if columns := rollout_columns(results):
             print_text("")
             print_across(("ROLL-OUT", *columns), rollout_rows(results))

@@ -10,9 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cloudlm.control.drivers import Drivers
+from cloudlm.control.handover import NOTHING_HANDED, Life, first_record, handed_over, life_of
 from cloudlm.control.probe import Prober, ProbeRecord, Verdict, judge
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import GroupObservation, Replica, ReplicaState
+from cloudlm.core.deployment import (
+    DeploymentStatus,
+    Endpoint,
+    GroupObservation,
+    Replica,
+    ReplicaState,
+)
 from cloudlm.core.errors import CloudlmError, InternalError, Unavailable
 from cloudlm.drivers.base import Ability, Driver
 from cloudlm.telemetry.logs import get_logger
@@ -54,9 +61,6 @@ class Seen:
         return [group for group in self.groups if group.deployment == deployment]
 
 
-_Life = tuple[int | None, int, str | None]
-
-
 class Observer:
     """Observes drivers and probes replicas."""
 
@@ -67,7 +71,12 @@ class Observer:
         self._prober = prober
         self._clock = clock
         self._stall_timeout_s = stall_timeout_s
-        self._records: dict[str, tuple[_Life, ProbeRecord]] = {}
+        self._records: dict[str, tuple[Life, ProbeRecord]] = {}
+        self._handed = NOTHING_HANDED
+
+    def recall(self, statuses: Iterable[DeploymentStatus], endpoints: Iterable[Endpoint]) -> None:
+        """Take over what an earlier control has written of its replicas."""
+        self._handed = handed_over(statuses, endpoints)
 
     async def look(self, wanted_drivers: Iterable[str]) -> Seen:
         """Observe all groups of these drivers and of every driver used before."""
@@ -98,7 +107,8 @@ class Observer:
     async def _probe(self, groups: list[SeenGroup], faults: dict[str, CloudlmError]) -> Seen:
         replicas = [(g, r) for g in groups for r in g.observation.replicas]
         known = {replica.id for _, replica in replicas}
-        self._records = {one: found for one, found in self._records.items() if one in known}
+        if not faults:  # what a driver cannot tell of now is not gone
+            self._records = {one: found for one, found in self._records.items() if one in known}
         await asyncio.gather(
             *(self._probe_one(r) for g, r in replicas if self._is_to_probe(g.driver, r))
         )
@@ -139,13 +149,14 @@ class Observer:
 
     async def _probe_one(self, replica: Replica) -> None:
         assert replica.url is not None
-        record = self._record(replica) or ProbeRecord(progress_at=self._clock.monotonic())
+        now, wall_now = self._clock.monotonic(), self._clock.now()
+        record = self._record(replica) or first_record(replica, self._handed, now, wall_now)
         before = record.verdict
         record = await self._asked(replica.url, record)
         if record.misses == 1 and before is Verdict.READY:
             # Requests go to it at this moment: ask again now, not in the next pass.
             record = await self._asked(replica.url, record)
-        self._records[replica.id] = (_life(replica), record)
+        self._records[replica.id] = (life_of(replica), record)
 
     async def _asked(self, url: str, record: ProbeRecord) -> ProbeRecord:
         sample = await self._prober.probe(url)
@@ -154,8 +165,4 @@ class Observer:
     def _record(self, replica: Replica) -> ProbeRecord | None:
         """What is remembered of this life of the replica; a restart begins anew."""
         found = self._records.get(replica.id)
-        return found[1] if found is not None and found[0] == _life(replica) else None
-
-
-def _life(replica: Replica) -> _Life:
-    return replica.pid, replica.restarts, replica.url
+        return found[1] if found is not None and found[0] == life_of(replica) else None

@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-from cloudlm.control.catalogue.words import Catalogue
+from cloudlm.control.catalogue.words import Catalogue, Offer
 from cloudlm.control.offers import Asked, Lost, Machine, Reason, judge
 from cloudlm.control.spot import SpotRules, spread
+from cloudlm.core.placement import Placement
 
 PAIR_MOST = 64
 
@@ -101,6 +102,11 @@ def place(asked: Asked, catalogue: Catalogue) -> Decision:
     return Decision(tuple(choices), tuple(lost), _at_least(machines, asked))
 
 
+def rules_of(wishes: Placement) -> SpotRules:
+    """The rules by which machines on spot stand and move as a placement wishes."""
+    return SpotRules(wishes.spot.share, wishes.spot.spare, wishes.min_zones)
+
+
 def usd_per_million_tokens(usd_per_h: float, asked: Asked) -> float:
     """Dollars per million tokens, those of prompts and answers counted alike, at this traffic."""
     traffic = asked.traffic
@@ -114,8 +120,7 @@ class _Search:
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
         self._wishes = asked.placement
-        spot = self._wishes.spot
-        self._rules = SpotRules(spot.share, spot.spare, self._wishes.min_zones)
+        self._rules = rules_of(self._wishes)
         self._costs: dict[tuple[str, int], tuple[float, dict[str, int]]] = {}
         self.short_of_zones: list[Lost] = []
 
@@ -201,7 +206,7 @@ class _Search:
         for machine, count in counts:
             usd, spot = self._cost(machine, count)
             on_spot = math.floor(self._rules.share * count + 1e-9) if spot else 0
-            held = _least_taken(machine, count - on_spot, taken)
+            held = least_taken(machine.offer, count - on_spot, taken)
             parts.append(Part(machine, count, usd, spot, held))
         return Choice(
             parts=tuple(parts),
@@ -212,12 +217,16 @@ class _Search:
         )
 
 
-def _least_taken(machine: Machine, count: int, taken: Counter[tuple[str, str]]) -> dict[str, int]:
+def least_taken(
+    offer: Offer, count: int, taken: Counter[tuple[str, str]], closed: Collection[str] = ()
+) -> dict[str, int]:
+    """So many machines over the zones of an offer, where fewest are ``taken`` (by place and zone),
+    which grows by them. Zones that are ``closed`` get none."""
     held: Counter[str] = Counter()
-    place = machine.offer.place
-    for _ in range(count):
-        zone = min(machine.offer.zones, key=lambda name: (taken[place, name], name))
-        taken[place, zone] += 1
+    zones = [one for one in offer.zones if one not in closed]
+    for _ in range(count if zones else 0):
+        zone = min(zones, key=lambda name: (taken[offer.place, name], name))
+        taken[offer.place, zone] += 1
         held[zone] += 1
     return dict(held)
 

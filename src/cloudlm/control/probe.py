@@ -52,7 +52,8 @@ class ProbeRecord:
     """What is remembered of one replica between samples; times are monotonic seconds.
 
     ``progress_at``: last moment at which it made progress or had nothing to do. ``misses``:
-    probes in a row without an answer. ``answered``: whether it ever answered.
+    probes in a row without an answer. ``answered``: whether it ever answered; if not, it may be
+    silent for ``start_left_s`` more.
     """
 
     progress_at: float
@@ -61,6 +62,7 @@ class ProbeRecord:
     answered: bool = False
     verdict: Verdict = Verdict.NOT_READY
     busy: int = 0
+    start_left_s: float = START_TIMEOUT_S
 
 
 def judge(record: ProbeRecord, sample: Sample, now: float, stall_timeout_s: float) -> ProbeRecord:
@@ -68,11 +70,13 @@ def judge(record: ProbeRecord, sample: Sample, now: float, stall_timeout_s: floa
 
     A ready replica stays ready over a single missed probe, and a sleeping one asleep. Stalled is:
     the engine says that it is dead; steps stand still with work waiting, or no answer, for longer
-    than ``stall_timeout_s`` (for START_TIMEOUT_S if it never answered: a start may take its time).
+    than ``stall_timeout_s`` (if it never answered, for as long as its start may still take).
     """
     if not sample.reachable:
         misses = record.misses + 1
-        patience_s = stall_timeout_s if record.answered else START_TIMEOUT_S
+        patience_s = stall_timeout_s
+        if not record.answered:
+            patience_s = max(record.start_left_s, stall_timeout_s)
         verdict = record.verdict if misses < UNREACHABLE_AFTER else Verdict.NOT_READY
         if now - record.progress_at > patience_s:
             verdict = Verdict.STALLED

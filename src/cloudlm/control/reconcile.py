@@ -175,6 +175,8 @@ class Reconciler:
             self._endpoints = found
         if self._statuses is None:
             self._statuses = {one.name: one for one in await self._state.list_statuses()}
+            endpoints = [one for written in self._endpoints.values() for one in written]
+            self._observer.recall(self._statuses.values(), endpoints)
         await self._scaler.recall()
 
     async def _wishes(
@@ -220,7 +222,7 @@ class Reconciler:
                 else:
                     answering = seen.ready | seen.sleeping  # what sleeps can answer again
                     decision = await self._releases.decide(
-                        deployment, observations, answering, room.wanted, room.no_room
+                        deployment, observations, answering, room.wanted, room.no_room, room.never
                     )
                     step = await self._next(deployment, decision, room, groups, answering)
             except Superseded:

@@ -103,13 +103,15 @@ class Releases:
         answering: Collection[str],
         wanted: int,
         no_room: bool = False,
+        never: str = "",
     ) -> Decision:
         """What a deployment's roll-out does next; kept before it is told. ``no_room``: the memory
-        has none for all replicas. Raises Conflict if somebody else moved it at this moment."""
+        has none for all replicas; ``never``: why it never will. Raises Conflict if somebody else
+        moved it at this moment."""
         name, now = deployment.spec.name, self._clock.now()
         before = self._kept.get(name)
         facts = _facts(deployment, groups, answering, wanted, self._history.get(name, ()))
-        facts = replace(facts, no_room=no_room)
+        facts = replace(facts, no_room=no_room, never=never)
         if before is not None:
             new, old = await self._signals(deployment, before)
             facts = replace(facts, new=new, old=old)

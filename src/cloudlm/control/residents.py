@@ -10,16 +10,18 @@ of a megabyte; docs/concepts/deployment.md). Must not start or stop anything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cloudlm.control.budget import MemoryBudget, fixed
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.footprint import PROCESS_BYTES, amount_text
 from cloudlm.control.metrics import ControlMetrics
+from cloudlm.control.misfits import why_never
 from cloudlm.control.observe import Seen, SeenGroup
 from cloudlm.control.plan import size_of_group
 from cloudlm.control.residency import Claim, Verdict, held_by, reside
 from cloudlm.control.room import Room, Wish, in_order_of_going
+from cloudlm.control.uses import Uses
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Deployment, DeploymentStatus, Residence
 from cloudlm.core.errors import BrokenModel, CloudlmError
@@ -28,18 +30,7 @@ from cloudlm.telemetry.logs import get_logger
 
 LEAST_START_S = 60.0
 """What starts is given so long at least before it counts as one that does not come up."""
-_NEVER = float("-inf")
 _log = get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is remembered of a deployment, monotonic seconds."""
-
-    used_at: float = _NEVER
-    asked_at: float | None = None
-    loaded_at: float | None = None
-    began_at: float | None = None
 
 
 class Residents:
@@ -52,11 +43,12 @@ class Residents:
         self._drivers = drivers
         self._clock = clock
         self._metrics = metrics
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Uses] = {}
         self._wishes: dict[str, Wish] = {}
         self._claims: dict[str, Claim] = {}
         self._verdicts: dict[str, Verdict] = {}
         self._unknown: dict[str, str] = {}
+        self._never: dict[str, str] = {}
         self._other_bytes = 0
         self._is_blind = False
 
@@ -66,7 +58,7 @@ class Residents:
             return
         now = self._clock.monotonic()
         self._wishes = {one.name: one for one in wishes if self._concerns(one, seen)}
-        self._known = {name: self._known.get(name, _Known()) for name in self._wishes}
+        self._known = {name: self._known.get(name, Uses()) for name in self._wishes}
         self._unknown, self._is_blind = {}, False
         before, claims = self._verdicts, dict[str, Claim]()
         for name, wish in self._wishes.items():
@@ -86,6 +78,7 @@ class Residents:
             self._budget.min_residency_s,
             self._other_bytes,
         )
+        self._never = {name: await self._why_never(one) for name, one in self._wishes.items()}
         self._tell(before)
 
     def room(
@@ -113,6 +106,7 @@ class Residents:
             wish.stable,
             note,
             note if stays_out else "",
+            self._never.get(name, ""),
         )
 
     def shown(self, status: DeploymentStatus) -> DeploymentStatus:
@@ -167,7 +161,7 @@ class Residents:
         asked = any(one.ongoing or one.requests_per_s for one in wish.demand)
         asked = asked or any(seen.busy.get(one.id) for one in replicas)
         answers = any(one.id in seen.ready or one.id in seen.sleeping for one in replicas)
-        _remember(known, now, asked=asked, answers=answers, present=bool(present))
+        known.note(now, asked=asked, answers=answers, present=bool(present))
         limit_s = max(wish.deployment.spec.rollout.start_timeout_s, LEAST_START_S)
         hangs = known.began_at is not None and now - known.began_at >= limit_s
         wanted = self._wanted(wish, groups, present)
@@ -254,6 +248,14 @@ class Residents:
             self._is_blind = True
             return PROCESS_BYTES
 
+    async def _why_never(self, wish: Wish) -> str:
+        """Why the target of its roll-out can never be here, empty if nothing is against it."""
+        if wish.name in self._unknown or not self._is_here(wish.deployment.spec.driver):
+            return ""
+        stable = wish.moving.revision
+        stays = stable is not None and self._is_here(stable.spec.driver)
+        return await why_never(self._budget, wish, self._claims, stable_here=stays)
+
     async def _others(self, seen: Seen) -> int:
         """What is held here and belongs to no deployment (any more)."""
         found = 0
@@ -284,16 +286,3 @@ class Residents:
                 self._metrics.unloaded()
             held += self._claims[name].held_bytes
         self._metrics.memory(self._budget.size_bytes, held)
-
-
-def _remember(known: _Known, now: float, *, asked: bool, answers: bool, present: bool) -> None:
-    """Since when it is used, waits, is loaded and starts."""
-    if asked:
-        known.used_at = now
-    known.loaded_at = _since(known.loaded_at, now) if answers else None
-    known.asked_at = _since(known.asked_at, now) if asked and not present else None
-    known.began_at = _since(known.began_at, now) if present and not answers else None
-
-
-def _since(before: float | None, now: float) -> float:
-    return now if before is None else before

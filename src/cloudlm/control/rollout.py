@@ -31,7 +31,8 @@ class Facts:
     ``failing`` says why replicas of the target do not come up, empty if nothing hinders them.
     ``endpoints`` are those of others that the target consists of (0: of replicas of ours): all are
     there at once, whatever is wanted. ``dead`` of them fail, as they do in the stable revision.
-    ``no_room``: the memory has none for all of these replicas.
+    ``no_room``: the memory has none for all of these replicas; ``never`` says why it will not have
+    any, whatever others do, empty if it may.
     """
 
     wanted: int
@@ -44,6 +45,7 @@ class Facts:
     endpoints: int = 0
     dead: int = 0
     no_room: bool = False
+    never: str = ""
 
     def needed(self, size: int) -> int:
         """How many of the target's replicas must be ready where it is to have ``size``."""
@@ -89,6 +91,8 @@ def decide(deployment: Deployment, before: Rollout | None, facts: Facts, now: fl
         decision = _paused(strategy, rollout, facts)
     elif is_staged(strategy, rollout):
         decision = _staged(strategy, rollout, facts, now)
+    elif facts.never and rollout.stable and not facts.present.get(rollout.target):
+        decision = _kept_out(strategy, rollout, facts, now)
     else:
         decision = _rolling(rollout, facts)
     return replace(decision, ended=(*decision.ended, *_superseded(rollout, facts)))
@@ -191,6 +195,14 @@ def _rolling(rollout: Rollout, facts: Facts) -> Decision:
     return Decision(whole, ended=((target, Outcome.PROMOTED, ""),))
 
 
+def _kept_out(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> Decision:
+    """Nothing goes for a target that can never start; after the time that it has to, back."""
+    if now - rollout.began_at >= strategy.start_timeout_s and strategy.auto_rollback:
+        return _back(strategy, rollout, facts.never, facts)
+    shares = _without(rollout.rejected, facts)
+    return Decision(rollout, hold=True, shares=shares, note=f"it cannot go on: {facts.never}")
+
+
 def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> Decision:
     stages = stages_of(strategy)
     stage = stages[rollout.stage]
@@ -227,20 +239,27 @@ def _starting(
     strategy: Strategy, rollout: Rollout, facts: Facts, now: float, how_many: str
 ) -> Decision:
     """The stage has not all its replicas yet: requests go as in the one before. The time to start
-    is not running while the memory has no room for them; noted now and then, not at each look."""
+    is not running while the memory has no room for them, unless it never will; that is noted now
+    and then, not at each look."""
     late = now - rollout.began_at >= strategy.start_timeout_s
     size = size_of(stages_of(strategy)[rollout.stage], facts)
-    if facts.no_room and not facts.endpoints and facts.present.get(rollout.target, 0) < size:
+    said = ""
+    if facts.endpoints or facts.present.get(rollout.target, 0) >= size:
+        pass  # they are there
+    elif facts.never:
+        said = f"it cannot go on: {facts.never}"
+    elif facts.no_room:
         late, how_many = False, f"{how_many}, no room in memory for more"
         if now - rollout.began_at >= max(strategy.start_timeout_s * NOTED_EVERY, 1.0):
             rollout = replace(rollout, began_at=now)
+    why = f": {facts.never}" if said else f" ({how_many})"
     broken = facts.failing or (
-        f"not ready within {strategy.start_timeout_s:g} s ({how_many})" if late else ""
+        f"not ready within {strategy.start_timeout_s:g} s{why}" if late else ""
     )
     if broken and strategy.auto_rollback:
         return _back(strategy, rollout, broken, facts)
     earlier = _before(strategy, rollout)
-    return _carried(strategy, rollout, earlier, facts, broken, waits=how_many)
+    return _carried(strategy, rollout, earlier, facts, broken or said, waits=how_many)
 
 
 def _paused(strategy: Strategy, rollout: Rollout, facts: Facts) -> Decision:

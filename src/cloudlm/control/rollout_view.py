@@ -41,7 +41,7 @@ async def view_of(state: State, deployment: Deployment, now: float) -> RolloutVi
         percent=100.0 * decision.shares.get(rollout.target, 0.0) if staged else 0.0,
         mirror_percent=100.0 * decision.mirrors.get(rollout.target, 0.0),
         since=rollout.since,
-        note=decision.note,
+        note=_said(decision.note, status),
         waits=decision.waits,
         sides=(
             (_side(rollout.stable, facts.old), _side(rollout.target, facts.new)) if staged else ()
@@ -66,6 +66,12 @@ def _told(
     wanted = 0 if status is None else status.wanted_replicas
     endpoints = len(deployment.spec.endpoints)
     return Facts(wanted, present, ready, outcomes, endpoints=endpoints, dead=dead)
+
+
+def _said(note: str, status: DeploymentStatus | None) -> str:
+    """The note, with what control alone can add to it: it knows the memory, too."""
+    said = "" if status is None else status.message
+    return said if note and said.startswith(f"{note};") else note
 
 
 def _side(number: int, known: Signals) -> SideView:

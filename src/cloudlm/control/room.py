@@ -83,7 +83,8 @@ class Room:
     ``verdict`` and ``claim`` are those of this pass (None: no budget concerns it). ``groups`` are
     all of its groups, ``near`` the names of those that run on this machine or would, ``target`` and
     ``stable`` the names of those two groups. ``note`` is for people, empty if there is nothing to
-    say, and ``problem`` what keeps it out of the memory for good.
+    say, and ``problem`` what keeps it out of the memory for good. ``never`` is why what a roll-out
+    wants to start can never be there.
     """
 
     wished: int
@@ -95,6 +96,7 @@ class Room:
     stable: str = ""
     note: str = ""
     problem: str = ""
+    never: str = ""
 
     @property
     def wanted(self) -> int:

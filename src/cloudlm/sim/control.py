@@ -118,6 +118,7 @@ class SimControl:
         for action in step.actions:
             if self._drains.done(action.leaving, busy, now):
                 self._carry_out(action)
+        self._fleet.look()
 
     def _look(
         self, groups: Sequence[GroupObservation]

@@ -27,6 +27,7 @@ class FaultKind(StrEnum):
     SLOW_START = "slow_start"
     ZONE_LOSS = "zone_loss"
     PREEMPTION = "preemption"
+    NO_SPOT = "no_spot"
     NETWORK_CUT = "network_cut"
     REPORTS = "reports"
     CONTROL_CRASH = "control_crash"
@@ -39,9 +40,10 @@ class Fault:
     """One thing that goes wrong at ``at`` seconds, for ``duration_s`` where it lasts.
 
     ``replicas`` are hit (crash, stall, preemption, network cut), drawn from those that run, in
-    ``zone`` if one is named. A preemption tells ``notice_s`` before. ``factor`` is how many times
-    as long starts take, ``jump_s`` how far a clock jumps (``process``: control or gateway).
-    ``lost``, ``late`` (by ``delay_s``) and ``doubled`` are shares of the gateways' reports.
+    ``zone`` if one is named. A preemption tells ``notice_s`` before, and so does a zone in which no
+    machine on spot is to be had. ``factor`` is how many times as long starts take, ``jump_s`` how
+    far a clock jumps (``process``: control or gateway). ``lost``, ``late`` (by ``delay_s``) and
+    ``doubled`` are shares of the gateways' reports.
     """
 
     kind: FaultKind
@@ -68,9 +70,11 @@ def drawn_faults(
         at = chance.expovariate(rate / 3600.0) if rate > 0 else duration_s
         while at < duration_s:
             fault = Fault(kind, at, duration_s=chance.uniform(5.0, 120.0))
-            if kind is FaultKind.ZONE_LOSS:
+            if kind in IN_A_ZONE:
                 fault = replace(fault, zone=chance.choice(zones))
-            elif kind is FaultKind.PREEMPTION:
+            if kind is FaultKind.NO_SPOT:
+                fault = replace(fault, duration_s=chance.uniform(600.0, 7200.0))
+            if kind in TOLD_BEFORE:
                 fault = replace(fault, notice_s=chance.choice((0.0, 30.0, 120.0)))
             elif kind is FaultKind.REPORTS:
                 lost, late, doubled = (chance.uniform(0.0, 0.5) for _ in range(3))
@@ -84,11 +88,13 @@ def drawn_faults(
 
 
 PROCESSES = ("control", "gateway")
+IN_A_ZONE = frozenset({FaultKind.ZONE_LOSS, FaultKind.NO_SPOT})
+TOLD_BEFORE = frozenset({FaultKind.PREEMPTION, FaultKind.NO_SPOT})
 
 
 def check_fault(fault: Fault, zones: Sequence[str]) -> Fault:
     """Return ``fault`` if it can happen. Raises InvalidRequest."""
-    needed = fault.kind is FaultKind.ZONE_LOSS
+    needed = fault.kind in IN_A_ZONE
     if (needed or fault.zone) and fault.zone not in zones:
         raise InvalidRequest(
             f"a {fault.kind.value} fault names the zone {fault.zone!r}; the fleet has "
@@ -115,6 +121,7 @@ class Faults:
             FaultKind.SLOW_START: self._slow_start,
             FaultKind.ZONE_LOSS: self._zone_loss,
             FaultKind.PREEMPTION: self._preemption,
+            FaultKind.NO_SPOT: self._no_spot,
             FaultKind.NETWORK_CUT: self._network_cut,
             FaultKind.REPORTS: self._reports,
             FaultKind.CONTROL_CRASH: self._control_crash,
@@ -170,11 +177,23 @@ class Faults:
         self._after(fault, lambda: fleet.open(fault.zone))
 
     def _preemption(self, fault: Fault) -> None:
+        machines = self._world.machines
+        if machines is not None:
+            rented = machines.on_spot(fault.zone)
+            for one in self._chance.sample(rented, min(fault.replicas, len(rented))):
+                machines.preempt(one, fault.notice_s)
+            return
         for unit in self._hit(fault):
             if fault.notice_s > 0:
                 self._world.fleet.warn(unit, fault.notice_s)
             else:
                 self._world.fleet.crash(unit)
+
+    def _no_spot(self, fault: Fault) -> None:
+        machines = self._world.machines
+        if machines is not None:
+            machines.dry_up(fault.zone, fault.notice_s)
+            self._after(fault, lambda: machines.fill_up(fault.zone))
 
     def _network_cut(self, fault: Fault) -> None:
         for unit in self._hit(fault, answering=True):

@@ -1,4 +1,4 @@
-"""What runs out there: the replicas of groups, in zones that cost money and can be lost.
+"""What runs out there: the replicas of groups, on ground that costs money and can be lost.
 
 Plays the part of a driver and of the machines behind it: it starts what is applied, restarts what
 dies with the back-off of our guards, and tells the observations that control reads. Must not decide
@@ -7,10 +7,11 @@ how many there are: control does, by the production code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from cloudlm.core.deployment import GroupObservation, GroupSpec, Replica, ReplicaState
+from cloudlm.sim.figures import Figures
+from cloudlm.sim.ground import Ground, Zone
 from cloudlm.sim.replica import Listener, SimReplica, Work
 from cloudlm.sim.timeline import EPOCH, Timeline
 from cloudlm.sim.versions import Version, Versions
@@ -18,38 +19,7 @@ from cloudlm.sim.versions import Version, Versions
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 STABLE_S = 60.0
-NO_ROOM_RETRY_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Zone:
-    """A place for replicas. ``price_per_hour`` of one, in any currency; ``most`` it has room for
-    (0: no bound)."""
-
-    name: str
-    price_per_hour: float = 0.0
-    most: int = 0
-
-
-Placer = Callable[[Sequence[Zone], Mapping[str, int]], Zone | None]
-"""Chooses a zone out of those that are up, told how many replicas each has."""
-
-
-def spread(zones: Sequence[Zone], counts: Mapping[str, int]) -> Zone | None:
-    """The zone with the fewest replicas that has room, the first of equals."""
-    return min(_free(zones, counts), key=lambda zone: counts.get(zone.name, 0), default=None)
-
-
-def cheapest(zones: Sequence[Zone], counts: Mapping[str, int]) -> Zone | None:
-    """The cheapest zone that has room, the first of equals."""
-    return min(_free(zones, counts), key=lambda zone: zone.price_per_hour, default=None)
-
-
-def _free(zones: Sequence[Zone], counts: Mapping[str, int]) -> list[Zone]:
-    return [zone for zone in zones if not zone.most or counts.get(zone.name, 0) < zone.most]
-
-
-PLACERS: Mapping[str, Placer] = {"spread": spread, "cheapest": cheapest}
+MOVE_LOOK_S = 0.5
 
 
 class Unit:
@@ -62,6 +32,7 @@ class Unit:
         "cut_until",
         "draining",
         "failures",
+        "figures",
         "id",
         "life",
         "open",
@@ -75,6 +46,7 @@ class Unit:
         self.id = unit_id
         self.version = version
         self.zone: Zone | None = None
+        self.figures: Figures = version.figures
         self.serving: SimReplica | None = None
         self.state = ReplicaState.STARTING
         self.life = 0
@@ -94,22 +66,18 @@ class Fleet:
         self,
         timeline: Timeline,
         versions: Versions,
-        zones: Sequence[Zone],
-        placer: Placer,
+        ground: Ground,
         listener: Listener,
         on_lost: Callable[[Work, int], None],
     ) -> None:
         self._timeline = timeline
         self._versions = versions
-        self._zones = tuple(zones)
-        self._placer = placer
+        self._ground = ground
         self._listener = listener
         self._on_lost = on_lost
         self._groups: dict[str, tuple[GroupSpec, dict[str, Unit]]] = {}
         self._seen: list[GroupObservation] | None = None
         self.units: dict[str, Unit] = {}
-        self.closed: set[str] = set()
-        """Zones that are lost at this moment."""
         self.slower_starts: list[float] = []
         """How many times as long starts take now; of several the slowest counts."""
         self.at_once = False
@@ -156,21 +124,23 @@ class Fleet:
         """Find a machine and start there; without one, ask again later."""
         if unit.id not in self.units or unit.life != life or unit.billed_from >= 0:
             return
-        counts: dict[str, int] = {}
-        for other in self.units.values():
-            if other.zone is not None:
-                counts[other.zone.name] = counts.get(other.zone.name, 0) + 1
-        up = [zone for zone in self._zones if zone.name not in self.closed]
-        unit.zone = self._placer(up, counts)
-        if unit.zone is None:
+        berth = self._ground.take(unit, self._slower())
+        if berth is None:
             self._set(unit, ReplicaState.BACKOFF)
-            self._timeline.after(NO_ROOM_RETRY_S, self._place, unit, life)
+            self._timeline.after(self._ground.retry_s, self._place, unit, life)
             return
+        unit.zone, unit.figures = berth.zone, berth.figures
         unit.began_at = unit.billed_from = self._timeline.now
         self._set(unit, ReplicaState.STARTING)
-        factor = 0.0 if self.at_once else max(self.slower_starts, default=1.0)
-        start_s = unit.version.figures.start_s * factor
-        self._timeline.after(start_s, self._started, unit, life)
+        self._timeline.after(berth.start_s, self._started, unit, life)
+
+    def _slower(self) -> float:
+        """How many times as long starts take now."""
+        return 0.0 if self.at_once else max(self.slower_starts, default=1.0)
+
+    def look(self) -> None:
+        """A pass of control is over, and all that it asked for was applied."""
+        self._ground.look(self._slower())
 
     def _started(self, unit: Unit, life: int) -> None:
         if unit.life != life or unit.id not in self.units:
@@ -178,7 +148,7 @@ class Fleet:
         if not unit.version.starts:
             self.crash(unit)
             return
-        unit.serving = SimReplica(self._timeline, unit.version.figures, self._listener)
+        unit.serving = SimReplica(self._timeline, unit.figures, self._listener)
         self._set(unit, ReplicaState.READY)
 
     def _stop(self, unit: Unit) -> None:
@@ -191,6 +161,8 @@ class Fleet:
         unit.life += 1
         self._bill(unit)
         unit.billed_from = -1.0
+        if unit.zone is not None:
+            self._ground.leave(unit)
         unit.zone = None
         unit.draining = False
         serving, unit.serving = unit.serving, None
@@ -234,12 +206,36 @@ class Fleet:
 
     def close(self, zone: str) -> None:
         """A zone is lost with all that runs there."""
-        self.closed.add(zone)
+        self._ground.close(zone)
         for unit in [u for u in self.units.values() if u.zone is not None and u.zone.name == zone]:
             self.crash(unit)
 
     def open(self, zone: str) -> None:
-        self.closed.discard(zone)
+        self._ground.open(zone)
+
+    # Moves ---------------------------------------------------------------------------------------
+
+    def move(self, unit_id: str, free: Callable[[], int], drain_s: float) -> None:
+        """Have a replica go to another machine: as soon as one stands ready (``free`` counts those)
+        it drains, ``drain_s`` at most, and serves there at once."""
+        unit = self.units[unit_id]
+        self._move(unit, unit.life, free, drain_s, 0.0)
+
+    def _move(
+        self, unit: Unit, life: int, free: Callable[[], int], drain_s: float, waited_s: float
+    ) -> None:
+        if unit.life != life or unit.id not in self.units:
+            return
+        if unit.draining and (not unit.open or waited_s >= drain_s):
+            self._end(unit)
+            self._place(unit, unit.life)
+            return
+        if unit.draining:
+            waited_s += MOVE_LOOK_S
+        elif free() > sum(one.draining for one in self.units.values()):
+            unit.draining = True
+            self._set(unit, ReplicaState.DRAINING)
+        self._timeline.after(MOVE_LOOK_S, self._move, unit, life, free, drain_s, waited_s)
 
     # Accounts ------------------------------------------------------------------------------------
 
@@ -254,7 +250,8 @@ class Fleet:
         if unit.billed_from >= 0 and unit.zone is not None:
             ran_s = self._timeline.now - unit.billed_from
             self.replica_s += ran_s
-            self.money += ran_s / 3600.0 * unit.zone.price_per_hour
+            if self._ground.bills_replicas:
+                self.money += ran_s / 3600.0 * unit.zone.price_per_hour
             unit.billed_from = self._timeline.now
 
     def _count(self, serving: SimReplica) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cloudlm.core.tenant import Outcome
 from cloudlm.sim.measure import PERCENTILES, Spread
+from cloudlm.sim.report_machines import machines_body
 from cloudlm.sim.report_rollouts import rollout_body
 from cloudlm.sim.simulation import Result
 
@@ -121,6 +122,7 @@ def result_body(result: Result) -> dict[str, Any]:
         "output_tokens": result.output_tokens,
         "faults": result.faults,
         "ended_at_s": result.ended_at,
+        "machines": machines_body(result),
         "rollouts": [rollout_body(one) for one in result.rollouts],
         "moments": [asdict(one) for one in result.moments],
     }

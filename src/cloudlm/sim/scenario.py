@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from cloudlm.control.catalogue.files import load_catalogue
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.fields import Fields
 from cloudlm.core.settings import ControlSettings, GatewaySettings
@@ -21,8 +22,16 @@ from cloudlm.core.yaml_text import NotYaml, parse_yaml
 from cloudlm.sim.control import AUTOSCALERS, scaled
 from cloudlm.sim.faults import Fault, FaultKind, check_fault, drawn_faults
 from cloudlm.sim.figures import Figures, bundled, read_figures
-from cloudlm.sim.fleet import PLACERS, Zone
+from cloudlm.sim.ground import Zone
 from cloudlm.sim.measure import ServiceLevel
+from cloudlm.sim.scenario_placing import (
+    Market,
+    Placer,
+    market_of,
+    placer_of,
+    wishes_over,
+    zone_names,
+)
 from cloudlm.sim.scenario_rollouts import read_rollouts
 from cloudlm.sim.scenario_traffic import named, read_traffic
 from cloudlm.sim.simulation import Policy, Setting
@@ -44,8 +53,11 @@ class Scenario:
     arrivals: Callable[[], Iterator[Arrival]]
 
 
-def read_scenario(path: Path, *, seed: int | None = None) -> Scenario:
-    """A scenario out of a file; ``seed`` instead of its own. Raises InvalidRequest."""
+def read_scenario(
+    path: Path, *, seed: int | None = None, market: Market = load_catalogue
+) -> Scenario:
+    """A scenario out of a file; ``seed`` instead of its own. ``market`` reads the catalogue where
+    it names none. Raises InvalidRequest."""
     try:
         if path.stat().st_size > MAX_SCENARIO_BYTES:
             raise InvalidRequest(f"{path} is too large for a scenario")
@@ -55,12 +67,12 @@ def read_scenario(path: Path, *, seed: int | None = None) -> Scenario:
     except NotYaml as error:
         raise InvalidRequest(f"{path} is no YAML: {error}") from None
     try:
-        return _scenario(body, path, seed)
+        return _scenario(body, path, seed, market)
     except InvalidRequest as error:
         raise type(error)(f"{path}: {error.message}", param=error.param) from None
 
 
-def _scenario(body: Any, path: Path, seed: int | None) -> Scenario:
+def _scenario(body: Any, path: Path, seed: int | None, market: Market) -> Scenario:
     top = Fields(body, "a scenario")
     own_seed = top.integer("seed", 0)
     seed = own_seed if seed is None else seed
@@ -74,11 +86,26 @@ def _scenario(body: Any, path: Path, seed: int | None) -> Scenario:
     def figures(body: dict[str, Any]) -> Figures:
         return _figures(body, path.parent)
 
+    usual = figures(replica)
+    common = top.mapping("deployment", {})
+    rollouts = top.items("rollouts", ())
+
+    def releases(entries: Sequence[Any]) -> tuple[Release, ...]:
+        return read_rollouts(entries, replica, figures)
+
+    place = placer_of(usual, market_of(top, path.parent, market))
+    policies = tuple(
+        _policy(one, common, rollouts, releases, place)
+        for one in top.items("policies", [{"name": "default"}])
+    )
+    names = [one.name for one in policies]
+    if not names or len(set(names)) < len(names):
+        raise InvalidRequest("policies must be at least one, each with its own name")
     setting = Setting(
-        figures=figures(replica),
+        figures=usual,
         zones=zones,
         level=_level(top.mapping("service_level", {})),
-        faults=_faults(top, seed, duration_s, [zone.name for zone in zones]),
+        faults=_faults(top, seed, duration_s, zone_names(zones, policies)),
         gateway=_settings(GatewaySettings, top.mapping("gateway", {}), "gateway"),
         control=_settings(ControlSettings, top.mapping("control", {}), "control"),
         gateways=top.integer("gateways", 1, low=1, high=256),
@@ -86,19 +113,6 @@ def _scenario(body: Any, path: Path, seed: int | None) -> Scenario:
         begin_with=top.integer("begin_with", 0, low=0, high=100_000),
         seed=seed,
     )
-    common = top.mapping("deployment", {})
-    rollouts = top.items("rollouts", ())
-
-    def releases(entries: Sequence[Any]) -> tuple[Release, ...]:
-        return read_rollouts(entries, replica, figures)
-
-    policies = tuple(
-        _policy(one, common, rollouts, releases)
-        for one in top.items("policies", [{"name": "default"}])
-    )
-    names = [one.name for one in policies]
-    if not names or len(set(names)) < len(names):
-        raise InvalidRequest("policies must be at least one, each with its own name")
     name = top.text("name", path.stem)
     top.end()
     return Scenario(name, setting, policies, read_traffic(traffic, path.parent, seed))
@@ -184,11 +198,12 @@ def _policy(
     common: dict[str, Any],
     rollouts: Sequence[Any],
     releases: Callable[[Sequence[Any]], tuple[Release, ...]],
+    place: Placer,
 ) -> Policy:
     given = Fields(body, "a policy", path="policies.")
     own = given.mapping("deployment", {})
     name = given.text("name", low=1, max_length=64)
-    spec = spec_from_body({**DEPLOYMENT, **common, **own})
+    spec = spec_from_body({**DEPLOYMENT, **wishes_over(common, own)})
     algorithm = spec.scaling.algorithm.value
     autoscaler = named(given, "autoscaler", algorithm, AUTOSCALERS)
     scaling = {**common, **own}.get("scaling") or {}
@@ -203,7 +218,7 @@ def _policy(
         name,
         spec,
         autoscaler,
-        named(given, "placement", "spread", PLACERS),
+        place(given, spec),
         releases(given.items("rollouts", rollouts)),
     )
     given.end()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from random import Random
@@ -17,35 +15,38 @@ from cloudlm.gateway.demand import INTERVAL_S
 from cloudlm.sim.control import SimControl, scaled
 from cloudlm.sim.faults import Fault, Faults
 from cloudlm.sim.figures import Figures
-from cloudlm.sim.fleet import PLACERS, Fleet, Zone
+from cloudlm.sim.fleet import Fleet
 from cloudlm.sim.gateway import SimGateway
+from cloudlm.sim.ground import Zone, Zones
+from cloudlm.sim.machines import Machines
 from cloudlm.sim.measure import Books, Moment, ServiceLevel, Spread, spread_of
+from cloudlm.sim.placing import Placed
+from cloudlm.sim.rented import Rent
 from cloudlm.sim.replica import Work
 from cloudlm.sim.request import Attempt, Switchboard
 from cloudlm.sim.revisions import SimRevisions
 from cloudlm.sim.rollouts import RolloutResult, Rollouts
 from cloudlm.sim.state import SimState
-from cloudlm.sim.timeline import Timeline, WallClock
+from cloudlm.sim.timeline import Timeline, WallClock, seldom_collected
 from cloudlm.sim.traffic import Arrival
 from cloudlm.sim.versions import Release, Versions
 
 LONGEST_TAIL_S = 3600.0
 """How long after its last request a simulation may go on until all have ended."""
 CHECK_S = 0.1
-COLLECT_AFTER = 200_000
-"""New objects after which the garbage collector looks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What is compared: a deployment as a user would write it, who scales it (one of
-    ``control.AUTOSCALERS``; empty: as the spec says), where replicas go, and which versions are
-    deployed meanwhile, by the strategy that the spec names."""
+    ``control.AUTOSCALERS``; empty: as the spec says), where production has ``placed`` it (None: in
+    the setting's zones), and which versions are deployed meanwhile, by the strategy that the spec
+    names."""
 
     name: str
     spec: DeploymentSpec
     autoscaler: str = ""
-    placement: str = "spread"
+    placed: Placed | None = None
     releases: tuple[Release, ...] = ()
 
 
@@ -96,6 +97,8 @@ class Result:
     moments: tuple[Moment, ...]
     rows: tuple[LedgerRow, ...] = ()
     rollouts: tuple[RolloutResult, ...] = ()
+    placed: Placed | None = None
+    rent: Rent | None = None
 
 
 class World:
@@ -110,11 +113,11 @@ class World:
         revisions.deploy(spec, WallClock(timeline).now())
         self.state = SimState(timeline, Random(seeds.random()), revisions)
         switchboard = Switchboard()
+        self.machines = self._machines(policy.placed, setting)
         self.fleet = Fleet(
             timeline,
             Versions(setting.figures, policy.releases),
-            setting.zones,
-            PLACERS[policy.placement],
+            self.machines or Zones(setting.zones),
             switchboard,
             switchboard.lost,
         )
@@ -153,6 +156,16 @@ class World:
         self.faults = Faults(self, Random(seeds.random()))
         self.faults.schedule(setting.faults)
         self._every_s = 1.0
+
+    def _machines(self, placed: Placed | None, setting: Setting) -> Machines | None:
+        """The machines that bear the fleet, if production has chosen some."""
+        if placed is None:
+            return None
+        made = Machines(self.timeline, placed, lambda: not (self.control.down or self.state.down))
+        made.needed = lambda: len(self.fleet.units)
+        made.lose = lambda unit: self.fleet.crash(self.fleet.units[unit])
+        made.move = lambda unit: self.fleet.move(unit, made.free, setting.control.drain_timeout_s)
+        return made
 
     def unanswered(self) -> int:
         """Requests that were not answered until now."""
@@ -232,30 +245,21 @@ def simulate(
 ) -> Result:
     """How a policy does under these arrivals, which are in order of time. ``every_s`` apart the
     fleet is noted."""
-    with _seldom_collected():
+    with seldom_collected():
         world = World(policy, setting)
         if setting.warm:
             world.warm_up()
         world.begin(arrivals, every_s)
         world.timeline.run()
         world.fleet.settle()
+        if world.machines is not None:
+            world.machines.settle()
         return _result(policy, world)
-
-
-@contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Events and requests are in no cycles, so that looking for cycles among them is in vain; done
-    as often as usual it took 7 % of the time of a large fleet."""
-    usual = gc.get_threshold()
-    gc.set_threshold(COLLECT_AFTER, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
 
 
 def _result(policy: Policy, world: World) -> Result:
     books, fleet = world.books, world.fleet
+    rent = None if world.machines is None else world.machines.rent
     count = max(books.arrivals, 1)
     return Result(
         policy=policy.name,
@@ -272,7 +276,7 @@ def _result(policy: Policy, world: World) -> Result:
         violations=books.violations / count,
         cache_hits=fleet.cached_tokens / max(fleet.prompt_tokens, 1),
         replica_hours=fleet.replica_s / 3600.0,
-        cost=fleet.money,
+        cost=fleet.money if rent is None else rent.usd,
         output_tokens=books.output_tokens,
         most_replicas=max((one.exist for one in books.moments), default=0),
         faults=world.faults.done,
@@ -282,4 +286,6 @@ def _result(policy: Policy, world: World) -> Result:
         moments=tuple(books.moments),
         rows=tuple(books.rows or ()),
         rollouts=world.rollouts.results(),
+        placed=policy.placed,
+        rent=rent,
     )

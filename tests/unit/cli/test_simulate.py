@@ -14,6 +14,7 @@ import yaml
 from cloudlm.cli.connect import open_local_state
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.sim.report import COLUMNS, MEASURES, seconds
+from cloudlm.sim.report_machines import MEASURES as MACHINE_MEASURES
 from cloudlm.sim.report_rollouts import MEASURES as ROLLOUT_MEASURES
 
 Ok = Callable[..., Any]
@@ -41,6 +42,52 @@ def test_policies_are_compared_in_a_table(ok: Ok, tmp_path: Path) -> None:
     body = json.loads(ok("simulate", path, "--json").stdout)["policies"]
     assert numbers["TTFT p99, s"] == [seconds(one["ttft_s"]["p99"]) for one in body]
     assert numbers["late, %"] == [f"{100 * one['late_share']:.1f}" for one in body]
+
+
+def test_policies_on_machines_of_the_catalogue_say_which_and_what_they_cost(
+    ok: Ok, cli: Ok, tmp_path: Path
+) -> None:
+    wishes = {
+        "traffic": {"requests_per_s": 2, "prompt_tokens": 200, "output_tokens": 20},
+        "regions": ["aws/us-east-2"],
+        "spot": {"share": 1},
+        "figures": {
+            "parameters": 10**9,
+            "layers": 16,
+            "kv_heads": 8,
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "vocab_size": 32_000,
+        },
+    }
+    body = yaml.safe_load(SCENARIO)
+    body["deployment"] = {"placement": wishes}
+    body["policies"] = [{"name": "one"}, {"name": "two", "placement": "catalogue"}]
+    path = scenario(tmp_path, yaml.safe_dump(body))
+    done = ok("simulate", path)
+    assert "two: placed on " in done.stderr
+    _, shown = done.stdout.split("MACHINES")
+    head, *rows = shown.splitlines()
+    assert head.split() == ["two"]
+    assert [row.rsplit(maxsplit=1)[0] for row in rows] == list(MACHINE_MEASURES)
+    one, two = json.loads(ok("simulate", path, "--json").stdout)["policies"]
+    assert one["machines"] is None
+    assert two["cost"] == two["machines"]["spot_usd"] + two["machines"]["on_demand_usd"] > 0
+    assert two["machines"]["chosen"][0]["offer"].startswith("aws/us-east-2/")
+    dear = tmp_path / "catalogue"
+    dear.mkdir()
+    columns = "provider,instance,device,count,vcpus,ram_gib,region,on_demand_usd_per_h,"
+    columns += "spot_usd_per_h,source,as_of,read_on,note\n"
+    (dear / "offers.csv").write_text(
+        columns + "aws,own,L4,1,4,16,us-east-2,9.5,,https://a.example,,2025-01-01,\n"
+    )
+    (mine,) = json.loads(ok("simulate", path, "--json", "--catalogue", str(dear)).stdout)[
+        "policies"
+    ][1:]
+    assert mine["machines"]["chosen"][0]["offer"] == "aws/us-east-2/own"
+    missing = cli("simulate", path, "--catalogue", str(tmp_path / "no"))
+    assert missing.exit_code != 0
+    assert "is no folder" in str(missing.exception)
 
 
 def test_every_column_has_its_measure_and_no_number_is_broken(

@@ -57,6 +57,27 @@ def test_the_time_to_start_does_not_run_while_there_is_no_room():
     assert decide(deployment, before, broken, T + 1).back
 
 
+def test_what_can_never_start_is_late_in_its_time_and_kept_out_of_a_rolling_update():
+    never = "revision 2 can never be in memory"
+    none = facts({1: 4}, no_room=True, never=never)
+    canary = wish(start_timeout_s=100.0)
+    before = decide(canary, stable(), none, T)
+    assert (before.back, before.size) == ("", 1)
+    assert never in before.note
+    assert before.rollout == decide(canary, before.rollout, none, T + 99).rollout, "it runs"
+    assert never in decide(canary, before.rollout, none, T + 100).back
+    rolling = wish(kind=Kind.ROLLING, start_timeout_s=100.0)
+    held = decide(rolling, stable(), none, T)
+    assert (held.hold, held.back) == (True, "")
+    assert decide(rolling, held.rollout, none, T + 100).back == never
+    patient = wish(kind=Kind.ROLLING, start_timeout_s=100.0, auto_rollback=False)
+    assert decide(patient, held.rollout, none, T + 100).hold
+    begun_already = replace(none, present={1: 3, 2: 1})
+    assert not decide(rolling, held.rollout, begun_already, T + 100).back
+    first = decide(wish(1, kind=Kind.ROLLING), None, replace(none, present={}, ready={}), T)
+    assert not first.hold, "nothing runs that could be kept"
+
+
 # Canary -------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from cloudlm.gateway.mirror import MIRROR_KEY
 from cloudlm.sim.faults import Fault, FaultKind, drawn_faults
 from cloudlm.sim.figures import Figures
 from cloudlm.sim.fit import StepTime
-from cloudlm.sim.fleet import Zone
+from cloudlm.sim.ground import Zone
 from cloudlm.sim.rollouts import RolloutResult
 from cloudlm.sim.simulation import Policy, Result, Setting, World, simulate
 from cloudlm.sim.traffic import Arrival, Lengths, drawn, poisson

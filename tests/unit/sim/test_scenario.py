@@ -30,6 +30,32 @@ SMALL = {
 }
 
 
+PLACED = {
+    "deployment": {
+        "placement": {
+            "traffic": {"requests_per_s": 2, "prompt_tokens": 200, "output_tokens": 20},
+            "regions": ["aws/us-east-2"],
+            "figures": {
+                "parameters": 10**9,
+                "layers": 16,
+                "kv_heads": 8,
+                "head_dim": 128,
+                "hidden_size": 2048,
+                "vocab_size": 32_000,
+            },
+        }
+    },
+    "policies": [
+        {"name": "dear", "placement": "catalogue"},
+        {
+            "name": "spot",
+            "placement": "catalogue",
+            "deployment": {"placement": {"spot": {"share": 1}, "min_zones": 2}},
+        },
+    ],
+}
+
+
 def scenario(folder: Path, **more: Any) -> Scenario:
     path = folder / "scenario.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **more}))
@@ -104,12 +130,39 @@ def test_a_scenario_is_read(tmp_path: Path) -> None:
         ({"gateway": {"port": "x"}}, "gateway.port"),
         ({"gateway": {"host": "x"}}, "makes no difference"),
         ({"zones": []}, "at least one"),
+        (
+            {"policies": [{"name": "a", "placement": "cheapest"}]},
+            "placement 'cheapest' is unknown; there are spread, catalogue",
+        ),
+        (
+            {"policies": [{"name": "a", "placement": "catalogue"}]},
+            "placement: catalogue: simulated: placement.traffic is missing",
+        ),
+        (
+            {**PLACED, "faults": [{"kind": "no_spot", "at": 1, "zone": "zone"}]},
+            "names the zone 'zone'; the fleet has aws/us-east-2/use2-az1",
+        ),
+        ({**PLACED, "catalogue": "none"}, "none is no folder"),
         ({"weather": 1}, "no field 'weather'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, more: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(says)):
         scenario(tmp_path, **more)
+
+
+def test_a_policys_wishes_go_over_the_common_ones_one_by_one(tmp_path: Path) -> None:
+    fault = {"kind": "no_spot", "at": 5, "zone": "aws/us-east-2/use2-az1"}
+    found = scenario(tmp_path, **PLACED, faults=[fault])
+    dear, spot = (one.placed for one in found.policies)
+    assert dear is not None
+    assert spot is not None
+    assert not any(part.spot for part in dear.choice.parts)
+    assert spot.rules.share == 1.0
+    assert spot.choice.parts[0].machine.offer.region == "us-east-2"
+    results = [simulate(one, found.setting, found.arrivals()) for one in found.policies]
+    assert all(one.open == 0 for one in results)
+    assert [one.rent is not None and one.rent.spot_h > 0 for one in results] == [False, True]
 
 
 def test_versions_are_read_and_each_policy_may_have_its_own(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cloudlm.gateway.view import READ_TIMEOUT_S
 from cloudlm.sim.faults import Fault, FaultKind, drawn_faults
 from cloudlm.sim.figures import Figures
 from cloudlm.sim.fit import StepTime
-from cloudlm.sim.fleet import Zone
+from cloudlm.sim.ground import Zone
 from cloudlm.sim.measure import spread_of
 from cloudlm.sim.report import result_body
 from cloudlm.sim.simulation import Policy, Result, Setting, World, simulate

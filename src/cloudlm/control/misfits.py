@@ -1,0 +1,85 @@
+"""Whether what a roll-out wants to start can ever be in memory, whoever else is unloaded for it.
+
+What only waits for others is not told here: its turn comes (``residency``). Must not decide what
+becomes of a roll-out that can never go on: ``rollout`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloudlm.control.budget import MemoryBudget, fixed
+from cloudlm.control.footprint import amount_text
+from cloudlm.control.residency import Claim, too_large
+from cloudlm.control.room import Wish
+from cloudlm.core.errors import CloudlmError
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """So many ``replicas`` of a revision on this machine, each of so many bytes."""
+
+    revision: int
+    replicas: int
+    each_bytes: int
+
+    def __str__(self) -> str:
+        size = amount_text(self.each_bytes)
+        return f"revision {self.revision} ({self.replicas} x {size})"
+
+
+def never_fits(target: Side, stable: Side | None, left_bytes: int) -> bool:
+    """Whether ``left_bytes`` are too few for both sides. A replica starts only where the larger of
+    those that might has room, so the last one of the target counts as that."""
+    if stable is None:
+        return target.replicas * target.each_bytes > left_bytes
+    last_bytes = max(target.each_bytes, stable.each_bytes)
+    others_bytes = stable.replicas * stable.each_bytes
+    others_bytes += (target.replicas - 1) * target.each_bytes
+    return others_bytes + last_bytes > left_bytes
+
+
+def kept_by_others(name: str, claims: Mapping[str, Claim], budget_bytes: int) -> int:
+    """What pinned deployments other than this one keep."""
+    misfits = too_large(claims.values(), budget_bytes)
+    return sum(
+        one.need_bytes * max(one.least, 1)
+        for one in claims.values()
+        if one.pinned and one.name != name and one.name not in misfits
+    )
+
+
+async def why_never(
+    budget: MemoryBudget,
+    wish: Wish,
+    claims: Mapping[str, Claim],
+    *,
+    stable_here: bool,
+) -> str:
+    """Why the replicas that a roll-out wants of its target can never be in this machine's memory;
+    empty if they can, if none is under way, or if their size is not known."""
+    moving, spec = wish.moving, wish.deployment.spec
+    if not moving.stable or moving.stable == wish.deployment.revision or wish.deployment.deleting:
+        return ""
+    memory_mb = wish.sized.spec.memory_mb
+    kept_bytes = kept_by_others(wish.name, claims, budget.size_bytes)
+    stable = None
+    try:
+        each_bytes = await budget.need(fixed(spec, wish.version), memory_mb)
+        if moving.size is not None and moving.revision is not None and stable_here:
+            running = fixed(moving.revision.spec, moving.revision.model)
+            size = await budget.need(running, memory_mb)
+            stable = Side(moving.stable, wish.wanted, size)
+    except CloudlmError:
+        return ""
+    least = max(spec.min_replicas, 1) if spec.pinned else 1
+    target = Side(wish.deployment.revision, moving.size or least, each_bytes)
+    if not never_fits(target, stable, budget.size_bytes - kept_bytes):
+        return ""
+    beside = "" if stable is None else f" beside {stable}"
+    kept = f", of which pinned deployments keep {amount_text(kept_bytes)}" if kept_bytes else ""
+    return (
+        f"{target} can never be in memory{beside}: the budget (control.memory_budget) is "
+        f"{amount_text(budget.size_bytes)}{kept}"
+    )
