@@ -1,0 +1,116 @@
+"""The compiled path of a request: found only for the very sources that run, and the same in use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from cloudlm.gateway import compiled
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_all_modules_are_there_and_are_the_gateways() -> None:
+    package = Path(compiled.__file__).parent
+    missing = [
+        name
+        for name in compiled.MODULES
+        if not (package / name.replace(".", "/")).with_suffix(".py").is_file()
+    ]
+    assert not missing
+
+
+def test_nothing_is_found_where_nothing_was_compiled(cache: Path) -> None:
+    assert compiled.find() is None
+    assert compiled.use() is None
+
+
+def test_what_other_sources_were_compiled_to_is_not_found(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "src"
+    source = root / "cloudlm/gateway/limits.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("A = 1\n", "utf-8")
+    monkeypatch.setattr(compiled, "_ROOT", root)
+    (cache / compiled._name(compiled.MODULES)).mkdir()
+    assert compiled.find() is not None
+    source.write_text("A = 2\n", "utf-8")
+    assert compiled.find() is None
+    source.write_text("A = 1\n", "utf-8")
+    assert compiled.find() is not None
+    (root / "cloudlm/core").mkdir()
+    (root / "cloudlm/core/chat.py").write_text("", "utf-8")  # what it stands on counts too
+    assert compiled.find() is None
+
+
+def test_it_is_not_used_once_sources_were_imported(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cloudlm.gateway.limits
+
+    assert cloudlm.gateway.limits.Tally
+    (cache / compiled._name(compiled.MODULES)).mkdir()
+    before = list(sys.meta_path)
+    assert compiled.use() is None
+    assert sys.meta_path == before
+
+
+def test_installations_share_what_their_user_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CLOUDLM_NATIVE_CACHE", raising=False)
+    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/cloudlm/native" / compiled._name(compiled.MODULES)
+    folder.mkdir(parents=True)
+    assert compiled.find() == folder
+
+
+_TRY = """
+import sys
+from cloudlm.gateway import compiled
+wanted = ("retry",)
+folder = compiled.build(wanted)
+assert compiled.use(wanted) == folder
+from cloudlm.gateway import retry
+assert not retry.__file__.endswith(".py"), retry.__file__
+budget = retry.RetryBudget()
+budget.count_request(1.0)
+print([budget.take(2.0) for _ in range(4)], *sorted(one.name for one in folder.parent.iterdir()))
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").is_file(), reason="no headers of Python"
+)
+@pytest.mark.timeout(600)
+def test_a_module_is_compiled_and_does_the_same(cache: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", _TRY], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["[True,", "True,", "True,", "False]", compiled._name(("retry",))]
+
+
+def test_a_compiler_that_fails_is_told_in_words(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiled, "_BUILD", "print('cc: no such file'); raise SystemExit(1)")
+    assert compiled.main() == 1
+    said = capsys.readouterr().err
+    assert "cc: no such file" in said
+    assert "runs from its sources" in said
+    assert list(cache.iterdir()) == []
