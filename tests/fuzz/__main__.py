@@ -23,6 +23,7 @@ from tests.fuzz.run import Verdict, again, judge, judge_seeds, shrunk, tried
 from tests.fuzz.schedule import draw
 
 _BATCH = 10
+_TELL_EVERY_S = 15.0
 
 
 def _all(seeds: range, jobs: int) -> Iterator[Verdict]:
@@ -35,19 +36,32 @@ def _all(seeds: range, jobs: int) -> Iterator[Verdict]:
 def many(seeds: range, jobs: int) -> int:
     """Run seeds; the number of those that broke an invariant."""
     began, requests, failed = time.perf_counter(), 0, []
-    for verdict in _all(seeds, jobs):
+    tell_at = began + _TELL_EVERY_S
+    print(f"{len(seeds)} seeds in {jobs} processes", flush=True)
+    for count, verdict in enumerate(_all(seeds, jobs), 1):
         requests += verdict.requests
         if verdict.broken:
             failed.append(verdict.seed)
             print(verdict.told(), flush=True)
+        if (now := time.perf_counter()) >= tell_at:
+            tell_at = now + _TELL_EVERY_S
+            print(_so_far(count, len(seeds), now - began, len(failed)), flush=True)
     took_s = time.perf_counter() - began
     rate = len(seeds) / took_s
-    print(f"{len(seeds)} seeds, {requests} requests in {took_s:.0f} s: {rate:.1f} seeds a second")
+    print(
+        f"{len(seeds):,} seeds and {requests:,} requests in {took_s:.0f} s: {rate:.1f} seeds and "
+        f"{requests / took_s:,.0f} requests a second"
+    )
     print(f"10,000 seeds at this pace: {10_000 / rate / 60:.1f} minutes")
     for seed in failed[:3]:
         one(seed)
     print(f"{len(failed)} seeds broke an invariant" if failed else "no invariant was broken")
     return len(failed)
+
+
+def _so_far(done: int, of: int, took_s: float, failed: int) -> str:
+    left_s = took_s / done * (of - done)
+    return f"  {done:,} of {of:,} seeds, {failed} broken, {left_s:.0f} s left"
 
 
 def one(seed: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from tests.fuzz.loop import VirtualLoop
@@ -37,18 +38,18 @@ class Clients:
 
     async def ask(self, seen: Seen) -> None:
         """Ask when its time has come, and read what comes."""
-        await asyncio.sleep(seen.ask.at_s)
-        serving = asyncio.ensure_future(self._served(seen))
+        await self.loop.pause(seen.ask.at_s)
+        serving = asyncio.current_task()
+        assert serving is not None
         serving.set_name(f"request {seen.ask.number}")
         self._serving[serving] = seen
         try:
-            await serving
+            await self._served(seen)
         except asyncio.CancelledError:
             if not seen.killed:
                 raise
             seen.ended = "cut"
         finally:
-            serving.cancel()
             self._serving.pop(serving, None)
             self.tell("end", seen.ask.number, seen.ended, seen.status, len(seen.pieces))
 
@@ -81,7 +82,7 @@ class Clients:
                 if gone.done():
                     break
                 if ask.slow_s:
-                    await asyncio.sleep(ask.slow_s)
+                    await self.loop.pause(ask.slow_s)
                 await response.body.pump(pour)
         finally:
             await response.body.aclose()
@@ -95,18 +96,8 @@ class Clients:
         }
         if ask.deadline_ms is not None:
             headers["x-cloudlm-deadline-ms"] = str(ask.deadline_ms)
-        body: dict[str, Any] = {
-            "model": MODEL,
-            "messages": [{"role": "user", "content": f"prompt {ask.prompt}"}],
-            "max_tokens": ask.max_tokens,
-            "temperature": 0,
-        }
-        if ask.stream:
-            body["stream"] = True
-            if ask.usage:
-                body["stream_options"] = {"include_usage": True}
-        path = "/v1/chat/completions"
-        return GatewayRequest("POST", path, headers, json.dumps(body).encode(), gone)
+        body = _body(ask.prompt, ask.stream, ask.usage, ask.max_tokens)
+        return GatewayRequest("POST", "/v1/chat/completions", headers, body, gone)
 
     def _leave(self, seen: Seen, gone: asyncio.Future[None]) -> None:
         if seen.ended or gone.done():
@@ -120,3 +111,18 @@ class Clients:
         sends = () if self.story.upstream is None else self.story.upstream.sends
         if any(send.open for send in sends if send.request_id == name):
             self.story.note("cancel", f"a replica still works for {name}, whose client left")
+
+
+@lru_cache(16_384)
+def _body(prompt: int, stream: bool, usage: bool, max_tokens: int) -> bytes:
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": f"prompt {prompt}"}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    if stream:
+        body["stream"] = True
+        if usage:
+            body["stream_options"] = {"include_usage": True}
+    return json.dumps(body).encode()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from functools import lru_cache
 from typing import Any
 
 from tests.fuzz.replicas import PROMPT_TOKENS, right_answer
-from tests.fuzz.schedule import EVERYBODY, KEYS, TENANTS
-from tests.fuzz.story import PEPPER, Seen, Story
+from tests.fuzz.schedule import EVERYBODY, KEYS
+from tests.fuzz.story import MARKS, Seen, Story
 
 from cloudlm.core.price import NANO
 from cloudlm.core.tenant import Outcome
-from cloudlm.security.keys import tenant_mark
 
 RETRY_SHARE, RETRY_FLOOR, HEDGE_SHARE = 0.2, 3, 0.05
 REVOKED_WITHIN_S = 1.0
@@ -20,15 +20,19 @@ REVISIONS = range(1, 10)
 _CONTROL_S_OWN = {"control_kill", "control_pause", "driver_down", "driver_forgets", "driver_late"}
 """Faults that no request may notice; all of them while the fleet stands still."""
 _TAKES_AWAY = {"delete", "recreate"}
+_read = lru_cache(16_384)(json.loads)
+"""What is said is nearly always what was said before: each is read once."""
 _ONE_REPLICAS = {"crash", "stall", "garbage", "cut", "abort", "error_event"}
 
 
 def check(story: Story) -> list[tuple[str, str]]:
     """The name of every broken invariant, and how."""
+    assert story.upstream is not None
+    attempts = Counter(send.request_id for send in story.upstream.sends)
     told = {id(seen): _Told(seen, story) for seen in (*story.seen, *story.probes)}
     for one in told.values():
         _tokens(story, one)
-        _ledger(story, one)
+        _ledger(story, one, attempts[one.name] if one.seen.asked else 0)
     _all_served(story, [told[id(seen)] for seen in story.seen])
     for seen in story.probes:
         if not told[id(seen)].complete:
@@ -56,13 +60,13 @@ class _Told:
         if seen.status and seen.stream:
             self._read_stream(body, story)
         elif seen.status:
-            fields = json.loads(body)
+            fields = _read(body)
             self.error = fields.get("error")
             if self.error is None:
                 self.text = fields["choices"][0]["message"]["content"]
                 self.usage = fields["usage"]
                 self.done = self.finishes = 1
-        self.tokens = self._count(story)
+        self.tokens = self._count()
 
     def _read_stream(self, body: bytes, story: Story) -> None:
         for number, part in enumerate(body.split(b"\n\n")):
@@ -73,7 +77,7 @@ class _Told:
                 self.done += 1
             elif data:
                 try:
-                    self._event(json.loads(data))
+                    self._event(_read(data))
                 except (ValueError, KeyError, TypeError):
                     story.note("tokens", f"{self.name} was sent {data[:80]!r}")
 
@@ -84,26 +88,31 @@ class _Told:
             self.text += choice["delta"].get("content") or ""
             self.finishes += choice["finish_reason"] is not None
 
-    def _count(self, story: Story) -> int | None:
+    def _count(self) -> int | None:
         """How many tokens of the right answer it is; None if it is no beginning of it."""
-        for revision in REVISIONS:
-            right = right_answer(
-                self.seen.mark,
-                f"prompt {self.seen.ask.prompt}",
-                revision,
-                self.seen.ask.max_tokens,
-            )
-            text = ""
-            for count, token in enumerate((*right.texts, "")):
-                if text == self.text:
-                    self.right = len(right.texts)
-                    return count
-                text += token
-        return None
+        ask = self.seen.ask
+        found = _place(self.seen.mark, f"prompt {ask.prompt}", ask.max_tokens, self.text)
+        if found is None:
+            return None
+        count, self.right = found
+        return count
 
     @property
     def complete(self) -> bool:
         return self.done == 1 and self.error is None and self.tokens == self.right
+
+
+@lru_cache(16_384)
+def _place(mark: str, prompt: str, most: int, said: str) -> tuple[int, int] | None:
+    """How many tokens of a right answer were said, and how many it has; None if of none."""
+    for revision in REVISIONS:
+        right = right_answer(mark, prompt, revision, most)
+        text = ""
+        for count, token in enumerate((*right.texts, "")):
+            if text == said:
+                return count, len(right.texts)
+            text += token
+    return None
 
 
 def _tokens(story: Story, told: _Told) -> None:
@@ -130,7 +139,7 @@ def _tokens(story: Story, told: _Told) -> None:
 def _anothers(told: _Told) -> bool:
     """Whether it is the answer of another tenant."""
     ask = told.seen.ask
-    marks = {tenant_mark(tenant, PEPPER) for tenant in TENANTS} - {told.seen.mark}
+    marks = set(MARKS.values()) - {told.seen.mark}
     return any(
         told.text.startswith(right_answer(mark, f"prompt {ask.prompt}", revision, 99).texts[0])
         for mark in marks
@@ -138,12 +147,10 @@ def _anothers(told: _Told) -> bool:
     )
 
 
-def _ledger(story: Story, told: _Told) -> None:
+def _ledger(story: Story, told: _Told, sends: int) -> None:
     """Exactly one row per attempt, and tokens in rows as many as were relayed."""
     name, seen = told.name, told.seen
     rows = story.rows.get(name, [])
-    assert story.upstream is not None
-    sends = sum(send.request_id == name for send in story.upstream.sends) if seen.asked else 0
     sent = [row for row in rows if row.outcome not in (Outcome.CACHED, Outcome.SEMANTIC)]
     cut_off = seen.left or seen.killed or story.revoked_at is not None
     if not sends <= len(sent) <= sends + cut_off:

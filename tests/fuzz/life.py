@@ -6,7 +6,6 @@ time goes on for everybody else. Must not know what is called.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable
 
@@ -53,7 +52,7 @@ class Life:
         if self._dies_at == (self._calls, False):
             await self._end()
         if self._latency_s:
-            await asyncio.sleep(self._chance.random() * self._latency_s)
+            await self._loop.pause(self._chance.random() * self._latency_s)
         await self._paused()
         if self.dead:
             raise Unavailable("this process is dead")
@@ -69,7 +68,7 @@ class Life:
 
     async def _paused(self) -> None:
         while (pause_s := self.paused_until - self._loop.time()) > 0:
-            await asyncio.sleep(pause_s)
+            await self._loop.pause(pause_s)
 
     async def _end(self) -> None:
         self.dead = True

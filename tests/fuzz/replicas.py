@@ -30,19 +30,22 @@ PROMPT_TOKENS = 7
 _LATENCY_S = 0.002
 _FIRST_S = 0.05
 _EACH_S = 0.02
+_KEPT = 16_384
+"""Runs ask the same few questions of the same tenants: so many answers are made only once."""
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
+_decode = lru_cache(_KEPT)(msgspec.json.Decoder().decode)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Said:
-    """The right answer: the text and the id of each token."""
+    """The right answer: the text and the id of each token. There is one of each, so that it need
+    not be compared."""
 
     texts: tuple[str, ...]
     ids: tuple[int, ...]
 
 
-@lru_cache(4096)
+@lru_cache(_KEPT)
 def right_answer(mark: str, prompt: str, revision: int, most: int) -> Said:
     """What every replica of a revision says to a prompt of a tenant; ``mark`` is the tenant's."""
     seed = zlib.crc32(f"{mark}|{prompt}|{revision}".encode())
@@ -126,6 +129,9 @@ class MemoryAnswer:
         self._broken = False
         self._closed = False
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Callable[[bytes], bool] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._silence_s = self._quiet_from = 0.0
         self.is_event_stream = stream
         self.status = 200
         self.headers: dict[str, str] = {}
@@ -138,17 +144,22 @@ class MemoryAnswer:
         self.wake()
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        """Whoever waits here shall look again."""
+        if self._waiter is None or self._waiter.done():
+            return
+        if self._sink is None:
             self._waiter.set_result(None)
+        else:  # not from within whatever wakes it: pieces arrive in turns of their own
+            self._loop.call_soon(self._pour, self._waiter)
 
     async def head(self, timeout_s: float) -> None:
         """Wait until the answer begins. Raises as ``Upstream.send``."""
         deadline = self._loop.time() + timeout_s
         while not self._broken:
-            due = max(self._pieces[0][0] if self._pieces else 0.0, self._replica.stalled_by)
-            if self._loop.time() >= due:
+            now, due = self._loop.time(), self._due()
+            if now >= due:
                 return
-            if self._loop.time() >= deadline:
+            if now >= deadline:
                 raise UpstreamTimeout(f"replica {self._replica.name} gave no answer")
             await self._until(min(due, deadline))
         raise UpstreamFailed(f"replica {self._replica.name} broke off before its answer")
@@ -167,18 +178,18 @@ class MemoryAnswer:
         return b""
 
     async def flow(self, sink: Callable[[bytes], bool], silence_s: float) -> None:
-        """As the real one: returns at whatever ``piece`` must tell."""
-        quiet_from = self._loop.time()
-        while not self._closed and not self._broken and self._pieces:
-            now, due = self._loop.time(), self._due()
-            if now >= due:
-                quiet_from = now
-                if not sink(self._next()):
-                    return
-            elif now >= quiet_from + silence_s:
-                raise UpstreamTimeout(f"replica {self._replica.name} was silent")
-            else:
-                await self._until(min(due, quiet_from + silence_s))
+        """As the real one: pieces go to ``sink`` as they arrive, with no task between; returns at
+        whatever ``piece`` must tell."""
+        self._sink, self._silence_s = sink, silence_s
+        self._quiet_from = self._loop.time()
+        waiter = self._waiter = self._loop.create_future()
+        self._pour(waiter)
+        try:
+            await waiter
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._sink = self._waiter = self._alarm = None
 
     def silent(self, seconds: float) -> UpstreamTimeout:
         return UpstreamTimeout(f"replica {self._replica.name} was silent for {seconds:g} s")
@@ -197,7 +208,10 @@ class MemoryAnswer:
         self.wake()
 
     def _due(self) -> float:
-        return max(self._pieces[0][0] if self._pieces else 0.0, self._replica.stalled_by)
+        """When the next piece arrives, or the end."""
+        there = self._replica
+        due = self._pieces[0][0] if self._pieces else 0.0
+        return max(due, there.held_until, there.cut_until)
 
     def _next(self) -> bytes:
         if self._pieces:
@@ -209,13 +223,42 @@ class MemoryAnswer:
             raise UpstreamFailed(f"replica {self._replica.name} broke off its answer")
         return b""
 
+    def _pour(self, waiter: asyncio.Future[None]) -> None:
+        """What has arrived goes to the sink; comes again with the next piece."""
+        sink = self._sink
+        if waiter.done() or sink is None or self._waiter is not waiter:
+            return
+        now = self._loop.time()
+        while self._pieces and not (self._closed or self._broken):
+            due = self._due()
+            if now < due:
+                self._pour_at(due, waiter)
+                return
+            self._quiet_from = now
+            try:
+                wanted = sink(self._next())
+            except Exception as error:  # for whoever waits in ``flow``, not for the loop
+                waiter.set_exception(error)
+                return
+            if not wanted:
+                break
+        waiter.set_result(None)
+
+    def _pour_at(self, due: float, waiter: asyncio.Future[None]) -> None:
+        silent_from = self._quiet_from + self._silence_s
+        if self._loop.time() >= silent_from:
+            name = self._replica.name
+            waiter.set_exception(UpstreamTimeout(f"replica {name} was silent"))
+            return
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(min(due, silent_from), self._pour, waiter)
+
     async def _until(self, when: float) -> None:
-        self._waiter = self._loop.create_future()
-        alarm = self._loop.call_at(when, self.wake)
+        self._waiter = self._loop.alarm(when)
         try:
             await self._waiter
         finally:
-            alarm.cancel()
             self._waiter = None
 
 
@@ -232,7 +275,7 @@ class MemoryUpstream:
     ) -> None:
         self._loop = loop
         self._replicas = replicas
-        self._seed = seed
+        self._chance = random.Random(f"{seed}/network")
         self._note = note
         self._sent = sent
         self.sends: list[Send] = []
@@ -275,15 +318,15 @@ class MemoryUpstream:
         self, send: Send, body: bytes, headers: dict[str, str], timeout_s: float
     ) -> MemoryAnswer:
         there = self._replicas.get(send.replica)
-        await asyncio.sleep(_LATENCY_S)
+        await self._loop.pause(_LATENCY_S)
         now = self._loop.time()
         if there is None or not there.alive or there.trouble("refuse", now) is not None:
             raise Unreachable(f"replica {send.replica} cannot be reached")
         if there.cut_until > now:
-            await asyncio.sleep(min(CONNECT_TIMEOUT_S, timeout_s))
+            await self._loop.pause(min(CONNECT_TIMEOUT_S, timeout_s))
             if there.cut_until > self._loop.time():
                 raise Unreachable(f"replica {send.replica} did not accept a connection")
-        chance = random.Random(f"{self._seed}/{send.request_id}/{len(self.sends)}")
+        chance = self._chance
         how = there.trouble("status", now)
         if how is not None:
             status = (429, 503, 500)[int(how * 3)]
@@ -381,6 +424,7 @@ def usage(tokens: int) -> dict[str, Any]:
     }
 
 
+@lru_cache(_KEPT)
 def _whole(right: Said) -> bytes:
     message = {"role": "assistant", "content": "".join(right.texts)}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -395,25 +439,36 @@ def _events(
     known = begun or {"choices": [], "id": "c1", "usage_shown": False}
     choice = known["choices"][0] if known["choices"] else {}
     so_far = choice.get("tokens", len(choice.get("token_ids", ())))
-
-    def chunk(delta: dict[str, Any], ids: tuple[int, ...], finish: str | None = None) -> bytes:
-        one = {"index": 0, "delta": delta, "finish_reason": finish}
-        fields = {"id": known["id"], "object": "chat.completion.chunk", "created": 1, "model": "x"}
-        fields |= {"system_fingerprint": "fp", "choices": [one], "usage": usage(so_far)}
-        if notes:
-            fields[NOTE] = {"token_ids": list(ids), "seed": 7}
-        return _data(fields)
-
+    name = known["id"]
     if not choice:
-        yield chunk({"role": "assistant", "content": ""}, ())
+        yield _chunk(name, right, so_far, so_far, None, notes)
     while so_far < len(right.ids) and not choice.get("finished"):
         end = min(so_far + chance.choice((1, 1, 2, 3)), len(right.ids))
-        text, ids = "".join(right.texts[so_far:end]), right.ids[so_far:end]
+        yield _chunk(name, right, so_far, end, None, notes)
         so_far = end
-        yield chunk({"content": text}, ids)
     if not choice.get("finished"):
-        yield chunk({}, (), "stop")
+        yield _chunk(name, right, so_far, so_far, "stop", notes)
     if not known["usage_shown"]:
-        last = {"id": known["id"], "object": "chat.completion.chunk", "created": 1, "model": "x"}
-        yield _data({**last, "choices": [], "usage": usage(so_far)})
+        yield _usage_chunk(name, so_far)
     yield b"data: [DONE]\n\n"
+
+
+@lru_cache(_KEPT)
+def _chunk(name: str, right: Said, begin: int, end: int, finish: str | None, notes: bool) -> bytes:
+    """The event with the tokens from ``begin`` to ``end``; the first of an answer has none, nor has
+    the one that says how it ended."""
+    delta: dict[str, Any] = {} if finish else {"content": "".join(right.texts[begin:end])}
+    if not end and not finish:
+        delta = {"role": "assistant", **delta}
+    one = {"index": 0, "delta": delta, "finish_reason": finish}
+    fields = {"id": name, "object": "chat.completion.chunk", "created": 1, "model": "x"}
+    fields |= {"system_fingerprint": "fp", "choices": [one], "usage": usage(end)}
+    if notes:
+        fields[NOTE] = {"token_ids": list(right.ids[begin:end]), "seed": 7}
+    return _data(fields)
+
+
+@lru_cache(_KEPT)
+def _usage_chunk(name: str, tokens: int) -> bytes:
+    fields = {"id": name, "object": "chat.completion.chunk", "created": 1, "model": "x"}
+    return _data({**fields, "choices": [], "usage": usage(tokens)})

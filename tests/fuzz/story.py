@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tests.fuzz.replicas import MemoryUpstream
-from tests.fuzz.schedule import Ask, Schedule
+from tests.fuzz.schedule import TENANTS, Ask, Schedule
 
 from cloudlm.core.tenant import LedgerRow
+from cloudlm.security.keys import tenant_mark
 
 MODEL = "tiny"
 PEPPER = b"p" * 32
+MARKS = {tenant: tenant_mark(tenant, PEPPER) for tenant in TENANTS}
+"""By what replicas tell tenants apart."""
 LONGEST_S = 120.0
 """No request may take longer, whatever happens."""
 CANCEL_WITHIN_S = 0.25

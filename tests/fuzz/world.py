@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import random
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from tests.fuzz.story import (
     HEARTBEAT_S,
     IDLE_TIMEOUT_S,
     LONGEST_S,
+    MARKS,
     MODEL,
     PEPPER,
     PROBES,
@@ -38,12 +40,23 @@ from tests.fuzz.story import (
 from cloudlm.core.access import Limits, Tenant
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.routing import Policy, Routing
-from cloudlm.core.settings import GatewaySettings
+from cloudlm.core.settings import ExternalSettings, GatewaySettings
 from cloudlm.core.tenant import Role
 from cloudlm.gateway import app as assembly
 from cloudlm.gateway.app import Gateway
-from cloudlm.security.keys import MintedKey, mint, tenant_mark
+from cloudlm.security.keys import MintedKey, mint
+from cloudlm.security.transport import external_context
 from cloudlm.state.memory import MemoryState
+
+_OTHERS = external_context(ExternalSettings())
+"""Towards services that are not ours, which no run asks."""
+
+
+@lru_cache(256)
+def _minted(number: int, tenant: str, limits: Limits) -> MintedKey:
+    """The key of that number, the same in every run."""
+    at = EPOCH_S + number
+    return mint(f"key{number}", Role.USER, PEPPER, at, tenant=tenant, limits=limits)
 
 
 class World:
@@ -68,7 +81,7 @@ class World:
         self._outside: FragileState | None = None
         self._stop = asyncio.Event()
         self._process: asyncio.Task[None] | None = None
-        self._trace = hashlib.blake2b(digest_size=8)
+        self._trace: list[tuple[Any, ...]] = []
         self.revision = 1
         self.steering: Steering | None = None
         if schedule.plane is not None:
@@ -85,8 +98,7 @@ class World:
             faults += [asyncio.create_task(one) for one in asked]
         clients = []
         for ask in self.schedule.asks:
-            mark = tenant_mark(KEYS[ask.key], PEPPER)
-            seen = Seen(ask, mark)
+            seen = Seen(ask, MARKS[KEYS[ask.key]])
             self.story.seen.append(seen)
             clients.append(asyncio.create_task(self.clients.ask(seen)))
         await self._ended([*clients, *faults], LONGEST_S)
@@ -98,7 +110,8 @@ class World:
         for row in self.state._ledger.values():
             self.story.rows.setdefault(row.request_id, []).append(row)
         self.story.took_s = self.loop.time()
-        self.story.trace = self._trace.hexdigest()
+        whole = "".join(map(repr, self._trace)).encode()
+        self.story.trace = hashlib.blake2b(whole, digest_size=8).hexdigest()
 
     async def _ended(self, tasks: list[asyncio.Task[Any]], within_s: float) -> None:
         if not tasks:
@@ -122,9 +135,7 @@ class World:
                 concurrent_streams=schedule.concurrent[number],
                 spend_per_month=spend,
             )
-            minted = mint(
-                f"key{number}", Role.USER, PEPPER, EPOCH_S + number, tenant=tenant, limits=limits
-            )
+            minted = _minted(number, tenant, limits)
             self.keys.append(minted)
             await self.state.put_key(minted.record)
         if self.steering is not None:
@@ -157,7 +168,7 @@ class World:
 
     def tell(self, *what: Any) -> None:
         """One line of the trace."""
-        self._trace.update(repr((round(self.loop.time(), 6), *what)).encode())
+        self._trace.append((round(self.loop.time(), 6), *what))
 
     # The gateway's process ------------------------------------------------------------------------
 
@@ -176,7 +187,10 @@ class World:
             prices="*=0/0/100",
         )
         self._outside = FragileState(self.state, self.weather)
-        with mock.patch.object(assembly, "Upstream", lambda **_: self.upstream):
+        with (
+            mock.patch.object(assembly, "Upstream", lambda **_: self.upstream),
+            mock.patch.object(assembly, "external_context", lambda _: _OTHERS),
+        ):
             gateway = Gateway(
                 settings,
                 self._outside,  # type: ignore[arg-type]
@@ -323,7 +337,7 @@ class World:
         probes = []
         for number in range(PROBES):
             ask = Ask(10_000 + number, 0.1 * number, 0, 500 + number, True, True, 8, None, 0, None)
-            seen = Seen(ask, tenant_mark(KEYS[0], PEPPER))
+            seen = Seen(ask, MARKS[KEYS[0]])
             self.story.probes.append(seen)
             probes.append(asyncio.create_task(self.clients.ask(seen)))
         await self._ended(probes, LONGEST_S)
