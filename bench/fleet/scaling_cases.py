@@ -127,7 +127,7 @@ def _spike(at: float) -> float:
 def policies() -> tuple[Policy, ...]:
     """Each family at several targets, their usual ones among them; ``tokens`` is ours as it is."""
     found = [Policy("tokens", SPEC, "tokens")]
-    for share in (0.005, 0.04, 0.35):
+    for share in (0.04, 0.12, 0.4):
         spec = replace(SPEC, scaling=Scaling(late_share=share))
         found.append(Policy(f"tokens {100 * share:g} %", spec, "tokens"))
     for algorithm, shares in (

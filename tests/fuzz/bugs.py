@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from msgspec.structs import replace
 from tests.fuzz.bugs_control import CONTROL_BUGS
 from tests.fuzz.planting import Bug, both, instead, nothing
 from tests.fuzz.run import Verdict, judge

@@ -14,6 +14,7 @@ from cloudlm.control.autoscale.facts import Forecast, Stay, TotalDemand
 from cloudlm.control.autoscale.forecast import errors_of, observed
 from cloudlm.control.autoscale.staffing import late_share, needed
 from cloudlm.control.autoscale.stay import answer_s, stayed
+from cloudlm.control.autoscale.windows import stabilised
 from cloudlm.core.deployment import Demand, DeploymentSpec
 from cloudlm.core.pace import Pace
 from cloudlm.core.scaling import Scaling
@@ -53,6 +54,13 @@ def demand(rate, prompt=1000.0, answer=200.0, queued=0, at=0.0):
     ]
 
 
+def work(rate, replicas, prompt=1000.0, answer=200.0):
+    """The load that arrives when one has a replica for itself: of the stay measured, what remains
+    when the share of the replicas' time that prompts have is taken off."""
+    prompts = rate * prompt * PROMPT_S / replicas
+    return rate * (prompt * PROMPT_S + answer * TOKEN_S) / (1.0 + prompts)
+
+
 def follow(reports, current=1, memory=None, start=0.0, spec=SPEC, fleet=None):
     memory, found = memory or ScaleMemory(pace=measured()), []
     for number, report in enumerate(reports):
@@ -71,14 +79,43 @@ def test_long_prompts_need_replicas_before_they_are_answered():
 
 
 def test_the_load_is_the_work_by_littles_law():
-    _, memory = follow([demand(4.0)] * 120)
-    assert memory.forecast.load == pytest.approx(4.0 * (0.1 + 6.0), rel=0.02)
+    _, memory = follow([demand(4.0)] * 120, current=4, fleet=Fleet(4))
+    assert memory.forecast.load == pytest.approx(work(4.0, 4), rel=0.02)
+
+
+def test_the_work_is_the_same_however_many_replicas_it_was_measured_at():
+    """With few replicas prompts take more of each one's time, and everything lasts longer."""
+    wanted = []
+    for replicas in (10, 20):
+        prompts_s, answers_s = 4.0, 32.0  # of work in a second
+        free = 1.0 - prompts_s / replicas
+        stay_s = (prompts_s + answers_s) / free / 4.0
+        report = Demand(
+            "bank",
+            "g1",
+            round(4.0 * stay_s),
+            0,
+            4.0,
+            0.0,
+            prompt_tokens_per_s=4.0 * 10_000.0,
+            finished_per_s=4.0,
+            output_tokens_per_s=4.0 * 200.0,
+            computed_tokens_per_s=4.0 * 10_000.0,
+            ttft_s=1.0 / free,
+            tpot_s=0.04 / free,
+        )
+        seen = Fleet(replicas)
+        found, memory = follow([[report]] * 600, replicas, ScaleMemory(), fleet=seen)
+        assert memory.forecast.load == pytest.approx(prompts_s + answers_s, rel=0.03)
+        wanted.append(found[-1])
+    assert wanted[0] == wanted[1]
 
 
 def test_a_queue_is_not_taken_for_load():
-    calm, _ = follow([demand(4.0)] * 120)
-    waiting, memory = follow([demand(4.0)] * 119 + [demand(4.0, queued=20)])
-    assert memory.forecast.load == pytest.approx(24.4, rel=0.02)
+    four = Fleet(4)
+    calm, _ = follow([demand(4.0)] * 120, 4, fleet=four)
+    waiting, memory = follow([demand(4.0)] * 119 + [demand(4.0, queued=20)], 4, fleet=four)
+    assert memory.forecast.load == pytest.approx(work(4.0, 4), rel=0.02)
     assert waiting[-1] <= calm[-1] + math.ceil(20 * 6.1 / 30 / 8)
 
 
@@ -92,13 +129,47 @@ def test_what_starts_already_is_subtracted_from_the_backlog():
 
 
 def test_a_replica_goes_after_some_starts_in_which_it_was_not_needed():
+    small = replace(SPEC, target_ongoing_requests=2.0)
     for start_s, kept_s in ((30.0, 240.0), (120.0, 360.0)):  # eight starts; three of long ones
         memory = ScaleMemory(pace=measured(start_s))
-        up, memory = follow([demand(8.0)] * 4000, memory=memory)
-        down, _ = follow([demand(1.0)] * 2400, up[-1], memory, 4000.0)
+        up, memory = follow([demand(8.0)] * 2400, memory=memory, spec=small)
+        # Less, but no less than by chance.
+        down, _ = follow([demand(7.3)] * 2000, up[-1], memory, 2400.0, small)
         first = next(second for second, one in enumerate(down) if one < up[-1])
         assert kept_s <= first <= kept_s + 2 * start_s
         assert down[-1] < up[-1]
+
+
+def test_a_fall_beyond_chance_ends_what_was_recommended_before():
+    memory = ScaleMemory(pace=measured())
+    up, memory = follow([demand(8.0)] * 4000, memory=memory)
+    down, _ = follow([demand(1.0)] * 120, up[-1], memory, 4000.0)
+    fewer = next(second for second, one in enumerate(down) if one < up[-1])
+    assert fewer <= 60  # not after the 240 s for which chance would keep them
+    assert down[-1] * 8 >= work(1.0, 1)
+    asked = replace(SPEC, scaling=Scaling(down_window_s=100.0))
+    down, _ = follow([demand(1.0)] * 120, up[-1], memory, 4000.0, asked)
+    assert next(second for second, one in enumerate(down) if one < up[-1]) >= 99
+
+
+def test_replicas_asked_for_out_of_seconds_are_not_kept_for_minutes():
+    """A forecast made out of little stands for no longer than what it was made of."""
+    history = ()
+    _, history = stabilised(history, 20, 8, 100.0, 0.0, 240.0, 30.0)
+    kept, history = stabilised(history, 9, 20, 129.0, 0.0, 240.0, 30.0)
+    assert kept == 20
+    gone, _ = stabilised(history, 9, 20, 131.0, 0.0, 240.0)
+    assert gone == 9
+
+
+def test_what_waits_when_new_replicas_come_is_reckoned_with_before_it_waits():
+    """More comes than replicas serve: a queue will be there when others are ready."""
+    _, memory = follow([demand(4.0)] * 600, 4, fleet=Fleet(4))
+    jump = [demand(16.0)] * 20
+    few, _ = follow(jump, 4, memory, 600.0, fleet=Fleet(4))
+    enough, _ = follow(jump, 20, memory, 600.0, fleet=Fleet(20))
+    assert few[-1] * 8 > work(16.0, few[-1]) + 20
+    assert few[-1] > enough[-1]
 
 
 def test_on_a_slope_the_line_counts_and_on_the_level_the_long_averages():
@@ -211,6 +282,14 @@ def test_needed_is_enough_and_not_more(load, slots, request_s, wait_s, share, er
         assert late_share(load, (found - 1) * slots, request_s, wait_s, errors) > share
 
 
+@given(st.floats(1, 300), st.floats(1, 64), st.floats(0, 1), ERRORS)
+def test_prompts_that_share_replicas_need_no_fewer_of_them(load, slots, prompts, errors):
+    alone = needed(load, slots, 6.0, 1.0, 2000, 0.15, errors)
+    shared = needed(load, slots, 6.0, 1.0, 2000, 0.15, errors, prompts)
+    assert shared >= alone
+    assert late_share(load, shared * slots, 6.0, 1.0, errors, prompts * slots) <= 0.15
+
+
 @given(st.floats(1, 300), st.floats(0.1, 60), ERRORS, st.floats(0, 3))
 def test_more_servers_and_smaller_errors_make_no_more_late(load, request_s, errors, more):
     shares = [late_share(load, servers, request_s, 1.0, errors) for servers in (8, 64, 400)]
@@ -244,6 +323,14 @@ def test_what_is_foretold_out_of_little_is_no_record_of_later_forecasts():
     assert max(error for _, error, _ in memory.misses) < 1.0
 
 
+def test_bursts_that_are_usual_are_no_jumps():
+    usual = Forecast()
+    for second in range(1800):  # all requests of 15 s come in one
+        usual = observed(usual, 600.0 if second % 15 == 0 else 0.0, 5.0, 6.0, 30.0, float(second))
+        if second > 900:
+            assert usual.known_s > 600.0
+
+
 def test_a_jump_is_followed_within_seconds_where_the_load_was_steady():
     memory = Forecast()
     for second in range(900):
@@ -260,7 +347,7 @@ def test_the_length_of_answers_is_known_before_the_long_ones_end():
     for second in range(10):
         ended = 2.0 if second else 0.0
         inside += 4.0 - ended
-        stay = stayed(stay, TotalDemand(ongoing=inside, finished_per_s=ended), Pace())
+        stay = stayed(stay, TotalDemand(ongoing=inside, finished_per_s=ended), Pace(), 1)
     assert 5.0 < answer_s(stay, pace, 8.0) < 15.0  # those that ended say 1 s
 
 
@@ -268,7 +355,7 @@ def test_the_length_of_answers_is_known_before_the_long_ones_end():
 def test_requests_that_hang_do_not_make_answers_endless(reports):
     pace, stay = measured(), Stay()
     for ongoing, ended in reports:
-        stay = stayed(stay, TotalDemand(ongoing=ongoing, finished_per_s=ended), pace)
+        stay = stayed(stay, TotalDemand(ongoing=ongoing, finished_per_s=ended), pace, 1)
     assert 0.0 <= answer_s(stay, pace, 8.0) <= 4.0 * 200.0 * TOKEN_S * 1.001
 
 

@@ -71,8 +71,10 @@ class Forecast:
     """What the forecaster remembers; see ``forecast``. Loads are in requests at once.
 
     ``levels`` are the averages of late, the short one first, ``known_s`` what they are made of,
-    ``by_work`` whether of work or of mere requests. ``rise`` says how far the load has left them:
-    the score, and the loads since with their number. ``scores`` are the weight and the squared
+    ``by_work`` whether of work or of mere requests. ``rise`` and ``fall`` say how far the load
+    has left them: the score, and the loads since with their number; ``fell``: they began anew below
+    just now. ``swings`` are the squares of what observations differ by from the mix, in loads, and
+    their number. ``scores`` are the weight and the squared
     error of each level and of their line, ``pending`` forecasts not yet due: when, each, and the
     mix. ``misses`` are late errors of the mix: when, how much more there was, and its weight;
     ``errors`` is what they make of the forecast ``load``. Errors are in square roots of the load.
@@ -88,6 +90,9 @@ class Forecast:
     occupancy: float = 0.0
     levels: tuple[float, ...] = ()
     rise: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    fall: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    fell: bool = False
+    swings: tuple[float, float] = (0.0, 0.0)
     scores: tuple[tuple[float, float], ...] = ()
     pending: tuple[tuple[float, tuple[float, ...], float], ...] = ()
     misses: tuple[tuple[float, float, float], ...] = ()
@@ -97,10 +102,15 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """How long answers take: the seconds that all spent on them, and how many ended; both fade."""
+    """How long answers take: the seconds that all spent on them, and how many ended;
+    beside it how many came, with the tokens of their prompts, and the seconds of the replicas that
+    answered. All fade."""
 
     busy_s: float = 0.0
     ended: float = 0.0
+    arrived: float = 0.0
+    prompt_tokens: float = 0.0
+    replicas_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,18 @@ at once stand for it.
 *Staffing.* The fewest replicas with which at most a small share of requests is foreseen to wait
 longer than the time to the first token that is asked for: ``staffing``.
 
-*Backlog.* What waits is worked off within one start, by what is free of replicas that answer and of
-those that are starting; only the rest asks for more.
+*Crowding.* Prompts and answers share a replica's steps: what was measured at the replicas there
+were is turned into work alone (``stay.crowded``), and the load that it makes is reckoned anew for
+every number of replicas (``staffing``). Else many replicas, where stays are short, make few seem
+enough.
+
+*Backlog.* What will wait in one start, after all that replicas which answer or start can do until
+then, is worked off within one start.
 
 *Going down.* A replica that goes and is asked for again costs a start: it goes only when it was not
 needed for some starts' length (ski rental; Gandhi, Harchol-Balter, Raghunathan and Kozuch,
-*AutoScale*, ACM TOCS 2012).
+*AutoScale*, ACM TOCS 2012). A recommendation stands for no longer than what its forecast was made
+of, a start at least, and a fall of the load beyond chance ends those before it.
 """
 
 from __future__ import annotations
@@ -25,18 +31,24 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from cloudlm.control.autoscale.facts import Fleet, Forecast, ScaleMemory, TotalDemand
+from cloudlm.control.autoscale.facts import (
+    Fleet,
+    Forecast,
+    Recommendation,
+    ScaleMemory,
+    TotalDemand,
+)
 from cloudlm.control.autoscale.forecast import observed
 from cloudlm.control.autoscale.staffing import needed
-from cloudlm.control.autoscale.stay import answer_s, stayed
+from cloudlm.control.autoscale.stay import answer_s, crowded, stayed, usual_prompt
 from cloudlm.control.autoscale.windows import stabilised
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.pace import Pace
 
 UNKNOWN_START_S = 60.0
-LATE_SHARE = 0.15
+LATE_SHARE = 0.25
 """Of requests, as foreseen one start ahead. Whole replicas that are kept for a while, and errors
-that are counted twice (``staffing``), leave about a tenth of it."""
+that are counted twice (``staffing``), leave some twentieth of it."""
 WAIT_S = 1.0
 STARTS_KEPT, LONG_STARTS_KEPT = 8.0, 3.0
 LEAST_DOWN_WINDOW_S, LONG_DOWN_WINDOW_S = 60.0, 300.0
@@ -57,21 +69,43 @@ def by_tokens(
     pace, slots = memory.pace, spec.target_ongoing_requests
     start_s = pace.start_s or UNKNOWN_START_S
     each_s = answer_s(memory.stay, pace, slots) if pace.known else 0.0
-    request_s = _mean_prompt(signals) * pace.prompt_token_s + each_s if pace.known else WAIT_S
-    load = _load(signals, pace, each_s)
+    request_s = usual_prompt(memory.stay) * pace.prompt_token_s + each_s if pace.known else WAIT_S
+    crowd, prompts = crowded(memory.stay, pace, each_s) if pace.known else (0.0, 0.0)
+    alone = 1.0 - crowd
+    load, alone_s = _load(signals, pace, each_s) * alone, request_s * alone
     # Requests at once are no work: what was foreseen of them says little of it.
     before = memory.forecast if memory.forecast.by_work == pace.known else Forecast()
-    ahead = observed(before, load, signals.requests_per_s, request_s, start_s, now)
+    ahead = observed(before, load, signals.requests_per_s, alone_s, start_s, now)
     ahead = replace(ahead, by_work=pace.known)
-    backlog = _backlog(signals, fleet, current, slots, request_s, start_s, ahead.load, pace.known)
-    wanted = _staffed(spec, ahead, backlog, request_s, max(spec.max_replicas, current))
+    foreseen = ahead.load / alone
+    backlog = _backlog(signals, fleet, current, slots, request_s, start_s, foreseen, pace.known)
+    backlog *= alone
+    most = max(spec.max_replicas, current)
+    wanted = _staffed(spec, ahead, backlog, alone_s, prompts, most)
     wanted, late = _in_time(spec, fleet, current, memory, wanted)
-    down_s = _kept_s(spec, start_s)
-    steady, history = stabilised(
-        memory.recommendations, wanted, current, now, spec.scaling.up_window_s, down_s
-    )
+    steady, history = _held(spec, ahead, wanted, current, memory, start_s, now)
     why = f"tokens: {_said(signals, ahead, backlog, start_s)}, {slots:g} at each replica{late}"
     return steady, replace(memory, forecast=ahead, recommendations=history, why=why)
+
+
+def _held(
+    spec: DeploymentSpec,
+    ahead: Forecast,
+    wanted: int,
+    current: int,
+    memory: ScaleMemory,
+    start_s: float,
+    now: float,
+) -> tuple[int, tuple[Recommendation, ...]]:
+    """``wanted``, held back by what was recommended of late, and the history with it. A time that
+    the user set holds without exception."""
+    down_s, stands_s = _kept_s(spec, start_s), math.inf
+    earlier = memory.recommendations
+    if spec.scaling.down_window_s is None:
+        stands_s = max(ahead.known_s, start_s)
+        if ahead.fell:  # what was recommended before is of another traffic
+            earlier = (Recommendation(now, wanted),)
+    return stabilised(earlier, wanted, current, now, spec.scaling.up_window_s, down_s, stands_s)
 
 
 def _kept_s(spec: DeploymentSpec, start_s: float) -> float:
@@ -93,7 +127,12 @@ def _said(signals: TotalDemand, ahead: Forecast, backlog: float, start_s: float)
 
 
 def _staffed(
-    spec: DeploymentSpec, ahead: Forecast, backlog: float, request_s: float, most: int
+    spec: DeploymentSpec,
+    ahead: Forecast,
+    backlog: float,
+    request_s: float,
+    prompts: float,
+    most: int,
 ) -> int:
     """Replicas for what is foreseen, and for what waits: of nothing nothing can be more."""
     load, slots, scaling = ahead.load + backlog, spec.target_ongoing_requests, spec.scaling
@@ -103,7 +142,7 @@ def _staffed(
         return min(math.ceil(load / slots - 1e-9), most)
     wait_s = scaling.target_ttft_ms / 1000.0 or WAIT_S
     share = scaling.late_share or LATE_SHARE
-    return needed(load, slots, request_s, wait_s, most, share, ahead.errors)
+    return needed(load, slots, request_s, wait_s, most, share, ahead.errors, prompts)
 
 
 def _load(signals: TotalDemand, pace: Pace, each_s: float) -> float:
@@ -112,12 +151,6 @@ def _load(signals: TotalDemand, pace: Pace, each_s: float) -> float:
         return signals.ongoing
     prompts = signals.prompt_tokens_per_s * pace.prompt_token_s
     return prompts + signals.requests_per_s * each_s
-
-
-def _mean_prompt(signals: TotalDemand) -> float:
-    if signals.requests_per_s > 0:
-        return signals.prompt_tokens_per_s / signals.requests_per_s
-    return signals.waiting_prompt_tokens / signals.queued if signals.queued else 0.0
 
 
 def _backlog(
@@ -130,17 +163,16 @@ def _backlog(
     load: float,
     known: bool,
 ) -> float:
-    """What must be served beside ``load`` for one start's length to work off the queue, as requests
-    at once; what is free of replicas that answer or start is subtracted."""
-    if not known or signals.queued <= 0:
+    """What must be served beside ``load`` for one start's length to work off what will wait by then
+    of those who wait and those who come, as requests at once."""
+    if not known:
         return 0.0
     horizon_s = max(start_s, request_s)
     waiting_s = signals.queued * request_s
     served_s = fleet.answering(current) * slots * horizon_s
     for age_s in fleet.starting_s:
         served_s += slots * max(0.0, horizon_s - max(start_s - age_s, 0.0))
-    free_s = max(served_s - load * horizon_s, 0.0)
-    return max(waiting_s - free_s, 0.0) / horizon_s
+    return max(waiting_s + load * horizon_s - served_s, 0.0) / horizon_s
 
 
 def _learned(
@@ -151,7 +183,7 @@ def _learned(
     ready = fleet.answering(current)
     fresh = signals.measured_at > memory.measured_at
     if fresh:
-        memory = replace(memory, stay=stayed(memory.stay, signals, memory.pace))
+        memory = replace(memory, stay=stayed(memory.stay, signals, memory.pace, ready))
     if not fresh or not signals.finished_per_s or not signals.tpot_s or ready <= 0:
         return replace(memory, measured_at=max(signals.measured_at, memory.measured_at))
     ongoing = max(signals.ongoing - signals.queued, 0.0) / ready

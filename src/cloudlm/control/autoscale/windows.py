@@ -37,8 +37,10 @@ def stabilised(
     now: float,
     up_s: float,
     down_s: float,
+    stands_s: float = math.inf,
 ) -> tuple[int, tuple[Recommendation, ...]]:
-    """``wanted`` held back by what was recommended of late, and the history with it.
+    """``wanted`` held back by what was recommended of late, and the history with it. On the way
+    down this one counts for no longer than ``stands_s``.
 
     Down only to the highest of the last ``down_s``, up only to the lowest of the last ``up_s``
     (Kubernetes, ``horizontal.go``, stabilizeRecommendationWithBehaviors). Without history what runs
@@ -52,14 +54,15 @@ def stabilised(
     else:
         highs = [one.replicas for one in kept if now - one.at <= down_s]
         answer = min(current, max([wanted, *highs]))
-    return answer, _compact([*kept, Recommendation(now, wanted)], compact=up_s <= 0)
+    spent_s = max(down_s - stands_s, 0.0) if up_s <= 0 else 0.0
+    return answer, _compact([*kept, Recommendation(now - spent_s, wanted)], compact=up_s <= 0)
 
 
 def _compact(recent: Sequence[Recommendation], *, compact: bool) -> tuple[Recommendation, ...]:
-    """Of entries that can only be a maximum, keep those higher than all after them."""
+    """Of entries that can only be a maximum, keep those higher than all that outlast them."""
     kept: list[Recommendation] = []
     for one in recent:
-        while compact and kept and kept[-1].replicas <= one.replicas:
+        while compact and kept and kept[-1].replicas <= one.replicas and kept[-1].at <= one.at:
             kept.pop()
         kept.append(one)
     return tuple(kept)
