@@ -42,6 +42,7 @@ from cloudlm.core.settings import ControlSettings
 from cloudlm.drivers.base import Ability
 from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
+from cloudlm.state.news import News
 from cloudlm.telemetry.logs import get_logger
 
 NO_HOMES: Mapping[str, str] = {}
@@ -63,6 +64,7 @@ class Reconciler:
         turner: Turner,
         credentials: Credentials | None = None,
         memory: MemoryBudget | None = None,
+        news: News | None = None,
     ) -> None:
         self._state = state
         self._drivers = drivers
@@ -74,7 +76,7 @@ class Reconciler:
         self._drains = Drains(settings.drain_timeout_s)
         self._naps = Naps(turner)
         self._releases = Releases(state, clock, credentials)
-        self._scaler = Scaler(state, clock)
+        self._scaler = Scaler(state, clock, news)
         self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
         self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
