@@ -132,6 +132,7 @@ async def running(
                 credentials,
                 memory,
                 news,
+                prober,
             )
 
         observer = Observer(drivers, prober, clock, settings.control.stall_timeout_s)

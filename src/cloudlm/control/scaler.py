@@ -132,10 +132,16 @@ class Scaler:
                 _log.warning("pace_not_written", extra={"fields": fields})
                 return
 
-    async def pause(self, interval_s: float) -> None:
-        """Wait for the next pass: less while requests wait for a first replica, and no longer than
-        until somebody asks for a deployment that has none."""
-        if self._hurried:
+    @property
+    def hurried(self) -> frozenset[str]:
+        """The deployments for whose first replica requests wait."""
+        return frozenset(self._hurried)
+
+    async def pause(self, interval_s: float, *, hurry: bool = True) -> None:
+        """Wait for the next pass: less while requests wait for a first replica, unless its becoming
+        ready is told of anyhow (``hurry`` False), and no longer than until somebody asks for a
+        deployment that has none."""
+        if self._hurried and hurry:
             await self._clock.sleep(min(interval_s, HURRY_S))
             return
         until = self._clock.monotonic() + interval_s
