@@ -28,7 +28,7 @@ LONGEST_PAUSE_S = 1.0
 """How long to wait at most for news before who waits and who was let go is looked at again."""
 DOUBLE_EVERY_S = 5.0
 """How often a replica that was just started is sent twice as many at once, while requests wait."""
-GATHER_S = 0.02
+GATHER_S = 0.005
 """How long the first report of a herd waits for the rest of it."""
 
 _log = get_logger(__name__)
