@@ -3,7 +3,7 @@ and with a control that can be killed after any write."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.rollout import Kind, Step, Strategy

@@ -7,8 +7,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Sequence
 
-from rich.cells import cell_len
-
 LONG_WORD = 16
 """Characters: no word as short as this is ever folded."""
 
@@ -22,6 +20,9 @@ def unbroken(text: str) -> str:
 
 
 def width_of(cells: Sequence[str]) -> int:
+    """The columns that the widest takes on a terminal."""
+    from rich.cells import cell_len
+
     return max(cell_len(cell) for cell in cells)
 
 
@@ -63,7 +64,7 @@ def _levelled(least: list[int], wished: list[int], room: int) -> list[int]:
 
 
 def _longest_word(cells: Sequence[str]) -> int:
-    return max(1, *(cell_len(word) for cell in cells for word in cell.split(" ")))
+    return max(1, width_of([word for cell in cells for word in cell.split(" ")]))
 
 
 def folded(cell: str, width: int) -> str:

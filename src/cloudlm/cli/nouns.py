@@ -3,11 +3,14 @@
 To import all of them takes several times as long as ``cloudlm status`` itself: so the names and
 summaries that ``--help`` shows stand here (a test compares them with the commands' own), and
 nothing of a command's module is read before somebody types its name. Must not import one.
+
+Options that were not given are not read either: typer imports pydantic for the first value that it
+reads, be it none, which takes a quarter of ``cloudlm status``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
@@ -97,6 +100,10 @@ class Root(TyperGroup):
         self._nouns = Commands(NOUNS)
         self.commands = cast(MutableMapping[str, Any], self._nouns)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options of ``cloudlm`` itself."""
+        return _spared(super().get_params(ctx))
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of a name; None where there is none."""
         return self._nouns.get(cmd_name)
@@ -115,4 +122,41 @@ def _command(noun: Noun) -> Any:
         holder.add_typer(found, name=noun.name)
     else:
         holder.command(noun.name)(found)
-    return typer.main.get_group(holder).commands[noun.name]
+    made = typer.main.get_group(holder).commands[noun.name]
+    for command in _with_all_below(made):
+        command.get_params = _sparing(command.get_params)
+    return made
+
+
+def _with_all_below(command: Any) -> Iterable[Any]:
+    yield command
+    for one in getattr(command, "commands", {}).values():
+        yield from _with_all_below(one)
+
+
+def _sparing(get_params: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    return lambda ctx: _spared(get_params(ctx))
+
+
+def _spared(parameters: list[Any]) -> list[Any]:
+    """Have a command read only what it was given: none is none without reading, unless it is
+    missed or means an empty list."""
+    for one in parameters:
+        plain = not (one.required or one.multiple or one.nargs != 1)
+        if plain and not isinstance(one.process_value, _Spared):
+            one.process_value = _Spared(one)
+    return parameters
+
+
+class _Spared:
+    """Processes the values of one parameter."""
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+        self._usual = parameter.process_value
+
+    def __call__(self, ctx: Any, value: Any) -> Any:
+        if value is not None:
+            return self._usual(ctx, value)
+        callback = self._parameter.callback
+        return None if callback is None else callback(ctx, self._parameter, None)

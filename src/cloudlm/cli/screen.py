@@ -2,35 +2,27 @@
 
 Results go to standard output, talk to standard error. Bars appear only on a terminal. Every
 command that prints data prints it as JSON when asked. Texts come from anywhere (a log, a model, a
-server), so none is read as markup and none may steer the terminal.
+server), so none is read as markup and none may steer the terminal. What draws on terminals is
+imported where something is drawn: scripts that ask many times need none of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from cloudlm.cli.folding import UNBROKEN, folded, width_of, widths_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 BytesProgress = Callable[[int, int, str], None]
 
@@ -40,8 +32,44 @@ _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u20
 _GAP = 2
 _NEVER_FOLDED = frozenset({"NAME", "ID"})
 
-out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-talk = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+# With one of them rich takes for a terminal what is none, or the other way round.
+_OF_TERMINALS = ("FORCE_COLOR", "TTY_COMPATIBLE")
+
+
+class Screen:
+    """One of the two outputs: a console of rich, which is made when it is first needed."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self._stderr = stderr
+
+    @cached_property
+    def console(self) -> Console:
+        from rich.console import Console
+
+        plain = {"highlight": False, "markup": False, "emoji": False}
+        return Console(stderr=self._stderr, soft_wrap=True, **plain)  # type: ignore[arg-type]
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody sees it at once."""
+        file = sys.stderr if self._stderr else sys.stdout
+        plain = not any(name in os.environ for name in _OF_TERMINALS) and not file.isatty()
+        if plain and "console" not in self.__dict__:
+            return False
+        return self.console.is_terminal
+
+    @property
+    def width(self) -> int:
+        """Characters in a line."""
+        return self.console.width
+
+    def print(self, *parts: Any, **options: Any) -> None:
+        """As rich's consoles print."""
+        self.console.print(*parts, **options)
+
+
+out = Screen()
+talk = Screen(stderr=True)
 
 
 def print_json(value: Any) -> None:
@@ -66,7 +94,7 @@ def print_folded(text: str) -> None:
     """Lines on standard output; a terminal shows those too long for it folded between words."""
     for line in text.splitlines():
         pieces = [line]
-        if out.is_terminal and cell_len(line) > out.width:
+        if out.is_terminal and width_of([line]) > out.width:
             pieces = textwrap.wrap(
                 line,
                 out.width,
@@ -79,6 +107,8 @@ def print_folded(text: str) -> None:
 
 def print_marked(mark: str, style: str, rest: str, end: str = "\n") -> None:
     """A line on standard output that begins with a mark, coloured on a terminal."""
+    from rich.text import Text
+
     out.print(Text.assemble((mark, style), rest), end=end)
 
 
@@ -106,6 +136,9 @@ def print_table(
     if widths is None:
         _print_blocks(columns, cells)
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(
         box=None,
         show_edge=False,
@@ -167,6 +200,8 @@ def say(text: str) -> None:
 
 def fail(text: str) -> None:
     """A plain error on standard error."""
+    from rich.text import Text
+
     talk.print(Text.assemble(("error:", "bold red"), " ", _harmless(text, keep="\n\t")))
 
 
@@ -184,6 +219,8 @@ def _steers(character: str) -> bool:
 @contextlib.contextmanager
 def bytes_bar(title: str) -> Iterator[BytesProgress]:
     """A bar over bytes done; silent when standard error is not a terminal."""
+    from rich.progress import BarColumn, DownloadColumn
+
     with _bar(title, None, BarColumn(), DownloadColumn()) as (bar, task):
 
         def update(done_bytes: int, total_bytes: int, what: str) -> None:
@@ -200,6 +237,8 @@ def bytes_bar(title: str) -> Iterator[BytesProgress]:
 @contextlib.contextmanager
 def share_bar(title: str) -> Iterator[Callable[[float, str], None]]:
     """A bar from 0 to 1 with a message; silent when standard error is not a terminal."""
+    from rich.progress import BarColumn
+
     with _bar(title, 1.0, BarColumn()) as (bar, task):
 
         def update(share: float, message: str) -> None:
@@ -223,9 +262,12 @@ def spinner(title: str) -> Iterator[Callable[[str], None]]:
 def _bar(
     title: str, total: float | None, *middle: ProgressColumn
 ) -> Iterator[tuple[Progress, TaskID]]:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     words = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), words, *middle, TimeElapsedColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as bar:
+    hidden = not talk.is_terminal
+    with Progress(*columns, console=talk.console, transient=True, disable=hidden) as bar:
         yield bar, bar.add_task(title, total=total)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from cloudlm.cli.connect import control_client
 from cloudlm.cli.options import Json
-from cloudlm.cli.screen import out, print_json, print_table
+from cloudlm.cli.screen import print_json, print_table
 from cloudlm.core.usage import GROUPS, check_groups, csv_of, money, usage_body
 
 
@@ -34,7 +35,7 @@ def show(
     if json_output:
         print_json([usage_body(row) for row in rows])
     elif csv:
-        out.file.write(csv_of(groups, rows))
+        sys.stdout.write(csv_of(groups, rows))
     else:
         columns = ("REQUESTS", "PROMPT", "CACHED", "COMPLETION", "COST")
         table = [

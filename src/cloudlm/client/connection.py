@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -96,7 +97,10 @@ class Connection:
 
     def _verified(self, url: str) -> dict[str, Any]:
         """How a server is known: on this machine, or with ``ca``, by OpenSSL's authorities and
-        ``ca``; else as the HTTP client knows servers."""
+        ``ca``; else as the HTTP client knows servers. Who speaks no TLS needs to know none: to read
+        all authorities takes longer than a request."""
+        if not url.startswith("https:") and _is_local(url):
+            return {"verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)}  # knows no server at all
         if not url.startswith("https:") or not (self.ca or _is_local(url)):
             return {}
         return {"verify": client_context([(self.ca, "CLOUDLM_CA")] if self.ca else [], None)}

@@ -47,7 +47,7 @@ from cloudlm.security.policies import load_policies
 from cloudlm.security.transport import replica_context
 from cloudlm.state.base import State
 from cloudlm.state.home import Home
-from cloudlm.state.open import open_state
+from cloudlm.state.open import open_news, open_state
 from cloudlm.telemetry.logs import get_logger
 
 STOP_TIMEOUT_S = 5
@@ -107,6 +107,7 @@ async def running(
     def importer(source: str, name: str | None, alias: str | None, progress: Progress) -> Manifest:
         return import_address(registry, source, name, alias=alias, progress=progress)
 
+    news = open_news(home.state_url(settings), clock)
     people = open_people(settings.oidc, state, clock)
     policies = load_policies(settings.access.policies)
     jobs = Jobs(state, clock, {"import": import_kind(importer)}, alone=False)
@@ -130,6 +131,8 @@ async def running(
                 turner,
                 credentials,
                 memory,
+                news,
+                prober,
             )
 
         observer = Observer(drivers, prober, clock, settings.control.stall_timeout_s)
@@ -169,6 +172,7 @@ async def running(
                     await task
             await auditor.checkpoint()
             await jobs.close()
+            news.close()
             await leadership.give_back()
             await drivers.close()
 

@@ -142,9 +142,19 @@ class HttpProber:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return UNREACHABLE
 
-    async def _get(self, url: str) -> tuple[int, Any]:
+    async def ready(self, url: str, within_s: float) -> bool:
+        """See ``lookout.Asker``: ``/readyz`` of our own workers waits, others answer at once."""
+        longest = aiohttp.ClientTimeout(total=within_s + self._timeout_s)
+        try:
+            status, _ = await self._get(f"{url}/readyz?wait_s={within_s:g}", longest)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return False
+        return status == 200
+
+    async def _get(self, url: str, longest: aiohttp.ClientTimeout | None = None) -> tuple[int, Any]:
         assert self._session is not None, "use the prober as a context manager"
-        async with self._session.get(url, allow_redirects=False) as answer:
+        timeout = longest or self._session.timeout
+        async with self._session.get(url, allow_redirects=False, timeout=timeout) as answer:
             raw = await answer.content.read(_MAX_ANSWER_BYTES)
             is_json = answer.content_type == "application/json"
             return answer.status, json.loads(raw) if is_json and raw else None

@@ -16,6 +16,7 @@ from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.external import as_external
+from cloudlm.control.lookout import Asker, Lookout
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import Naps, Turner
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
@@ -35,6 +36,7 @@ from cloudlm.core.deployment import (
     DeploymentStatus,
     Endpoint,
     GroupObservation,
+    ReplicaState,
 )
 from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
 from cloudlm.core.model import parse_ref
@@ -42,6 +44,7 @@ from cloudlm.core.settings import ControlSettings
 from cloudlm.drivers.base import Ability
 from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
+from cloudlm.state.news import News
 from cloudlm.telemetry.logs import get_logger
 
 NO_HOMES: Mapping[str, str] = {}
@@ -63,6 +66,8 @@ class Reconciler:
         turner: Turner,
         credentials: Credentials | None = None,
         memory: MemoryBudget | None = None,
+        news: News | None = None,
+        asker: Asker | None = None,
     ) -> None:
         self._state = state
         self._drivers = drivers
@@ -74,7 +79,7 @@ class Reconciler:
         self._drains = Drains(settings.drain_timeout_s)
         self._naps = Naps(turner)
         self._releases = Releases(state, clock, credentials)
-        self._scaler = Scaler(state, clock)
+        self._scaler = Scaler(state, clock, news)
         self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
         self._versions: dict[str, tuple[str, dict[str, str]]] = {}
         self._endpoints: dict[str, tuple[Endpoint, ...]] | None = None
@@ -83,6 +88,7 @@ class Reconciler:
         self._stopped_stalled: dict[str, object] = {}
         self._seen = Seen()
         self._wake = asyncio.Event()
+        self._lookout = None if asker is None else Lookout(asker, clock, self.nudge)
         self.has_looked = False
         """Whether one pass is complete: what an earlier control wrote is corrected."""
 
@@ -109,6 +115,8 @@ class Reconciler:
     async def close(self) -> None:
         """Let go of what is under way; call it after ``run`` was cancelled."""
         await self._naps.close()
+        if self._lookout is not None:
+            await self._lookout.close()
 
     def nudge(self) -> None:
         """Something was asked: the next pass begins at once."""
@@ -155,7 +163,8 @@ class Reconciler:
         await self._scaler.save()
 
     async def _pause(self) -> None:
-        sleeping = asyncio.ensure_future(self._scaler.pause(self._interval_s))
+        pause = self._scaler.pause(self._interval_s, hurry=not self._looks_out())
+        sleeping = asyncio.ensure_future(pause)
         waking = asyncio.ensure_future(self._wake.wait())
         try:
             await asyncio.wait({sleeping, waking}, return_when=asyncio.FIRST_COMPLETED)
@@ -165,6 +174,22 @@ class Reconciler:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
             self._wake.clear()
+
+    def _looks_out(self) -> bool:
+        """Look out for the first replicas that requests wait for; whether all will be told of."""
+        if self._lookout is None:
+            return False
+        starting = {
+            name: [
+                replica.url
+                for group in self._seen.of(name)
+                for replica in group.observation.replicas
+                if replica.url and replica.state in (ReplicaState.STARTING, ReplicaState.READY)
+            ]
+            for name in self._scaler.hurried
+        }
+        self._lookout.mind({url for urls in starting.values() for url in urls})
+        return all(any(map(self._lookout.minds, urls)) for urls in starting.values())
 
     async def _recall(self) -> None:
         """At the first pass: what the control before us has written."""

@@ -18,9 +18,9 @@ from cloudlm.core.deployment import Demand, Deployment, GroupObservation, Replic
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.pace import Pace
 from cloudlm.state.base import State
+from cloudlm.state.news import News, PolledNews
 from cloudlm.telemetry.logs import get_logger
 
-LOOK_S = 0.05
 HURRY_S = 0.1
 SAVE_EVERY_S = 60.0
 DEMAND_FRESH_S = 10.0
@@ -28,11 +28,13 @@ _log = get_logger(__name__)
 
 
 class Scaler:
-    """What is remembered of every deployment; all but the paces is lost with the process."""
+    """What is remembered of every deployment; all but the paces is lost with the process. ``news``
+    tells when somebody may ask for a deployment without a replica."""
 
-    def __init__(self, state: State, clock: Clock) -> None:
+    def __init__(self, state: State, clock: Clock, news: News | None = None) -> None:
         self._state = state
         self._clock = clock
+        self._news = news or PolledNews(clock)
         self._wanted: dict[str, int] = {}
         self._memory: dict[str, ScaleMemory] = {}
         self._why: dict[str, str] = {}
@@ -130,16 +132,25 @@ class Scaler:
                 _log.warning("pace_not_written", extra={"fields": fields})
                 return
 
-    async def pause(self, interval_s: float) -> None:
-        """Wait for the next pass: less while requests wait for a first replica, and no longer than
-        until somebody asks for a deployment that has none."""
-        if self._hurried:
+    @property
+    def hurried(self) -> frozenset[str]:
+        """The deployments for whose first replica requests wait."""
+        return frozenset(self._hurried)
+
+    async def pause(self, interval_s: float, *, hurry: bool = True) -> None:
+        """Wait for the next pass: less while requests wait for a first replica, unless its becoming
+        ready is told of anyhow (``hurry`` False), and no longer than until somebody asks for a
+        deployment that has none."""
+        if self._hurried and hurry:
             await self._clock.sleep(min(interval_s, HURRY_S))
             return
         until = self._clock.monotonic() + interval_s
         while (left_s := until - self._clock.monotonic()) > 0:
-            await self._clock.sleep(min(left_s, LOOK_S) if self._resting else left_s)
-            if self._resting and await self._is_called():
+            if not self._resting:
+                await self._clock.sleep(left_s)
+                continue
+            await self._news.wait(left_s)
+            if await self._is_called():
                 return
 
     def _note(self, deployment: Deployment, *, at_rest: bool, hurried: bool) -> None:

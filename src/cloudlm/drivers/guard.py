@@ -15,7 +15,9 @@ nothing it started outlives it:
 With ``--first-port`` the text ``{port}`` in COMMAND becomes a free port on ``--host``; a command
 that ends because somebody else took the port in between is started again on the next one.
 
-Standard library only: it must start in milliseconds and stay small. One thread, one poll loop.
+Standard library only: it must start in milliseconds and stay small, because whoever asks for a
+model without a replica waits for it. So it reads nothing that it can do without, and what it needs
+only once its command runs (log, state file), it reads then. One thread, one poll loop.
 Exit code: that of the command (128 + signal) without ``--restart``, 0 after a stop, 2 for misuse,
 3 if another guard holds the same state file.
 """
@@ -27,21 +29,23 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import secrets
 import select
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from pathlib import Path
-from typing import Any
 
 from cloudlm.drivers import procfs
 from cloudlm.drivers.ports import PortReservation
 from cloudlm.drivers.ports import port_is_free as port_is_free
-from cloudlm.drivers.rotating import RotatingLog
-from cloudlm.drivers.runfiles import write_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # ``typing`` and ``pathlib`` themselves would take a quarter of the start
+    from pathlib import Path
+    from typing import Any
+
+    from cloudlm.drivers.rotating import RotatingLog
 
 LIFELINE_VARIABLE = "CLOUDLM_LIFELINE_FD"
 ORPHAN_GRACE_S = 1.0
@@ -57,7 +61,7 @@ def backoff_s(failures: int, first_s: float, longest_s: float) -> float:
     return float(min(first_s * 2 ** min(max(failures - 1, 0), 30), longest_s))
 
 
-def lock_file(path: Path) -> int | None:
+def lock_file(path: str | Path) -> int | None:
     """Hold ``path`` exclusively; None if another process does. The lock vanishes with us."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -79,8 +83,8 @@ class Guard:
     def __init__(self, options: argparse.Namespace, lifeline: int) -> None:
         self._options = options
         self._lifeline = lifeline
-        self._log = RotatingLog(options.log, max_bytes=options.log_bytes, files=options.log_files)
-        self._token = secrets.token_hex(16)
+        self._log: RotatingLog | None = None
+        self._token = os.urandom(16).hex()
         self._ports = PortReservation(options.host, options.first_port or 0)
         self._port: int | None = None
         self._port_tries = 0
@@ -118,7 +122,8 @@ class Guard:
                 self._handle(descriptor)
             self._reap()
             self._act_on_deadlines()
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         return self._exit_code
 
     def _handle(self, descriptor: int) -> None:
@@ -285,11 +290,23 @@ class Guard:
             return False
         if not data:
             return False
-        self._log.write(data)
+        self._output_log().write(data)
         *lines, self._partial = (self._partial + data[-4096:]).split(b"\n")
         self._partial = self._partial[-4096:]
         self._tail.extend(line for line in lines if line.strip())
         return True
+
+    def _output_log(self) -> RotatingLog:
+        if self._log is None:
+            from pathlib import Path
+
+            from cloudlm.drivers.rotating import RotatingLog
+
+            given = self._options
+            self._log = RotatingLog(
+                Path(given.log), max_bytes=given.log_bytes, files=given.log_files
+            )
+        return self._log
 
     def _close_output(self) -> None:
         if self._output >= 0:
@@ -298,10 +315,14 @@ class Guard:
             self._output = -1
         if self._partial.strip():
             self._tail.append(self._partial)
-            self._log.write(b"\n")  # the next start begins its own line
+            self._output_log().write(b"\n")  # the next start begins its own line
         self._partial = b""
 
     def _save(self) -> None:
+        from pathlib import Path
+
+        from cloudlm.drivers.runfiles import write_json
+
         guard = procfs.identify(os.getpid())
         body = {
             "format": 1,
@@ -316,7 +337,7 @@ class Guard:
             "message": self._message,
         }
         try:
-            write_json(self._options.state, body)
+            write_json(Path(self._options.state), body)
             self._unsaved = False
         except OSError:  # a full disk: the command goes on, the file follows later
             self._unsaved = True
@@ -331,8 +352,8 @@ def _read(descriptor: int) -> bytes:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cloudlm.drivers.guard")
-    parser.add_argument("--state", type=Path, required=True, help="JSON state file to keep")
-    parser.add_argument("--log", type=Path, required=True, help="log file for the output")
+    parser.add_argument("--state", required=True, help="JSON state file to keep")
+    parser.add_argument("--log", required=True, help="log file for the output")
     parser.add_argument("--restart", action="store_true", help="start the command anew")
     parser.add_argument("--restarts", type=int, default=0, help="restarts counted so far")
     parser.add_argument("--grace-s", type=float, default=10.0, help="SIGTERM to SIGKILL")
@@ -359,7 +380,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError):
         sys.stderr.write(f"guard: {LIFELINE_VARIABLE} does not name an inherited pipe\n")
         return EXIT_MISUSE
-    lock_path = options.state.with_suffix(".lock")
+    lock_path = os.path.splitext(options.state)[0] + ".lock"  # noqa: PTH122 - without pathlib
     try:
         lock = lock_file(lock_path)
     except OSError as error:
@@ -374,7 +395,7 @@ def main(arguments: list[str]) -> int:
         # Under the lock, and the lock last: nobody sees a state file without its guard.
         for path in (options.state, lock_path):
             with contextlib.suppress(OSError):
-                path.unlink()
+                os.unlink(path)  # noqa: PTH108
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from cloudlm.security.credentials import Credentials
 from cloudlm.security.issuer import open_issuer
 from cloudlm.security.policies import load_policies
 from cloudlm.state.home import Home, load_settings, settings_path
-from cloudlm.state.open import open_state
+from cloudlm.state.open import open_news, open_state
 from cloudlm.telemetry.logs import get_logger, setup_logging
 
 _log = get_logger("cloudlm.gateway")
@@ -48,6 +48,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
         channel = await Channel.open(socket.socket(fileno=seat.channel))
     clock = SystemClock()
     state = await open_state(home.state_url(settings))
+    news = open_news(home.state_url(settings), clock)
     try:
         gateway = Gateway(
             wanted,
@@ -61,6 +62,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
             external=settings.external,
             credentials=Credentials(home.credentials, os.environ),
             source=Source(settings_path(), lambda: load_settings()[0].gateway),
+            news=news,
             place=Place(seat.number, channel) if seat is not None and channel is not None else None,
         )
         server = make_server(gateway)
@@ -75,6 +77,7 @@ async def serve(settings: Settings, seat: Seat | None = None) -> None:
         bound.close()
         if channel is not None:
             await channel.close()
+        news.close()
         await state.close()
 
 

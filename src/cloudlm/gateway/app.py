@@ -58,6 +58,7 @@ from cloudlm.security.outside import Outside
 from cloudlm.security.transport import external_context, replica_context
 from cloudlm.state.base import State
 from cloudlm.state.home import Home
+from cloudlm.state.news import News
 from cloudlm.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Gateway:
     ``pepper`` opens key digests, ``worker_token`` opens workers, ``issuer`` knows the tokens of
     people who sign in, ``policies`` hold beside roles, ``place`` is given to one of several
     processes, ``external`` and ``credentials`` say which other services may be asked, and how,
-    ``source`` is where settings that may change come from."""
+    ``source`` is where settings that may change come from, ``news`` tells of writes in the
+    state."""
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class Gateway:
         external: ExternalSettings = ExternalSettings(),
         credentials: Credentials | None = None,
         source: Source | None = None,
+        news: News | None = None,
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
@@ -158,7 +161,7 @@ class Gateway:
         self.demand = DemandReporter(name, state, self.view, self.admission, self.loads, clock)
         self.ledger.on_row.append(self.demand.ended)
         hold_s = settings.hold_timeout_s
-        self.waiting = Waiting(self.view, self.gate, self.demand, clock, hold_s)
+        self.waiting = Waiting(self.view, self.gate, self.demand, clock, hold_s, news)
         self.refusals = Refusals(state, clock)
         weights = read_weights(settings.tenant_weights)
         likeness = None

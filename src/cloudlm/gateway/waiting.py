@@ -2,11 +2,11 @@
 
 They are *held*: they wait at the gate as others do, in order, each until its deadline, so many and
 no more. This module says which models hold, tells control of the first request at once instead of
-in the next second, and looks for the new endpoint more often than usual. When it is there, requests
-go to it as many at once as the deployment wants at a replica, until nobody waits: a replica that
-was just started must not get the whole herd. Where so many come that always somebody waits, it is
-sent twice as many every few seconds, until it is as any other. Must not start anything or choose a
-replica.
+in the next second, and looks for the new endpoint as soon as it can be there. When it is there,
+requests go to it as many at once as the deployment wants at a replica, until nobody waits: a
+replica that was just started must not get the whole herd. Where so many come that always somebody
+waits, it is sent twice as many every few seconds, until it is as any other. Must not start anything
+or choose a replica.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from cloudlm.gateway.capacity import herd_is_over
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.view import ServedModel, Snapshot, View
+from cloudlm.state.news import News, PolledNews
 from cloudlm.telemetry.logs import get_logger
 
-LOOK_EVERY_S = 0.05
+LONGEST_PAUSE_S = 1.0
+"""How long to wait at most for news before who waits and who was let go is looked at again."""
 DOUBLE_EVERY_S = 5.0
 """How often a replica that was just started is sent twice as many at once, while requests wait."""
-GATHER_S = 0.02
+GATHER_S = 0.005
 """How long the first report of a herd waits for the rest of it."""
 
 _log = get_logger(__name__)
@@ -43,17 +45,25 @@ class _Held:
 
 class Waiting:
     """Knows for which models requests are held now. ``timeout_s`` is the longest wait of a held
-    request, seconds."""
+    request, seconds; ``news`` tells when there may be a replica."""
 
     def __init__(
-        self, view: View, gate: Gate, demand: DemandReporter, clock: Clock, timeout_s: float
+        self,
+        view: View,
+        gate: Gate,
+        demand: DemandReporter,
+        clock: Clock,
+        timeout_s: float,
+        news: News | None = None,
     ) -> None:
         self._view = view
         self._gate = gate
         self._demand = demand
         self._clock = clock
+        self._news = news or PolledNews(clock)
         self.timeout_s = timeout_s
         self._models: dict[str, _Held] = {}
+        self._untold: set[str] = set()
         self._called = asyncio.Event()
         view.on_change.append(self._follow)
 
@@ -68,26 +78,40 @@ class Waiting:
             held = self._models[model.name] = _Held(math.ceil(model.target_ongoing_requests))
             self._gate.narrow(model.name, held.at_once)
             _log.info("holding", extra={"fields": {"model": model.name}})
-        self._called.set()
+            self._untold.add(model.name)
+            self._called.set()
 
     async def run(self) -> None:
         """Tell control at once of whoever is held, and look out for replicas, until cancelled."""
-        told: frozenset[str] = frozenset()
         while True:
             if not self._models:
-                told = frozenset()
-                self._called.clear()
                 await self._called.wait()
+            if self._called.is_set():
                 await self._clock.sleep(GATHER_S)
+                self._called.clear()
             try:
-                if not self.models <= told and await self._demand.report():
-                    told = self.models
+                untold = frozenset(self._untold)
+                if untold and await self._demand.report():
+                    self._untold -= untold
                 await self._view.refresh()
                 if self._view.ready:
                     self._let_go(self._view.snapshot().models)
             except Exception:
                 _log.exception("holding_failed")
-            await self._clock.sleep(LOOK_EVERY_S)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Until there may be news, or another model is asked for."""
+        waits = [
+            asyncio.ensure_future(self._news.wait(LONGEST_PAUSE_S)),
+            asyncio.ensure_future(self._called.wait()),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
 
     def _follow(self, view: Snapshot) -> None:
         self._let_go(view.models)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cloudlm.gateway.waiting import GATHER_S, LOOK_EVERY_S
+from cloudlm.gateway.waiting import GATHER_S
 from cloudlm.sim.timeline import Timeline
+from cloudlm.state.news import LOOK_S
 
 
 class Holding:
@@ -38,4 +39,4 @@ class Holding:
         if self._is_over():
             self._holds = False
         else:
-            self._timeline.after(LOOK_EVERY_S, self._again, told)
+            self._timeline.after(LOOK_S, self._again, told)

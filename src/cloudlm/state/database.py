@@ -182,6 +182,15 @@ def _parse(address: str) -> sa.URL:
     return url.set(drivername=drivers[url.drivername])
 
 
+def log_of(address: str) -> Path:
+    """The file that SQLite writes every change into first, while the state is open."""
+    return Path(f"{_file_of(_parse(address))}-wal")
+
+
+def _file_of(url: sa.URL) -> Path:
+    return Path(url.database or "").expanduser().absolute()
+
+
 def _prepare_file(url: sa.URL) -> Path:
     """Make the file, readable by its owner only, if it is not there. Raises StorageFailed."""
     if not url.database or url.database == ":memory:" or url.query or url.host:
@@ -190,7 +199,7 @@ def _prepare_file(url: sa.URL) -> Path:
             "memory:// for a state that is not kept",
             param="state.url",
         )
-    path = Path(url.database).expanduser().absolute()
+    path = _file_of(url)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
     except OSError as error:

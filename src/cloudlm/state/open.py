@@ -5,9 +5,13 @@ SQLAlchemy is imported only when a database is asked for.
 
 from __future__ import annotations
 
+import sys
+
+from cloudlm.core.clock import Clock
 from cloudlm.core.errors import BadSetting
 from cloudlm.state.base import State
 from cloudlm.state.memory import MemoryState
+from cloudlm.state.news import FileNews, News, PolledNews
 
 _EXPECTED = (
     "expected sqlite:////folder/state.db, postgresql+psycopg://user@host/database or memory://"
@@ -34,3 +38,12 @@ async def open_state(url: str, *, busy_timeout_s: float = 5.0) -> State:
     from cloudlm.state.sql import SqlState
 
     return SqlState(await Database.open(url, busy_timeout_s=busy_timeout_s))
+
+
+def open_news(url: str, clock: Clock) -> News:
+    """What tells when to look again into the open state of this address."""
+    if sys.platform != "linux" or not url.startswith("sqlite"):
+        return PolledNews(clock)
+    from cloudlm.state.database import log_of
+
+    return FileNews(log_of(url), clock)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
@@ -48,6 +48,7 @@ class Replica(Generic[S]):
         self._serving: S | None = None
         self._progress = Progress(config.settings.control.stall_timeout_s)
         self._running: set[str] = set()
+        self._loaded = asyncio.Event()  # or it never will be
         self._turning = asyncio.Lock()  # one at a time falls asleep or wakes up
 
     @property
@@ -101,10 +102,19 @@ class Replica(Generic[S]):
         self._serving = serving
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
+        self._loaded.set()
+
+    async def until_loaded(self, longest_s: float) -> None:
+        """Return when the model is loaded or the replica stops, at the latest after so many
+        seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(longest_s):
+                await self._loaded.wait()
 
     def stop_accepting(self) -> None:
         """New requests get 503; running ones go on."""
         self.phase = Phase.STOPPING
+        self._loaded.set()
 
     @contextmanager
     def running(self, request_id: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ what is hard lives in the plain functions that it calls."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -47,6 +48,8 @@ from cloudlm.worker.sharing import share_of
 from cloudlm.worker.stream import EventStream, unless_gone
 
 T = TypeVar("T")
+MAX_WAIT_S = 60.0
+"""How long a probe may wait until the model is loaded."""
 MAX_RESUME_BYTES = 16 << 20
 """What the tokens of an answer may add to a request that is resumed."""
 logger = get_logger(__name__)
@@ -273,8 +276,11 @@ async def livez(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """GET /readyz: 200 when the model is loaded, healthy, and requests are taken."""
+    """GET /readyz: 200 when the model is loaded, healthy, and requests are taken.
+
+    With ``wait_s`` the answer waits for a model that loads, so many seconds at most."""
     replica = minded(request)
+    await replica.until_loaded(_wait_s(request.query_params.get("wait_s", "0")))
     _ = replica.serving  # raises Unavailable with the reason
     verdict = replica.health()
     if verdict.fault is not None or replica.phase is not Phase.READY:
@@ -385,6 +391,18 @@ def _check_named_model(serving: Serving, body: Mapping[str, Any]) -> None:
     if not isinstance(named, str):
         raise InvalidRequest("model must be a text", param="model")
     serving.check_model(named)
+
+
+def _wait_s(text: str) -> float:
+    try:
+        wait_s = float(text)
+    except ValueError:
+        wait_s = math.nan
+    if not 0.0 <= wait_s <= MAX_WAIT_S:
+        raise InvalidRequest(
+            f"wait_s is {text[:40]!r}; expected seconds from 0 to {MAX_WAIT_S:g}", param="wait_s"
+        )
+    return wait_s
 
 
 def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:

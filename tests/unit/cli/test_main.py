@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from cloudlm.cli import main as command
 from cloudlm.cli.main import app, main
-from cloudlm.cli.nouns import NOUNS, Noun
+from cloudlm.cli.nouns import NOUNS, Noun, _sparing
 from cloudlm.core.errors import Conflict
 
 
@@ -158,6 +158,10 @@ _HEAVY = {
 }
 # What a command needs that talks to the control API, and the help of all commands does not.
 _OF_CLIENTS = {"httpx2", "httpcore2", "ssl", "yaml", "rich", "cloudlm.client", "cloudlm.state"}
+_UNASKED = {
+    *("cloudlm.cli.simulate", "cloudlm.cli.models", "cloudlm.cli.up"),
+    *("pydantic", "rich.progress", "rich.table"),  # for values given, and for terminals
+}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ _OF_CLIENTS = {"httpx2", "httpcore2", "ssl", "yaml", "rich", "cloudlm.client", "
         (("--help",), _HEAVY | _OF_CLIENTS | {"cloudlm.core.deployment"}),
         (("--version",), _HEAVY | _OF_CLIENTS | {"cloudlm.core.deployment"}),
         (("keys", "--help"), _HEAVY),
-        (("status",), _HEAVY | {"cloudlm.cli.simulate", "cloudlm.cli.models", "cloudlm.cli.up"}),
+        (("status",), _HEAVY | _UNASKED),
     ],
     ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
 )
@@ -188,3 +192,45 @@ def test_a_name_that_is_nearly_right(cli: Callable[..., Any]) -> None:
     result = cli("statsu")
     assert result.exit_code == 2
     assert "Did you mean 'status'" in result.output
+
+
+def test_what_is_missing_or_wrong_is_told_though_little_is_read(cli: Callable[..., Any]) -> None:
+    missing = cli("scale")
+    assert (missing.exit_code, "Missing argument" in missing.stderr) == (2, True)
+    wrong = cli("keys", "create", "x", "--requests-per-minute", "many")
+    assert (wrong.exit_code, "--requests-per-minute" in wrong.stderr) == (2, True)
+
+
+def _look(value: str | None) -> str:
+    return f"looked at {value}"
+
+
+def test_an_option_that_was_not_given_is_none_or_an_empty_list() -> None:
+    """As typer reads it, and without reading it; who looks at a value sees also that it is none."""
+    found: list[Any] = []
+
+    def given(
+        text: Annotated[str | None, typer.Option()] = None,
+        many: Annotated[list[str] | None, typer.Option()] = None,
+        watched: Annotated[str | None, typer.Option(callback=_look)] = None,
+        number: Annotated[int, typer.Option()] = 3,
+        rest: Annotated[list[str] | None, typer.Argument()] = None,
+    ) -> None:
+        found.append((text, many, watched, number, rest))
+
+    def values(*words: str) -> Any:
+        for spared in (False, True):
+            app = typer.Typer()
+            app.command()(given)
+            made: Any = get_command(app)
+            if spared:
+                made.get_params = _sparing(made.get_params)
+            made(list(words), standalone_mode=False)
+        usual, sparing = found[-2:]
+        assert sparing == usual
+        return sparing
+
+    text, _, watched, number, _ = values()
+    assert (text, watched, number) == (None, "looked at None", 3)
+    every = ("--text", "a", "--many", "b", "--many", "c", "--number", "4", "d")
+    assert values(*every) == ("a", ["b", "c"], "looked at None", 4, ["d"])

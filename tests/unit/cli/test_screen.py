@@ -24,7 +24,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
         console = Console(
             file=text, force_terminal=True, width=40, highlight=False, markup=False, emoji=False
         )
-        monkeypatch.setattr(screen, name, console)
+        monkeypatch.setattr(getattr(screen, name), "console", console)
     return text
 
 

@@ -158,6 +158,7 @@ class Plane:
     looks: ScriptedLooks = field(default_factory=ScriptedLooks)
     imported: list = field(default_factory=list)
     budget_mb: int = 0
+    asker: object = None
 
     def __post_init__(self):
         self.turner = ScriptedTurner(self.prober)
@@ -189,6 +190,7 @@ class Plane:
             self.turner,
             self.credentials,
             self.memory,
+            asker=self.asker,
         )
 
     def _import(self, arguments, report):

@@ -147,3 +147,25 @@ async def test_silence_nonsense_and_closed_ports_are_unreachable(server):
         assert await prober.probe(url) == UNREACHABLE
         answers["silent"].set()
         assert await prober.probe("http://127.0.0.1:1") == UNREACHABLE
+
+
+async def test_readiness_is_waited_for_at_the_replica(server):
+    """The answer comes when the replica is ready, however long that takes: not within the time that
+    a probe may take."""
+    answers, url = server
+    answers["/readyz"] = web.Response()
+    answers["silent"] = asyncio.Event()
+    async with HttpProber(0.05) as prober:
+        asking = asyncio.create_task(prober.ready(url, 60.0))
+        assert not (await prober.probe(url)).reachable  # a probe has given up meanwhile
+        answers["silent"].set()
+        assert await asking
+
+
+@pytest.mark.parametrize("status", [404, 503])
+async def test_who_is_not_ready_says_no(server, status):
+    answers, url = server
+    answers["/readyz"] = web.Response(status=status)
+    async with HttpProber(1.0) as prober:
+        assert not await prober.ready(url, 60.0)
+        assert not await prober.ready("http://127.0.0.1:1", 60.0)

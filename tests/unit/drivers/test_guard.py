@@ -202,3 +202,20 @@ def test_output_survives_an_unwritable_log(guarded, tmp_path, eventually):
     (tmp_path / "logs" / "one.log").symlink_to(Path("/dev/full"))
     _options, guard = guarded(["sh", "-c", "echo lost; exit 5"], restart=False)
     assert guard.wait(timeout=60) == 5
+
+
+def test_a_guard_reads_nothing_that_it_can_do_without(tmp_path):
+    """Who asks for a model without a replica waits until its guard has begun."""
+    source = Path(procfs.__file__).parents[2]
+    code = f"import sys; sys.path.append({str(source)!r}); import cloudlm.drivers.guard as guard"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"{code}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    read = set(done.stdout.split())
+    assert "cloudlm.drivers.procfs" in read
+    slow = {"asyncio", "dataclasses", "inspect", "json", "logging", "pathlib", "secrets", "typing"}
+    assert read & slow == set()

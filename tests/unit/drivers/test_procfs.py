@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from dataclasses import replace
 
 from cloudlm.drivers import procfs
 from cloudlm.drivers.ports import PortReservation, port_is_free
@@ -15,10 +14,10 @@ def test_another_start_time_is_another_process():
     with subprocess.Popen(["sleep", "1000"]) as process:
         found = procfs.identify(process.pid)
         assert procfs.alive(found)
-        stranger = replace(found, start=found.start + 1)
+        stranger = found._replace(start=found.start + 1)
         assert not procfs.alive(stranger)
         assert not procfs.send(stranger, signal.SIGKILL)
-        assert not procfs.send(replace(found, boot="another boot"), signal.SIGKILL)
+        assert not procfs.send(found._replace(boot="another boot"), signal.SIGKILL)
         assert process.poll() is None
         assert procfs.send(found, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +91,34 @@ async def test_probes_while_loading(make_bench: MakeBench) -> None:
     assert (await bench.chat()).status_code == 503
     assert (await bench.client.get("/v1/models")).status_code == 503
     assert "cloudlm_worker_ready 0.0" in (await bench.client.get("/metrics")).text
+
+
+async def test_readiness_can_be_waited_for(make_bench: MakeBench) -> None:
+    bench = make_bench(ready=False)
+    assert (await bench.client.get("/readyz?wait_s=0")).status_code == 503
+    asking = asyncio.create_task(bench.client.get("/readyz?wait_s=60"))
+    await bench.client.get("/livez")
+    assert not asking.done()
+    bench.replica.become_ready(bench.serving)
+    assert (await asking).status_code == 200
+    assert (await bench.client.get("/readyz?wait_s=60")).status_code == 200
+
+
+async def test_who_waits_for_readiness_is_told_of_a_stop(make_bench: MakeBench) -> None:
+    bench = make_bench(ready=False)
+    asking = asyncio.create_task(bench.client.get("/readyz?wait_s=60"))
+    await bench.client.get("/livez")
+    bench.replica.stop_accepting()
+    answer = await asking
+    assert answer.status_code == 503
+    assert "stopping" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("given", ["-1", "61", "nan", "soon", ""])
+async def test_how_long_to_wait_must_be_said_in_seconds(bench: Any, given: str) -> None:
+    answer = await bench.client.get(f"/readyz?wait_s={given}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "wait_s"
 
 
 async def test_health_is_progress(make_bench: MakeBench) -> None:
