@@ -80,7 +80,7 @@ def test_installations_share_what_their_user_compiled(
 _TRY = """
 import sys
 from cloudlm.gateway import compiled
-wanted = ("retry",)
+wanted = ("retry", "sse")
 folder = compiled.build(wanted)
 assert compiled.use(wanted) == folder
 from cloudlm.gateway import retry
@@ -102,7 +102,7 @@ def test_a_module_is_compiled_and_does_the_same(cache: Path) -> None:
         [sys.executable, "-c", _TRY], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["[True,", "True,", "True,", "False]", compiled._name(("retry",))]
+    assert done.stdout.split() == ["[True,", "True,", "True,", "False]", compiled._name(("retry", "sse"))]
 
 
 def test_a_compiler_that_fails_is_told_in_words(
