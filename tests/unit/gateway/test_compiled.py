@@ -102,7 +102,13 @@ def test_a_module_is_compiled_and_does_the_same(cache: Path) -> None:
         [sys.executable, "-c", _TRY], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["[True,", "True,", "True,", "False]", compiled._name(("retry", "sse"))]
+    assert done.stdout.split() == [
+        "[True,",
+        "True,",
+        "True,",
+        "False]",
+        compiled._name(("retry", "sse")),
+    ]
 
 
 def test_a_compiler_that_fails_is_told_in_words(

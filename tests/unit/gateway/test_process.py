@@ -23,6 +23,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpx2Client, RateLimitError
 from cloudlm.core.access import Limits
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Outcome, Role
+from cloudlm.gateway import compiled
 from cloudlm.gateway.server import listen
 from cloudlm.security.keys import mint
 from cloudlm.state.home import Home, load_settings
@@ -90,6 +91,17 @@ async def test_port_in_use_is_one_line_and_exit_1(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert len(said.splitlines()) == 1
     assert "is in use by another process" in said
+
+
+@pytest.mark.skipif(compiled.find() is None, reason="not compiled here: make native")
+async def test_what_was_compiled_is_used(tmp_path: Path) -> None:
+    port = free_port()
+    process = start(tmp_path, port)
+    await ready(port)
+    code, said = await asyncio.to_thread(end, process, signal.SIGTERM)
+    assert code == 0
+    listens = [json.loads(line) for line in said.splitlines() if "gateway_listens" in line]
+    assert [one["compiled"] for one in listens] == [True]
 
 
 @pytest.mark.promise(3)
