@@ -52,6 +52,11 @@ class Ticket:
         """Where its tenant's share stands after it."""
         return self.start + self.cost / self.weight
 
+    def __hash__(self) -> int:
+        """Each is only equal to itself. Said here, because compiled classes with an order are not
+        hashable otherwise."""
+        return id(self)
+
     def __lt__(self, other: Ticket) -> bool:
         """Whether this one is served first."""
         mine = (self.criticality, self.start, self.order)
