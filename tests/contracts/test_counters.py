@@ -21,7 +21,8 @@ from cloudlm.gateway.channel import Channel, attend
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.counters_redis import Outage, RedisCounters
 from cloudlm.gateway.desk import Desk, SharedCounters
-from cloudlm.gateway.limits import NANO, Bound, Kind, Verdict
+from cloudlm.gateway.limits import NANO
+from cloudlm.gateway.verdicts import Bound, Kind, Verdict
 
 MONTH = 24_000
 _numbers = itertools.count()

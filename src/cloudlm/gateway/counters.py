@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from cloudlm.core.clock import Clock
-from cloudlm.gateway.limits import LEASE_S, Bound, Lease, Tally, Verdict
+from cloudlm.gateway.limits import LEASE_S, Tally
+from cloudlm.gateway.verdicts import Bound, Lease, Verdict
 
 
 class Counters(Protocol):

@@ -17,20 +17,10 @@ from typing import Any
 from cloudlm.core.access import Limits
 from cloudlm.core.clock import Clock
 from cloudlm.core.errors import Unavailable
-from cloudlm.gateway.limits import (
-    LEASE_S,
-    NANO,
-    SLICE_S,
-    SLICES,
-    Bound,
-    Facts,
-    Lease,
-    Tally,
-    Verdict,
-    explain,
-)
+from cloudlm.gateway.limits import LEASE_S, NANO, SLICE_S, SLICES, Facts, Tally, explain
 from cloudlm.gateway.redis_client import connect
 from cloudlm.gateway.redis_scripts import RENEW, RESERVE, SETTLE, SPENT
+from cloudlm.gateway.verdicts import Bound, Lease, Verdict
 from cloudlm.telemetry.logs import get_logger
 
 PREFIX = "cloudlm:{limits}:"

@@ -17,7 +17,8 @@ import msgspec
 from cloudlm.core.clock import Clock
 from cloudlm.gateway.channel import Channel, Tell
 from cloudlm.gateway.counters import LocalCounters
-from cloudlm.gateway.limits import LEASE_S, Bound, Lease, Verdict
+from cloudlm.gateway.limits import LEASE_S
+from cloudlm.gateway.verdicts import Bound, Lease, Verdict
 
 NUMBERS_INTERVAL_S = 1.0
 _COOL = "cool"

@@ -25,7 +25,8 @@ from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.counters import Counters
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import unique
-from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Refusal, Verdict
+from cloudlm.gateway.limits import LEASE_S
+from cloudlm.gateway.verdicts import Bound, Kind, Lease, Refusal, Verdict
 from cloudlm.gateway.view import Snapshot
 from cloudlm.security.access import Directory
 from cloudlm.state.base import State

@@ -16,79 +16,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import NamedTuple
 
-from cloudlm.core.access import Limits
+from cloudlm.gateway.verdicts import Bound, Kind, Lease, Quota, Refusal, Verdict
 
 WINDOW_S = 60.0
 SLICE_S = 5.0
 SLICES = int(WINDOW_S / SLICE_S) + 1
 LEASE_S = 30.0
 NANO = 1_000_000_000
-
-
-class Kind(StrEnum):
-    """What is limited."""
-
-    REQUESTS = "requests"
-    TOKENS = "tokens"
-    CONCURRENT = "concurrent"
-    SPEND = "spend"
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """The limits of one holder. ``scope`` names it: ``key:…``, ``tenant:…``. ``budget`` is its
-    ``spend_per_month`` in billionths."""
-
-    scope: str
-    limits: Limits
-    budget: int | None = field(init=False, compare=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.limits.spend_per_month is not None:
-            object.__setattr__(self, "budget", round(self.limits.spend_per_month * NANO))
-
-
-class Lease(NamedTuple):
-    """What one request holds of several scopes. ``slice`` and ``month`` say when it was counted;
-    ``spend`` is in billionths of the currency."""
-
-    id: str
-    scopes: tuple[str, ...]
-    tokens: int
-    spend: int
-    slice: int
-    month: int
-
-
-class Quota(NamedTuple):
-    """One limit as clients are told of it; ``reset_s`` is when all of it is there again."""
-
-    limit: int
-    remaining: int
-    reset_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Which limit of whom was reached. ``retry_after_s`` is None if waiting does not help."""
-
-    scope: str
-    kind: Kind
-    limit: float
-    used: float
-    retry_after_s: float | None
-
-
-class Verdict(NamedTuple):
-    """A lease or a refusal, and the tightest limit of each kind after it."""
-
-    lease: Lease | None
-    refusal: Refusal | None = None
-    requests: Quota | None = None
-    tokens: Quota | None = None
 
 
 class Window:
@@ -293,9 +228,8 @@ def explain(
 
 def _refusal(bound: Bound, used: Facts, tokens: int, spend: int, now: float) -> Refusal | None:
     limits, scope = bound.limits, bound.scope
-    budget = bound.budget
-    if budget is not None and limits.spend_per_month is not None:
-        taken = used.spent + used.reserved
+    if limits.spend_per_month is not None:
+        budget, taken = round(limits.spend_per_month * NANO), used.spent + used.reserved
         if taken + spend > budget or taken >= budget:
             return Refusal(scope, Kind.SPEND, limits.spend_per_month, taken / NANO, None)
     at_once = limits.concurrent_streams

@@ -28,7 +28,8 @@ from cloudlm.core.price import NANO, Price, price_of, read_prices
 from cloudlm.core.tenant import KeyRecord, Role
 from cloudlm.gateway.app import Gateway
 from cloudlm.gateway.limiter import bounds_of, span
-from cloudlm.gateway.limits import LEASE_S, Bound, Kind, Lease, Tally, Verdict
+from cloudlm.gateway.limits import LEASE_S, Tally
+from cloudlm.gateway.verdicts import Bound, Kind, Lease, Verdict
 from cloudlm.security.access import Directory
 from cloudlm.security.keys import mint
 
