@@ -12,7 +12,8 @@ from tests.fuzz.planting import Bug, both, instead, nothing, nothing_async
 from cloudlm.control import leading, plan, probe
 from cloudlm.control.autoscale.facts import TotalDemand
 from cloudlm.control.drain import Drains
-from cloudlm.control.observe import Observer, _life
+from cloudlm.control.handover import life_of
+from cloudlm.control.observe import Observer
 from cloudlm.control.plan import Plan
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.core.deployment import Deployment
@@ -97,7 +98,7 @@ def _unfenced(_: Any) -> Any:
 def _asked_once(_: Any) -> Any:
     async def probed(self: Observer, replica: Any) -> None:
         record = self._record(replica) or probe.ProbeRecord(progress_at=self._clock.monotonic())
-        self._records[replica.id] = (_life(replica), await self._asked(replica.url, record))
+        self._records[replica.id] = (life_of(replica), await self._asked(replica.url, record))
 
     return probed
 
