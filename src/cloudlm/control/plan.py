@@ -154,11 +154,14 @@ def _plan_external(
     return Plan(tuple(actions))
 
 
-def plan_target(target: GroupSpec, groups: Sequence[GroupObservation]) -> Plan:
-    """The step that gives ``target`` its replicas, whatever else runs."""
+def plan_target(
+    target: GroupSpec, groups: Sequence[GroupObservation], ready: Collection[str]
+) -> Plan:
+    """The step that gives ``target`` its replicas, whatever else runs. ``ready`` as in ``plan``."""
     current = next((one for one in groups if one.name == target.name and one.spec), None)
     if current is not None and not _runs_same(current, target):
         return Plan((_delete(current),))
+    target = replace(target, replicas=_staying(current, target.replicas, ready))
     size = 0 if current is None or current.spec is None else current.spec.replicas
     if current is not None and size == target.replicas <= len(current.replicas):
         return Plan()

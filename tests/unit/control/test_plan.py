@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloudlm.control.plan import Apply, Delete, Plan, desired_group, plan, plan_deletion
+from cloudlm.control.plan import (
+    Apply,
+    Delete,
+    Plan,
+    desired_group,
+    plan,
+    plan_deletion,
+    plan_target,
+)
 from cloudlm.core.deployment import (
     Deployment,
     DeploymentSpec,
@@ -110,6 +118,18 @@ def test_scaling_down_gives_up_none_that_answers_before_enough_others_do(
     fleet.ready = fleet.replicas()
     fleet.step(deployment(), wanted)
     assert fleet.specs == rolled_out(deployment(), wanted)
+
+
+def test_a_revision_that_is_tried_gives_up_none_that_answers_before_enough_others_do():
+    fleet = Fleet()
+    fleet.step(deployment(), 4)
+    ready = {"bank-r1-2", "bank-r1-3"}
+    target = desired_group(deployment(), MODEL, 1)
+    (action,) = plan_target(target, fleet.groups(), ready).actions
+    assert action.leaving == {"bank-r1-3"}
+    ready = {"bank-r1-0"}
+    (action,) = plan_target(target, fleet.groups(), ready).actions
+    assert action.leaving == {"bank-r1-1", "bank-r1-2", "bank-r1-3"}
 
 
 def test_a_rollout_step_by_step_with_a_surge_of_one():
