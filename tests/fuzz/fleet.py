@@ -9,6 +9,7 @@ given; must not decide anything for control.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ BROKEN_FROM = 100
 PROBE_TIMEOUT_S = 0.5
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 8.0
-_LOST_PROBE = 2  # each other one, so that never two in a row are lost
+_LOST_PROBE = 2  # each other one of a control's, so that it never loses two in a row
 
 
 @dataclass(slots=True)
@@ -292,6 +293,7 @@ class FleetProber:
         self, fleet: Fleet, life: Life, loop: VirtualLoop, upstream: MemoryUpstream
     ) -> None:
         self._fleet, self._life, self._loop, self._upstream = fleet, life, loop, upstream
+        self._asked: Counter[str] = Counter()
 
     async def probe(self, url: str) -> Sample:
         name = url.removeprefix("http://")
@@ -299,7 +301,9 @@ class FleetProber:
         if self._life.dead or one is None or not one.there.alive:
             return UNREACHABLE
         one.probes += 1
-        lost = self._loop.time() < self._fleet.loses_until and one.probes % _LOST_PROBE == 0
+        self._asked[name] += 1
+        lost = self._asked[name] % _LOST_PROBE == 0
+        lost = lost and self._loop.time() < self._fleet.loses_until
         if lost or one.there.stalled_by > self._loop.time():
             await asyncio.sleep(PROBE_TIMEOUT_S)
             return UNREACHABLE

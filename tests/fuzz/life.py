@@ -44,6 +44,11 @@ class Life:
         """Have it die at the call that is so many away, before or after its effect."""
         self._dies_at = self._calls + calls + 1, after
 
+    def heals(self) -> None:
+        """Nothing befalls it from now on. A pause that has begun lasts as long as was planned: what
+        sleeps is woken by nobody, and who may take its lease depends on it."""
+        self._dies_at = self._pause_at = None
+
     async def leaves(self) -> None:
         """A call goes out; returns when it is there. Raises Unavailable for a dead process."""
         self._calls += 1

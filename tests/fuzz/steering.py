@@ -315,8 +315,7 @@ class Steering:
         self.fleet.heal()
         for one in self._processes:
             if one.life is not None:
-                one.life.paused_until = min(one.life.paused_until, self.loop.time())
-                one.life.dies_in(10**9, after=False)
+                one.life.heals()
         current = await self._state.get_deployment(self._model)
         spec = self._spec if current is None else current.spec
         good = spec.model if _number(spec.model) < BROKEN_FROM else self._next()

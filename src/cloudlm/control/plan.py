@@ -3,9 +3,10 @@
 A changed deployment is rolled out as Kubernetes does it: the new revision's group grows while old
 groups shrink, with at most ``max_surge`` replicas more than wanted at any moment, and without
 giving up a replica that answers before another one does (with ``max_surge`` 0, one less than
-wanted is accepted). What takes nothing holds up nothing: an old replica that ends again and again
-leaves its place to a new one, and endpoints of others take none at all. The plan looks one step
-ahead: apply it, observe again, plan again. Must not know drivers, addresses or time.
+wanted is accepted). Where fewer are wanted than run, one that answers stays until so many others
+do. What takes nothing holds up nothing: an old replica that ends again and again leaves its place
+to a new one, and endpoints of others take none at all. The plan looks one step ahead: apply it,
+observe again, plan again. Must not know drivers, addresses or time.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ def plan(
         return Plan((_delete(current),))
     if target.endpoints:
         return _plan_external(target, current, old, ready)
+    staying = _staying(current, wanted, ready)
+    target = replace(target, replicas=staying)
     foreign = [group for group in old if _is_foreign(group)]
     own = [group for group in old if not _is_foreign(group)]
     taken = sum(_size(group, ready) for group in own)
@@ -122,7 +125,7 @@ def plan(
     if grown is not None:
         actions.append(grown)
     floor = wanted - (1 if deployment.spec.max_surge == 0 else 0)
-    actions += _shrink(own, current, wanted, ready, floor)
+    actions += _shrink(own, current, staying, ready, floor)
     if _answering((*own, *([] if current is None else [current])), ready) >= wanted:
         actions += [_delete(group) for group in foreign]
     return Plan(tuple(actions))
@@ -151,11 +154,14 @@ def _plan_external(
     return Plan(tuple(actions))
 
 
-def plan_target(target: GroupSpec, groups: Sequence[GroupObservation]) -> Plan:
-    """The step that gives ``target`` its replicas, whatever else runs."""
+def plan_target(
+    target: GroupSpec, groups: Sequence[GroupObservation], ready: Collection[str]
+) -> Plan:
+    """The step that gives ``target`` its replicas, whatever else runs. ``ready`` as in ``plan``."""
     current = next((one for one in groups if one.name == target.name and one.spec), None)
     if current is not None and not _runs_same(current, target):
         return Plan((_delete(current),))
+    target = replace(target, replicas=_staying(current, target.replicas, ready))
     size = 0 if current is None or current.spec is None else current.spec.replicas
     if current is not None and size == target.replicas <= len(current.replicas):
         return Plan()
@@ -175,12 +181,23 @@ def plan_hold(groups: Sequence[GroupObservation], wanted: int = 0, serving: str 
     return Plan(tuple(Apply(spec) for spec in broken))
 
 
+def _staying(current: GroupObservation | None, wanted: int, ready: Collection[str]) -> int:
+    """How many replicas the current group keeps, or gets: as many as wanted, and so many more that
+    ``wanted`` answer, or all that do. Groups shrink from their end, and those at the beginning may
+    be the ones that do not answer."""
+    if current is None or current.spec is None:
+        return wanted
+    answers = [f"{current.name}-{number}" in ready for number in range(current.spec.replicas)]
+    enough = min(wanted, sum(answers))
+    return next(n for n in range(wanted, wanted + len(answers) + 1) if sum(answers[:n]) >= enough)
+
+
 def _grow(
     target: GroupSpec,
     current: GroupObservation | None,
     room: int,
 ) -> Apply | None:
-    """The current group's next size: as many as wanted, as far as there is ``room``."""
+    """The current group's next size: that of ``target``, as far as there is ``room``."""
     if current is None or current.spec is None:
         return Apply(replace(target, replicas=max(0, min(target.replicas, room))))
     size = current.spec.replicas

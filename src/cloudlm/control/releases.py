@@ -149,7 +149,7 @@ class Releases:
         others = [group for group in groups if group.name != target.name]
         older = Deployment(spec, deployment.generation, stable.number)
         step = plan(older, wanted, others, answering, *_versions(stable, groups))
-        return Plan((*step.actions, *plan_target(target, groups).actions))
+        return Plan((*step.actions, *plan_target(target, groups, answering).actions))
 
     async def versions(self, name: str, number: int) -> Versions | None:
         """The fixed versions that a revision ran before, None if it never ran."""

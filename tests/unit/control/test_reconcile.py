@@ -66,6 +66,21 @@ async def test_endpoints_go_before_replicas_and_running_requests_end_first(plane
     assert plane.running() == ["bank-r1-0"]
 
 
+async def test_who_is_on_its_way_out_serves_again_if_the_one_that_stays_does_not(plane):
+    await plane.ask(min_replicas=3, max_replicas=3)
+    await plane.steps(2)
+    await plane.ask(min_replicas=1, max_replicas=1)
+    await plane.steps(1, seconds=0.1)
+    assert await plane.serving() == ["bank-r1-0"]
+    plane.prober.samples["bank-r1-0"] = Sample(True, ready=False)
+    await plane.steps(4, seconds=1.0)
+    assert await plane.serving() == ["bank-r1-1"]
+    assert plane.running() == ["bank-r1-0", "bank-r1-1"]
+    del plane.prober.samples["bank-r1-0"]
+    await plane.steps(4, seconds=1.0)
+    assert await plane.serving() == plane.running() == ["bank-r1-0"]
+
+
 async def test_a_request_that_never_ends_holds_up_a_stop_no_longer_than_the_limit(plane):
     await plane.ask()
     await plane.steps(2)
