@@ -21,6 +21,7 @@ from pathlib import Path
 from cloudlm.core.access import Limits
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Role
+from cloudlm.gateway import compiled
 from cloudlm.security.keys import mint
 from cloudlm.state.home import Home, load_settings
 from cloudlm.state.open import open_state
@@ -61,9 +62,26 @@ LIMITS = Limits(
 """Of our key: every kind is counted for each request, none is reached."""
 
 
-def ours(name: str, folder: Path, fast: int, slow: int, source: str = "") -> Contender:
-    """Our gateway with all its duties; ``source`` is the ``src`` of another checkout."""
-    return deployed(name, folder, {FAST: [fast], SLOW: [slow]}, source=source)
+def ours(
+    name: str,
+    folder: Path,
+    fast: int,
+    slow: int,
+    source: str = "",
+    settings: Mapping[str, str] | None = None,
+) -> Contender:
+    """Our gateway with all its duties, compiled if ``make native`` was run; ``source`` is the
+    ``src`` of another checkout."""
+    models = {FAST: [fast], SLOW: [slow]}
+    return deployed(name, folder, models, source=source, settings=settings)
+
+
+def uncompiled(folder: Path, fast: int, slow: int) -> list[Contender]:
+    """Our gateway from its sources, where it would run compiled."""
+    if compiled.find() is None:
+        return []
+    nothing = {"CLOUDLM_NATIVE_CACHE": str(folder / "nothing")}
+    return [ours("cloudlm-sources", folder, fast, slow, settings=nothing)]
 
 
 def deployed(

@@ -2,7 +2,8 @@
 
     python bench/gateway/run.py [--seconds 3] [--only cloudlm,nginx] [--before PATH/src]
 
-Starts each gateway in turn (ours: keys, admission, routing, ledger in SQLite in a temporary home)
+Starts each gateway in turn (ours: keys with limits and prices, admission, routing, ledger in SQLite
+in a temporary home; compiled if ``make native`` was run, and once more from its sources)
 before a mock replica. The gateway is pinned to one CPU, mock and load to another. Prints one JSON
 line per scenario:
 
@@ -33,7 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gateways import FAST, SLOW, Contender, free_port, ours, peers
+from gateways import FAST, SLOW, Contender, free_port, ours, peers, uncompiled
 from load import closed_loop, one_at_a_time, request
 
 from cloudlm.state.home import Home, load_settings
@@ -204,6 +205,7 @@ def main() -> int:
         replica = s.enter_context(running(mock, {}, _CPUS[-1]))
         wait_for(f"http://127.0.0.1:{fast}/_stats", replica)
         contenders = [ours("cloudlm", Path(folder, "ours"), fast, slow)]
+        contenders += uncompiled(Path(folder, "sources"), fast, slow)
         if arguments.before:
             contenders.append(
                 ours("before", Path(folder, "before"), fast, slow, source=arguments.before)
