@@ -1,4 +1,4 @@
-"""The path of a request as native code: the same sources, compiled by mypyc, for two thirds of the CPU.
+"""The path of a request as native code: the same sources, compiled by mypyc, take less CPU time.
 
 ``python -m cloudlm.gateway.compiled`` (or ``make native``) compiles them once into the cache; the
 gateway's process then takes what it finds there, and its sources where there is nothing. What was
