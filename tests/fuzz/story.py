@@ -42,13 +42,15 @@ class Seen:
 
 @dataclass(slots=True)
 class Story:
-    """What happened in one run."""
+    """What happened in one run. ``ill``: the replicas that faults struck, which of those that lived
+    at the time is a fault's choice."""
 
     schedule: Schedule
     seen: list[Seen] = field(default_factory=list)
     probes: list[Seen] = field(default_factory=list)
     rows: dict[str, list[LedgerRow]] = field(default_factory=dict)
     upstream: MemoryUpstream | None = None
+    ill: set[str] = field(default_factory=set)
     lives: int = 0
     most_endpoints: int = 0
     revoked_at: float | None = None

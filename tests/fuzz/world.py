@@ -299,6 +299,7 @@ class World:
                 await asyncio.gather(*(self._ill(one, fault, until) for one in ill))
 
     async def _ill(self, who: Replica, fault: Fault, until: float) -> None:
+        self.story.ill.add(who.name)
         if self.steering is not None:
             self.steering.mark_ill(who.name)
         if fault.kind == "crash":
