@@ -102,6 +102,9 @@ def deployed(
         "CLOUDLM_LOG_LEVEL": "warning",
         **(settings or {}),
     }
+    found = compiled.find()
+    if found is not None:  # the gateway's home is another than ours
+        environment.setdefault("CLOUDLM_NATIVE_CACHE", str(found.parent))
     if source:
         environment["PYTHONPATH"] = source
     return Contender(

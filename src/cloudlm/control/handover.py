@@ -13,7 +13,6 @@ from cloudlm.core.deployment import DeploymentStatus, Endpoint, Replica, Replica
 
 Life = tuple[int | None, int, str | None]
 """What tells one life of a replica from the next."""
-NOTHING_HANDED: Mapping[str, tuple[Life, Verdict]] = {}
 
 
 def life_of(replica: Replica) -> Life:

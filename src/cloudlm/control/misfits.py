@@ -15,6 +15,8 @@ from cloudlm.control.residency import Claim, too_large
 from cloudlm.control.room import Wish
 from cloudlm.core.errors import CloudlmError
 
+NEVER = "can never be in memory"
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -50,6 +52,18 @@ def kept_by_others(name: str, claims: Mapping[str, Claim], budget_bytes: int) ->
     )
 
 
+def least_wanted(wish: Wish) -> int:
+    """The fewest replicas that the deployment can want: at a quieter moment, what is too much now
+    may fit."""
+    return min(wish.wanted, max(wish.sized.spec.min_replicas, 1))
+
+
+def least_beside(size: int, wish: Wish) -> int:
+    """Of a target that is to have ``size`` replicas now, as many as it has at the very least when
+    the fewest are wanted."""
+    return 1 + (size - 1) * least_wanted(wish) // max(wish.wanted, 1)
+
+
 async def why_never(
     budget: MemoryBudget,
     wish: Wish,
@@ -70,16 +84,17 @@ async def why_never(
         if moving.size is not None and moving.revision is not None and stable_here:
             running = fixed(moving.revision.spec, moving.revision.model)
             size = await budget.need(running, memory_mb)
-            stable = Side(moving.stable, wish.wanted, size)
+            stable = Side(moving.stable, least_wanted(wish), size)
     except CloudlmError:
         return ""
-    least = max(spec.min_replicas, 1) if spec.pinned else 1
-    target = Side(wish.deployment.revision, moving.size or least, each_bytes)
+    alone = max(spec.min_replicas, 1) if spec.pinned else 1
+    beside = alone if moving.size is None else least_beside(moving.size, wish)
+    target = Side(wish.deployment.revision, beside, each_bytes)
     if not never_fits(target, stable, budget.size_bytes - kept_bytes):
         return ""
-    beside = "" if stable is None else f" beside {stable}"
+    with_it = "" if stable is None else f" beside {stable}"
     kept = f", of which pinned deployments keep {amount_text(kept_bytes)}" if kept_bytes else ""
     return (
-        f"{target} can never be in memory{beside}: the budget (control.memory_budget) is "
+        f"{target} {NEVER}{with_it}: the budget (control.memory_budget) is "
         f"{amount_text(budget.size_bytes)}{kept}"
     )

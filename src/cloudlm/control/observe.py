@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cloudlm.control.drivers import Drivers
-from cloudlm.control.handover import NOTHING_HANDED, Life, first_record, handed_over, life_of
+from cloudlm.control.handover import Life, first_record, handed_over, life_of
 from cloudlm.control.probe import Prober, ProbeRecord, Verdict, judge
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import (
@@ -72,7 +72,7 @@ class Observer:
         self._clock = clock
         self._stall_timeout_s = stall_timeout_s
         self._records: dict[str, tuple[Life, ProbeRecord]] = {}
-        self._handed = NOTHING_HANDED
+        self._handed: dict[str, tuple[Life, Verdict]] = {}
 
     def recall(self, statuses: Iterable[DeploymentStatus], endpoints: Iterable[Endpoint]) -> None:
         """Take over what an earlier control has written of its replicas."""
@@ -151,6 +151,7 @@ class Observer:
         assert replica.url is not None
         now, wall_now = self._clock.monotonic(), self._clock.now()
         record = self._record(replica) or first_record(replica, self._handed, now, wall_now)
+        self._handed.pop(replica.id, None)  # said once: a later life is another one
         before = record.verdict
         record = await self._asked(replica.url, record)
         if record.misses == 1 and before is Verdict.READY:

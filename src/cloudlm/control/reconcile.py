@@ -184,12 +184,16 @@ class Reconciler:
                 replica.url
                 for group in self._seen.of(name)
                 for replica in group.observation.replicas
-                if replica.url and replica.state in (ReplicaState.STARTING, ReplicaState.READY)
+                if replica.state in (ReplicaState.STARTING, ReplicaState.READY)
             ]
             for name in self._scaler.hurried
         }
-        self._lookout.mind({url for urls in starting.values() for url in urls})
-        return all(any(map(self._lookout.minds, urls)) for urls in starting.values())
+        self._lookout.mind({url for urls in starting.values() for url in urls if url})
+        return all(urls and all(map(self._minds, urls)) for urls in starting.values())
+
+    def _minds(self, url: str | None) -> bool:
+        """Whether news of the replica at this address will come by itself."""
+        return self._lookout is not None and url is not None and self._lookout.minds(url)
 
     async def _recall(self) -> None:
         """At the first pass: what the control before us has written."""

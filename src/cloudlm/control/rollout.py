@@ -94,6 +94,8 @@ def decide(deployment: Deployment, before: Rollout | None, facts: Facts, now: fl
     elif facts.never and rollout.stable and not facts.present.get(rollout.target):
         decision = _kept_out(strategy, rollout, facts, now)
     else:
+        if facts.no_room and not facts.present.get(rollout.target):
+            rollout = _not_begun(strategy, rollout, now)
         decision = _rolling(rollout, facts)
     return replace(decision, ended=(*decision.ended, *_superseded(rollout, facts)))
 
@@ -235,12 +237,17 @@ def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> D
     return _onward(strategy, rollout, rollout.stage + 1, facts, now)
 
 
+def _not_begun(strategy: Strategy, rollout: Rollout, now: float) -> Rollout:
+    """The roll-out whose time to start does not run now; noted now and then, not at each look."""
+    noted = now - rollout.began_at < max(strategy.start_timeout_s * NOTED_EVERY, 1.0)
+    return rollout if noted else replace(rollout, began_at=now)
+
+
 def _starting(
     strategy: Strategy, rollout: Rollout, facts: Facts, now: float, how_many: str
 ) -> Decision:
     """The stage has not all its replicas yet: requests go as in the one before. The time to start
-    is not running while the memory has no room for them, unless it never will; that is noted now
-    and then, not at each look."""
+    is not running while the memory has no room for them, unless it never will."""
     late = now - rollout.began_at >= strategy.start_timeout_s
     size = size_of(stages_of(strategy)[rollout.stage], facts)
     said = ""
@@ -250,8 +257,7 @@ def _starting(
         said = f"it cannot go on: {facts.never}"
     elif facts.no_room:
         late, how_many = False, f"{how_many}, no room in memory for more"
-        if now - rollout.began_at >= max(strategy.start_timeout_s * NOTED_EVERY, 1.0):
-            rollout = replace(rollout, began_at=now)
+        rollout = _not_begun(strategy, rollout, now)
     why = f": {facts.never}" if said else f" ({how_many})"
     broken = facts.failing or (
         f"not ready within {strategy.start_timeout_s:g} s{why}" if late else ""

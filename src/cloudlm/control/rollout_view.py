@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
+from cloudlm.control.misfits import NEVER
 from cloudlm.control.plan import revision_of
 from cloudlm.control.releases import read_signals
 from cloudlm.control.rollout import Facts, aligned, decide, is_staged
@@ -71,7 +72,7 @@ def _told(
 def _said(note: str, status: DeploymentStatus | None) -> str:
     """The note, with what control alone can add to it: it knows the memory, too."""
     said = "" if status is None else status.message
-    return said if note and said.startswith(f"{note};") else note
+    return said if note and (said.startswith(f"{note};") or NEVER in said) else note
 
 
 def _side(number: int, known: Signals) -> SideView:

@@ -4,16 +4,18 @@
 gateway's process then takes what it finds there, and its sources where there is nothing. What was
 compiled carries a hash of all sources that it stands on and of the interpreter, so that it is never
 used with others; it appears by rename, so that a half-written one is never seen. Nothing here may
-change what the code does: a test runs the gateway both ways.
+change what the code does: ``.ci/run`` runs the gateway's flows both ways.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from cloudlm.core.cache_folder import native_folder, user_cache
+from cloudlm.telemetry.logs import get_logger
 
 MODULES = (
     "account",
@@ -64,8 +67,10 @@ MODULES = (
 another's classes, so none of them may have been imported before the compiled ones are there."""
 _STANDS_ON = ("core", "gateway", "security", "state", "telemetry")
 _PACKAGE = "cloudlm.gateway"
+_SHARED = "__mypyc"
 _ROOT = Path(__file__).resolve().parents[2]
 BUILD_TIMEOUT_S = 3600.0
+_log = get_logger(__name__)
 _BUILD = """
 import os, sys
 from mypyc.build import mypycify
@@ -104,7 +109,17 @@ def use(modules: Sequence[str] = MODULES) -> Path | None:
     folder = find(modules)
     if folder is None or any(f"{_PACKAGE}.{name}" in sys.modules for name in modules):
         return None
-    sys.meta_path.insert(0, _Finder(_files(folder)))
+    files = _files(folder)
+    finder = _Finder(files)
+    sys.meta_path.insert(0, finder)
+    try:
+        for name in files:
+            if name.endswith(_SHARED):  # the code of all of them; it imports nothing of ours
+                importlib.import_module(name)
+    except ImportError as error:  # made on another system, or where nothing may be executed
+        sys.meta_path.remove(finder)
+        _log.warning("compiled_not_loaded", extra={"fields": {"reason": str(error)[:200]}})
+        return None
     return folder
 
 
@@ -112,10 +127,11 @@ def find(modules: Sequence[str] = MODULES) -> Path | None:
     """The folder of the modules compiled from these sources, None if there is none."""
     try:
         places = [native_folder()]
-        if "CLOUDLM_NATIVE_CACHE" not in os.environ:
+        if not os.environ.get("CLOUDLM_NATIVE_CACHE"):
             places.append(user_cache() / "native")
         name = _name(modules)
-        return next((place / name for place in places if (place / name).is_dir()), None)
+        whole = [place / name for place in places if _is_whole(place / name, modules)]
+        return next(filter(_is_trusted, whole), None)
     except (OSError, RuntimeError):  # no home, no sources: nothing that could be trusted
         return None
 
@@ -124,7 +140,7 @@ def build(modules: Sequence[str] = MODULES) -> Path:
     """Compile, unless it was done; the folder. Takes minutes. Raises OSError, TimeoutExpired, and
     CalledProcessError with what the compiler said."""
     target = native_folder() / _name(modules)
-    if target.is_dir():
+    if _is_whole(target, modules):
         return target
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     sources = [f"{_PACKAGE}.{name}".replace(".", "/") + ".py" for name in modules]
@@ -139,21 +155,44 @@ def build(modules: Sequence[str] = MODULES) -> Path:
             text=True,
             timeout=BUILD_TIMEOUT_S,
         )
+        if target.is_dir() and not _is_whole(target, modules):  # somebody tidied up in it
+            target.rename(Path(folder, "incomplete"))
         try:
             Path(folder, "library").rename(target)
         except OSError:
-            if not target.is_dir():  # another process was quicker
+            if not _is_whole(target, modules):  # else another process was quicker
                 raise
     return target
 
 
 def _name(modules: Sequence[str]) -> str:
-    mark = hashlib.sha256(repr((sys.version, sysconfig.get_config_var("SOABI"))).encode())
+    made_for = sys.version, sysconfig.get_config_var("SOABI"), platform.libc_ver()
+    mark = hashlib.sha256(repr(made_for).encode())
     mark.update(repr(tuple(modules)).encode())
     for package in _STANDS_ON:
         for source in sorted((_ROOT / "cloudlm" / package).rglob("*.py")):
             mark.update(f"{source.relative_to(_ROOT)}\0".encode() + source.read_bytes())
     return f"gateway-{mark.hexdigest()[:20]}"
+
+
+def _is_whole(folder: Path, modules: Sequence[str]) -> bool:
+    """Whether all modules are there, and what they share: some compiled and some not would not
+    know one another's classes."""
+    found = _files(folder)
+    return all(f"{_PACKAGE}.{name}" in found for name in modules) and any(
+        name.endswith(_SHARED) for name in found
+    )
+
+
+def _is_trusted(folder: Path) -> bool:
+    """Whether nobody but this user (or the system's) can have put it there, for it is executed."""
+    for place in (folder, folder.parent):
+        found = place.stat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            fields = {"folder": str(place), "expected": "owned by this user, writable by no other"}
+            _log.warning("compiled_not_trusted", extra={"fields": fields})
+            return False
+    return True
 
 
 def _files(folder: Path) -> dict[str, Path]:

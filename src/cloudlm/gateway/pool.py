@@ -278,7 +278,7 @@ class Line(asyncio.Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the answer has arrived to its end and none of it was handed out to a stream."""
+        """Whether the answer has arrived to its end."""
         return self._complete
 
     @property

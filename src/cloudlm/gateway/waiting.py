@@ -21,11 +21,9 @@ from cloudlm.gateway.capacity import herd_is_over
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.view import ServedModel, Snapshot, View
-from cloudlm.state.news import News, PolledNews
+from cloudlm.state.news import LOOK_S, SELDOM_S, News, PolledNews
 from cloudlm.telemetry.logs import get_logger
 
-LONGEST_PAUSE_S = 1.0
-"""How long to wait at most for news before who waits and who was let go is looked at again."""
 DOUBLE_EVERY_S = 5.0
 """How often a replica that was just started is sent twice as many at once, while requests wait."""
 GATHER_S = 0.005
@@ -101,17 +99,20 @@ class Waiting:
             await self._pause()
 
     async def _pause(self) -> None:
-        """Until there may be news, or another model is asked for."""
-        waits = [
-            asyncio.ensure_future(self._news.wait(LONGEST_PAUSE_S)),
-            asyncio.ensure_future(self._called.wait()),
-        ]
+        """Until there may be news, or another model is asked for. Who waits at a replica that is
+        there, and what could not be told, is looked at often: no write tells of that."""
+        changes = self._untold or any(one.double_at < math.inf for one in self._models.values())
+        news = asyncio.ensure_future(self._news.wait(LOOK_S if changes else SELDOM_S))
+        called = asyncio.ensure_future(self._called.wait())
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((news, called), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in waits:
+            for one in (news, called):
                 one.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+            await asyncio.gather(news, called, return_exceptions=True)
+        if not news.cancelled() and news.exception() is not None:
+            _log.error("news_failed", extra={"fields": {"reason": repr(news.exception())}})
+            await self._clock.sleep(LOOK_S)
 
     def _follow(self, view: Snapshot) -> None:
         self._let_go(view.models)

@@ -108,6 +108,8 @@ class FileNews:
 
     def _forget(self) -> None:
         """What was written until now is seen by the look that follows."""
+        if self._descriptor < 0:  # closed meanwhile
+            return
         with contextlib.suppress(BlockingIOError):
             while events := os.read(self._descriptor, 4096):
                 if any(what & _IN_IGNORED for _, what, _, _ in _EVENT.iter_unpack(events)):

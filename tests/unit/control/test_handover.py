@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudlm.control.handover import NOTHING_HANDED, first_record, handed_over
+from cloudlm.control.handover import first_record, handed_over
 from cloudlm.control.probe import START_TIMEOUT_S, UNREACHABLE, Sample, Verdict, judge
 from cloudlm.core.deployment import (
     DeploymentPhase,
@@ -61,13 +61,13 @@ def test_a_new_life_may_take_the_time_of_a_start_whatever_the_one_before_did(cha
 
 
 def test_the_time_of_a_start_is_counted_from_the_start():
-    assert silent_until_stalled(ONE, NOTHING_HANDED, 1600.0) == START_TIMEOUT_S - 600.0 + 1
-    assert silent_until_stalled(ONE, NOTHING_HANDED, 10_000.0) == STALL_S + 1
+    assert silent_until_stalled(ONE, {}, 1600.0) == START_TIMEOUT_S - 600.0 + 1
+    assert silent_until_stalled(ONE, {}, 10_000.0) == STALL_S + 1
 
 
 def test_what_tells_no_start_has_the_whole_time():
     unknown = replace(ONE, started_at=0.0)
-    assert silent_until_stalled(unknown, NOTHING_HANDED, 1e9) == START_TIMEOUT_S + 1
+    assert silent_until_stalled(unknown, {}, 1e9) == START_TIMEOUT_S + 1
 
 
 @given(

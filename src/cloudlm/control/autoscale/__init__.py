@@ -64,9 +64,11 @@ def autoscale(
     memory = replace(memory, gateways=gateways, idle_since=_idle_since(signals, memory, now))
     if (low, high) != (spec.min_replicas, spec.max_replicas):
         spec = replace(spec, min_replicas=low, max_replicas=high)
+    before = memory
     wanted, memory = RULES[spec.scaling.algorithm](spec, signals, fleet, current, memory, now)
     if not complete and wanted < current:
-        wanted, memory = current, replace(memory, why="a gateway is silent: nothing goes down")
+        # Nor is it remembered as a fall: what the silent one serves goes on unseen.
+        wanted, memory = current, replace(before, why="a gateway is silent: nothing goes down")
     if signals.busy:
         wanted = max(wanted, 1)
     elif low == 0 and (complete or current == 0):
