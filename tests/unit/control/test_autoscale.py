@@ -76,6 +76,25 @@ def test_a_silent_gateway_is_not_an_idle_one(algorithm):
     assert current < before
 
 
+@pytest.mark.promise(29)
+@pytest.mark.parametrize("silent_s", [25, 45])
+def test_a_gateway_that_speaks_again_cost_no_replica(silent_s):
+    """What it went on serving unseen is no fall of the load, so it is not remembered as one."""
+    spec = by(Algorithm.TOKENS)
+    both = [*load(30, gateway="g1"), *load(30, gateway="g2")]
+    memory, current, now = ScaleMemory(pace=Pace(start_s=20.0)), 1, 0
+    for now in range(600):
+        current, memory = autoscale(spec, both, current, memory, float(now))
+    before, first = current, now + 1
+    for now in range(first, first + silent_s):
+        current, memory = autoscale(spec, load(30, gateway="g1"), current, memory, float(now))
+        assert current == before
+    first = now + 1
+    for now in range(first, first + 30):
+        current, memory = autoscale(spec, both, current, memory, float(now))
+        assert current >= before
+
+
 @EVERY
 def test_all_gateways_count(algorithm):
     both = [*load(24, gateway="g1"), *load(24, gateway="g2")]

@@ -9,11 +9,14 @@ from crowd import SIZE_MB, at_work
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudlm.control.misfits import Side, kept_by_others, never_fits
+from cloudlm.control.misfits import Side, kept_by_others, least_beside, least_wanted, never_fits
 from cloudlm.control.residency import Claim, reside
+from cloudlm.control.rollout import Facts, size_of
 from cloudlm.control.rollout_view import view_of
+from cloudlm.control.room import Moving, Wish
+from cloudlm.core.deployment import Deployment, DeploymentSpec
 from cloudlm.core.model import ModelFile
-from cloudlm.core.rollout import Kind, Outcome, Step, Strategy
+from cloudlm.core.rollout import Kind, Outcome, Stage, Step, Strategy
 
 MIB = 2**20
 PROCESS_MB = 400 + 512
@@ -59,7 +62,28 @@ async def said(plane, name="bank"):
     return (await plane.state.get_status(name)).message
 
 
+def wish(wanted, least=1, most=10):
+    spec = DeploymentSpec("bank", "models:/bank/1", min_replicas=least, max_replicas=most)
+    return Wish(
+        Deployment(spec, 1, 1), Deployment(spec, 1, 1), wanted, [], "models:/bank/1", Moving()
+    )
+
+
 # The rule -----------------------------------------------------------------------------------------
+
+
+@given(
+    wanted=st.integers(1, 40),
+    least=st.integers(1, 40),
+    share=st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]),
+)
+def test_what_a_quieter_moment_wants_is_never_reckoned_too_high(wanted, least, share):
+    """'Never' must hold whatever the load: of stable and target the fewest there can be count."""
+    fewest = least_wanted(wish(wanted, least))
+    assert fewest == min(wanted, least)
+    stage = Stage(share, 0.0, share, 0.0)
+    now, quiet = (size_of(stage, Facts(number)) for number in (wanted, fewest))
+    assert 1 <= least_beside(now, wish(wanted, least)) <= quiet
 
 
 def test_what_fits_beside_may_come_and_what_does_not_never_will():

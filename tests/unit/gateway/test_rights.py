@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 
-from cloudlm.core.access import Grant, Principal, PrincipalKind, Project, Tenant
+from cloudlm.core.access import (
+    FIRST_IDENTITIES,
+    Grant,
+    Principal,
+    PrincipalKind,
+    Project,
+    Tenant,
+)
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.tenant import Role
+from cloudlm.gateway.known import KnownKeys
+from cloudlm.gateway.view import Snapshot
+from cloudlm.security.access import Directory
 from cloudlm.security.keys import mint
 
 
@@ -45,6 +55,23 @@ async def test_an_expired_key_is_a_wrong_key(rig: Any, kit: Any) -> None:
         await rig.state.put_key(minted.record)
         headers = {"authorization": f"Bearer {minted.text}"}
         assert (await rig.ask(kit.chat_body(), headers=headers)).status == status
+
+
+def test_a_key_that_was_found_before_expires_all_the_same(kit: Any) -> None:
+    """Nothing of the state changes when a key's time is over."""
+    minted = mint("n", Role.USER, kit.PEPPER, 1.0, expires_at=100.0)
+    record, headers = minted.record, {"authorization": f"Bearer {minted.text}"}
+    view = Snapshot(1, keys={record.id: record}, directory=Directory(FIRST_IDENTITIES, [record]))
+    known = KnownKeys()
+    known.remember(headers, record)
+    assert known.find(headers, view, 99.0) is record
+    assert known.find(headers, view, 100.0) is None
+    assert known.find({"authorization": f"Bearer {minted.text}x"}, view, 99.0) is None
+    gone = Snapshot(2, keys={}, directory=Directory(FIRST_IDENTITIES))
+    assert known.find(headers, gone, 99.0) is None
+    revoked = replace(record, revoked_at=50.0)
+    later = Snapshot(3, keys={record.id: revoked}, directory=Directory(FIRST_IDENTITIES, [revoked]))
+    assert known.find(headers, later, 99.0) is None
 
 
 @pytest.mark.promise(33)

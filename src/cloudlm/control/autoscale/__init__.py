@@ -66,9 +66,10 @@ def autoscale(
         spec = replace(spec, min_replicas=low, max_replicas=high)
     before = memory
     wanted, memory = RULES[spec.scaling.algorithm](spec, signals, fleet, current, memory, now)
-    if not complete and wanted < current:
-        # Nor is it remembered as a fall: what the silent one serves goes on unseen.
-        wanted, memory = current, replace(before, why="a gateway is silent: nothing goes down")
+    if not complete:  # what the silent one serves goes on unseen: it is not remembered as a fall
+        memory = replace(memory, recommendations=before.recommendations, forecast=before.forecast)
+        if wanted <= current:
+            wanted, memory = current, replace(memory, why="a gateway is silent: nothing goes down")
     if signals.busy:
         wanted = max(wanted, 1)
     elif low == 0 and (complete or current == 0):
