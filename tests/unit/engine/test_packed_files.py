@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from cloudlm.core.cache_folder import native_folder
 from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.native import build
 
@@ -216,7 +217,7 @@ def test_a_restart_maps_what_the_first_start_packed(
     from cloudlm.engine.native.packed_files import PackedFile
     from cloudlm.engine.step import Chunk
 
-    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(build.cache_folder()))
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
     monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
     monkeypatch.setattr(load, "PackedFile", partial(PackedFile, least_bytes=0))
     settings = EngineSettings(kernels="native", precision=precision, kv_cache_mb=1)
