@@ -210,6 +210,8 @@ def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> D
     stage = stages[rollout.stage]
     if rollout.order is Order.PROMOTE_FULLY:
         return _onward(strategy, rollout, len(stages), facts, now)
+    if rollout.since > now:  # noted while the clock was ahead: it would last until then
+        rollout = replace(rollout, since=now)
     size = facts.needed(size_of(stage, facts))
     ready = facts.ready.get(rollout.target, 0)
     if not rollout.since:
