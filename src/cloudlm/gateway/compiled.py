@@ -67,6 +67,7 @@ MODULES = (
 another's classes, so none of them may have been imported before the compiled ones are there."""
 _STANDS_ON = ("core", "gateway", "security", "state", "telemetry")
 _PACKAGE = "cloudlm.gateway"
+_BEGINS = "gateway-"
 _SHARED = "__mypyc"
 _ROOT = Path(__file__).resolve().parents[2]
 BUILD_TIMEOUT_S = 3600.0
@@ -129,6 +130,9 @@ def find(modules: Sequence[str] = MODULES) -> Path | None:
         places = [native_folder()]
         if not os.environ.get("CLOUDLM_NATIVE_CACHE"):
             places.append(user_cache() / "native")
+        places = [place for place in places if any(place.glob(f"{_BEGINS}*"))]
+        if not places:  # nothing was ever compiled: the sources need not be read to know it
+            return None
         name = _name(modules)
         whole = [place / name for place in places if _is_whole(place / name, modules)]
         return next(filter(_is_trusted, whole), None)
@@ -172,7 +176,7 @@ def _name(modules: Sequence[str]) -> str:
     for package in _STANDS_ON:
         for source in sorted((_ROOT / "cloudlm" / package).rglob("*.py")):
             mark.update(f"{source.relative_to(_ROOT)}\0".encode() + source.read_bytes())
-    return f"gateway-{mark.hexdigest()[:20]}"
+    return f"{_BEGINS}{mark.hexdigest()[:20]}"
 
 
 def _is_whole(folder: Path, modules: Sequence[str]) -> bool:
