@@ -4,7 +4,8 @@
     python bench/gateway/hard_mock.py --kind faults|refuse|streams --port 19000 [--port 19001]
 
 - ``slots``: so many requests at once, each of so many milliseconds; more wait for a slot, so the
-  capacity is known: slots / service. Counts the most that were inside at once.
+  capacity is known: slots / service. Counts the most that were there at once, waiting ones too,
+  since that was last read.
 - ``faults``: two in ten requests meet a fault: refused, cut, garbled, broken off or an error.
 - ``refuse``: every request is answered 503.
 - ``streams``: every delta at its own moment after the first, whatever happened before; counts how
@@ -49,16 +50,17 @@ class Slots(Replica):
     def answer(self, request: bytes) -> None:
         if b"/_stats " in request[:40]:
             super().answer(request)
+            self.counts["most"] = 0
             return
         self.counts["requests"] += 1
         Slots.waiting.append(self)
+        self.counts["most"] = max(self.counts["most"], Slots.inside + len(Slots.waiting))
         self.next()
 
     def next(self) -> None:
         while Slots.waiting and Slots.inside < self.slots:
             one = Slots.waiting.popleft()
             Slots.inside += 1
-            self.counts["most"] = max(self.counts["most"], Slots.inside)
             asyncio.get_running_loop().call_later(self.service_s, one.end)
 
     def end(self) -> None:

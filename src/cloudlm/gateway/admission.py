@@ -157,12 +157,18 @@ class Admission:
         self._max_queued = max_queued
         self._lines: dict[str, _Line] = {}
         self._total = 0
+        self._waiting = 0  # in all lines
         self._order = 0
 
     @property
     def total(self) -> int:
         """Requests in the gateway, waiting or not, but for those that are held."""
         return self._total
+
+    @property
+    def crowded(self) -> bool:
+        """Whether any line may be full; if not, nobody is turned away for that."""
+        return self._waiting >= self._max_queued or self._total >= self._max_ongoing
 
     def ongoing(self, model: str) -> int:
         """Requests for one model, waiting or not."""
@@ -173,6 +179,28 @@ class Admission:
         """Requests that wait for one model."""
         line = self._lines.get(model)
         return line.length if line is not None else 0
+
+    def turned_away(
+        self, model: str, tenant: str, criticality: Criticality, capacity: int
+    ) -> Overloaded | None:
+        """What ``enter`` would raise for a newcomer because the line is full, whatever its cost and
+        deadline; None if it may come in or wait. Nothing is counted: asking costs next to nothing,
+        so that those who are turned away cost those who are served next to nothing."""
+        line = self._lines.get(model)
+        length = line.length if line is not None else 0
+        full = self._total >= self._max_ongoing and capacity > 0
+        if length < self._max_queued and not full:
+            return None
+        if line is None:
+            return _line_is_full(0, 0.0) if full or capacity <= 0 else None
+        if line.inside < capacity and not length and self._total < self._max_ongoing:
+            return None
+        last = line.last_served()
+        if last is not None:
+            start = max(line.virtual, line.finish.get(tenant, 0.0))
+            if (criticality, start) < (last.criticality, last.start):
+                return None
+        return _line_is_full(length, line.wait_s(criticality))
 
     def enter(self, ticket: Ticket, capacity: int, now: float) -> Ticket | None:
         """Admit a request or have it wait (``ticket.waits``). Returns the one that is turned away
@@ -197,10 +225,12 @@ class Admission:
         if length >= self._max_queued or full:
             victim = line.last_served()
             if victim is None or not ticket < victim:
-                raise _overloaded(f"{length} requests wait already", wait_s)
+                raise _line_is_full(length, wait_s)
             line.drop(victim)
+            self._waiting -= 1
             self._total -= not victim.held
         line.push(ticket)
+        self._waiting += 1
         self._total += not ticket.held
         return victim
 
@@ -212,6 +242,7 @@ class Admission:
         self._total -= not ticket.held
         if ticket.waits:
             line.drop(ticket)
+            self._waiting -= 1
         else:
             ticket.admitted = False
             line.depart(now)
@@ -228,6 +259,7 @@ class Admission:
             ticket = heapq.heappop(line.first)
             if ticket.waits:
                 line.remove(ticket)
+                self._waiting -= 1
                 line.admit(ticket)
                 self._total += ticket.held
                 ticket.held = False
@@ -239,6 +271,10 @@ def _overloaded(why: str, wait_s: float) -> Overloaded:
     return Overloaded(
         f"the model is busy: {why}; try again shortly", retry_after_s=max(wait_s, RETRY_AFTER_S)
     )
+
+
+def _line_is_full(length: int, wait_s: float) -> Overloaded:
+    return _overloaded(f"{length} requests wait already", wait_s)
 
 
 def turned_away() -> Overloaded:

@@ -46,6 +46,7 @@ from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.sender import Sender
 from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServer
+from cloudlm.gateway.shedding import Shedding
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.gateway.waiting import Waiting
@@ -171,29 +172,29 @@ class Gateway:
         self.live = None
         if source is not None:
             self.live = LiveSettings(source, settings, routes, prices, self.view.reread)
-        self.handler = Handler(
-            Rooms(
-                settings=settings,
-                pepper=pepper,
-                clock=clock,
-                view=self.view,
-                limiter=self.limiter,
-                gate=self.gate,
-                waiting=self.waiting,
-                loads=self.loads,
-                demand=self.demand,
-                upstream=self.upstream,
-                ledger=self.ledger,
-                meter=self.meter,
-                weights=weights,
-                likeness=likeness,
-                routes=routes,
-                refused=self.refusals.note,
-                cooled=cooling.tell if cooling is not None else lambda *_: None,
-                guardrails=self.guardrails,
-                people=None if issuer is None else People(issuer, self.view),
-            )
+        rooms = Rooms(
+            settings=settings,
+            pepper=pepper,
+            clock=clock,
+            view=self.view,
+            limiter=self.limiter,
+            gate=self.gate,
+            waiting=self.waiting,
+            loads=self.loads,
+            demand=self.demand,
+            upstream=self.upstream,
+            ledger=self.ledger,
+            meter=self.meter,
+            weights=weights,
+            likeness=likeness,
+            routes=routes,
+            refused=self.refusals.note,
+            cooled=cooling.tell if cooling is not None else lambda *_: None,
+            guardrails=self.guardrails,
+            people=None if issuer is None else People(issuer, self.view),
         )
+        self.handler = Handler(rooms)
+        self.shedding = Shedding(rooms, self.handler)
         self.stopping = False
         self.meter.watch(
             "cloudlm_gateway_cache_bytes",
@@ -367,6 +368,7 @@ def make_server(gateway: Gateway) -> GatewayServer:
         max_body_bytes=settings.max_body_bytes,
         stuck_after_s=settings.idle_timeout_s,
         compress_min_bytes=settings.compress_min_bytes,
+        turn_away=gateway.shedding.refuse,
     )
     return GatewayServer(
         site,

@@ -131,7 +131,7 @@ class Handler:
         self._damper = Damper()
         self._hedges: dict[str, HedgeBudget] = {}
         self._open: set[Exchange] = set()
-        self._keys = KnownKeys()
+        self.known = KnownKeys()
         self._tenants = Tenants(rooms.pepper, rooms.weights)
         self.recall = Recall(
             rooms.settings,
@@ -180,10 +180,10 @@ class Handler:
     ) -> GatewayResponse:
         rooms = self._rooms
         view = rooms.view.snapshot()
-        exchange.key = self._keys.find(request.headers, view, rooms.clock.now())
+        exchange.key = self.known.find(request.headers, view, rooms.clock.now())
         if exchange.key is None:
             exchange.key = await self._authorise(request, view)
-            self._keys.remember(request.headers, exchange.key)
+            self.known.remember(request.headers, exchange.key)
             view = rooms.view.snapshot()  # a look again may have brought a newer one
         route.check(request)
         asker = self._asker(exchange.key, view)

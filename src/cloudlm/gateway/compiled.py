@@ -59,6 +59,7 @@ MODULES = (
     "retry",
     "router",
     "sender",
+    "shedding",
     "sse",
     "upstream",
     "view",

@@ -49,7 +49,8 @@ _log = get_logger(__name__)
 
 @dataclass(slots=True)
 class Site:
-    """What all connections of a server share. ``refuse`` turns an error into a response."""
+    """What all connections of a server share. ``refuse`` turns an error into a response;
+    ``turn_away`` has one at once for a request that need not be asked further."""
 
     answer: Callable[[GatewayRequest], Awaitable[GatewayResponse]]
     refuse: Callable[[CloudlmError, dict[str, str]], GatewayResponse]
@@ -57,6 +58,7 @@ class Site:
     max_body_bytes: int
     stuck_after_s: float
     compress_min_bytes: int = 0
+    turn_away: Callable[[GatewayRequest], GatewayResponse | None] = lambda _: None
     connections: set[Connection] = field(default_factory=set)
     sweep: Sweep = field(default_factory=Sweep)
     closing: bool = False
@@ -249,7 +251,8 @@ class Connection(asyncio.Protocol):
         if not keep:
             self._deaf = True
         if self._turn is None:
-            self._begin(turn)
+            if not (keep and self._turned_away(turn)):
+                self._begin(turn)
         elif len(self._waiting) < MAX_WAITING_REQUESTS:
             self._waiting.append(turn)
         else:
@@ -264,6 +267,17 @@ class Connection(asyncio.Protocol):
         self._turn = turn
         self._due = NEVER
         self._task = self._loop.create_task(self._serve(turn))
+
+    def _turned_away(self, turn: Turn) -> bool:
+        """Answer at once, without a task, whoever is turned away; whether that was so."""
+        if self._site.closing:
+            return False
+        response = self._site.turn_away(turn.request)
+        if response is None:
+            return False
+        self._write_whole(response, turn)
+        self._due = self._loop.time() + KEEP_ALIVE_S
+        return True
 
     async def _serve(self, turn: Turn) -> None:
         try:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 
 from cloudlm.core.clock import Clock
-from cloudlm.core.errors import CloudlmError, InvalidRequest
+from cloudlm.core.errors import CloudlmError, InvalidRequest, Overloaded
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.admission import Admission, Criticality, Ticket, too_late, turned_away
 from cloudlm.gateway.capacity import Capacities
@@ -41,6 +41,11 @@ class Gate:
         self._waiting: dict[Ticket, asyncio.Future[CloudlmError | None]] = {}
 
     @property
+    def crowded(self) -> bool:
+        """Whether any model's line may be full."""
+        return self._admission.crowded
+
+    @property
     def waiting(self) -> int:
         """Requests that wait."""
         return len(self._waiting)
@@ -52,6 +57,19 @@ class Gate:
     def ongoing(self, model: str) -> int:
         """Requests for one model, waiting or not."""
         return self._admission.ongoing(model)
+
+    def turned_away(self, model: str, tenant: str, headers: Mapping[str, str]) -> Overloaded | None:
+        """What a request would be told that is turned away whatever else it says, because too many
+        wait before it; None if it has to be asked for in full: it may come in or wait, or claims to
+        be critical, or its header says nothing known."""
+        criticality = _USUAL
+        if PRIORITY_HEADER in headers:
+            found = _PRIORITIES.get(headers[PRIORITY_HEADER].strip().lower())
+            if found is None or found < _USUAL:
+                return None
+            criticality = found
+        capacity = self._capacities.of(model)
+        return self._admission.turned_away(model, tenant, criticality, capacity)
 
     def ticket(
         self,

@@ -76,11 +76,15 @@ class Recall:
 
         return RedisAnswers(settings.cache_url, local, Seal(self._tenant_key), ttl_s, self.clock)
 
+    def has_part(self, model: str) -> bool:
+        """Whether answers of a model may be known."""
+        return bool(self._names) and serves(self._names, model)
+
     def question(
         self, exchange: Exchange, request: GatewayRequest, call: Call, model: ServedModel
     ) -> Question | None:
         """What the cache knows of a request that may use ``model``, None if it has no part."""
-        if not (self._names and serves(self._names, model.name)):
+        if not self.has_part(model.name):
             return None
         version = version_of(model)
         body = None if version is None else repeatable(request, call)
