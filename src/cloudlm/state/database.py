@@ -224,6 +224,9 @@ def _sqlite_engine(path: Path, busy_timeout_s: float) -> AsyncEngine:
         hide_parameters=True,
         pool_size=_POOL_SIZE,
         max_overflow=0,
+        # The one that was used last: each connection caches two megabytes of pages of its own, and
+        # in turns all of them would fill, for nothing.
+        pool_use_lifo=True,
         pool_timeout=busy_timeout_s,
         connect_args={"timeout": busy_timeout_s},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import stat
 import subprocess
@@ -11,11 +12,14 @@ import traceback
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from sqlalchemy import event
 
 import cloudlm.state.migrations as migrations
 from cloudlm.core.errors import BadSetting, CloudlmError, MissingExtra, StorageFailed, Unavailable
+from cloudlm.state.database import Database
 from cloudlm.state.memory import MemoryState
 from cloudlm.state.open import open_state
 
@@ -132,3 +136,26 @@ async def test_every_refusal_is_ours(tmp_path: Path) -> None:
     for url in ("sqlite:////proc/none/x.db", f"sqlite:///{tmp_path}/\0", "sqlite:///" + "x" * 300):
         with pytest.raises(CloudlmError):
             await open_state(url)
+
+
+async def test_who_comes_alone_always_gets_the_same_connection(tmp_path: Path) -> None:
+    """Each connection caches pages of its own: taken in turns, all of them would fill."""
+    database = await Database.open(f"sqlite:///{tmp_path / 'state.db'}", busy_timeout_s=60.0)
+    used: list[int] = []
+
+    @event.listens_for(database._engine.sync_engine, "checkout")
+    def checked_out(connection: object, _record: object, _proxy: object) -> None:
+        used.append(id(connection))
+
+    one = sa.select(sa.literal(1))
+    try:
+        together = [asyncio.create_task(database.read(one)) for _ in range(8)]
+        await asyncio.gather(*together)
+        assert len(set(used)) > 1
+        used.clear()
+        for _ in range(12):
+            await database.read(one)
+        assert len(used) == 12
+        assert len(set(used)) == 1
+    finally:
+        await database.close()
