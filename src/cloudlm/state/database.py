@@ -30,6 +30,10 @@ _WRITES = "cloudlm_writes"
 _RETRY_PAUSE_S = 0.02
 _CONNECT_TIMEOUT_S = 5
 _POOL_SIZE = 4
+_CACHED_PAGES_KIB = 512
+"""For each connection to SQLite, whose own measure is 2,000: what is read again and again (the
+upper pages of indexes) fits, the system caches the rest, and a process that lives for long grows
+by so much at most for each connection."""
 _MIGRATION_PATIENCE_S = 300.0
 
 
@@ -224,8 +228,8 @@ def _sqlite_engine(path: Path, busy_timeout_s: float) -> AsyncEngine:
         hide_parameters=True,
         pool_size=_POOL_SIZE,
         max_overflow=0,
-        # The one that was used last: each connection caches two megabytes of pages of its own, and
-        # in turns all of them would fill, for nothing.
+        # The one that was used last: each connection caches pages of its own, and in turns all of
+        # them would fill, for nothing.
         pool_use_lifo=True,
         pool_timeout=busy_timeout_s,
         connect_args={"timeout": busy_timeout_s},
@@ -237,6 +241,7 @@ def _sqlite_engine(path: Path, busy_timeout_s: float) -> AsyncEngine:
         cursor = connection.cursor()
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute(f"PRAGMA cache_size = {-_CACHED_PAGES_KIB}")
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")

@@ -119,6 +119,17 @@ def test_work_in_flight_is_given_back(steps: list[tuple[int, bool]]) -> None:
     assert all(loads.of(e.replica).blocks == loads.of(e.replica).ongoing == 0 for e in endpoints)
 
 
+def test_what_is_too_old_to_be_believed_takes_no_memory() -> None:
+    prefixes = Prefixes(kept_s=10.0)
+    for second in range(100):
+        prefixes.note("r", [bytes([second, number]) for number in range(4)], float(second))
+    assert len(prefixes._seen["r"]) == 11 * 4
+    assert len(prefixes._holders) == 11
+    assert prefixes.known("r", [bytes([89, number]) for number in range(4)], 99.0) == 4
+    assert prefixes.known("r", [bytes([88, 0])], 99.0) == 0
+    assert not prefixes.holders(bytes([88, 0]))
+
+
 def test_a_huge_prompt_is_decided_quickly() -> None:
     """100,000 tokens in 400,000 bytes; the goal of 3 ms is measured by the bench."""
     loads, endpoints = Loads(), fleet(8)

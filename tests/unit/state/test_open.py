@@ -157,5 +157,7 @@ async def test_who_comes_alone_always_gets_the_same_connection(tmp_path: Path) -
             await database.read(one)
         assert len(used) == 12
         assert len(set(used)) == 1
+        (cached,) = (await database.read(sa.text("PRAGMA cache_size")))[0]  # type: ignore[arg-type]
+        assert cached == -512  # KiB: with four connections no more than two megabytes
     finally:
         await database.close()
