@@ -1,12 +1,15 @@
 """What the gateway's memory does over many requests, a fifth of which go wrong.
 
-    python bench/gateway/memory.py [--requests 300000] [--warm 50000] [--clients 32]
+    python bench/gateway/memory.py [--requests 300000] [--warm 100000] [--clients 32]
 
 Our gateway with all its duties before two mocks that fail in every way they can (see
 ``hard_mock --kind faults``). Clients ask for whole answers and short streams, each with a question,
 a user and a request id of its own; some leave in the middle, some have a wrong key or an unknown
-model. After ``--warm`` requests the resident memory is read every five thousand. Prints one JSON
-line per reading and at the end:
+model. After ``--warm`` requests the resident memory is read every five thousand. By then all that
+fills up to a bound has done so: beginnings of prompts (5.6 MB for each replica at most; prompts are
+longer than a block, so each is remembered), pages of the database (half a megabyte for each of four
+connections), remembered names and verdicts, and what the search for garbage has not come to yet.
+Prints one JSON line per reading and at the end:
 
 - ``memory``: ``slope_mb_per_100k``, the line of least squares through the readings after the
   warm-up, with ``low`` and ``high``, its 95 % interval by bootstrap over the readings; descriptors
@@ -47,7 +50,7 @@ def wire(key: str, number: int, draw: random.Random) -> bytes:
     body = json.dumps(
         {
             "model": model,
-            "messages": [{"role": "user", "content": f"Question {number}: " + "why? " * 50}],
+            "messages": [{"role": "user", "content": f"Question {number}: " + "why? " * 250}],
             "max_tokens": 64,
             "user": f"user{number}",
             "stream": draw.random() < 0.4,
@@ -185,7 +188,7 @@ def measure(contender: Contender, pid: int, mocks: list[int], args: argparse.Nam
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--requests", type=int, default=300_000)
-    parser.add_argument("--warm", type=int, default=50_000)
+    parser.add_argument("--warm", type=int, default=100_000)
     parser.add_argument("--clients", type=int, default=32)
     args = parser.parse_args()
     os.sched_setaffinity(0, {_CPUS[-1]})
