@@ -5,7 +5,9 @@ one with the least counter is served next. A tenant that comes back does so at t
 who wait: to have been away saves nothing up. Source: virtual token counters, Sheng et al.,
 "Fairness in Serving Large Language Models", OSDI 2024 (arXiv 2401.00588), which is start-time fair
 queueing with tokens for packets. Higher priorities come first whatever the counters say, but from
-time to time the sequence that waited longest is lifted to them, so that nothing starves.
+time to time the sequence that waited longest is lifted to them, so that nothing starves. Among
+equal priorities an answer that another engine began goes before those that nobody has begun: its
+client has seen its first tokens and waits for the next, and its tenant was served for it there.
 
 A pure decider's part: must not import torch, asyncio, time, logging or threading.
 """
@@ -79,10 +81,16 @@ class Lines:
         if not tenant.waiting:
             tenant.counter = max(tenant.counter, self._least())
         tenant.sequences += 1
-        self.wait(sequence)
+        self._queue(sequence)
 
     def wait(self, sequence: Sequence) -> None:
-        """Put a sequence of a known tenant into its line: a new one, or one that gave way."""
+        """A sequence that ran gives way. It goes before others no more, or it would take its place
+        back from whom it gave way to."""
+        sequence.resumed = False
+        self._queue(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
+        """Put a sequence of a known tenant into its line."""
         sequence.queued_at = self._step
         insort(self._tenants[sequence.tenant].waiting, sequence, key=_place)
         self._waiting += 1
@@ -133,15 +141,15 @@ class Lines:
         """Who gets prompt tokens computed, next first: those that are at it and, if ``admitting``,
         those that wait. What is charged meanwhile changes who comes later."""
         lines: dict[str, Iterator[Sequence]] = {}
-        heap: list[tuple[tuple[bool, int, float, int], Sequence]] = []
+        heap: list[tuple[tuple[bool, int, bool, float, int], Sequence]] = []
         names = {one.tenant for one in prefilling}
         if admitting:
             names.update(name for name, tenant in self._tenants.items() if tenant.waiting)
         for name in names:
             begun = sorted((s for s in prefilling if s.tenant == name), key=_place)
             waiting = self._tenants[name].waiting[:] if admitting else []
-            # Merging is stable: what has begun stays before what waits at the same level.
-            lines[name] = merge(begun, waiting, key=_level_down)
+            # Merging is stable: what has begun stays before what waits in the same class.
+            lines[name] = merge(begun, waiting, key=_class)
             head = next(lines[name])
             heap.append((self._rank(head), head))
         heapify(heap)
@@ -177,9 +185,9 @@ class Lines:
             if stuck is not None and stuck.arrival < by.arrival and stuck.level >= by.level:
                 stuck.overtaken += 1
 
-    def _rank(self, sequence: Sequence) -> tuple[bool, int, float, int]:
+    def _rank(self, sequence: Sequence) -> tuple[bool, int, bool, float, int]:
         tenant = self._tenants[sequence.tenant]
-        return not self.overdue(sequence), -sequence.level, tenant.counter, sequence.arrival
+        return not self.overdue(sequence), *_class(sequence), tenant.counter, sequence.arrival
 
     def _lines(self) -> Iterator[_Tenant]:
         return (tenant for tenant in self._tenants.values() if tenant.waiting)
@@ -198,9 +206,10 @@ class Lines:
             }
 
 
-def _place(sequence: Sequence) -> tuple[int, int]:
-    return -sequence.level, sequence.arrival
+def _place(sequence: Sequence) -> tuple[int, bool, int]:
+    return *_class(sequence), sequence.arrival
 
 
-def _level_down(sequence: Sequence) -> int:
-    return -sequence.level
+def _class(sequence: Sequence) -> tuple[int, bool]:
+    """What decides before tenants do."""
+    return -sequence.level, not sequence.resumed

@@ -32,6 +32,7 @@ class Sequence:
     ``arrival`` orders sequences (set by the scheduler; a preempted one keeps its own).
     Sequences of a higher ``priority`` go first; ``level`` is the priority that the scheduler goes
     by, which grows with long waiting. ``tenant`` shares the engine with others by ``weight``.
+    One that is ``resumed`` came with the beginning of its answer, from another engine.
     ``given`` tokens came with the request; those before ``charged`` were counted for the tenant.
     ``bypasses`` counts the later sequences of the same tenant that were admitted while this one did
     not fit, ``overtaken`` those of all tenants while it was its tenant's first such one.
@@ -67,11 +68,13 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     tokens: list[int] = field(init=False)
     given: int = field(init=False)
+    resumed: bool = field(init=False)
     _block_hashes: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = [*self.prompt, *self.outputs]
         self.given = len(self.tokens)
+        self.resumed = bool(self.outputs)
 
     @property
     def remaining(self) -> int:

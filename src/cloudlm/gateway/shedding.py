@@ -10,6 +10,8 @@ any other reason.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from cloudlm.core.errors import CloudlmError, Overloaded
@@ -31,7 +33,8 @@ _log = get_logger(__name__)
 
 
 # All that is read of a body; made so because compiled classes cannot be msgspec's.
-_decoder = msgspec.json.Decoder(msgspec.defstruct("_Named", [("model", str, "")]))
+_Named: Any = msgspec.defstruct("_Named", [("model", str, "")])
+_decoder = msgspec.json.Decoder(_Named)
 
 
 class Shedding:

@@ -235,6 +235,46 @@ def test_a_higher_priority_takes_the_cache_it_needs_but_no_more() -> None:
     c.finish(within=500)
 
 
+def begun_elsewhere(one: Crowd, tenant: str) -> Sequence:
+    """An answer of which another engine made five tokens."""
+    return one.add(tenant, 20, 10, outputs=[7] * 5)
+
+
+@pytest.mark.parametrize("tenant", ["mine", "other"])
+def test_an_answer_begun_elsewhere_goes_before_those_that_nobody_began(tenant: str) -> None:
+    """Its client waits for the next token, others for their first."""
+    one = crowd(max_batch_sequences=4)
+    for _ in range(40):
+        one.add("mine", 64, 8)
+    for _ in range(3):
+        one.step()
+    resumed = begun_elsewhere(one, tenant)
+    one.finish(within=2000)
+    before = one.finished.index(resumed)
+    assert before <= 2 * 4  # those that ran when it came, and who ran beside it
+
+
+def test_an_answer_begun_elsewhere_does_not_wait_for_a_long_prompt() -> None:
+    one = crowd(max_batch_sequences=4, max_batch_tokens=16)
+    one.add("mine", 160, 1)
+    one.step()
+    resumed = begun_elsewhere(one, "mine")
+    one.step()
+    one.step()
+    assert resumed.remaining == 1  # decodes
+
+
+def test_who_gave_way_goes_before_nobody() -> None:
+    one = crowd(max_batch_sequences=4)
+    resumed = begun_elsewhere(one, "mine")
+    one.step()
+    assert resumed.status is Status.RUNNING
+    one.scheduler.waiting.wait(resumed)
+    assert not resumed.resumed
+    one.scheduler.waiting.start(resumed)
+    one.finish(within=100)
+
+
 def test_equals_take_nothing_from_each_other() -> None:
     c = crowd(max_batch_sequences=2)
     running = [c.add("a", 5, 20, priority=5) for _ in range(2)]
