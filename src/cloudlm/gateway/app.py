@@ -20,9 +20,7 @@ from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, Unavailable
-from cloudlm.core.price import read_prices
 from cloudlm.core.settings import ExternalSettings, GatewaySettings
-from cloudlm.core.tenant import read_weights
 from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
@@ -38,10 +36,9 @@ from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
-from cloudlm.gateway.live_settings import LiveSettings, Source
+from cloudlm.gateway.live_settings import LiveSettings, Source, read_live
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
-from cloudlm.gateway.model_routes import read_routes
 from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.sender import Sender
@@ -115,7 +112,8 @@ class Gateway:
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
-        routes, prices = read_routes(settings.routes), read_prices(settings.prices)
+        self.held = read_live(settings)
+        routes, weights = self.held["routes"], self.held["tenant_weights"]
         self.view = View(state, clock, routes=routes, policies=policies)
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
@@ -123,7 +121,7 @@ class Gateway:
         self.counters = _counters(settings, clock, place)
         self.limiter = Limiter(
             self.counters,
-            prices,
+            self.held["prices"],
             state,
             clock,
             settings.reserved_answer_tokens,
@@ -163,18 +161,19 @@ class Gateway:
         hold_s = settings.hold_timeout_s
         self.waiting = Waiting(self.view, self.gate, self.demand, clock, hold_s, news)
         self.refusals = Refusals(state, clock)
-        weights = read_weights(settings.tenant_weights)
+        self.tenants = Tenants(pepper, weights)
         likeness = None
         if settings.semantic_models:
-            likeness = self._likeness(settings, home, weights, pepper, clock)
+            likeness = self._likeness(settings, home, weights, clock)
         self.guardrails = _guardrails(settings, home, self.meter)
         self.live = None
         if source is not None:
-            self.live = LiveSettings(source, settings, routes, prices, self.view.reread)
+            self.live = LiveSettings(source, settings, self.held, self._settings_changed)
         self.handler = Handler(
             Rooms(
                 settings=settings,
                 pepper=pepper,
+                tenants=self.tenants,
                 clock=clock,
                 view=self.view,
                 limiter=self.limiter,
@@ -247,16 +246,19 @@ class Gateway:
         notes = [] if self.live is None else self.live.notes
         return notes if self.guardrails is None else [*notes, *self.guardrails.notes]
 
+    async def _settings_changed(self) -> None:
+        """Routes, prices or weights are others now."""
+        self.tenants.forget()
+        await self.view.reread()
+
     def _files_refused(self) -> int:
-        settings = self.live is not None and self.live.refused
-        return settings + (self.guardrails is not None and bool(self.guardrails.notes))
+        return sum(one is not None and one.refused for one in (self.live, self.guardrails))
 
     def _likeness(
         self,
         settings: GatewaySettings,
         home: Path,
         weights: dict[str, float],
-        pepper: bytes,
         clock: Clock,
     ) -> Likeness | None:
         """The semantic cache. Raises BadSetting and MissingExtra."""
@@ -268,7 +270,7 @@ class Gateway:
             loads=self.loads,
             upstream=self.upstream,
             ledger=self.ledger,
-            tenants=Tenants(pepper, weights),
+            tenants=self.tenants,
             clock=clock,
             price=self.limiter.price,
             count=self.demand.count,
