@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,6 +46,7 @@ from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServe
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.gateway.waiting import Waiting
+from cloudlm.security import keys
 from cloudlm.security.access import Policies
 from cloudlm.security.credentials import Credentials
 from cloudlm.security.door import Door
@@ -59,6 +60,7 @@ from cloudlm.state.news import News
 from cloudlm.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
+    from cloudlm.gateway.cooling_redis import RedisCooling
     from cloudlm.gateway.live_guardrails import LiveGuardrails
     from cloudlm.gateway.semantic.likeness import Likeness
 
@@ -112,6 +114,7 @@ class Gateway:
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
+        self._clock = clock
         self.held = read_live(settings)
         routes, weights = self.held["routes"], self.held["tenant_weights"]
         self.view = View(state, clock, routes=routes, policies=policies)
@@ -130,12 +133,7 @@ class Gateway:
         self.loads = Loads()
         self.meter = Meter()
         self.numbers = Numbers(place.channel, self.meter.exposition, clock) if place else None
-        cooling = None
-        if place is not None:
-            cooling = Cooling(
-                place.channel,
-                lambda replica, wait_s: self.loads.cool(replica, clock.monotonic() + wait_s),
-            )
+        self._cooling = _cooling(settings, place, pepper, self._left_alone, clock)
         self.ledger = Ledger(open_journal(home), state, clock)
         self.door = Door("gateway", settings, home / "tls", clock)
         self.replica_tls = replica_context(settings, home / "tls")
@@ -151,6 +149,7 @@ class Gateway:
             outside=Outside(external),
             tls=self.external_tls,
             connect_timeout_s=settings.connect_timeout_s,
+            clock=clock,
         )
         self.upstream = Sender(own, foreign)
         name = f"{socket.gethostname()}:{settings.port}"
@@ -188,7 +187,7 @@ class Gateway:
                 likeness=likeness,
                 routes=routes,
                 refused=self.refusals.note,
-                cooled=cooling.tell if cooling is not None else lambda *_: None,
+                cooled=self._cooled,
                 guardrails=self.guardrails,
                 people=None if issuer is None else People(issuer, self.view),
             )
@@ -245,6 +244,18 @@ class Gateway:
         """What an operator should know, for anybody to read."""
         notes = [] if self.live is None else self.live.notes
         return notes if self.guardrails is None else [*notes, *self.guardrails.notes]
+
+    def _cooled(self, replica: str, wait_s: float) -> None:
+        """A replica asked this gateway for time."""
+        for others in self._cooling:
+            others.tell(replica, wait_s)
+
+    def _left_alone(self, replica: str, wait_s: float) -> None:
+        """A replica asked another process or gateway for time."""
+        with contextlib.suppress(Unavailable):
+            models = self.view.snapshot().models.values()
+            if any(one.replica == replica for model in models for one in model.endpoints):
+                self.loads.cool(replica, self._clock.monotonic() + wait_s)
 
     async def _settings_changed(self) -> None:
         """Routes, prices or weights are others now."""
@@ -305,6 +316,7 @@ class Gateway:
         if self.numbers is not None:
             tasks.append(asyncio.create_task(self.numbers.run(), name="numbers"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
+        tasks += [asyncio.create_task(one.run(), name="cooling") for one in self._cooling]
         tasks.append(asyncio.create_task(self.handler.recall.answers.run(), name="answers"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
@@ -343,6 +355,25 @@ def _counters(settings: GatewaySettings, clock: Clock, place: Place | None) -> C
     refuse = settings.limits_after_outage == "refuse"
     outage = Outage(settings.limits_share, settings.limits_outage_s, refuse)
     return RedisCounters(settings.limits_url, clock, outage)
+
+
+def _cooling(
+    settings: GatewaySettings,
+    place: Place | None,
+    pepper: bytes,
+    heard: Callable[[str, float], None],
+    clock: Clock,
+) -> list[Cooling | RedisCooling]:
+    """The ways to other processes and gateways. Raises BadSetting and MissingExtra."""
+    found: list[Cooling | RedisCooling] = []
+    if place is not None:
+        found.append(Cooling(place.channel, heard))
+    if settings.limits_url:
+        from cloudlm.gateway.cooling_redis import RedisCooling
+
+        channel = f"cloudlm:cooling:{keys.installation_mark(pepper)}"
+        found.append(RedisCooling(settings.limits_url, channel, heard, clock))
+    return found
 
 
 def _guardrails(settings: GatewaySettings, home: Path, meter: Meter) -> LiveGuardrails | None:

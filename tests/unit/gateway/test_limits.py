@@ -134,6 +134,42 @@ def test_all_bounds_or_none():
     assert take(tally, wide).requests.remaining == 8  # type: ignore[union-attr]
 
 
+_STEP = st.one_of(
+    st.tuples(st.just("ask"), st.just(0)),
+    st.tuples(st.sampled_from(["renew", "end"]), st.integers(0, 30)),
+    st.tuples(st.just("wait"), st.sampled_from([0, 1, 7, 29, 30, 31])),
+)
+
+
+@pytest.mark.promise(22)
+@given(st.lists(_STEP, max_size=40))
+def test_what_is_held_is_what_has_not_expired(steps: list[tuple[str, int]]) -> None:
+    """At every request, whatever came before: not one place is held a moment too long, none is
+    given back too early. ``Tally`` does not look each time; that must not show."""
+    tally, now, live = Tally(30.0), 0.0, dict[str, float]()
+    bounds = [Bound("scope", Limits(concurrent_streams=1000))]
+    leases: list[Lease] = []
+    for what, number in steps:
+        live = {name: until for name, until in live.items() if until > now}
+        if what == "wait":
+            now += number
+        elif what == "ask":
+            name = f"lease-{len(leases)}"
+            verdict = tally.reserve(name, bounds, tokens=0, spend=0, now=now, month=MONTH)
+            assert verdict.lease is not None
+            leases.append(verdict.lease)
+            live[name] = now + 30.0
+            assert tally.ongoing("scope") == len(live)
+        elif number < len(leases):
+            lease = leases[number]
+            if what == "renew" and lease.id in live:  # a lost one is renewed by nobody
+                tally.renew([lease.id], now)
+                live[lease.id] = now + 30.0
+            elif what == "end":
+                tally.settle(lease, tokens=0, spend=0, counts=True, now=now, month=MONTH)
+                live.pop(lease.id, None)
+
+
 class Machine(RuleBasedStateMachine):
     """Requests come, end, are renewed and lost in any order; no limit is ever exceeded."""
 
