@@ -52,15 +52,18 @@ FREE = Price()
 
 
 def read_prices(text: str) -> dict[str, Price]:
-    """Prices by model out of ``model=prompt/cached/completion, …``, each per million tokens; ``*``
-    is for models not named. Raises BadSetting."""
+    """Prices out of ``model=prompt/cached/completion, …``, each per million tokens; ``*`` is for
+    models not named, and ``model@tenant`` for one tenant alone. Raises BadSetting."""
     prices: dict[str, Price] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, numbers = (piece.strip() for piece in part.rpartition("="))
         rates = [_rate(number) for number in numbers.split("/")]
-        if not name or len(rates) != 3 or None in rates:
+        model, at, tenant = name.partition("@")
+        whole = model and (tenant or not at) and "@" not in tenant and name not in prices
+        if not whole or len(rates) != 3 or None in rates:
             raise BadSetting(
-                f"gateway.prices: {part!r:.80} must be model=prompt/cached/completion, three "
+                f"gateway.prices: {part!r:.80} must be model=prompt/cached/completion, or "
+                "model@tenant=… for one tenant, each name once, and three "
                 f"prices per million tokens from 0 to {MAX_PRICE:,.0f} with at most three decimals,"
                 " such as tiny=0.5/0.1/1.5",
                 param="gateway.prices",
@@ -108,6 +111,12 @@ def _rate(number: str | float) -> int | None:
     return round(price * 1000)
 
 
-def price_of(prices: Mapping[str, Price], model: str) -> Price:
-    """The price of a model; nothing if none is set."""
-    return prices.get(model) or prices.get(ANY_MODEL, FREE)
+def price_of(
+    prices: Mapping[str, Price], model: str, tenant: str = "", own: Price | None = None
+) -> Price:
+    """The price of a model for a tenant; nothing if none is set. What the table has for the tenant
+    goes first, then the deployment's ``own`` price, then what the table has for everybody."""
+    if not prices:
+        return own or FREE
+    agreed = prices.get(f"{model}@{tenant}") or prices.get(f"{ANY_MODEL}@{tenant}")
+    return agreed or own or prices.get(model) or prices.get(ANY_MODEL, FREE)

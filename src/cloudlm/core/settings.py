@@ -179,7 +179,8 @@ class GatewaySettings:
     )
     prices: str = setting(
         "",
-        "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named.",
+        "Prices per million tokens, 'model=prompt/cached/completion, …'; '*' for models not named, "
+        "'model@tenant' for one tenant alone.",
     )
     limits_url: str = setting(
         "",

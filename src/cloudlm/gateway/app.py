@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,9 +20,7 @@ from starlette.routing import Route
 
 from cloudlm.core.clock import Clock, SystemClock
 from cloudlm.core.errors import CloudlmError, Unavailable
-from cloudlm.core.price import read_prices
 from cloudlm.core.settings import ExternalSettings, GatewaySettings
-from cloudlm.core.tenant import read_weights
 from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
@@ -38,10 +36,9 @@ from cloudlm.gateway.gate import Gate
 from cloudlm.gateway.known import Tenants
 from cloudlm.gateway.ledger import Ledger, open_journal
 from cloudlm.gateway.limiter import Limiter
-from cloudlm.gateway.live_settings import LiveSettings, Source
+from cloudlm.gateway.live_settings import LiveSettings, Source, read_live
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
-from cloudlm.gateway.model_routes import read_routes
 from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
 from cloudlm.gateway.sender import Sender
@@ -50,6 +47,7 @@ from cloudlm.gateway.shedding import Shedding
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.gateway.view import View
 from cloudlm.gateway.waiting import Waiting
+from cloudlm.security import keys
 from cloudlm.security.access import Policies
 from cloudlm.security.credentials import Credentials
 from cloudlm.security.door import Door
@@ -63,6 +61,7 @@ from cloudlm.state.news import News
 from cloudlm.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
+    from cloudlm.gateway.cooling_redis import RedisCooling
     from cloudlm.gateway.live_guardrails import LiveGuardrails
     from cloudlm.gateway.semantic.likeness import Likeness
 
@@ -116,7 +115,9 @@ class Gateway:
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
-        routes, prices = read_routes(settings.routes), read_prices(settings.prices)
+        self._clock = clock
+        self.held = read_live(settings)
+        routes, weights = self.held["routes"], self.held["tenant_weights"]
         self.view = View(state, clock, routes=routes, policies=policies)
         self.admission = Admission(settings.max_ongoing_requests, settings.max_queued_requests)
         self.gate = Gate(self.admission, clock, settings.replica_capacity, settings.queue_timeout_s)
@@ -124,7 +125,7 @@ class Gateway:
         self.counters = _counters(settings, clock, place)
         self.limiter = Limiter(
             self.counters,
-            prices,
+            self.held["prices"],
             state,
             clock,
             settings.reserved_answer_tokens,
@@ -133,12 +134,7 @@ class Gateway:
         self.loads = Loads()
         self.meter = Meter()
         self.numbers = Numbers(place.channel, self.meter.exposition, clock) if place else None
-        cooling = None
-        if place is not None:
-            cooling = Cooling(
-                place.channel,
-                lambda replica, wait_s: self.loads.cool(replica, clock.monotonic() + wait_s),
-            )
+        self._cooling = _cooling(settings, place, pepper, self._left_alone, clock)
         self.ledger = Ledger(open_journal(home), state, clock)
         self.door = Door("gateway", settings, home / "tls", clock)
         self.replica_tls = replica_context(settings, home / "tls")
@@ -154,6 +150,7 @@ class Gateway:
             outside=Outside(external),
             tls=self.external_tls,
             connect_timeout_s=settings.connect_timeout_s,
+            clock=clock,
         )
         self.upstream = Sender(own, foreign)
         name = f"{socket.gethostname()}:{settings.port}"
@@ -164,17 +161,18 @@ class Gateway:
         hold_s = settings.hold_timeout_s
         self.waiting = Waiting(self.view, self.gate, self.demand, clock, hold_s, news)
         self.refusals = Refusals(state, clock)
-        weights = read_weights(settings.tenant_weights)
+        self.tenants = Tenants(pepper, weights)
         likeness = None
         if settings.semantic_models:
-            likeness = self._likeness(settings, home, weights, pepper, clock)
+            likeness = self._likeness(settings, home, weights, clock)
         self.guardrails = _guardrails(settings, home, self.meter)
         self.live = None
         if source is not None:
-            self.live = LiveSettings(source, settings, routes, prices, self.view.reread)
+            self.live = LiveSettings(source, settings, self.held, self._settings_changed)
         rooms = Rooms(
             settings=settings,
             pepper=pepper,
+            tenants=self.tenants,
             clock=clock,
             view=self.view,
             limiter=self.limiter,
@@ -189,7 +187,7 @@ class Gateway:
             likeness=likeness,
             routes=routes,
             refused=self.refusals.note,
-            cooled=cooling.tell if cooling is not None else lambda *_: None,
+            cooled=self._cooled,
             guardrails=self.guardrails,
             people=None if issuer is None else People(issuer, self.view),
         )
@@ -248,16 +246,31 @@ class Gateway:
         notes = [] if self.live is None else self.live.notes
         return notes if self.guardrails is None else [*notes, *self.guardrails.notes]
 
+    def _cooled(self, replica: str, wait_s: float) -> None:
+        """A replica asked this gateway for time."""
+        for others in self._cooling:
+            others.tell(replica, wait_s)
+
+    def _left_alone(self, replica: str, wait_s: float) -> None:
+        """A replica asked another process or gateway for time."""
+        with contextlib.suppress(Unavailable):
+            models = self.view.snapshot().models.values()
+            if any(one.replica == replica for model in models for one in model.endpoints):
+                self.loads.cool(replica, self._clock.monotonic() + wait_s)
+
+    async def _settings_changed(self) -> None:
+        """Routes, prices or weights are others now."""
+        self.tenants.forget()
+        await self.view.reread()
+
     def _files_refused(self) -> int:
-        settings = self.live is not None and self.live.refused
-        return settings + (self.guardrails is not None and bool(self.guardrails.notes))
+        return sum(one is not None and one.refused for one in (self.live, self.guardrails))
 
     def _likeness(
         self,
         settings: GatewaySettings,
         home: Path,
         weights: dict[str, float],
-        pepper: bytes,
         clock: Clock,
     ) -> Likeness | None:
         """The semantic cache. Raises BadSetting and MissingExtra."""
@@ -269,7 +282,7 @@ class Gateway:
             loads=self.loads,
             upstream=self.upstream,
             ledger=self.ledger,
-            tenants=Tenants(pepper, weights),
+            tenants=self.tenants,
             clock=clock,
             price=self.limiter.price,
             count=self.demand.count,
@@ -304,6 +317,7 @@ class Gateway:
         if self.numbers is not None:
             tasks.append(asyncio.create_task(self.numbers.run(), name="numbers"))
         tasks.append(asyncio.create_task(self.counters.run(), name="counters"))
+        tasks += [asyncio.create_task(one.run(), name="cooling") for one in self._cooling]
         tasks.append(asyncio.create_task(self.handler.recall.answers.run(), name="answers"))
         tasks.append(asyncio.create_task(self.limiter.run(self.view.snapshot), name="limits"))
         try:
@@ -342,6 +356,25 @@ def _counters(settings: GatewaySettings, clock: Clock, place: Place | None) -> C
     refuse = settings.limits_after_outage == "refuse"
     outage = Outage(settings.limits_share, settings.limits_outage_s, refuse)
     return RedisCounters(settings.limits_url, clock, outage)
+
+
+def _cooling(
+    settings: GatewaySettings,
+    place: Place | None,
+    pepper: bytes,
+    heard: Callable[[str, float], None],
+    clock: Clock,
+) -> list[Cooling | RedisCooling]:
+    """The ways to other processes and gateways. Raises BadSetting and MissingExtra."""
+    found: list[Cooling | RedisCooling] = []
+    if place is not None:
+        found.append(Cooling(place.channel, heard))
+    if settings.limits_url:
+        from cloudlm.gateway.cooling_redis import RedisCooling
+
+        channel = f"cloudlm:cooling:{keys.installation_mark(pepper)}"
+        found.append(RedisCooling(settings.limits_url, channel, heard, clock))
+    return found
 
 
 def _guardrails(settings: GatewaySettings, home: Path, meter: Meter) -> LiveGuardrails | None:

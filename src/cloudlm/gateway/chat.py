@@ -102,6 +102,7 @@ class Rooms:
 
     settings: GatewaySettings
     pepper: bytes
+    tenants: Tenants
     clock: Clock
     view: View
     limiter: Limiter
@@ -132,7 +133,7 @@ class Handler:
         self._hedges: dict[str, HedgeBudget] = {}
         self._open: set[Exchange] = set()
         self.known = KnownKeys()
-        self._tenants = Tenants(rooms.pepper, rooms.weights)
+        self._tenants = rooms.tenants
         self.recall = Recall(
             rooms.settings,
             rooms.pepper,

@@ -155,6 +155,10 @@ class Cooling:
         """Have the other processes leave ``replica`` alone too; never waits."""
         self._channel.tell(_COOL, _Cool(replica, wait_s))
 
+    async def run(self) -> None:
+        """Nothing is to be done: the channel hears by itself."""
+        await asyncio.Event().wait()
+
     def _take(self, what: str, data: msgspec.Raw) -> None:
         if what == _COOL:
             cool = msgspec.json.decode(data, type=_Cool)

@@ -13,13 +13,13 @@ import asyncio
 import functools
 import logging
 import ssl
-import time
 from collections.abc import Hashable
 from typing import Any
 
 import msgspec
 
 from cloudlm import __version__
+from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import CloudlmError, NotSupported, StorageFailed, UpstreamFailed
 from cloudlm.gateway.pool import Place
@@ -67,7 +67,9 @@ class Foreign:
         outside: Outside,
         tls: ssl.SSLContext,
         connect_timeout_s: float,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._credentials = credentials
         self._outside = outside
         self._damper = Damper()
@@ -150,7 +152,7 @@ class Foreign:
     ) -> None:
         """Say once in a while what every request may run into. ``kind`` is what the reason is
         known by: a second kind is said at once, whatever the first one's words were."""
-        count = self._damper.take((event, endpoint.replica, kind), time.monotonic())
+        count = self._damper.take((event, endpoint.replica, kind), self._clock.monotonic())
         if count is not None:
             fields = {**_about(endpoint, reason), "count": count}
             _log.log(level, event, extra={"fields": fields})

@@ -39,9 +39,10 @@ class Holdings(Generic[V]):
     """Values by place, at most ``max_bytes`` together.
 
     While there is room, a tenant may have all of it. When there is none, each tenant that holds
-    something has a share, ``max_bytes`` by weight (1 unless ``weights`` names the tenant). Who is
-    over its share makes room out of its own; else the one does that is over by the most. So who is
-    not over its share loses nothing. ``on_drop`` is told what goes, for whatever reason.
+    something has a share, ``max_bytes`` by weight (1 unless ``weights``, which may change, names
+    the tenant). Who is over its share makes room out of its own; else the one does that is over by
+    the most. So who is not over its share loses nothing. ``on_drop`` is told what goes, for
+    whatever reason.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class Holdings(Generic[V]):
         holding = self._holdings.get(place.tenant)
         if holding is None:
             holding = self._holdings[place.tenant] = _Holding()
-            self._all_weights += self._weight(place.tenant)
         holding.held[place.key] = _Held(value, until, size_bytes)
         holding.size_bytes += size_bytes
         self.size_bytes += size_bytes
         self._by_age[place] = None
+        if self.size_bytes > self._max_bytes:
+            self._weigh()
         while self.size_bytes > self._max_bytes:
             tenant = self._must_yield(place.tenant)
             self.drop(Place(tenant, next(iter(self._holdings[tenant].held))))
@@ -97,7 +99,7 @@ class Holdings(Generic[V]):
         self.size_bytes -= held.size_bytes
         if not holding.held:
             del self._holdings[place.tenant]
-            self._all_weights = sum(map(self._weight, self._holdings))
+            self._weigh()
         self._on_drop(place, held.value)
 
     def _must_yield(self, asking: str) -> str:
@@ -105,6 +107,10 @@ class Holdings(Generic[V]):
         if self._load(asking) > self._max_bytes / self._all_weights:
             return asking
         return max(self._holdings, key=self._load)
+
+    def _weigh(self) -> None:
+        """What ``_must_yield`` goes by: weights may have changed."""
+        self._all_weights = sum(map(self._weight, self._holdings))
 
     def _load(self, tenant: str) -> float:
         return self._holdings[tenant].size_bytes / self._weight(tenant)

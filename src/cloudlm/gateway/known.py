@@ -74,7 +74,7 @@ class TenantFacts:
 
 
 class Tenants:
-    """The facts of each tenant."""
+    """The facts of each tenant. ``weights`` may change; then ``forget``."""
 
     def __init__(self, pepper: bytes, weights: Mapping[str, float]) -> None:
         self._pepper = pepper
@@ -87,6 +87,10 @@ class Tenants:
             WEIGHT_HEADER: f"{self._weights.get(tenant, 1.0):g}",
         }
         return TenantFacts(keys.cache_salt(tenant, self._pepper), told)
+
+    def forget(self) -> None:
+        """The weights are others now."""
+        self.facts.cache_clear()
 
     def salted(self, tenant: str, wanted: str) -> str:
         """The cache salt of a tenant's request that brought the salt ``wanted``."""

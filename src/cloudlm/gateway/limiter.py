@@ -92,7 +92,8 @@ class Limiter:
         bounds = self.bounds(exchange.key, view)
         wanted = estimate(call, exchange.price, self._answer_tokens)
         for other in others:
-            wanted = max(wanted, estimate(call, self._price(other), self._answer_tokens))
+            price = self._price(other, exchange.key.tenant)
+            wanted = max(wanted, estimate(call, price, self._answer_tokens))
         if not bounds:
             return wanted.tokens
         month = self.month()
@@ -111,11 +112,11 @@ class Limiter:
 
     def price(self, exchange: Exchange, model: str) -> None:
         """From now on the exchange's attempts cost what ``model`` costs."""
-        exchange.price = self._price(model)
+        tenant = exchange.key.tenant if exchange.key is not None else ""
+        exchange.price = self._price(model, tenant)
 
-    def _price(self, model: str) -> Price:
-        """A deployment's own price goes before the gateway's table."""
-        return self._own_prices.get(model) or price_of(self._prices, model)
+    def _price(self, model: str, tenant: str) -> Price:
+        return price_of(self._prices, model, tenant, self._own_prices.get(model))
 
     def _settle(self, exchange: Exchange, lease: Lease) -> None:
         self._running.discard(lease.id)

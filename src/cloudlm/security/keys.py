@@ -143,6 +143,12 @@ def tenant_mark(tenant: str, pepper: bytes) -> str:
     return hmac.new(pepper, parts, hashlib.sha256).hexdigest()[:32]
 
 
+def installation_mark(pepper: bytes) -> str:
+    """What gateways of one installation know each other by where others may be: it tells nothing
+    of the secret that they share."""
+    return hmac.new(pepper, b"installation", hashlib.sha256).hexdigest()[:32]
+
+
 def invalid_key() -> AuthenticationFailed:
     """The one answer to every bad key."""
     return AuthenticationFailed(

@@ -186,6 +186,28 @@ def test_a_tenant_with_many_questions_empties_nobody_elses_share() -> None:
     assert held.get(Place("loud", bytes([0])), 0.0) is None
 
 
+def test_shares_follow_weights_that_change() -> None:
+    weights: dict[str, float] = {}
+    held: Holdings[int] = Holdings(100, weights)
+
+    def fill(tenant: str) -> None:
+        for number in range(20):
+            held.put(Place(tenant, bytes([number])), number, 10, 10.0, 0.0)
+
+    def count(tenant: str) -> int:
+        return sum(held.get(Place(tenant, bytes([n])), 0.0) is not None for n in range(20))
+
+    fill("a")
+    fill("b")
+    assert (count("a"), count("b")) == (5, 5)
+    weights["b"] = 4.0
+    fill("b")
+    assert (count("a"), count("b")) == (2, 8)
+    weights.clear()
+    fill("a")
+    assert (count("a"), count("b")) == (5, 5)
+
+
 def test_who_comes_late_gets_a_share_too() -> None:
     held: Holdings[int] = Holdings(100, {"big": 3.0})
     for number in range(10):

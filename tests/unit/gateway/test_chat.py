@@ -457,7 +457,7 @@ async def test_end_without_done_is_a_break(rig: Any, kit: Any) -> None:
 
 
 @pytest.mark.promise(10)
-@pytest.mark.known_failure("gonka#1798")
+@pytest.mark.known_failure("gonka#1798", "octos#29", "fusion-code#134")
 async def test_stall_after_content(kit: Any) -> None:
     async with kit.open_rig(idle_timeout_s=1.0) as rig:
         rig.replicas[0].default = kit.Plan(stall_at=3)

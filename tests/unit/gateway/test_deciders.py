@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections import Counter
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudlm.core.deployment import Endpoint
@@ -143,9 +147,41 @@ def test_budget_grows_with_requests() -> None:
 
 
 @pytest.mark.promise(8)
-@pytest.mark.known_failure("deer-flow#4294")
+@pytest.mark.known_failure("deer-flow#4294", "hermes-agent#100725")
 def test_full_jitter() -> None:
     assert full_jitter(1, 0.0) == 0.0
     assert full_jitter(1, 0.999) < 0.05
     assert 0.09 < full_jitter(2, 0.999) < 0.1
     assert full_jitter(50, 0.5) == 0.5
+
+
+@pytest.mark.promise(8)
+@pytest.mark.known_failure("deer-flow#4294")
+@given(st.integers(0, 2**32), st.integers(20, 200), st.sampled_from([0.5, 1.0, 5.0]))
+@settings(max_examples=25, deadline=None)
+def test_a_minute_of_outage_adds_a_fifth_and_no_new_beat(
+    seed: int, crowd: int, every_s: float
+) -> None:
+    """Crowds that come together and all fail: what they try again comes spread over the wait, not
+    as a second crowd."""
+    budget, draw = RetryBudget(), random.Random(seed)
+    requests, retries, spread = 0, 0, Counter[int]()
+    for beat in range(round(60.0 / every_s)):
+        now = beat * every_s
+        for _ in range(crowd):
+            budget.count_request(now)
+            requests += 1
+            waited_s = 0.0
+            for attempt in (1, 2):  # three attempts at most
+                if not budget.take(now):
+                    break
+                retries += 1
+                waited_s += full_jitter(attempt, draw.random())
+                spread[int(waited_s // _SLOT_S)] += 1
+    assert retries <= max(3, 0.2 * requests)
+    assert retries >= 0.2 * requests - 2  # what the budget gives is used
+    # The first waits are even over ten slots, longer ones over more: a tenth, and six deviations.
+    assert max(spread.values()) <= 0.1 * retries + 2 * math.sqrt(retries)
+
+
+_SLOT_S = 0.005

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cloudlm.core.clock import Clock, ManualClock, SystemClock
 from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import CloudlmError, NotSupported, UpstreamFailed
 from cloudlm.core.external import ExternalEndpoint, origin_of
@@ -25,6 +26,7 @@ from cloudlm.security.credentials import Credential, Credentials
 from cloudlm.security.outside import Outside
 from cloudlm.security.tls import LiveContext, client_context
 from cloudlm.state.home import Home
+from cloudlm.telemetry.damping import INTERVAL_S
 
 KEY = "sk-provider-canary-0815"
 SERVICE = "big-model-2"
@@ -468,7 +470,9 @@ class TestWhereTheKeyGoes:
 class TestPinning:
     """DNS rebinding: the address that was judged is the one that is connected to."""
 
-    def make(self, tmp_path: Any, answers: list[Sequence[str]]) -> tuple[Foreign, list[str]]:
+    def make(
+        self, tmp_path: Any, answers: list[Sequence[str]], clock: Clock | None = None
+    ) -> tuple[Foreign, list[str]]:
         asked: list[str] = []
 
         async def resolve(host: str, port: int) -> Sequence[str]:
@@ -480,6 +484,7 @@ class TestPinning:
             outside=Outside(ExternalSettings(networks=HERE), resolve),
             tls=LiveContext(lambda: client_context((), None), ()),
             connect_timeout_s=2.0,
+            clock=SystemClock() if clock is None else clock,
         )
         return foreign, asked
 
@@ -491,6 +496,21 @@ class TestPinning:
         answer._line._keep = False  # so that the next request connects anew
         answer.close()
         return answer.status
+
+    async def test_what_every_request_runs_into_is_told_by_the_gateways_clock(
+        self, tmp_path, caplog
+    ) -> None:
+        clock = ManualClock()
+        foreign, _ = self.make(tmp_path, [["127.0.0.1"]], clock)
+        keyless = Endpoint("m", "r", "https://a.example/v1", 1, secret="nowhere")
+        counts = []
+        for wait_s in (0.0, 0.0, INTERVAL_S - 0.1, 0.2, 0.0):
+            await clock.advance(wait_s)
+            with pytest.raises(UpstreamFailed):
+                await foreign.send(keyless, "/v1/chat/completions", b"{}", timeout_s=1.0, now=0.0)
+            lines = [r for r in caplog.records if r.message == "external_endpoint_unusable"]
+            counts.append([line.fields["count"] for line in lines])
+        assert counts == [[1], [1], [1], [1, 3], [1, 3]]
 
     @pytest.mark.promise(15)
     async def test_a_name_that_flips(self, kit, tmp_path) -> None:

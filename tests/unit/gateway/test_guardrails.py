@@ -495,17 +495,49 @@ async def test_a_changed_file_holds_for_the_next_request(
     write(["apple"])
     async with kit.open_rig(home=tmp_path, guardrails="guardrails.yaml") as rig:
         assert await statuses(rig) == [400, 200]
-        assert not await rig.gateway.guardrails.renew()
+        guardrails = rig.gateway.guardrails
+
+        async def looked() -> bool:
+            assert not await guardrails.renew()  # it may be being written
+            return bool(await guardrails.renew())
+
+        assert not await looked()
         write(["pear"])
-        assert await rig.gateway.guardrails.renew()
+        assert await looked()
         assert await statuses(rig) == [200, 400]
         (tmp_path / "guardrails.yaml").write_text("policies: [")
-        assert not await rig.gateway.guardrails.renew()
+        assert not await looked()
         assert "guardrails_not_renewed" in caplog.text
+        assert guardrails.notes
         assert await statuses(rig) == [200, 400]
         (tmp_path / "guardrails.yaml").unlink()
-        assert not await rig.gateway.guardrails.renew()
+        assert not await looked()
         assert await statuses(rig) == [200, 400]
+        write(["apple"])
+        assert await looked()
+        assert (await statuses(rig), guardrails.notes) == ([400, 200], [])
+
+
+async def test_half_a_file_is_not_taken_for_the_rules(kit: Any, tmp_path: Path) -> None:
+    """What is being written is left alone: its first half may say that nothing is blocked."""
+    path = tmp_path / "guardrails.yaml"
+    block = "  p: {models: ['*'], blocklists: [{name: n, words: [apple], mode: block}]}\n"
+    path.write_text("policies:\n" + block)
+    async with kit.open_rig(home=tmp_path, guardrails="guardrails.yaml") as rig:
+
+        async def status() -> int:
+            body = kit.chat_body(messages=[{"role": "user", "content": "apple"}])
+            return int((await rig.ask(body)).status)
+
+        assert await status() == 400
+        for half in ("", "policies:\n", "policies:\n  q: {models: [x]}\n"):
+            path.write_text(half)
+            assert not await rig.gateway.guardrails.renew()
+            assert await status() == 400
+        path.write_text("policies:\n  q: {models: [x]}\n" + block)
+        assert not await rig.gateway.guardrails.renew()
+        assert await rig.gateway.guardrails.renew()
+        assert await status() == 400
 
 
 async def test_an_unforeseen_fault_ends_no_following(

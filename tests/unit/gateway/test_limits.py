@@ -134,6 +134,42 @@ def test_all_bounds_or_none():
     assert take(tally, wide).requests.remaining == 8  # type: ignore[union-attr]
 
 
+_STEP = st.one_of(
+    st.tuples(st.just("ask"), st.just(0)),
+    st.tuples(st.sampled_from(["renew", "end"]), st.integers(0, 30)),
+    st.tuples(st.just("wait"), st.sampled_from([0, 1, 7, 29, 30, 31])),
+)
+
+
+@pytest.mark.promise(22)
+@given(st.lists(_STEP, max_size=40))
+def test_what_is_held_is_what_has_not_expired(steps: list[tuple[str, int]]) -> None:
+    """At every request, whatever came before: not one place is held a moment too long, none is
+    given back too early. ``Tally`` does not look each time; that must not show."""
+    tally, now, live = Tally(30.0), 0.0, dict[str, float]()
+    bounds = [Bound("scope", Limits(concurrent_streams=1000))]
+    leases: list[Lease] = []
+    for what, number in steps:
+        live = {name: until for name, until in live.items() if until > now}
+        if what == "wait":
+            now += number
+        elif what == "ask":
+            name = f"lease-{len(leases)}"
+            verdict = tally.reserve(name, bounds, tokens=0, spend=0, now=now, month=MONTH)
+            assert verdict.lease is not None
+            leases.append(verdict.lease)
+            live[name] = now + 30.0
+            assert tally.ongoing("scope") == len(live)
+        elif number < len(leases):
+            lease = leases[number]
+            if what == "renew" and lease.id in live:  # a lost one is renewed by nobody
+                tally.renew([lease.id], now)
+                live[lease.id] = now + 30.0
+            elif what == "end":
+                tally.settle(lease, tokens=0, spend=0, counts=True, now=now, month=MONTH)
+                live.pop(lease.id, None)
+
+
 class Machine(RuleBasedStateMachine):
     """Requests come, end, are renewed and lost in any order; no limit is ever exceeded."""
 
@@ -219,8 +255,33 @@ def test_prices():
     assert cost == round((0.6 * 0.5 + 0.4 * 0.1 + 2 * 1.5) * NANO)
 
 
+def test_what_was_agreed_with_a_tenant_goes_before_what_holds_for_all():
+    prices = read_prices("tiny@acme=1/1/1, *@acme=2/2/2, tiny=3/3/3, *=4/4/4")
+    own = Price(9, 9, 9)
+    assert price_of(prices, "tiny", "acme", own) == Price(1000, 1000, 1000)
+    assert price_of(prices, "big", "acme", own) == Price(2000, 2000, 2000)
+    assert price_of(prices, "tiny", "other", own) == own
+    assert price_of(prices, "tiny", "other") == Price(3000, 3000, 3000)
+    assert price_of(prices, "big", "other") == Price(4000, 4000, 4000)
+    assert price_of({}, "tiny", "acme", own) == own
+    assert price_of(read_prices("tiny@acme=1/1/1"), "tiny", "other").prompt == 0
+
+
 @pytest.mark.parametrize(
-    "text", ["tiny", "tiny=1", "tiny=1/2/x", "=1/1/1", "a=-1/0/0", "a=nan/1/1", "a=0.00001/0/0"]
+    "text",
+    [
+        "tiny",
+        "tiny@=1/1/1",
+        "@acme=1/1/1",
+        "a@b@c=1/1/1",
+        "a=1/1/1, a=2/2/2",
+        "tiny=1",
+        "tiny=1/2/x",
+        "=1/1/1",
+        "a=-1/0/0",
+        "a=nan/1/1",
+        "a=0.00001/0/0",
+    ],
 )
 def test_bad_prices(text: str):
     with pytest.raises(BadSetting, match="per million"):
@@ -416,6 +477,35 @@ async def test_the_price_of_a_deployment_beats_the_table(kit: Any, tmp_path: Any
         assert (await rig.ask(kit.chat_body(max_tokens=5))).status == 200
         (row,) = await rig.rows()
         assert row.cost == 5 * 2000 + 5 * 1000
+
+
+async def test_a_tenants_price_is_on_its_bill_and_in_its_budget(kit: Any, tmp_path: Any) -> None:
+    prices = f"{kit.MODEL}@default=0/0/2000, {kit.MODEL}=0/0/1000"
+    async with kit.open_rig(home=tmp_path, prices=prices) as rig:
+        await _tenant_with_root(rig, "acme")
+        limits = Limits(spend_per_month=0.009)
+        for tenant, principal in (("default", "root"), ("acme", "p-acme")):
+            key = mint(
+                f"k-{tenant}",
+                Role.USER,
+                kit.PEPPER,
+                1.0,
+                tenant=tenant,
+                principal=principal,
+                limits=limits,
+            )
+            await rig.state.put_key(key.record)
+            await rig.gateway.view.refresh()
+            headers = {"authorization": f"Bearer {key.text}"}
+            status = (await rig.ask(kit.chat_body(max_tokens=5), headers=headers)).status
+            assert status == (429 if tenant == "default" else 200)  # five tokens: 0.01, 0.005
+        assert (await rig.ask(kit.chat_body(max_tokens=5))).status == 200
+        assert [row.cost for row in await rig.rows()] == [5 * 1_000_000, 5 * 2_000_000]
+
+
+async def _tenant_with_root(rig: Any, name: str) -> None:
+    for fact in (Tenant(name), Project(name, "default"), replace(ROOT_OF_ACME, id="p-acme")):
+        await rig.state.put_identity(fact)
 
 
 async def test_a_tenants_model_is_nobody_elses(kit: Any, rig: Any) -> None:

@@ -1,4 +1,4 @@
-"""Routes and prices that change while the gateway runs, and files that cannot be used."""
+"""Routes, prices and weights that change while the gateway runs, and files that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cloudlm.core.deployment import DeploymentSpec, Endpoint
 from cloudlm.core.errors import BadSetting
 from cloudlm.core.price import read_prices
 from cloudlm.core.settings import GatewaySettings
+from cloudlm.core.tenant import WEIGHT_HEADER
 from cloudlm.gateway.app import make_app
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.live_settings import LiveSettings, Source
@@ -48,12 +49,15 @@ def _follow(rig: Any, tmp_path: Path) -> LiveSettings:
     live = LiveSettings(
         Source(settings_path(environ={"CLOUDLM_HOME": str(tmp_path)}), lambda: _read(tmp_path)),
         _read(tmp_path),
-        gateway.handler._rooms.routes,
-        gateway.limiter._prices,
-        gateway.view.reread,
+        gateway.held,
+        gateway._settings_changed,
     )
     gateway.live = live
     return live
+
+
+def _held(routes: Any, prices: Any = None) -> dict[str, Any]:
+    return {"routes": routes, "prices": {} if prices is None else prices, "tenant_weights": {}}
 
 
 async def _looked(live: LiveSettings) -> bool:
@@ -101,15 +105,48 @@ async def test_a_changed_route_holds_for_the_next_request(
         rig.assert_nothing_open()
 
 
+async def test_a_changed_weight_holds_for_the_next_request(
+    kit: Any, tmp_path: Path, write: Write
+) -> None:
+    """For the queue here, for what replicas are told, and for shares of the caches' memory."""
+
+    def told(rig: Any) -> list[str]:
+        lines = rig.replicas[0].heads[-1].lower().splitlines()
+        return [line for line in lines if line.startswith(WEIGHT_HEADER)]
+
+    write(tenant_weights="default=2")
+    async with kit.open_rig(home=tmp_path, tenant_weights="default=2") as rig:
+        live = _follow(rig, tmp_path)
+        assert not await live.renew()
+        await rig.ask(kit.chat_body())
+        assert told(rig) == [f"{WEIGHT_HEADER}: 2"]
+        write(tenant_weights="default=5, other=3")
+        assert await _looked(live)
+        assert live.notes == []
+        await rig.ask(kit.chat_body())
+        assert told(rig) == [f"{WEIGHT_HEADER}: 5"]
+        for weights in (rig.gateway.handler._rooms.weights, _shares(rig.gateway)):
+            assert weights == {"default": 5.0, "other": 3.0}
+        write(tenant_weights="default=-1")
+        assert not await _looked(live)
+        assert "gateway.tenant_weights" in live.notes[0]
+        await rig.ask(kit.chat_body())
+        assert told(rig) == [f"{WEIGHT_HEADER}: 5"]
+
+
+def _shares(gateway: Any) -> Any:
+    return gateway.handler.recall.answers._store._holdings._weights
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("gateway: {routes: 'chat ='}", "gateway.routes"),
         ("gateway: {prices: 'x=1'}", "gateway.prices"),
         ("gateway: {port: -1, routes: 'chat = large'}", "gateway.port"),
-        ("gateway: [", "cannot be read"),
-        ("note: 2024-02-30", "cannot be read"),
-        (None, "cannot be read"),
+        ("gateway: [", "cannot be used"),
+        ("note: 2024-02-30", "cannot be used"),
+        (None, "cannot be used"),
     ],
 )
 async def test_a_bad_file_changes_nothing_and_is_told(
@@ -170,7 +207,7 @@ async def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path, write:
 
     write(routes="chat = a")
     source = Source(tmp_path / "config.yaml", read)
-    live = LiveSettings(source, GatewaySettings(), routes, {}, changed)
+    live = LiveSettings(source, GatewaySettings(), _held(routes), changed)
     for length in range(1, 4):  # it grows from look to look
         (tmp_path / "config.yaml").write_text("#" * length)
         assert not await live.renew()
@@ -199,7 +236,7 @@ async def test_what_was_written_before_the_first_look_is_taken(
         return _read(tmp_path)
 
     source = Source(tmp_path / "config.yaml", read)
-    live = LiveSettings(source, running, routes, prices, _nothing)
+    live = LiveSettings(source, running, _held(routes, prices), _nothing)
     assert await live.renew()
     assert routes == read_routes("chat = b")
     assert prices == read_prices("a=2/2/2")
@@ -210,7 +247,7 @@ async def test_what_was_written_before_the_first_look_is_taken(
 async def test_an_installation_without_a_file_has_no_fault(tmp_path: Path, write: Write) -> None:
     routes = read_routes("chat = a")
     source = Source(tmp_path / "config.yaml", lambda: _read(tmp_path))
-    live = LiveSettings(source, _read(tmp_path), routes, {}, _nothing)
+    live = LiveSettings(source, _read(tmp_path), _held(routes), _nothing)
     assert not await _looked(live)
     assert not live.refused
     assert routes == read_routes("chat = a")
@@ -235,7 +272,7 @@ async def test_a_file_that_vanishes_while_it_is_read_empties_nothing(
 
     write(routes="chat = a")
     running = _read(tmp_path)
-    live = LiveSettings(Source(file, read), running, routes, {}, _nothing)
+    live = LiveSettings(Source(file, read), running, _held(routes), _nothing)
     write(routes="chat = b")
     assert not await _looked(live)
     assert routes == read_routes("chat = a")
@@ -293,7 +330,9 @@ async def test_the_last_good_text_holds(texts: list[str]) -> None:
         said[0] += 1
 
     wanted = [GatewaySettings(routes="first = a")]
-    live = LiveSettings(Source(Path(__file__), lambda: wanted[0]), wanted[0], routes, {}, changed)
+    live = LiveSettings(
+        Source(Path(__file__), lambda: wanted[0]), wanted[0], _held(routes), changed
+    )
     for number, text in enumerate(texts):
         wanted[0] = replace(wanted[0], routes=text)
         live._mark = live._seen = (0, 0, number)  # as if the file had changed

@@ -53,6 +53,23 @@ async def test_pages_of_this_machine_and_programs_may_ask(kit: Any) -> None:
 
 
 @pytest.mark.promise(35)
+def test_hosts_that_passed_are_remembered_within_bounds() -> None:
+    """As many ports as somebody cares to write; each is answered, a foreign name by none."""
+    guard = HostGuard("127.0.0.1")
+    for port in range(1, 1000):
+        guard.check({"host": f"localhost:{port}"})
+    for length in (64, 65, 4000):
+        guard.check({"host": "localhost:".ljust(length, "1")})
+    assert len(guard._passed) <= 256
+    assert max(map(len, guard._passed)) <= 64
+    for host in ("evil.example", "localhost.evil.example", "evil.example:1", "[evil]:1", ""):
+        for _ in range(2):
+            with pytest.raises(PermissionDenied):
+                guard.check({"host": host})
+        assert host not in guard._passed
+
+
+@pytest.mark.promise(35)
 def test_who_listens_for_others_leaves_names_to_them() -> None:
     HostGuard("0.0.0.0").check({"host": "gateway.example", "origin": "https://chat.example"})
     with pytest.raises(PermissionDenied, match="allowed_origins"):

@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 from cloudlm.core.errors import InternalError, UpstreamFailed, UpstreamTimeout
 from cloudlm.gateway import pool as pool_module
 from cloudlm.gateway.pool import header_lines, read_url
-from cloudlm.gateway.upstream import ReplicaRefused, Upstream
+from cloudlm.gateway.upstream import Answer, ReplicaRefused, Upstream
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
@@ -54,24 +54,35 @@ class Peer:
 @contextlib.asynccontextmanager
 async def asking(peer: Peer, **how: Any) -> AsyncIterator[Callable[..., Any]]:
     """A function that sends one request to ``peer`` and returns its whole answer."""
+    async with sending(peer, **how) as send:
+
+        async def ask(timeout_s: float = 2.0, headers: dict[str, str] | None = None) -> bytes:
+            answer = await send(timeout_s, headers)
+            try:
+                return bytes(await answer.whole(timeout_s))
+            finally:
+                answer.close()
+
+        yield ask
+
+
+@contextlib.asynccontextmanager
+async def sending(peer: Peer, **how: Any) -> AsyncIterator[Callable[..., Any]]:
+    """A function that sends one request to ``peer`` and returns its answer, to be closed."""
     server = await asyncio.start_server(peer.serve, "127.0.0.1", 0, **how)
     port = server.sockets[0].getsockname()[1]
     upstream = Upstream(token="t" * 20, connect_timeout_s=1.0)
     await upstream.open()
     scheme = "https" if how else "http"
 
-    async def ask(timeout_s: float = 2.0, headers: dict[str, str] | None = None) -> bytes:
+    async def send(timeout_s: float = 2.0, headers: dict[str, str] | None = None) -> Answer:
         url = f"{scheme}://127.0.0.1:{port}/v1/x"
-        answer = await upstream.send(
+        return await upstream.send(
             url, b"{}", headers or {}, replica="r", timeout_s=timeout_s, now=0.0
         )
-        try:
-            return await answer.whole(timeout_s)
-        finally:
-            answer.close()
 
     try:
-        yield ask
+        yield send
     finally:
         await upstream.close()
         server.close()
@@ -135,6 +146,27 @@ async def test_broken_answers(answer: bytes) -> None:
         with pytest.raises(UpstreamFailed):
             await ask()
         assert peer.connections == 1  # a fresh line that fails is no reason to send again unseen
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_the_largest_answer_and_one_byte_more(arrived: bool, chunked: bool) -> None:
+    """Also of one that has arrived to its end when it is asked for, which is the quicker way."""
+    size = 2000
+    framed = b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"x" * size)
+    plain = OK + b"Content-Length: %d\r\n\r\n" % size + b"x" * size
+    peer = Peer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + framed if chunked else plain)
+    async with sending(peer) as send:
+        for limit, fits in ((size, True), (size - 1, False)):
+            answer = await send()
+            while arrived and not answer._line.is_whole:
+                await asyncio.sleep(0)
+            if fits:
+                assert await answer.whole(30.0, limit) == b"x" * size
+            else:
+                with pytest.raises(UpstreamFailed, match="too large"):
+                    await answer.whole(30.0, limit)
+            answer.close()
 
 
 async def test_a_kept_line_that_died_is_replaced_unseen() -> None:

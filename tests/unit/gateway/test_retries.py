@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,3 +135,31 @@ def test_a_look_says_whether_a_choice_finds_somebody(
         tuple(endpoints), loads, 0.5, tried=tried, retrying=True, policy=policy, draws=(draw, draw)
     )
     assert may_retry(endpoints, loads, 0.5, tried) == (found is not None)
+
+
+@pytest.mark.promise(28)
+async def test_what_another_gateway_was_told_holds_here(kit: Any) -> None:
+    """Of replicas that serve here; of others nothing is kept, whoever speaks of them."""
+    async with kit.open_rig(replicas=2) as rig:
+        first, second = rig.replicas
+        rig.gateway._left_alone(first.name, 60.0)
+        rig.gateway._left_alone("no-such-replica", 60.0)
+        for _ in range(4):
+            assert (await rig.ask(kit.chat_body())).status == 200
+        assert (len(first.requests), len(second.requests)) == (0, 4)
+        assert "no-such-replica" not in rig.gateway.loads._loads
+
+
+@pytest.mark.promise(28)
+async def test_others_are_told_what_a_replica_asks_for(kit: Any) -> None:
+    async with kit.open_rig(replicas=2) as rig:
+        told: list[tuple[str, float]] = []
+        others = SimpleNamespace(tell=lambda *what: told.append(what))
+        rig.gateway._cooling.append(others)
+        plan = kit.Plan("status", status=429, headers={"retry-after": "7"})
+        for replica in rig.replicas:
+            replica.plans.append(plan)
+        await rig.ask(kit.chat_body())
+        asked = {replica.name for replica in rig.replicas if replica.requests}
+        assert {name for name, _ in told} == asked
+        assert {wait_s for _, wait_s in told} == {7.0}

@@ -12,6 +12,7 @@ import pytest
 from cloudlm.core.access import (
     FIRST_IDENTITIES,
     Grant,
+    Identities,
     Principal,
     PrincipalKind,
     Project,
@@ -72,6 +73,48 @@ def test_a_key_that_was_found_before_expires_all_the_same(kit: Any) -> None:
     revoked = replace(record, revoked_at=50.0)
     later = Snapshot(3, keys={record.id: revoked}, directory=Directory(FIRST_IDENTITIES, [revoked]))
     assert known.find(headers, later, 99.0) is None
+
+
+@pytest.mark.promise(33)
+@pytest.mark.parametrize("what", ["tenant", "principal", "grants", "digest"])
+def test_a_key_that_was_found_before_stands_on_others_all_the_same(kit: Any, what: str) -> None:
+    """The record is as it was; what it stands on is not. And it is found again afterwards."""
+    holder = Principal("p", "p", PrincipalKind.SERVICE, "acme", grants=(Grant("user", "acme"),))
+    minted = mint("n", Role.USER, kit.PEPPER, 1.0, tenant="acme", principal="p")
+    record, headers = minted.record, {"authorization": f"Bearer {minted.text}"}
+
+    def view(version: int, *, fallen: bool) -> Snapshot:
+        tenant, principal, key = Tenant("acme"), holder, record
+        if fallen and what == "tenant":
+            tenant = replace(tenant, disabled_at=1.0)
+        elif fallen and what == "principal":
+            principal = replace(principal, disabled_at=1.0)
+        elif fallen and what == "digest":
+            key = replace(key, digest="0" * 64)
+        people = () if fallen and what == "grants" else (principal,)
+        found = Identities(tenants=(tenant,), projects=(Project("acme", "default"),))
+        directory = Directory(replace(found, principals=people), [key])
+        return Snapshot(version, keys={record.id: key}, directory=directory)
+
+    known, good = KnownKeys(), view(1, fallen=False)
+    known.remember(headers, record)
+    for _ in range(2):
+        assert known.find(headers, good, 2.0) is record
+    assert known.find(headers, view(2, fallen=True), 2.0) is None
+    assert known.find(headers, view(3, fallen=False), 2.0) is record
+
+
+def test_keys_that_are_known_are_bounded(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloudlm.gateway.known.MAX_KNOWN_KEYS", 3)
+    minted = [mint(f"n{n}", Role.USER, kit.PEPPER, 1.0) for n in range(9)]
+    records = {one.record.id: one.record for one in minted}
+    view = Snapshot(1, keys=records, directory=Directory(FIRST_IDENTITIES, records.values()))
+    known = KnownKeys()
+    for one in minted:
+        headers = {"authorization": f"Bearer {one.text}"}
+        known.remember(headers, one.record)
+        assert known.find(headers, view, 2.0) is one.record
+        assert max(len(known._known), len(known._standing)) <= 3
 
 
 @pytest.mark.promise(33)

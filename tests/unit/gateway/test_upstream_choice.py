@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from served_gateway import served, talk, wire
 
-from cloudlm.gateway.dialects.orders import ADDRESSES, PROGRAMS, TEMPLATE_ARGUMENTS, TENSORS
+from cloudlm.gateway.dialects.orders import ADDRESSES, NAMES, PROGRAMS, TEMPLATE_ARGUMENTS, TENSORS
 
 ELSEWHERE = "http://169.254.169.254/latest/meta-data/"
 PATHS: dict[str, dict[str, Any]] = {
@@ -21,7 +21,7 @@ PATHS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.promise(15)
-@pytest.mark.known_failure("CVE-2024-6587")
+@pytest.mark.known_failure("CVE-2024-6587", "CVE-2023-43654")
 @pytest.mark.parametrize("field", ADDRESSES)
 @pytest.mark.parametrize("path", PATHS)
 async def test_no_field_chooses_the_address(rig: Any, kit: Any, path: str, field: str) -> None:
@@ -41,6 +41,32 @@ async def test_no_field_brings_bytes_to_unpack(rig: Any, kit: Any, field: str) -
         refused = await rig.ask({"model": kit.MODEL, **body, field: "gASVAAAA"}, path=path)
         assert (refused.status, refused.json["error"]["param"]) == (400, field)
     assert not rig.replicas[0].requests
+
+
+@pytest.mark.promise(7, 18)
+@pytest.mark.known_failure("PYSEC-2026-4198", "CVE-2026-105754")
+@pytest.mark.parametrize("field", NAMES)
+async def test_no_field_names_what_tenants_share(rig: Any, kit: Any, field: str) -> None:
+    for path, body in PATHS.items():
+        for value in ("another-tenants", {"id": "another-tenants"}, ["another-tenants"]):
+            refused = await rig.ask({"model": kit.MODEL, **body, field: value}, path=path)
+            assert (refused.status, refused.json["error"]["param"]) == (400, field)
+    assert not rig.replicas[0].requests
+
+
+@pytest.mark.promise(18)
+@pytest.mark.known_failure("CVE-2024-9056")
+async def test_no_body_of_parts_is_read(kit: Any) -> None:
+    """However long its boundary: a body is JSON, or refused."""
+    async with served(kit) as rig:
+        for boundary in ("x", "-" * 60, "-" * 60_000):
+            parts = f"--{boundary}\r\n".encode() + b"-" * 200_000
+            kind = f"multipart/form-data; boundary={boundary[:1000]}"
+            head = wire(rig, {}, **{"content-type": kind}).split(b"\r\n\r\n")[0]
+            head = head.replace(b"content-length: 2", b"content-length: %d" % len(parts))
+            assert b"%d" % len(parts) in head
+            assert (await talk(rig, head + b"\r\n\r\n" + parts))[0] == 400
+        assert not rig.replicas[0].requests
 
 
 @pytest.mark.promise(36)
@@ -69,6 +95,7 @@ async def test_arguments_for_a_template_are_no_arguments_of_what_calls_it(
 
 
 @pytest.mark.promise(15)
+@pytest.mark.known_failure("CVE-2026-33626", "CVE-2024-4325", "CVE-2026-22773", "PYSEC-2025-43")
 @pytest.mark.parametrize(
     "part",
     [

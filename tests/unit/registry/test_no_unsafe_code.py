@@ -69,6 +69,7 @@ def _call_faults(node: ast.Call) -> Iterator[str]:
 
 @pytest.mark.promise(13)
 @pytest.mark.known_failure("CVE-2024-50050", "CVE-2025-27520", "CVE-2025-62164", "CVE-2026-40217")
+@pytest.mark.known_failure("CVE-2024-2912", "CVE-2025-32444")
 def test_the_package_is_free_of_unsafe_code() -> None:
     root = Path(cloudlm.__file__).parent
     modules = sorted(root.rglob("*.py"))

@@ -27,6 +27,9 @@ PROGRAMS = ("chat_template",)
 """Code that a replica would run."""
 TENSORS = ("prompt_embeds", "input_embeds", "custom_logit_processor")
 """Bytes that a replica would unpack: serialised tensors and functions."""
+NAMES = ("request_id", "rid", "session_params", "mm_hashes", "multi_modal_uuids", "lora_path")
+"""What a replica would know requests, conversations, media or adapters by: tenants share a replica,
+and a name that one of them chose could be another's (PYSEC-2026-4198, CVE-2026-105754)."""
 TEMPLATE_ARGUMENTS = frozenset(
     {"chat_template", "continue_final_message", "conversation", "return_dict", "return_tensors",
      "tokenize", "tokenizer_kwargs"}
@@ -36,6 +39,7 @@ _WHY = {
     **dict.fromkeys(ADDRESSES, "a request does not choose where it is answered; 'model' does"),
     **dict.fromkeys(PROGRAMS, "a model brings its own chat template"),
     **dict.fromkeys(TENSORS, "prompts are texts or token ids"),
+    **dict.fromkeys(NAMES, "what a replica knows by name is not for a request to name"),
 }
 
 
