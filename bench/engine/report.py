@@ -36,6 +36,7 @@ def table(results: Path, options: argparse.Namespace, absent: list[str]) -> str:
         if rows:
             parts.append(_of_precision(bits, rows, options))
     parts.append(_same_work(lines))
+    parts += [_memory([line for line in lines if _is_ours(line)])]
     parts += [_abilities(line["abilities"]) for line in lines if "abilities" in line]
     if absent:
         parts.append("Left out: " + "; ".join(absent) + ".\n")
@@ -90,6 +91,19 @@ def _same_work(lines: list[dict[str, Any]]) -> str:
                 f"| {found['worst_gap']:.3f} |"
             )
     return "\n".join(out) + "\n"
+
+
+def _memory(rows: list[dict[str, Any]]) -> str:
+    """What ours takes at its peak besides the weights and the cache that it was given."""
+    found = []
+    for line in rows:
+        cache_mb = line.get("settings", {}).get("kv_cache_mb")
+        if cache_mb is None or "peak_rss_gib" not in line:
+            continue
+        weights = (roofline.BODY + roofline.HEAD) * roofline.PRECISIONS[line["bits"]][0]
+        more = line["peak_rss_gib"] * 2**30 - cache_mb * 2**20 - weights
+        found.append(f"{line['name']} {line['bits']} {more / 1e6:.0f} MB")
+    return f"Peak memory besides weights and cache (goal 400 MB): {', '.join(found) or '-'}.\n"
 
 
 def _abilities(found: dict[str, Any]) -> str:

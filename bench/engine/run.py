@@ -85,7 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="models and results; out/bench-engine")
     parser.add_argument("--out", type=Path, help="append JSON lines here, and report all in it")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one workload")
-    parser.add_argument("--load-limit", type=float, default=300, help="seconds until it is loaded")
+    parser.add_argument("--load-limit", type=float, default=600, help="seconds until it is loaded")
     parser.add_argument("--record", action="store_true", help="write the table into RESULTS.md")
     parser.add_argument("--abilities", action="store_true", help="ours: what abilities.py measures")
     parser.add_argument("--report", action="store_true", help="measure nothing: tables of --out")

@@ -77,8 +77,11 @@ def test_abilities_stand_beside_their_goals(report: Any, tmp_path: Path) -> None
         "sleep": {"sleep_s": [0.2], "wake_s": [0.4]},
     }
     results = tmp_path / "results.jsonl"
-    lines = [_line("cloudlm", 20.0, 4.0), {"name": "abilities", "bits": "", "abilities": found}]
+    ours = _line("cloudlm", 20.0, 4.0) | {"settings": {"kv_cache_mb": 1024}}
+    lines = [ours, {"name": "abilities", "bits": "", "abilities": found}]
     results.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines))
     table = report.table(results, Namespace(threads=2, runs=3), [])
     assert "16 sequences 2.0 % (2.00 ms a step)" in table
+    # 2 GiB less 1 GiB of cache and 473.2 million weights of 16 bits
+    assert "cloudlm bf16 127 MB" in table
     assert "take 1.05 times as long" in table and "waking up 0.40 s" in table
