@@ -21,7 +21,7 @@ ap.add_argument("--arch", default="qwen3", choices=["qwen3", "llama"])
 ap.add_argument("--layers", type=int, default=28)
 ap.add_argument("--seed", type=int, default=0)
 ap.add_argument("--copy", action="store_true", help="each token is followed by its successor")
-ap.add_argument("--tiny", action="store_true", help="two small layers, a small tokenizer")
+ap.add_argument("--tiny", action="store_true", help="two small layers")
 a = ap.parse_args()
 
 shape = dict(
@@ -78,7 +78,7 @@ print(f"{n / 1e6:.1f} M parameters, {2 * n / 1e9:.3f} GB in bf16")
 
 std = sysconfig.get_paths()["stdlib"]
 files = sorted(f for f in glob.glob(std + "/**/*.py", recursive=True) if "site-packages" not in f)[
-    : 50 if a.tiny else 2500
+    :2500
 ]
 tok = Tokenizer(models.BPE())
 tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -100,7 +100,7 @@ def texts():
 
 
 tok.train_from_iterator(texts(), tr)
-assert a.tiny or tok.get_vocab_size() == 32000, tok.get_vocab_size()
+assert tok.get_vocab_size() == 32000, tok.get_vocab_size()
 PreTrainedTokenizerFast(
     tokenizer_object=tok,
     bos_token="<s>",

@@ -2,7 +2,7 @@
 
     make bench-engine                          the lot
     python bench/engine/run.py --engines cloudlm,vllm --precisions bf16 --workloads W1,W3 --runs 5
-    python bench/engine/run.py --tiny --engines cloudlm     tries the machinery out, in a minute
+    python bench/engine/run.py --tiny --engines cloudlm     tries the machinery out, in minutes
 
 Engines run one after the other, each in a process (and a peer in an environment) of its own, on
 the model of make_model.py; between them the machine's read bandwidth and matrix rate are measured,
