@@ -65,9 +65,10 @@ SEEDS ?= 1000
 fuzz-fleet: setup
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz --seeds $(SEEDS) $(if $(SEED),--seed $(SEED)) $(if $(SCRIPT),--script $(SCRIPT)) $(if $(BUGS),--bugs)
 
-# Our engine and every peer that is installed, in one run (about an hour with all of them).
+# Our engine and every peer that is installed, in one run (two hours with all of them); what our
+# engine's abilities cost besides. A workload ends after 300 s (run.py --limit).
 bench-engine: setup
-	@$(BIN)/python bench/engine/run.py --record
+	@$(BIN)/python bench/engine/run.py --abilities --record
 
 # The peers, each into an environment of its own under .venv-peers (about 10 GB, needs clang-16).
 bench-engine-peers: setup

@@ -3,6 +3,7 @@
     python make_model.py --out model                 # Qwen3-0.6B's shape, vocabulary 32000, tied embeddings
     python make_model.py --out model-llama --arch llama   # the same size, Llama architecture
     python make_model.py --out model-copy --copy     # writes common.successors(): for W5
+    python make_model.py --out model-tiny --tiny     # two layers of 64, to try scripts out
 
 The tokenizer is trained on the Python standard library's sources, which every machine has.
 Needs: torch, transformers, tokenizers, safetensors.
@@ -20,6 +21,7 @@ ap.add_argument("--arch", default="qwen3", choices=["qwen3", "llama"])
 ap.add_argument("--layers", type=int, default=28)
 ap.add_argument("--seed", type=int, default=0)
 ap.add_argument("--copy", action="store_true", help="each token is followed by its successor")
+ap.add_argument("--tiny", action="store_true", help="two small layers")
 a = ap.parse_args()
 
 shape = dict(
@@ -40,6 +42,9 @@ shape = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+if a.tiny:
+    shape |= dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=32)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2)
 try:
     rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     if a.arch == "qwen3":

@@ -2,12 +2,15 @@
 
     make bench-engine                          the lot
     python bench/engine/run.py --engines cloudlm,vllm --precisions bf16 --workloads W1,W3 --runs 5
+    python bench/engine/run.py --tiny --engines cloudlm     tries the machinery out, in minutes
 
 Engines run one after the other, each in a process (and a peer in an environment) of its own, on
 the model of make_model.py; between them the machine's read bandwidth and matrix rate are measured,
 from which the limits come. One JSON line per engine and precision goes to ``--out``; the tables are
-printed and, with ``--record``, written into RESULTS.md. Peers are installed by peers.py; those that
-are not there are named and left out.
+printed and, with ``--record``, written into RESULTS.md. A run may be made in pieces with one
+``--out``: of two lines of an engine at a precision the later counts. Peers are installed by
+peers.py; those that are not there are named and left out. An engine has ``--limit`` seconds for a
+workload (with its warm-up and all runs; fewer runs where no more fit) and is ended then.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import check
 import peers
 import report
+import watch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -36,21 +41,30 @@ OURS = {
     "cloudlm-a8": {"int8": "int8-a8", "int4": "int4-a8"},
 }
 
+_ABILITIES_LIMIT_S = 1800.0
+
 
 def main() -> int:
     options = _options()
+    if options.tiny:
+        os.environ["BENCH_TINY"] = "1"  # the scripts' workloads: common.py
     options.work.mkdir(parents=True, exist_ok=True)
-    out = options.out or options.work / time.strftime("results-%Y%m%d-%H%M.jsonl")
-    model = _model(options.work)
+    out = options.out or options.work / time.strftime("results-%Y%m%d-%H%M%S.jsonl")
+    model = _model(options)
     absent = []
     for precision in options.precisions:
-        for engine in options.engines:
+        for engine in [] if options.report else options.engines:
             command = _command(engine, precision, options, model)
             if isinstance(command, str):
                 absent.append(command)
                 print(f"{engine} {precision}: {command}", file=sys.stderr, flush=True)
             elif command:
                 _measure(engine, precision, command, options, out)
+    if options.abilities and not options.report:
+        _measure_abilities(options, model, out)
+    if not out.exists():
+        print("nothing was measured: " + "; ".join(sorted(set(absent))), file=sys.stderr)
+        return 1
     _check(out, model)
     table = report.table(out, options, sorted(set(absent)))
     print(table)
@@ -68,12 +82,30 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="timed repetitions of each workload")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", type=Path, default=peers.default_folder())
-    parser.add_argument("--work", type=Path, default=HERE.parents[1] / "out" / "bench-engine")
+    parser.add_argument("--work", type=Path, help="models and results; out/bench-engine")
     parser.add_argument("--out", type=Path, help="append JSON lines here, and report all in it")
-    parser.add_argument("--timeout", type=float, default=1200, help="seconds for one engine")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one workload")
+    parser.add_argument("--load-limit", type=float, default=600, help="seconds until it is loaded")
     parser.add_argument("--record", action="store_true", help="write the table into RESULTS.md")
+    parser.add_argument("--abilities", action="store_true", help="ours: what abilities.py measures")
+    parser.add_argument("--report", action="store_true", help="measure nothing: tables of --out")
+    parser.add_argument("--tiny", action="store_true", help="few tokens, a toy model: no figures")
     options = parser.parse_args()
-    for field, known in (("engines", names), ("precisions", ["bf16", "int8", "int4"])):
+    folder = "bench-engine-tiny" if options.tiny else "bench-engine"
+    options.work = options.work or HERE.parents[1] / "out" / folder
+    if options.report and not (options.out and options.out.exists()):
+        parser.error("--report wants the file of a former run: --out FILE")
+    if options.tiny and options.record:
+        parser.error("--tiny measures nothing that should be recorded")
+    for field in ("runs", "threads", "limit", "load_limit"):
+        if not getattr(options, field) > 0:
+            parser.error(f"--{field.replace('_', '-')} must be above 0")
+    workloads = list(report.COLUMNS)
+    for field, known in (
+        ("engines", names),
+        ("precisions", ["bf16", "int8", "int4"]),
+        ("workloads", workloads),
+    ):
         chosen = getattr(options, field).split(",")
         if unknown := set(chosen) - set(known):
             parser.error(
@@ -83,10 +115,11 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _model(work: Path) -> Path:
-    model = work / "model"
+def _model(options: argparse.Namespace) -> Path:
+    model: Path = options.work / "model"
     if not (model / "config.json").exists():
-        subprocess.run([sys.executable, HERE / "make_model.py", "--out", model], check=True)
+        tiny = ["--tiny"] if options.tiny else []
+        subprocess.run([sys.executable, HERE / "make_model.py", "--out", model, *tiny], check=True)
     return model
 
 
@@ -95,7 +128,7 @@ def _command(
 ) -> list[str] | str | None:
     """What to run; a string says why it cannot run; None if the engine has no such precision."""
     common = ["--model", str(model), "--threads", str(options.threads)]
-    common += ["--workloads", options.workloads, "--runs", str(options.runs)]
+    common += ["--runs", str(options.runs), "--limit", str(options.limit)]
     if engine in OURS:
         own = OURS[engine].get(precision)
         script = str(HERE / "bench_cloudlm.py")
@@ -112,7 +145,9 @@ def _command(
         converter = peers.python_of(options.peers, peer.convert_with)
         if converter is None:
             return f"{engine} wants the environment {peer.convert_with!r} to convert the model"
-        subprocess.run([converter, HERE / peer.convert, "--model", model], check=True)
+        done = subprocess.run([converter, HERE / peer.convert, "--model", model], check=False)
+        if done.returncode:
+            return f"{engine}: {peer.convert} could not convert the model (its output says why)"
     return [
         str(python),
         str(HERE / peer.script),
@@ -134,6 +169,20 @@ def _measure(
         file.write(json.dumps(line) + "\n")
 
 
+def _measure_abilities(options: argparse.Namespace, model: Path, out: Path) -> None:
+    print(f"{time.strftime('%H:%M:%S')} abilities", file=sys.stderr, flush=True)
+    command = [sys.executable, str(HERE / "abilities.py"), "--model", str(model)]
+    command += ["--threads", str(options.threads), "--rounds", str(options.runs)]
+    if options.tiny:
+        command += ["--sequences", "4,8", "--output", "8"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    whole = watch.Limits(_ABILITIES_LIMIT_S, 1.0)  # it tells one line, at its end
+    told, ended = watch.run(command, whole, environment)
+    found = told or {"failed": watch.words(ended or {"error": "told nothing"})}
+    with out.open("a") as file:
+        file.write(json.dumps({"name": "abilities", "bits": "", "abilities": found}) + "\n")
+
+
 def _check(results: Path, model: Path) -> None:
     """Adds to every line how its greedy tokens compare with float32's."""
     lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -150,29 +199,12 @@ def _run(command: list[str], options: argparse.Namespace) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     # Installed packages are compiled once; an engine run from its sources is not to pay each time.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=options.timeout,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        told = (error.stdout or b"").decode()  # bytes here, whatever ``text`` says
-        return _last(told) or {"failed": f"no result within {options.timeout:.0f} s"}
-    return _last(done.stdout) or {"failed": f"exit {done.returncode}"}
+    limits = watch.Limits(options.load_limit, options.limit)
 
+    def attempt(workloads: Sequence[str]) -> tuple[watch.Facts, watch.Ended]:
+        return watch.run([*command, "--workloads", ",".join(workloads)], limits, environment)
 
-def _last(told: str) -> dict[str, Any] | None:
-    """The last JSON line that was told whole; an engine that is cut short has told its first
-    workloads."""
-    for line in reversed(told.splitlines()):
-        if line.startswith("{") and line.endswith("}"):
-            found: dict[str, Any] = json.loads(line)
-            return found
-    return None
+    return watch.measure(attempt, options.workloads)
 
 
 def _machine(threads: int) -> dict[str, Any]:

@@ -1,18 +1,15 @@
 """Compiles constraints to guides, which know at every token what may come next.
 
 All the work is llguidance's. Compiling takes milliseconds, and as long as its limits allow for what
-somebody wrote in bad faith: so it happens in a thread of its own, never in the engine's, and a
-caller waits for it only until a deadline. Must not import torch.
+somebody wrote in bad faith: so it happens in a thread of its own (``compiling``), never in the
+engine's, and a caller waits for it only until a deadline. Must not import torch.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,19 +21,13 @@ from cloudlm.core.errors import (
     InvalidRequest,
     MissingExtra,
     NotSupported,
-    Overloaded,
 )
 from cloudlm.engine.api import GenerateRequest
+from cloudlm.engine.compiling import Compiling
 from cloudlm.engine.lark import lark_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-
-COMPILE_TIMEOUT_S = 5.0
-"""Longest wait for a constraint to be compiled, seconds; longer is too complex."""
-
-MAX_COMPILING = 64
-"""Constraints that may wait for the compiling thread; more are refused with 503."""
 
 _KEPT = 64  # compiled constraints that are kept for the next request
 _REPLAY_TOKENS = 256  # tokens given to the matcher at once on resume
@@ -136,15 +127,12 @@ class Constrainer:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         *,
-        timeout_s: float = COMPILE_TIMEOUT_S,
+        compiling: Compiling | None = None,
     ) -> None:
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._eos = [one for one in eos_token_ids if one < vocab_size]
-        self._timeout_s = timeout_s
-        self._waiting = 0
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._compiling = compiling or Compiling()
         # The compiling thread's own:
         self._tokenizer: LLTokenizer | None = None
         self._limits: LLParserLimits | None = None
@@ -154,41 +142,14 @@ class Constrainer:
         """A guide that has gone by ``output_token_ids`` already.
 
         Raises InvalidRequest (the constraint is wrong, too complex, or no token of the model can
-        begin it; the tokens do not follow it), NotSupported, MissingExtra, Overloaded.
+        begin it; the tokens do not follow it), NotSupported, MissingExtra, and as
+        ``Compiling.run``.
         """
-        if self._waiting >= MAX_COMPILING:
-            raise Overloaded("too many constraints are being compiled", retry_after_s=1.0)
-        work = self._threads().submit(self._make, constraint, tuple(output_token_ids))
-        self._waiting += 1
-        loop = asyncio.get_running_loop()
-        work.add_done_callback(lambda _: self._settled(loop))
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await asyncio.wrap_future(work)
-        except TimeoutError:
-            raise InvalidRequest(
-                f"the constraint is too complex: it was not compiled within {self._timeout_s:g} s; "
-                "make the schema, expression or grammar simpler"
-            ) from None
+        return await self._compiling.run(lambda: self._make(constraint, tuple(output_token_ids)))
 
     def close(self) -> None:
         """Stop the thread after what it is doing."""
-        with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _threads(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudlm-constraint")
-            return self._pool
-
-    def _settled(self, loop: asyncio.AbstractEventLoop) -> None:
-        def count() -> None:
-            self._waiting -= 1
-
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(count)
+        self._compiling.close()
 
     def _make(self, constraint: Constraint, output_token_ids: tuple[int, ...]) -> TokenGuide:
         known = self._compiled.get(constraint)

@@ -24,7 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from cloudlm.core.cache_folder import native_folder, user_cache
+from cloudlm.core.cache_folder import (
+    in_others_hands,
+    mark_used,
+    native_folder,
+    prune,
+    user_cache,
+)
 from cloudlm.telemetry.logs import get_logger
 
 MODULES = (
@@ -122,6 +128,7 @@ def use(modules: Sequence[str] = MODULES) -> Path | None:
         sys.meta_path.remove(finder)
         _log.warning("compiled_not_loaded", extra={"fields": {"reason": str(error)[:200]}})
         return None
+    mark_used(folder)
     return folder
 
 
@@ -167,6 +174,7 @@ def build(modules: Sequence[str] = MODULES) -> Path:
         except OSError:
             if not _is_whole(target, modules):  # else another process was quicker
                 raise
+    prune(target, _BEGINS)
     return target
 
 
@@ -191,13 +199,11 @@ def _is_whole(folder: Path, modules: Sequence[str]) -> bool:
 
 def _is_trusted(folder: Path) -> bool:
     """Whether nobody but this user (or the system's) can have put it there, for it is executed."""
-    for place in (folder, folder.parent):
-        found = place.stat()
-        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
-            fields = {"folder": str(place), "expected": "owned by this user, writable by no other"}
-            _log.warning("compiled_not_trusted", extra={"fields": fields})
-            return False
-    return True
+    place = in_others_hands(folder)
+    if place is not None:
+        fields = {"folder": str(place), "expected": "owned by this user, writable by no other"}
+        _log.warning("compiled_not_trusted", extra={"fields": fields})
+    return place is None
 
 
 def _files(folder: Path) -> dict[str, Path]:

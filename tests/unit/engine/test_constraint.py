@@ -19,8 +19,10 @@ from cloudlm.core.errors import (
     NotSupported,
     Overloaded,
 )
+from cloudlm.engine import compiling
 from cloudlm.engine import constraint as module
 from cloudlm.engine.api import GenerateRequest
+from cloudlm.engine.compiling import Compiling
 from cloudlm.engine.constraint import Constrainer, TokenGuide, guide_of
 
 EOS = 256
@@ -240,17 +242,59 @@ async def test_the_loop_goes_on_and_the_wait_ends(monkeypatch: pytest.MonkeyPatc
         return "start: /a/"
 
     monkeypatch.setattr(module, "lark_of", slow)
-    made = Constrainer(Bytes(), SIZE, (EOS,), timeout_s=0.05)
+    made = Constrainer(
+        Bytes(), SIZE, (EOS,), compiling=Compiling(timeout_s=0.05, turn_timeout_s=600)
+    )
     try:
         with pytest.raises(InvalidRequest, match="too complex"):
             await made.guide(of("regex", "a"), ())
-        monkeypatch.setattr(module, "MAX_COMPILING", 1)
+        monkeypatch.setattr(compiling, "MAX_COMPILING", 1)
         with pytest.raises(Overloaded):
             await made.guide(of("regex", "b"), ())
         release.set()
-        while made._waiting:
+        while made._compiling.waiting:
             await asyncio.sleep(0.01)
+        made._compiling.timeout_s = 600
         assert not (await made.guide(of("regex", "a"), ())).finished
+    finally:
+        release.set()
+        made.close()
+
+
+async def test_who_only_waited_behind_others_may_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow constraint of somebody else is no fault of this one: 503 and not 400."""
+    release, compiled = threading.Event(), []
+
+    def slow(constraint: Constraint) -> str:
+        compiled.append(constraint.text)
+        release.wait(600)
+        return "start: /a/"
+
+    monkeypatch.setattr(module, "lark_of", slow)
+    made = Constrainer(
+        Bytes(), SIZE, (EOS,), compiling=Compiling(timeout_s=600, turn_timeout_s=600)
+    )
+    try:
+        first = asyncio.ensure_future(made.guide(of("regex", "a"), ()))
+        while not compiled:
+            await asyncio.sleep(0)
+        made._compiling.turn_timeout_s = 0.01
+        with pytest.raises(Overloaded, match="constraints are being compiled"):
+            await made.guide(of("regex", "b"), ())
+        made._compiling.turn_timeout_s = 600
+        gone, closed = (
+            asyncio.ensure_future(made.guide(of("regex", letter), ())) for letter in "cd"
+        )
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        made.close()
+        with pytest.raises(InternalError, match="closed"):
+            await closed
+        release.set()
+        assert not (await first).finished
+        assert compiled == ["a"], "nobody waits for the others any more"
     finally:
         release.set()
         made.close()

@@ -7,14 +7,16 @@ Tolerances, relative to the largest value: float32 results 2e-5; 2e-3 where inpu
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from cloudlm.core.cache_folder import native_folder
+from cloudlm.core.cache_folder import UNUSED_S, native_folder
 from cloudlm.engine.native import build, load_kernels
 from cloudlm.engine.native.plan import MAX_KEYS, Query, plan_attention
 
@@ -668,6 +670,67 @@ def test_a_library_is_built_once_and_whole(
     monkeypatch.setattr(build, "_build", never)
     assert build.library(name, cache_folder) == first
     assert not [path for path in cache_folder.iterdir() if path.name.startswith("building-")]
+
+
+@needs_compiler
+def test_a_library_that_others_may_have_changed_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = build.instruction_sets()[0]
+    tmp_path.chmod(0o700)
+
+    def compiles(compiler: str, instructions: str, target: Path) -> None:
+        target.write_text("compiled")
+        target.chmod(0o755)
+
+    monkeypatch.setattr(build, "_build", compiles)
+    target = build.library(name, tmp_path)
+    assert target is not None
+    for mode in (0o775, 0o757):
+        target.write_text("changed")
+        target.chmod(mode)
+        assert build.library(name, tmp_path) == target
+        assert target.read_text() == "compiled"
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_nothing_is_built_or_loaded_where_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    tmp_path.chmod(mode)
+
+    def never(*args: object) -> None:
+        raise AssertionError("built where others may write")
+
+    monkeypatch.setattr(build, "_build", never)
+    assert build.library(build.instruction_sets()[0], tmp_path) is None
+    (record,) = [record for record in caplog.records if record.message == "native_build_failed"]
+    assert "CLOUDLM_NATIVE_CACHE" in record.fields["reason"]
+    assert str(tmp_path) in record.fields["reason"]
+
+
+@needs_compiler
+def test_old_libraries_go_when_a_new_one_was_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o700)
+    old, used = tmp_path / "cloudlm-avx2-old.so", tmp_path / "cloudlm-avx2-used.so"
+    for path, age_s in ((old, UNUSED_S + 60), (used, 60)):
+        path.touch()
+        os.utime(path, (time.time() - age_s,) * 2)
+
+    def compiles(compiler: str, instructions: str, target: Path) -> None:
+        target.write_text("compiled")
+
+    monkeypatch.setattr(build, "_build", compiles)
+    name = build.instruction_sets()[0]
+    target = build.library(name, tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([target, used])
+    assert target is not None
+    os.utime(target, (0, 0))
+    build.library(name, tmp_path)
+    assert time.time() - target.stat().st_mtime < UNUSED_S, "taken from the cache it counts as used"
 
 
 def test_a_failing_compiler_means_pytorch(

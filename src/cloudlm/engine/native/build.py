@@ -2,8 +2,10 @@
 
 One library per instruction set (``amx``, ``avx512``, ``avx2``). Its name carries a hash of the
 sources, the compiler's version, the flags and the CPU's abilities, so that a stale file is never
-loaded; it appears by rename, so that a half-written one is never seen. Nothing here runs at import
-and nothing raises: where no library can be had the answer is None and the log says why.
+loaded; it appears by rename, so that a half-written one is never seen. One that somebody else could
+have put there or changed is not loaded: in a folder of our own it is built again. Libraries that
+were not used for long go when a new one was built (``core.cache_folder``). Nothing here runs at
+import and nothing raises: where no library can be had the answer is None and the log says why.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from cloudlm.core.cache_folder import native_folder
+from cloudlm.core.cache_folder import BUILDING, mark_used, native_folder, others_may_write, prune
 
 _logger = logging.getLogger(__name__)
 
+_BEGINS = "cloudlm-"
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("g++", "clang++", "c++")
 BUILD_TIMEOUT_S = 300
@@ -64,10 +67,13 @@ def library(
         _logger.info("native_no_compiler", extra={"fields": {"searched": list(COMPILERS)}})
         return None
     try:
-        folder = cache or native_folder()
-        target = folder / f"cloudlm-{instructions}-{_fingerprint(found, instructions)}.so"
-        if not target.is_file():
+        folder = _own(cache or native_folder())
+        target = folder / f"{_BEGINS}{instructions}-{_fingerprint(found, instructions)}.so"
+        if not target.is_file() or others_may_write(target):
             _build(found, instructions, target)
+            fields = {"built": target.name, "removed": len(prune(target, _BEGINS))}
+            _logger.info("native_built", extra={"fields": fields})
+        mark_used(target)
         return target
     except subprocess.CalledProcessError as error:
         reason = str(error.stderr)[-2000:]
@@ -76,6 +82,19 @@ def library(
     fields = {"instructions": instructions, "compiler": found, "reason": reason}
     _logger.warning("native_build_failed", extra={"fields": fields})
     return None
+
+
+def _own(folder: Path) -> Path:
+    """``folder``, made if need be: what is in it is executed. Raises OSError if others may write
+    to it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if others_may_write(folder):
+        raise OSError(
+            f"{folder} belongs to another user or can be written by others; expected a folder that "
+            "only this user (or root) can write to: chmod go-w, or set CLOUDLM_NATIVE_CACHE to "
+            "another"
+        )
+    return folder
 
 
 def find_compiler() -> str | None:
@@ -107,9 +126,8 @@ def _fingerprint(compiler: str, instructions: str) -> str:
 
 
 def _build(compiler: str, instructions: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     flags = [*_BASE, *FLAGS[instructions]]
-    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=target.parent) as name:
         folder = Path(name)
         objects: list[str] = []
         running: list[tuple[list[str], Path, subprocess.Popen[bytes]]] = []
@@ -133,6 +151,7 @@ def _build(compiler: str, instructions: str, target: Path) -> None:
         built = folder / "library.so"
         link = [compiler, "-shared", "-pthread", "-o", str(built), *objects]
         subprocess.run(link, capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S)
+        built.chmod(0o755)  # whatever the umask is: nobody else writes to what is executed
         built.replace(target)
 
 
