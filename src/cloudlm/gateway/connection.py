@@ -310,9 +310,11 @@ class Connection(asyncio.Protocol):
     async def _write_stream(self, response: GatewayResponse, body: BodyStream, turn: Turn) -> None:
         turn.keep = turn.keep and turn.chunked  # an older client learns the end by the close
         head = render_head(response, None, keep=turn.keep, modern=turn.chunked)
+        transport, chunked = self._transport, turn.chunked
 
         def pour(piece: bytes) -> bool:
-            self._write(chunk(piece) if turn.chunked else piece)
+            if not self._lost and transport is not None and not transport.is_closing():
+                transport.write(chunk(piece) if chunked else piece)
             return self._writable is None and not self._lost
 
         try:

@@ -30,6 +30,22 @@ _NAMES = {
     for name in ("connection", "content-length", "content-type", "date", "server")
     for form in (name.encode(), name.title().encode())
 }
+_SIZE_LINE = re.compile(rb"([1-9a-f][0-9a-f]{0,4})\r\n")
+_MAX_KNOWN = 2048
+
+
+def _size_lines() -> list[bytes]:
+    """By the length of a whole chunk the line that it begins with; empty where there is none."""
+    lines = [b""] * _MAX_KNOWN
+    for size in range(1, _MAX_KNOWN):
+        line = b"%x\r\n" % size
+        length = len(line) + size + 2
+        if length < _MAX_KNOWN:
+            lines[length] = line
+    return lines
+
+
+_SIZE_LINES = _size_lines()
 _BREAKS_OUT = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -122,6 +138,7 @@ class Line(asyncio.Protocol):
         self._complete = self._broken = self._silent = False
         self._surplus = self._paused = False
         self._keep = False
+        self._chunk_ended = self._between = False
 
     # The transport's calls ------------------------------------------------------------------------
 
@@ -148,12 +165,20 @@ class Line(asyncio.Protocol):
             if not self._busy:
                 self.drop()
             return
+        sink = self._sink
+        if self._between and sink is not None and not self._pieces:
+            data = self._unframed(data)
+            if not data:
+                self._pour(sink)
+                return
         self._touched = True
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserUpgrade, httptools.HttpParserError):
             self._broken = not self._complete
             self._surplus = True
+        ended = self._chunk_ended and data.endswith(b"\n")
+        self._between = ended and not (self._broken or self._complete or self._surplus)
         if not self._has_head:
             self._unread_bytes += len(data)
             self._broken = self._broken or self._unread_bytes > MAX_ANSWER_HEAD_BYTES
@@ -164,6 +189,26 @@ class Line(asyncio.Protocol):
             self._pour(self._sink)
         elif self._pieces or self._has_head or self._broken:
             self._wake()
+
+    def _unframed(self, data: bytes) -> bytes:
+        """Take whole chunks in the plain form out of the front of ``data``, while the parser
+        stands between two chunks, where it need not see them; the rest, which it must see."""
+        size_line = _SIZE_LINES[len(data)] if len(data) < _MAX_KNOWN else b""
+        begin = len(size_line)
+        if begin and data[:begin] == size_line and data[-2:] == b"\r\n":
+            self._pieces.append(data[begin:-2])
+            return b""
+        at = 0
+        while True:
+            found = _SIZE_LINE.match(data, at)
+            if found is None:
+                return data[at:] if at else data
+            begin = found.end()
+            end = begin + int(found[1], 16)
+            if data[end : end + 2] != b"\r\n":
+                return data[at:] if at else data
+            self._pieces.append(data[begin:end])
+            at = end + 2
 
     # The parser's calls ---------------------------------------------------------------------------
 
@@ -195,6 +240,12 @@ class Line(asyncio.Protocol):
         if not self._surplus:
             self._pieces.append(piece)
             self._held_bytes += len(piece)
+
+    def on_chunk_header(self) -> None:
+        self._chunk_ended = False
+
+    def on_chunk_complete(self) -> None:
+        self._chunk_ended = True
 
     def on_message_complete(self) -> None:
         if self._interim:

@@ -14,6 +14,7 @@ import msgspec
 from cloudlm.core.resuming import NOTE
 
 _encoder = msgspec.json.Encoder()
+_decode_ids = msgspec.json.Decoder(list[int]).decode
 
 
 class _Choice:
@@ -83,6 +84,16 @@ class Progress:
         known.token_ids.extend(tokens)
         known.chunks += 1
         known.finished = choice["finish_reason"] is not None
+
+    def more(self, index: int, ids: list[bytes]) -> None:
+        """As ``take``, of chunks that only go on with a choice which is known: the insides of their
+        lists of token ids, each written as JSON."""
+        known = self._choices.get(index)
+        if known is not None:  # else it is known by now that nobody can go on
+            some = b",".join([one for one in ids if one])
+            known.token_ids.extend(_decode_ids(b"[%b]" % some))
+            known.chunks += len(ids)
+            known.finished = False
 
     def request(self, path: str, body: bytes, cached_tokens: int) -> bytes:
         """The body that asks another replica to go on with what ``path`` and ``body`` asked of the

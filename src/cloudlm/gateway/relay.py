@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextvars import copy_context
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.errors import CloudlmError, RequestCancelled, UpstreamFailed, UpstreamTimeout
@@ -23,6 +23,7 @@ from cloudlm.gateway.account import Attempt, Exchange
 from cloudlm.gateway.dialects import openai
 from cloudlm.gateway.dialects.base import EVENT_STREAM, AnswerEnded
 from cloudlm.gateway.progress import Progress
+from cloudlm.gateway.skim import Counts, Skimmer, usage_of
 from cloudlm.gateway.sse import PING, SseParser
 from cloudlm.gateway.upstream import Answer, ReplicaRefused
 
@@ -61,11 +62,12 @@ class Relay:
         beats = settings.heartbeat_s > 0 and self._rendering.stream_type == EVENT_STREAM
         self._beat_s = settings.heartbeat_s if beats else math.inf
         self._quiet_s = 0.0  # how long the replica has been silent, as far as the client was told
-        self._parser = SseParser()
+        self._parser, self._between = SseParser(), False  # whether an event may begin now
+        plain = self._rendering.chunk if call.translate is None else None
+        self._skimmer = Skimmer(self._progress, plain)
         self._ready: list[bytes] = []
-        self._stated: dict[str, Any] | None = None  # the usage that was stated last
-        self._pieces_with_content = 0
-        self._handed: tuple[dict[str, Any] | None, int] = (None, 0)
+        self._handed: Counts = (None, b"", 0)
+        self._followed: Attempt | None = None  # it knows whom to ask for what it used
         self._usage_before: Usage | None = None  # what other attempts account for
         self._finished = False
         self._failure: CloudlmError | None = None
@@ -83,12 +85,12 @@ class Relay:
         """
         if not self._answer.is_event_stream:
             raise UpstreamFailed("a replica answered a streamed request without a stream")
-        while not self._pieces_with_content:
+        while not self._skimmer.pieces:
             left_s = max(deadline - self._exchange.clock.monotonic(), 0.0)
             await self._read(left_s)
-            if self._failure is not None and not self._pieces_with_content:
+            if self._failure is not None and not self._skimmer.pieces:
                 raise self._failure
-            if self._finished and not self._pieces_with_content:
+            if self._finished and not self._skimmer.pieces:
                 raise UpstreamFailed("a replica ended its stream without any content")
             if sum(map(len, self._ready)) > MAX_HELD_BYTES:
                 raise UpstreamFailed("a replica sent too much without any content")
@@ -121,20 +123,25 @@ class Relay:
         if self._ready or self._over or self._closed or self._quiet_s:
             return
 
-        def pour(piece: bytes) -> bool:
+        def read(rest: bytes) -> bool:
             try:
-                self._feed(piece)
+                self._parse(rest)
             except CloudlmError as error:
                 self._failure = error
-            wanted = not self._ready or write(self._hand_over())
-            return wanted and not self._over
+            return not self._ready or write(self._hand_over())
+
+        def pour(piece: bytes) -> bool:
+            rest = self._skimmer.skim(piece, self._ready) if self._between else piece
+            if not rest:
+                return write(self._hand_over())
+            return here.run(read, rest) and not self._over
 
         here = copy_context()  # what arrives comes in that of the connection: another request's
         try:
             with self._exchange.interrupt:
                 silence_s = min(self._beat_s, self._timeout_s)
                 try:
-                    await self._answer.flow(lambda piece: here.run(pour, piece), silence_s)
+                    await self._answer.flow(pour, silence_s)
                 except UpstreamTimeout:
                     self._fall_silent(silence_s)
         except CloudlmError as error:
@@ -152,11 +159,12 @@ class Relay:
         """Have another replica take over. Raises the error that the client must be told."""
         self._answer.close()
         self._attempt.fail(error)
-        self._usage_before = self._usage()
+        self._skimmer.forget()
+        self._usage_before = usage_of(self._handed)
         cached = self._usage_before.cached_tokens
         self._attempt, self._answer = await self._resumer.go_on(self._progress, cached, error)
         self._failure = None
-        self._parser = SseParser()
+        self._parser, self._between = SseParser(), False
         self._timeout_s, self._quiet_s = self._settings.first_token_timeout_s, 0.0
 
     async def aclose(self) -> None:
@@ -195,8 +203,14 @@ class Relay:
         self._feed(piece)
 
     def _feed(self, piece: bytes) -> None:
+        rest = self._skimmer.skim(piece, self._ready) if self._between else piece
+        if rest:
+            self._parse(rest)
+
+    def _parse(self, piece: bytes) -> None:
         events = self._parser.feed(piece)
-        if not events and piece.startswith(b":") and self._pieces_with_content:
+        self._between = self._parser.between
+        if not (events or self._ready) and piece.startswith(b":") and self._skimmer.pieces:
             self._beat()  # a comment of the replica's own: its silence is not ours to measure
         for data in events:
             self._take(data)
@@ -220,8 +234,9 @@ class Relay:
         elif openai.is_aborted(chunk):
             self._failure = UpstreamFailed("a replica gave up on the answer")
         else:
+            self._skimmer.settle()
             self._progress.take(chunk)
-            self._count(chunk)
+            self._skimmer.read(data, chunk)
             try:
                 shaped = self._rendering.chunk(chunk)
             except AnswerEnded as end:  # before the replica is done: it need not go on
@@ -230,13 +245,6 @@ class Relay:
                 self._answer.close()
             if shaped:
                 self._ready.append(shaped)
-
-    def _count(self, chunk: dict[str, object]) -> None:
-        if openai.has_content(chunk):
-            self._pieces_with_content += 1
-        usage = chunk.get("usage")
-        if isinstance(usage, dict):
-            self._stated = usage
 
     def _tell(self, error: CloudlmError) -> None:
         """Nobody goes on: tell the client, unless it is gone."""
@@ -253,25 +261,19 @@ class Relay:
             return out
         if out == PING:  # nothing of the answer
             return out
-        self._attempt.first_content()
-        self._handed = (self._stated, self._pieces_with_content)
-        self._attempt.follow(self._share)
+        self._handed = self._skimmer.counts()
+        if self._followed is not self._attempt:
+            self._followed = self._attempt
+            self._attempt.first_content()
+            self._attempt.follow(self._share)
         if self._finished and self._failure is None:
             self._attempt.finish()
             self._exchange.finish()
         return out
 
-    def _usage(self) -> Usage:
-        """What was handed over so far, by all attempts. Read only when somebody wants to know: at
-        every event it would cost more than the event."""
-        stated, pieces = self._handed
-        if stated is None:  # a replica that states none: a chunk is a token
-            return Usage(completion_tokens=pieces)
-        return openai.read_usage(stated)
-
     def _share(self) -> Usage:
         """What this attempt alone accounts for; the prompt is the first one's."""
-        usage, before = self._usage(), self._usage_before
+        usage, before = usage_of(self._handed), self._usage_before
         if before is None:
             return usage
         more = usage.completion_tokens - before.completion_tokens

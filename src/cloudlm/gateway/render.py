@@ -11,6 +11,8 @@ from cloudlm.gateway.exchange import GatewayResponse
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
+_MAX_KNOWN = 2048
+_SIZES = [b"%x\r\n" % size for size in range(_MAX_KNOWN)]
 _BODILESS = frozenset({204, 304})
 
 
@@ -65,4 +67,5 @@ def render_head(
 
 def chunk(piece: bytes) -> bytes:
     """A piece of a stream, framed; ``piece`` must not be empty."""
-    return b"%x\r\n%b\r\n" % (len(piece), piece)
+    size = len(piece)
+    return (_SIZES[size] if size < _MAX_KNOWN else b"%x\r\n" % size) + piece + b"\r\n"

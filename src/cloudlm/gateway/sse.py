@@ -61,6 +61,11 @@ class SseParser:
             raise UpstreamFailed("a replica sent an event that is too large")
         return events
 
+    @property
+    def between(self) -> bool:
+        """Whether nothing is open: the next byte may begin an event."""
+        return self._began and not (self._rest or self._data or self._after_cr)
+
     def _is_one_event(self, piece: bytes) -> bool:
         """Whether ``piece`` is one event in the form that nearly all have, and nothing is open."""
         return (
@@ -69,8 +74,7 @@ class SseParser:
             and piece.count(b"\n") == 2
             and b"\r" not in piece
             and len(_BEGIN) + 2 < len(piece) <= self._max_event_bytes
-            and self._began
-            and not (self._rest or self._data or self._after_cr)
+            and self.between
         )
 
     def _take(self, line: bytes) -> None:
