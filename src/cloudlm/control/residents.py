@@ -16,7 +16,7 @@ from cloudlm.control.budget import MemoryBudget, fixed
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.footprint import PROCESS_BYTES, amount_text
 from cloudlm.control.metrics import ControlMetrics
-from cloudlm.control.misfits import why_never
+from cloudlm.control.misfits import Sizes, is_moving, why_never
 from cloudlm.control.observe import Seen, SeenGroup
 from cloudlm.control.plan import size_of_group
 from cloudlm.control.residency import Claim, Verdict, held_by, reside
@@ -205,6 +205,8 @@ class Residents:
             return 0
         if wish.sized.spec.asleep and not present:
             return 0  # nothing is loaded to be put to sleep
+        if self._is_kept_out(wish, groups):
+            return wish.wanted
         target_is_here = self._is_here(wish.deployment.spec.driver)
         if wish.moving.size is None:
             if not target_is_here:
@@ -225,10 +227,12 @@ class Residents:
         memory_mb, needs = wish.sized.spec.memory_mb, [0]
         if not any(size_of_group(one.observation) for one in groups):  # any of them may come back
             needs += [await self._replica_bytes(one, memory_mb) for one in groups]
-        stable = None if wish.moving.size is None else wish.moving.revision
+        kept_out = self._is_kept_out(wish, groups)
+        staged = wish.moving.size is not None
+        stable = wish.moving.revision if staged or kept_out else None
         if stable is not None and self._is_here(stable.spec.driver):
             needs.append(await self._budget.need(fixed(stable.spec, stable.model), memory_mb))
-        if self._is_here(wish.deployment.spec.driver):
+        if self._is_here(wish.deployment.spec.driver) and not kept_out:
             specs = [one.observation.spec for one in groups if one.observation.name == wish.target]
             version = next((one.model for one in specs if one is not None), wish.version)
             spec = fixed(wish.deployment.spec, version)
@@ -249,12 +253,39 @@ class Residents:
             return PROCESS_BYTES
 
     async def _why_never(self, wish: Wish) -> str:
-        """Why the target of its roll-out can never be here, empty if nothing is against it."""
-        if wish.name in self._unknown or not self._is_here(wish.deployment.spec.driver):
+        """Why the target of its roll-out can never be here, empty if nothing is against it, or if
+        its size is not known."""
+        here = self._is_here(wish.deployment.spec.driver)
+        if wish.name in self._unknown or not here or not is_moving(wish):
             return ""
+        try:
+            sizes = await self._sizes(wish)
+        except CloudlmError:
+            return ""
+        return why_never(wish, sizes, self._claims, self._budget.size_bytes)
+
+    async def _sizes(self, wish: Wish) -> Sizes:
+        """What one replica of its target takes, and of its stable revision here. Raises
+        CloudlmError if that cannot be told now."""
+        memory_mb, stable = wish.sized.spec.memory_mb, wish.moving.revision
+        spec = fixed(wish.deployment.spec, wish.version)
+        target_bytes = await self._budget.need(spec, memory_mb)
+        if stable is None or not self._is_here(stable.spec.driver):
+            return Sizes(target_bytes)
+        running = fixed(stable.spec, stable.model)
+        return Sizes(target_bytes, await self._budget.need(running, memory_mb))
+
+    def _is_kept_out(self, wish: Wish, groups: Sequence[SeenGroup]) -> bool:
+        """Whether the last look found that its target can never be here, and none of it is: what
+        runs goes on as if it were not asked for (``rollout``)."""
+        if wish.moving.size is not None or not self._never.get(wish.name) or not is_moving(wish):
+            return False
         stable = wish.moving.revision
-        stays = stable is not None and self._is_here(stable.spec.driver)
-        return await why_never(self._budget, wish, self._claims, stable_here=stays)
+        if stable is None or not self._is_here(stable.spec.driver):
+            return False
+        return not any(
+            size_of_group(one.observation) for one in groups if one.observation.name == wish.target
+        )
 
     async def _others(self, seen: Seen) -> int:
         """What is held here and belongs to no deployment (any more)."""
