@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from cloudlm.control.budget import MemoryBudget, fixed
 from cloudlm.control.drivers import Drivers
-from cloudlm.control.footprint import PROCESS_BYTES, amount_text
+from cloudlm.control.footprint import PROCESS_BYTES
+from cloudlm.control.memory_notes import leaving_text, memory_note
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.misfits import Sizes, is_moving, why_never
 from cloudlm.control.observe import Seen, SeenGroup
 from cloudlm.control.plan import size_of_group
-from cloudlm.control.residency import Claim, Verdict, held_by, reside
+from cloudlm.control.residency import Claim, Verdict, reside
 from cloudlm.control.room import Room, Wish, in_order_of_going
 from cloudlm.control.uses import Uses
 from cloudlm.core.clock import Clock
@@ -91,7 +92,7 @@ class Residents:
         if verdict is None or wish is None:
             return Room(wished)
         groups, claim = seen.of(name), self._claims[name]
-        note = "" if deployment.deleting else self._note(wish, verdict, claim)
+        note = "" if deployment.deleting else self._note(wish, verdict)
         untold = name in self._unknown and not claim.present and wished > 0
         stays_out = untold or verdict.residence is Residence.TOO_LARGE
         drivers = {wish.target: deployment.spec.driver, **homes}
@@ -117,39 +118,17 @@ class Residents:
         held = self._claims[status.name].held_bytes
         return replace(status, residence=verdict.residence, memory_bytes=held)
 
-    def _note(self, wish: Wish, verdict: Verdict, claim: Claim) -> str:
+    def _note(self, wish: Wish, verdict: Verdict) -> str:
         """What people are told of it, empty if there is nothing to say."""
-        need, size = amount_text(claim.need_bytes), amount_text(self._budget.size_bytes)
-        if verdict.residence is Residence.TOO_LARGE:
-            need = amount_text(claim.need_bytes * (claim.least if claim.pinned else 1))
-            return (
-                f"it needs {need} of memory, more than the budget of {size} "
-                "(control.memory_budget) has beside what is pinned: raise it, or make the model "
-                "smaller (precision, kv_cache_mb)"
-            )
-        if wish.name in self._unknown:
-            why = self._unknown[wish.name]
-            return f"nothing is started while it is not known what memory it takes: {why}"
-        if verdict.residence is Residence.WAITING:
-            held = self._other_bytes + sum(one.held_bytes for one in self._claims.values())
-            free = amount_text(max(self._budget.size_bytes - held, 0))
-            return f"waits for {need} of memory; {free} of {size} are free{self._leaving(wish)}"
-        if verdict.unload:
-            return "others wait for its memory: it finishes its requests and is unloaded"
-        if verdict.residence is Residence.UNLOADED and claim.asleep:
-            return "put to sleep, and no longer in memory"
-        if verdict.residence is Residence.UNLOADED:
-            return f"not in memory; a request loads it ({need})"
-        return ""
-
-    def _leaving(self, wish: Wish) -> str:
-        """Who makes room; only those of the same tenant are named."""
-        leaving = held_by(self._verdicts, Residence.LEAVING)
-        tenant = wish.deployment.spec.tenant
-        said = [n for n in leaving if self._wishes[n].deployment.spec.tenant == tenant]
-        if others := len(leaving) - len(said):
-            said.append(f"{others} of other tenants")
-        return f"; leaving: {', '.join(said)}" if said else ""
+        return memory_note(
+            wish,
+            verdict,
+            self._claims,
+            self._budget.size_bytes,
+            self._other_bytes,
+            self._unknown.get(wish.name, ""),
+            leaving_text(wish, self._wishes, self._verdicts),
+        )
 
     # Claims -------------------------------------------------------------------------------------
 
