@@ -17,7 +17,7 @@ from tests.fuzz.planting import Bug, both, instead, nothing
 from tests.fuzz.run import Verdict, judge
 from tests.fuzz.schedule import draw
 
-from cloudlm.core.errors import CloudlmError
+from cloudlm.core.errors import CloudlmError, Unavailable
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway import hedge, limiter, recall
 from cloudlm.gateway.account import Attempt
@@ -156,6 +156,19 @@ def _first_view_for_ever(look: Any) -> Any:
     return once
 
 
+def _whatever_was_read(_: Any) -> Any:
+    return lambda self: self._snapshot
+
+
+def _only_what_is_fresh(snapshot: Any) -> Any:
+    def fresh(self: View) -> Any:
+        if self._failing:
+            raise Unavailable("the state is away")
+        return snapshot(self)
+
+    return fresh
+
+
 def _no_money_reserved(estimate: Any) -> Any:
     return lambda *a, **k: estimate(*a, **k)._replace(spend=0)
 
@@ -235,6 +248,8 @@ GATEWAY_BUGS: Mapping[str, Bug] = {
     "a revoked key is still known": both(
         nothing(Directory, "alive", True), nothing(Directory, "stands", True)
     ),
+    "an old view is served for ever": instead(View, "snapshot", _whatever_was_read),
+    "nothing is served without the state": instead(View, "snapshot", _only_what_is_fresh),
     "the view is never read again": instead(View, "_look", _first_view_for_ever),
 }
 

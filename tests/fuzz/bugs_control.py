@@ -11,11 +11,13 @@ from tests.fuzz.planting import Bug, both, instead, nothing, nothing_async
 
 from cloudlm.control import leading, plan, probe
 from cloudlm.control.autoscale.facts import TotalDemand
+from cloudlm.control.blackout import Doubt
 from cloudlm.control.drain import Drains
 from cloudlm.control.handover import life_of
 from cloudlm.control.observe import Observer
 from cloudlm.control.plan import Plan
 from cloudlm.control.reconcile import Reconciler
+from cloudlm.control.room import Room
 from cloudlm.core.deployment import Deployment
 from cloudlm.drivers import fence
 from cloudlm.state import leases
@@ -30,7 +32,7 @@ def _oldest_goes_first(shrink: Any) -> Any:
 
 
 def _never_done(_: Any) -> Any:
-    return lambda self, replicas, busy, now: not replicas
+    return lambda self, replicas, busy, now, *, patient=False: not replicas
 
 
 def _told_late(withdraw: Any) -> Any:
@@ -56,9 +58,9 @@ def _whoever_deletes(remove: Any) -> Any:
 
 
 def _nobody_before_us(recall: Any) -> Any:
-    async def recalled(self: Reconciler) -> None:
+    async def recalled(self: Reconciler, deployments: Any) -> None:
         self._endpoints = {} if self._endpoints is None else self._endpoints
-        await recall(self)
+        await recall(self, deployments)
 
     return recalled
 
@@ -103,6 +105,10 @@ def _asked_once(_: Any) -> Any:
     return probed
 
 
+def _as_if_there_were_room(_: Any) -> Any:
+    return lambda self, step: step
+
+
 def _one_too_many(grow: Any) -> Any:
     def grown(target: Any, *arguments: Any) -> Any:
         return grow(replace(target, replicas=target.replicas + 1), *arguments)
@@ -130,6 +136,8 @@ CONTROL_BUGS: Mapping[str, Bug] = {
     "nobody is heard who waits": instead(
         TotalDemand, "busy", lambda _: property(lambda self: False)
     ),
+    "an empty list is believed": nothing(Doubt, "holds", False),
+    "the memory budget is not kept to": instead(Room, "fit", _as_if_there_were_room),
     "one missed probe takes the endpoint": both(
         instead(probe, "UNREACHABLE_AFTER", lambda _: 1),
         instead(Observer, "_probe_one", _asked_once),

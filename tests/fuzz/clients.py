@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.fuzz.loop import VirtualLoop
 from tests.fuzz.schedule import Ask
-from tests.fuzz.story import CANCEL_WITHIN_S, MODEL, Seen, Story
+from tests.fuzz.story import CANCEL_WITHIN_S, NAMES, Seen, Story
 
 from cloudlm.gateway.app import Gateway
 from cloudlm.gateway.exchange import GatewayRequest
@@ -51,6 +51,7 @@ class Clients:
             seen.ended = "cut"
         finally:
             self._serving.pop(serving, None)
+            seen.over_at = self.loop.time()
             self.tell("end", seen.ask.number, seen.ended, seen.status, len(seen.pieces))
 
     async def _served(self, seen: Seen) -> None:
@@ -61,7 +62,7 @@ class Clients:
         gone: asyncio.Future[None] = self.loop.create_future()
         if ask.leaves_after_s is not None:
             self.loop.call_later(ask.leaves_after_s, self._leave, seen, gone)
-        seen.asked = True
+        seen.asked, seen.began_at = True, self.loop.time()
         request = self._request(ask, gone)
         response = await self.gateway.handler.handle(request)
         seen.status = response.status
@@ -96,7 +97,7 @@ class Clients:
         }
         if ask.deadline_ms is not None:
             headers["x-cloudlm-deadline-ms"] = str(ask.deadline_ms)
-        body = _body(ask.prompt, ask.stream, ask.usage, ask.max_tokens)
+        body = _body(NAMES[ask.model], ask.prompt, ask.stream, ask.usage, ask.max_tokens)
         return GatewayRequest("POST", "/v1/chat/completions", headers, body, gone)
 
     def _leave(self, seen: Seen, gone: asyncio.Future[None]) -> None:
@@ -114,9 +115,9 @@ class Clients:
 
 
 @lru_cache(16_384)
-def _body(prompt: int, stream: bool, usage: bool, max_tokens: int) -> bytes:
+def _body(model: str, prompt: int, stream: bool, usage: bool, max_tokens: int) -> bytes:
     body: dict[str, Any] = {
-        "model": MODEL,
+        "model": model,
         "messages": [{"role": "user", "content": f"prompt {prompt}"}],
         "max_tokens": max_tokens,
         "temperature": 0,

@@ -18,7 +18,9 @@ from tests.fuzz.loop import VirtualClock, VirtualLoop
 from tests.fuzz.outside import Weather
 from tests.fuzz.replicas import MemoryUpstream
 
+from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drivers import Drivers
+from cloudlm.control.footprint import replica_bytes
 from cloudlm.control.jobs import Jobs
 from cloudlm.control.leading import LEASE, Leadership
 from cloudlm.control.metrics import ControlMetrics
@@ -26,15 +28,17 @@ from cloudlm.control.observe import Observer
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.standby import Standby
 from cloudlm.control.terms import Terms
-from cloudlm.core.errors import ModelNotFound, NotSupported, Unavailable
+from cloudlm.core.deployment import DeploymentSpec
+from cloudlm.core.errors import BrokenModel, ModelNotFound, NotSupported, Unavailable
 from cloudlm.core.lease import Lease
 from cloudlm.core.model import Manifest, ModelRef
-from cloudlm.core.settings import ControlSettings
+from cloudlm.core.settings import ControlSettings, EngineSettings
 from cloudlm.drivers.base import DriverContext
 from cloudlm.state.leases import only_reads
 from cloudlm.state.memory import MemoryState
 
 LEASE_S = 3.0
+SHORTEST_STAY_S = 1.0
 SETTINGS = ControlSettings(
     reconcile_interval_s=0.5,
     probe_timeout_s=PROBE_TIMEOUT_S,
@@ -55,6 +59,15 @@ class Registry:
             raise ModelNotFound(f"model {ref.name!r} is not registered")
         number = self.champion if ref.alias is not None else ref.version or 1
         return Manifest(ref.name, number, (), "generate", "LlamaForCausalLM", "float32", 10, 64)
+
+    def configuration(self, ref: ModelRef) -> dict[str, Any]:
+        raise BrokenModel(f"{ref} has no config.json")
+
+    def each_bytes(self) -> int:
+        """What a replica of any version takes."""
+        spec = DeploymentSpec("any", "models:/bank/1")
+        manifest = self.resolve(ModelRef("bank", version=1))
+        return replica_bytes(spec, manifest, {}, EngineSettings())
 
 
 class NoTurner:
@@ -168,10 +181,21 @@ class ControlProcess:
         observer = Observer(drivers, prober, clock, SETTINGS.stall_timeout_s)
         standby = Standby(drivers, observer, clock, SETTINGS.drain_timeout_s)
         registry: Any = self._registry
+        size_bytes = int(self._registry.each_bytes() * (self._fleet.fits + 0.5))
+        size_bytes = size_bytes if self._fleet.fits else 0
+        memory = MemoryBudget(registry, size_bytes, SHORTEST_STAY_S, clock=clock)
 
         def reconciler(fenced: Any, checked: Drivers) -> Reconciler:
             return Reconciler(
-                fenced, checked, registry, prober, clock, SETTINGS, metrics, NoTurner()
+                fenced,
+                checked,
+                registry,
+                prober,
+                clock,
+                SETTINGS,
+                metrics,
+                NoTurner(),
+                memory=memory,
             )
 
         terms = Terms(

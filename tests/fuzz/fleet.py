@@ -30,6 +30,8 @@ BROKEN_FROM = 100
 PROBE_TIMEOUT_S = 0.5
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 8.0
+_PASS_S = 2.0
+"""So long a pass of control may go by what it saw at its beginning."""
 _LOST_PROBE = 2  # each other one of a control's, so that it never loses two in a row
 
 
@@ -84,6 +86,9 @@ class Fleet:
         self.has_endpoint: Callable[[str], bool] = lambda _: False
         self.down_until = self.forgets_until = self.late_until = 0.0
         self.stale_until = self.loses_until = 0.0
+        self.blank_until = self.cut_until = 0.0
+        self.fits = 0
+        """How many replicas have room (0: any number)."""
         self._pictures: dict[str, GroupObservation] = {}
         self.calm = True
         """Whether the gateway sees within its usual time which endpoints are gone."""
@@ -92,6 +97,7 @@ class Fleet:
         """From now on everything arrives; what is wedged stays so until it is started anew."""
         self.down_until = self.forgets_until = self.late_until = 0.0
         self.stale_until = self.loses_until = 0.0
+        self.blank_until = self.cut_until = 0.0
 
     def running(self) -> dict[str, Running]:
         """All replicas by id."""
@@ -109,6 +115,7 @@ class Fleet:
     def apply(self, spec: GroupSpec, token: int) -> None:
         check_group(spec)
         self._accept("apply", f"{spec.name}={spec.replicas}", token)
+        before = len(self.running())
         group = self.groups.get(spec.name)
         if group is None:
             group = self.groups[spec.name] = _Group(spec)
@@ -120,6 +127,9 @@ class Fleet:
         for name in wanted:
             if name not in group.running:
                 group.running[name] = self._started(name, spec)
+        seen = self._loop.time() > max(self.stale_until, self.blank_until) + _PASS_S
+        if self.fits and seen and len(self.running()) > max(before, self.fits):
+            self._note("memory", f"{len(self.running())} replicas where {self.fits} have room")
 
     def delete(self, name: str, token: int) -> None:
         self._accept("delete", name, token)
@@ -230,7 +240,12 @@ class FleetDriver:
 
     name = "process"
     abilities = frozenset(
-        {Ability.PER_REPLICA_ADDRESS, Ability.RESTARTS_REPLICAS, Ability.STOPS_ONE_REPLICA}
+        {
+            Ability.PER_REPLICA_ADDRESS,
+            Ability.RESTARTS_REPLICAS,
+            Ability.STOPS_ONE_REPLICA,
+            Ability.THIS_MACHINE,
+        }
     )
 
     def __init__(
@@ -244,7 +259,8 @@ class FleetDriver:
 
     async def groups(self) -> list[str]:
         await self._way()
-        return sorted(self._fleet.groups)
+        blank = self._loop.time() < self._fleet.blank_until
+        return [] if blank else sorted(self._fleet.groups)
 
     async def observe(self, name: str) -> GroupObservation:
         await self._way()
@@ -304,6 +320,7 @@ class FleetProber:
         self._asked[name] += 1
         lost = self._asked[name] % _LOST_PROBE == 0
         lost = lost and self._loop.time() < self._fleet.loses_until
+        lost = lost or self._loop.time() < self._fleet.cut_until
         if lost or one.there.stalled_by > self._loop.time():
             await asyncio.sleep(PROBE_TIMEOUT_S)
             return UNREACHABLE

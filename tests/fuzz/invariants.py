@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from tests.fuzz.replicas import PROMPT_TOKENS, right_answer
-from tests.fuzz.schedule import KEYS
-from tests.fuzz.story import MARKS, Seen, Story
+from tests.fuzz.schedule import KEYS, Schedule
+from tests.fuzz.story import LAST_GOOD_VIEW_S, MARKS, Seen, Story
 
 from cloudlm.core.price import NANO
 from cloudlm.core.tenant import Outcome
@@ -17,11 +17,20 @@ from cloudlm.core.tenant import Outcome
 RETRY_SHARE, RETRY_FLOOR, HEDGE_SHARE = 0.2, 3, 0.05
 REVOKED_WITHIN_S = 1.0
 REVISIONS = range(1, 10)
-_CONTROL_S_OWN = {"control_kill", "control_pause", "driver_down", "driver_forgets", "driver_late"}
+_CONTROL_S_OWN = {
+    "control_kill",
+    "control_pause",
+    "driver_down",
+    "driver_forgets",
+    "driver_late",
+    "driver_blank",
+}
 """Faults that no request may notice; all of them while the fleet stands still."""
 _TAKES_AWAY = {"delete", "recreate"}
 _read = lru_cache(16_384)(json.loads)
 """What is said is nearly always what was said before: each is read once."""
+_LOOKS_AGAIN_S = 1.0
+"""More than a gateway takes to see that the state is back."""
 _ONE_REPLICAS = {"crash", "stall", "garbage", "cut", "abort", "error_event"}
 
 
@@ -38,6 +47,7 @@ def check(story: Story) -> list[tuple[str, str]]:
         if not told[id(seen)].complete:
             text = b"".join(seen.pieces)[:200]
             story.note("convergence", f"after all faults: {seen.status} {seen.ended} {text!r}")
+    _away(story, [told[id(seen)] for seen in story.seen])
     _retries(story)
     _revoked(story)
     _limits(story, list(told.values()))
@@ -185,6 +195,7 @@ def _all_served(story: Story, told: list[_Told]) -> None:
     goes_on = goes_on and schedule.plane is None  # else a replica may be alone
     calm = schedule.queued > 100 and not kinds - _CONTROL_S_OWN
     calm = calm and not {order.kind for order in schedule.orders} & _TAKES_AWAY
+    calm = calm and not _gives_way(schedule)
     for one in told:
         ask = one.seen.ask
         free = ask.key < 2 and not one.seen.left and ask.deadline_ms is None
@@ -193,6 +204,33 @@ def _all_served(story: Story, told: list[_Told]) -> None:
             story.note("served", f"{one.name} had no answer though nothing failed: {what!r}")
         if goes_on and one.seen.stream and one.text and not one.seen.left and not one.complete:
             story.note("resume", f"{one.name} was not gone on with: {one.error}")
+
+
+def _gives_way(schedule: Schedule) -> bool:
+    """Whether the memory may have no room for what serves beside a version that does not start."""
+    crowded = schedule.plane is not None and schedule.plane.fits > 0
+    return crowded and any(order.kind == "broken" for order in schedule.orders)
+
+
+def _away(story: Story, told: list[_Told]) -> None:
+    """While the state is away, requests are served by what was read last, and by what is too old
+    none is."""
+    assert story.upstream is not None
+    if not story.away or {fault.kind for fault in story.schedule.faults} != {"state_away"}:
+        return
+    sent = {send.request_id for send in story.upstream.sends}
+    old = [(a + LAST_GOOD_VIEW_S, b) for a, b in story.away if b - a > LAST_GOOD_VIEW_S]
+    for one in told:
+        seen, ask = one.seen, one.seen.ask
+        began, over = seen.began_at, seen.over_at
+        near = any(began < b + _LOOKS_AGAIN_S and over > a - _LOOKS_AGAIN_S for a, b in old)
+        free = ask.key < 2 and not seen.left and ask.deadline_ms is None
+        if free and not near and not one.complete:
+            what = b"".join(seen.pieces)[:120]
+            story.note("stable", f"{one.name} had no answer while the state was away: {what!r}")
+        inside = any(a + _LOOKS_AGAIN_S < began and over < b for a, b in old)
+        if inside and (one.name in sent or seen.status != 503):
+            story.note("stale", f"{one.name} was served by what was read too long ago")
 
 
 def _retries(story: Story) -> None:

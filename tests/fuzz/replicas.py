@@ -353,6 +353,8 @@ class MemoryUpstream:
         fields = _decode(body)
         begun = fields.get("begun")
         asked = fields["request"] if begun is not None else fields
+        if asked.get("model", "") != there.name.rpartition("-r")[0]:
+            self._note("tokens", f"{there.name} was asked for {asked.get('model')!r}")
         most = asked.get("max_completion_tokens") or asked.get("max_tokens") or 1000
         prompt = asked["messages"][0]["content"]
         right = right_answer(headers[TENANT_HEADER], prompt, there.revision, most)

@@ -65,6 +65,16 @@ ORDERS = (
     "spare",
     "alias",
 )
+BLINDNESS = ("driver_blank", "looks_cut")
+"""Of a control that is shown nothing, or reaches nobody, all of a sudden."""
+BLIND_SHARE = 0.24
+CROWDED_SHARE = 0.25
+"""The parts of the runs with control in which it goes blind, and in which several deployments do
+not all fit into the memory."""
+AWAY_SHARE = 0.06
+"""The part of the others in which nothing happens but that the state is away for long."""
+AWAY_LOAD_S = 24.0
+MODELS = 3
 CONTROL_SHARE = 0.125
 """The part of all seeds in which production's control runs the fleet."""
 
@@ -84,7 +94,8 @@ class Fault:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request. ``prompt`` is its number: equal ones are equal questions. ``leaves_after_s``:
-    the client goes away then (None: it stays); ``slow_s``: it pauses after each piece."""
+    the client goes away then (None: it stays); ``slow_s``: it pauses after each piece. ``model`` is
+    the number of what it asks, 0 where there is only one."""
 
     number: int
     at_s: float
@@ -96,6 +107,7 @@ class Ask:
     leaves_after_s: float | None
     slow_s: float
     deadline_ms: int | None
+    model: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +123,17 @@ class Order:
 class Plane:
     """Control in a run: so many processes of it, how long a replica takes to start, and how long a
     call to the state or a driver takes at most, seconds. ``alias``: the deployment names its
-    version by one. ``leftovers``: replicas and endpoints that belong to nobody are there."""
+    version by one. ``leftovers``: replicas and endpoints that belong to nobody are there. ``fits``:
+    so many replicas have room in the memory (0: there is no budget); ``pinned``: the second model
+    stays there."""
 
     controls: int
     start_s: float
     latency_s: float
     alias: bool
     leftovers: bool
+    fits: int = 0
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +166,41 @@ def draw(seed: int, requests: int = 100) -> Schedule:
     """The schedule of a seed."""
     plain = _draw(seed, requests)
     chance = random.Random(f"{seed}/control")
-    return _controlled(plain, chance) if chance.random() < CONTROL_SHARE else plain
+    if chance.random() >= CONTROL_SHARE:
+        return _left_alone(plain, random.Random(f"{seed}/away"))
+    blind = _blinded(_controlled(plain, chance), random.Random(f"{seed}/list"))
+    return _crowded(blind, random.Random(f"{seed}/memory"))
+
+
+def _left_alone(plain: Schedule, chance: random.Random) -> Schedule:
+    """The same fleet, for some, while the state is away: shortly, or for longer than a gateway may
+    go by what it read last."""
+    if chance.random() >= AWAY_SHARE:
+        return plain
+    asks = tuple(replace(one, at_s=round(chance.random() * AWAY_LOAD_S, 4)) for one in plain.asks)
+    faults = [
+        Fault(round(0.5 + chance.random() * LOAD_S, 4), "state_away", EVERYBODY, for_s, 0.0)
+        for for_s in chance.choice(((3.0,), (6.5,), (14.0,), (3.0, 12.0)))
+    ]
+    return replace(plain, asks=asks, faults=tuple(sorted(faults, key=_when)), queued=1000)
+
+
+def _blinded(plain: Schedule, chance: random.Random) -> Schedule:
+    """The same run, for some with a control that sees nothing for a while."""
+    if chance.random() >= BLIND_SHARE:
+        return plain
+    blind = _fault(chance, plain.replicas, BLINDNESS)
+    return replace(plain, faults=tuple(sorted((*plain.faults, blind), key=_when)))
+
+
+def _crowded(plain: Schedule, chance: random.Random) -> Schedule:
+    """The same run, for some with several models that do not all fit into the memory."""
+    if chance.random() >= CROWDED_SHARE or plain.plane is None:
+        return plain
+    fits = chance.choice((1, 2, 2, 3))
+    plane = replace(plain.plane, fits=fits, pinned=fits > 1 and chance.random() < 0.3)
+    asks = tuple(replace(one, model=chance.choice((0, 0, 1, 2))) for one in plain.asks)
+    return replace(plain, plane=plane, asks=asks)
 
 
 def _controlled(plain: Schedule, chance: random.Random) -> Schedule:

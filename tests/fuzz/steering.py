@@ -14,8 +14,9 @@ from tests.fuzz.controls import LEASE_S, SETTINGS, ControlProcess, Registry
 from tests.fuzz.fleet import BROKEN_FROM, Fleet
 from tests.fuzz.life import Life
 from tests.fuzz.schedule import EVERYBODY, Fault, Order, Plane
-from tests.fuzz.story import MODEL
+from tests.fuzz.story import MODEL, NAMES
 
+from cloudlm.control.blackout import FEWEST_SILENT
 from cloudlm.control.leading import LEASE
 from cloudlm.core.deployment import (
     Deployment,
@@ -23,6 +24,7 @@ from cloudlm.core.deployment import (
     DeploymentSpec,
     Endpoint,
     GroupSpec,
+    Residence,
 )
 from cloudlm.core.errors import CloudlmError, Unavailable
 from cloudlm.core.rollout import Kind, Step, Strategy
@@ -64,6 +66,7 @@ class Steering:
             world.tell,
         )
         self.fleet.has_endpoint = self._has_endpoint
+        self._fits = self.fleet.fits = plane.fits
         self.fleet.leads = lambda: self._state._lease(LEASE).token
         kinds = {fault.kind for fault in world.schedule.faults}
         self._unseen = any(kind.startswith(("state", "lost")) for kind in kinds)
@@ -104,10 +107,17 @@ class Steering:
         if plane is not None and plane.alias:
             spec = replace(spec, model="models:/bank@champion")
         await self._put(spec)
+        for name in NAMES[1:] if self._fits else ():
+            pinned = plane is not None and plane.pinned and name == NAMES[1]
+            small = DeploymentSpec(
+                name, "models:/bank/1", min_replicas=int(pinned), max_replicas=1, pinned=pinned
+            )
+            await self._put(small)
         for one in self._processes:
             one.begin()
+        least = 1 if self._fits else spec.min_replicas
         for _ in range(int(BEGUN_WITHIN_S / 0.1)):
-            if len(self._serving(self._model)) >= spec.min_replicas:
+            if len(self._serving(self._model)) >= least:
                 return
             await asyncio.sleep(0.1)
         self._note("convergence", f"nothing serves after {BEGUN_WITHIN_S} s")
@@ -237,6 +247,10 @@ class Steering:
                 self._lost_writes = 1
             case "looks_late":
                 fleet.stale_until = max(fleet.stale_until, self.loop.time() + fault.for_s / 4)
+            case "driver_blank":
+                fleet.blank_until = max(fleet.blank_until, until)
+            case "looks_cut":
+                fleet.cut_until = max(fleet.cut_until, until)
             case "looks_lost":
                 fleet.loses_until = max(fleet.loses_until, until)
             case "wedge":
@@ -289,7 +303,8 @@ class Steering:
         if _taking(after) or not lost or deployment is None or deployment.deleting:
             return
         late = now < self.fleet.stale_until or now - self._deleted_at < _PASS_S
-        if not deployment.spec.min_replicas or late:
+        alone = now < self.fleet.cut_until and len(_taking(before)) < FEWEST_SILENT
+        if not deployment.spec.min_replicas or late or alone or self._fits:
             return
         well = [one for one in lost if one in running and self._was_well(one)]
         if well:
@@ -353,11 +368,14 @@ class Steering:
         if status is None or status.observed_generation != deployment.generation:
             return f"{name} has no status of generation {deployment.generation}"
         groups = [one for one in self.fleet.groups.values() if one.spec.deployment == name]
+        if self._fits and status.residence is Residence.UNLOADED:
+            return "" if not any(one.running for one in groups) else f"{name} is not yet unloaded"
         if [one.spec.revision for one in groups] != [deployment.revision]:
             found = [one.spec.name for one in groups]
             return f"{name} runs {found}, not revision {deployment.revision}"
         wanted = status.wanted_replicas
-        if not spec.min_replicas <= wanted <= spec.max_replicas or wanted != status.ready_replicas:
+        least = 0 if self._fits else spec.min_replicas
+        if not least <= wanted <= spec.max_replicas or wanted != status.ready_replicas:
             return f"{name}: {status.ready_replicas} of {wanted} ready"
         if status.phase not in _WELL:
             return f"{name} is {status.phase.value}: {status.message}"

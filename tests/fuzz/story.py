@@ -11,9 +11,13 @@ from cloudlm.core.tenant import LedgerRow
 from cloudlm.security.keys import tenant_mark
 
 MODEL = "tiny"
+NAMES = (MODEL, "small1", "small2")
+"""What can be asked, where several models share the memory."""
 PEPPER = b"p" * 32
 MARKS = {tenant: tenant_mark(tenant, PEPPER) for tenant in TENANTS}
 """By what replicas tell tenants apart."""
+LAST_GOOD_VIEW_S = 8.0
+"""How long a gateway of a run may go by what it read last, instead of an hour."""
 LONGEST_S = 120.0
 """No request may take longer, whatever happens."""
 CANCEL_WITHIN_S = 0.25
@@ -38,12 +42,14 @@ class Seen:
     left: bool = False
     killed: bool = False
     asked: bool = False
+    began_at: float = 0.0
+    over_at: float = 0.0
 
 
 @dataclass(slots=True)
 class Story:
     """What happened in one run. ``ill``: the replicas that faults struck, which of those that lived
-    at the time is a fault's choice."""
+    at the time is a fault's choice. ``away``: from when until when the state was."""
 
     schedule: Schedule
     seen: list[Seen] = field(default_factory=list)
@@ -54,6 +60,7 @@ class Story:
     lives: int = 0
     most_endpoints: int = 0
     revoked_at: float | None = None
+    away: list[tuple[float, float]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
     trace: str = ""
     took_s: float = 0.0

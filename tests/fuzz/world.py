@@ -27,9 +27,11 @@ from tests.fuzz.story import (
     FIRST_TOKEN_TIMEOUT_S,
     HEARTBEAT_S,
     IDLE_TIMEOUT_S,
+    LAST_GOOD_VIEW_S,
     LONGEST_S,
     MARKS,
     MODEL,
+    NAMES,
     PEPPER,
     PROBES,
     SETTLE_S,
@@ -199,6 +201,7 @@ class World:
                 worker_token=None,
                 clock=self.clock,
             )
+        gateway.view._last_good_view_s = LAST_GOOD_VIEW_S
         gateway.handler._rooms = replace(gateway.handler._rooms, fraction=random.random)
         self.clients.gateway = gateway
         self.story.lives += 1
@@ -236,8 +239,13 @@ class World:
     def _most(self) -> int:
         return self.schedule.capacity * self.story.most_endpoints
 
+    def _under_way(self) -> set[str]:
+        """The requests at replicas of the model of which endpoints are counted."""
+        own = f"{MODEL}-r"
+        return {one.request_id for one in self.upstream.under_way if one.replica.startswith(own)}
+
     def _still_too_many(self) -> None:
-        under_way = {one.request_id for one in self.upstream.under_way}
+        under_way = self._under_way()
         if len(under_way) > self._most():
             told = f"{len(under_way)} requests at {self.story.most_endpoints} replicas"
             self.story.note("capacity", told)
@@ -248,7 +256,9 @@ class World:
         self.tell("send", send.request_id, send.replica, send.resumed)
         schedule, note = self.schedule, self.story.note
         under_way = {one.request_id for one in self.upstream.under_way}
-        if len(under_way) > self._most():  # one whose place was given on may end this very moment
+        if (
+            len(self._under_way()) > self._most()
+        ):  # one whose place was given on may end this very moment
             self.loop.call_later(A_MOMENT_S, self._still_too_many)
         asks = self._asks
         ask = asks.get(send.request_id)
@@ -273,6 +283,9 @@ class World:
         match fault.kind:
             case "state_down":
                 self.weather.down_until = max(self.weather.down_until, until)
+            case "state_away":
+                self.weather.down_until = max(self.weather.down_until, until)
+                self._away(now, self.weather.down_until)
             case "state_hangs":
                 self.weather.hangs_until = max(self.weather.hangs_until, until)
             case "lost_ack":
@@ -297,6 +310,12 @@ class World:
                         self.steering.mark_ill(one.name)
             case _:
                 await asyncio.gather(*(self._ill(one, fault, until) for one in ill))
+
+    def _away(self, since: float, until: float) -> None:
+        spans = self.story.away
+        if spans and spans[-1][1] >= since:
+            since = spans.pop()[0]
+        spans.append((since, until))
 
     async def _ill(self, who: Replica, fault: Fault, until: float) -> None:
         self.story.ill.add(who.name)
@@ -338,6 +357,8 @@ class World:
         probes = []
         for number in range(PROBES):
             ask = Ask(10_000 + number, 0.1 * number, 0, 500 + number, True, True, 8, None, 0, None)
+            if self.schedule.plane is not None and self.schedule.plane.fits:
+                ask = replace(ask, model=number % len(NAMES))
             seen = Seen(ask, MARKS[KEYS[0]])
             self.story.probes.append(seen)
             probes.append(asyncio.create_task(self.clients.ask(seen)))

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from cloudlm.control.plan import group_name
 from cloudlm.control.probe import START_TIMEOUT_S, ProbeRecord, Verdict
-from cloudlm.core.deployment import DeploymentStatus, Endpoint, Replica, ReplicaState
+from cloudlm.core.deployment import (
+    Deployment,
+    DeploymentStatus,
+    Endpoint,
+    Replica,
+    ReplicaState,
+)
 
 Life = tuple[int | None, int, str | None]
 """What tells one life of a replica from the next."""
@@ -36,6 +43,20 @@ def handed_over(
                 found[one.id] = life_of(one), Verdict.SLEEPING
             elif one.state is ReplicaState.READY or one.id in serving:
                 found[one.id] = life_of(one), Verdict.READY
+    return found
+
+
+def serving_of(
+    deployments: Iterable[Deployment], endpoints: Mapping[str, Iterable[Endpoint]]
+) -> dict[str, dict[str, str]]:
+    """By driver the groups of the replicas that served when the control before us stopped, as far
+    as the deployments tell: those of their newest revisions."""
+    found: dict[str, dict[str, str]] = {}
+    for one in deployments:
+        group = group_name(one.spec.name, one.revision)
+        for endpoint in endpoints.get(one.spec.name, ()):
+            if endpoint.revision == one.revision:
+                found.setdefault(one.spec.driver, {})[endpoint.replica] = group
     return found
 
 

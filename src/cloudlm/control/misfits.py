@@ -1,7 +1,8 @@
 """Whether what a roll-out wants to start can ever be in memory, whoever else is unloaded for it.
 
-What only waits for others is not told here: its turn comes (``residency``). Must not decide what
-becomes of a roll-out that can never go on: ``rollout`` does.
+What only waits for others is not told here: its turn comes (``residency``). Pure: ``residents``
+gathers the sizes. Must not decide what becomes of a roll-out that can never go on: ``rollout``
+does.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloudlm.control.budget import MemoryBudget, fixed
 from cloudlm.control.footprint import amount_text
 from cloudlm.control.residency import Claim, too_large
 from cloudlm.control.room import Wish
-from cloudlm.core.errors import CloudlmError
 
 NEVER = "can never be in memory"
 
@@ -64,37 +63,39 @@ def least_beside(size: int, wish: Wish) -> int:
     return 1 + (size - 1) * least_wanted(wish) // max(wish.wanted, 1)
 
 
-async def why_never(
-    budget: MemoryBudget,
-    wish: Wish,
-    claims: Mapping[str, Claim],
-    *,
-    stable_here: bool,
-) -> str:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What one replica takes on this machine, bytes: of the target, and of the stable revision
+    (None: that does not run here beside it)."""
+
+    target_bytes: int
+    stable_bytes: int | None = None
+
+
+def is_moving(wish: Wish) -> bool:
+    """Whether its roll-out has a target beside what runs."""
+    stable, deployment = wish.moving.stable, wish.deployment
+    return bool(stable) and stable != deployment.revision and not deployment.deleting
+
+
+def why_never(wish: Wish, sizes: Sizes, claims: Mapping[str, Claim], budget_bytes: int) -> str:
     """Why the replicas that a roll-out wants of its target can never be in this machine's memory;
-    empty if they can, if none is under way, or if their size is not known."""
+    empty if they can, or if none is under way."""
     moving, spec = wish.moving, wish.deployment.spec
-    if not moving.stable or moving.stable == wish.deployment.revision or wish.deployment.deleting:
+    if not is_moving(wish):
         return ""
-    memory_mb = wish.sized.spec.memory_mb
-    kept_bytes = kept_by_others(wish.name, claims, budget.size_bytes)
+    kept_bytes = kept_by_others(wish.name, claims, budget_bytes)
     stable = None
-    try:
-        each_bytes = await budget.need(fixed(spec, wish.version), memory_mb)
-        if moving.size is not None and moving.revision is not None and stable_here:
-            running = fixed(moving.revision.spec, moving.revision.model)
-            size = await budget.need(running, memory_mb)
-            stable = Side(moving.stable, least_wanted(wish), size)
-    except CloudlmError:
-        return ""
+    if moving.size is not None and sizes.stable_bytes is not None:
+        stable = Side(moving.stable, least_wanted(wish), sizes.stable_bytes)
     alone = max(spec.min_replicas, 1) if spec.pinned else 1
     beside = alone if moving.size is None else least_beside(moving.size, wish)
-    target = Side(wish.deployment.revision, beside, each_bytes)
-    if not never_fits(target, stable, budget.size_bytes - kept_bytes):
+    target = Side(wish.deployment.revision, beside, sizes.target_bytes)
+    if not never_fits(target, stable, budget_bytes - kept_bytes):
         return ""
     with_it = "" if stable is None else f" beside {stable}"
     kept = f", of which pinned deployments keep {amount_text(kept_bytes)}" if kept_bytes else ""
     return (
         f"{target} {NEVER}{with_it}: the budget (control.memory_budget) is "
-        f"{amount_text(budget.size_bytes)}{kept}"
+        f"{amount_text(budget_bytes)}{kept}"
     )

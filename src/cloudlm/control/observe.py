@@ -1,14 +1,16 @@
 """Looks at the world once per pass: which groups exist, which replicas answer, which have stalled.
 
-Remembers per replica what judging needs. Must not change anything; a driver that fails is a fact.
+Remembers per replica what judging needs. Must not change anything; a driver that fails is a fact,
+and so is one that misses most of what it ran a moment ago (``blackout``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+from cloudlm.control.blackout import FEWEST_SILENT, Doubt, missed, silenced, told
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.handover import Life, first_record, handed_over, life_of
 from cloudlm.control.probe import Prober, ProbeRecord, Verdict, judge
@@ -25,6 +27,7 @@ from cloudlm.drivers.base import Ability, Driver
 from cloudlm.telemetry.logs import get_logger
 
 DRIVER_TIMEOUT_S = 60.0
+NOTHING: Mapping[str, Mapping[str, str]] = {}
 _log = get_logger(__name__)
 
 
@@ -46,7 +49,8 @@ class Seen:
     """The world at one moment.
 
     ``ready``, ``sleeping`` and ``stalled`` hold replica ids, ``busy`` the requests at those that
-    answer, ``faults`` what went wrong with a driver: its groups are then unknown, not gone.
+    answer, ``faults`` what went wrong with a driver: its groups are then unknown, not gone, and
+    ``unknown`` the replicas that it ran when it was last heard.
     """
 
     groups: tuple[SeenGroup, ...] = ()
@@ -55,6 +59,13 @@ class Seen:
     busy: Mapping[str, int] = field(default_factory=dict)
     faults: Mapping[str, CloudlmError] = field(default_factory=dict)
     sleeping: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()
+
+    @property
+    def existing(self) -> frozenset[str]:
+        """The replicas of which something must be remembered: all that may be there."""
+        seen = (one.id for group in self.groups for one in group.observation.replicas)
+        return self.unknown.union(seen)
 
     def of(self, deployment: str) -> list[SeenGroup]:
         """The groups of one deployment."""
@@ -73,10 +84,30 @@ class Observer:
         self._stall_timeout_s = stall_timeout_s
         self._records: dict[str, tuple[Life, ProbeRecord]] = {}
         self._handed: dict[str, tuple[Life, Verdict]] = {}
+        self._listed: dict[str, dict[str, str]] = {}
+        """By driver the groups of the replicas that it runs, as it was last believed."""
+        self._doubts: dict[str, Doubt] = {}
+        self._silence = Doubt()
 
-    def recall(self, statuses: Iterable[DeploymentStatus], endpoints: Iterable[Endpoint]) -> None:
-        """Take over what an earlier control has written of its replicas."""
+    def expect(self, driver: str, group: str, replicas: Collection[str]) -> None:
+        """An order goes out that leaves a group these replicas: others of it may be missed."""
+        listed = self._listed.get(driver, {})
+        for one in [one for one, of in listed.items() if of == group and one not in replicas]:
+            del listed[one]
+
+    def recall(
+        self,
+        statuses: Iterable[DeploymentStatus],
+        endpoints: Iterable[Endpoint],
+        ran: Mapping[str, Mapping[str, str]] = NOTHING,
+    ) -> None:
+        """Take over what an earlier control has written of its replicas. ``ran``: by driver the
+        groups of those that serve; what only the machine of the control before us sees is left
+        out."""
         self._handed = handed_over(statuses, endpoints)
+        for name, listed in ran.items():
+            if Ability.ONLY_HERE not in self._drivers.get(name).abilities:
+                self._listed[name] = dict(listed)
 
     async def look(self, wanted_drivers: Iterable[str]) -> Seen:
         """Observe all groups of these drivers and of every driver used before."""
@@ -89,7 +120,7 @@ class Observer:
         groups: list[SeenGroup] = []
         for name, driver in self._drivers.in_use().items():
             try:
-                groups += await self._groups_of(name, driver)
+                groups += self._believed(name, await self._groups_of(name, driver))
             except CloudlmError as error:
                 faults[name] = error
             except TimeoutError:
@@ -104,14 +135,31 @@ class Observer:
             observations = [await driver.observe(group) for group in await driver.groups()]
         return [SeenGroup(name, seen) for seen in observations if seen.spec is not None]
 
+    def _believed(self, name: str, groups: list[SeenGroup]) -> list[SeenGroup]:
+        """What a driver lists. Raises Unavailable while it misses so much that it is doubted."""
+        listed = {r.id: g.observation.name for g in groups for r in g.observation.replicas}
+        known, now = self._listed.get(name, {}), self._clock.monotonic()
+        lost = missed(known, listed)
+        doubt = self._doubts.get(name, Doubt()).next(len(known), len(lost), now)
+        self._doubts[name] = doubt
+        if doubt.holds(now):
+            raise Unavailable(told(name, len(known), lost))
+        if lost and doubt.since is not None:
+            fields = {"driver": name, "replicas": len(lost)}
+            _log.warning("replicas_gone", extra={"fields": fields})
+        self._doubts[name], self._listed[name] = Doubt(), listed
+        return groups
+
     async def _probe(self, groups: list[SeenGroup], faults: dict[str, CloudlmError]) -> Seen:
         replicas = [(g, r) for g in groups for r in g.observation.replicas]
-        known = {replica.id for _, replica in replicas}
-        if not faults:  # what a driver cannot tell of now is not gone
-            self._records = {one: found for one, found in self._records.items() if one in known}
-        await asyncio.gather(
-            *(self._probe_one(r) for g, r in replicas if self._is_to_probe(g.driver, r))
-        )
+        # What a driver cannot tell of now is not gone.
+        unknown = frozenset(one for name in faults for one in self._listed.get(name, ()))
+        known = unknown.union(replica.id for _, replica in replicas)
+        self._records = {one: found for one, found in self._records.items() if one in known}
+        asked = [r for g, r in replicas if self._is_to_probe(g.driver, r)]
+        before = {one.id: self._verdict(one) for one in asked}
+        await asyncio.gather(*(self._probe_one(one) for one in asked))
+        self._doubt_silence(before)
         ready, sleeping, stalled, busy = set(), set(), set(), {}
         for group, replica in replicas:
             record = self._record(replica)
@@ -136,7 +184,35 @@ class Observer:
             busy,
             faults,
             frozenset(sleeping),
+            unknown,
         )
+
+    def _verdict(self, replica: Replica) -> Verdict | None:
+        """What it counted as until now."""
+        record = self._record(replica)
+        if record is not None:
+            return record.verdict
+        life, verdict = self._handed.get(replica.id, (None, None))
+        return verdict if life == life_of(replica) else None
+
+    def _doubt_silence(self, before: Mapping[str, Verdict | None]) -> None:
+        """Where most of those that served are silent at once, they serve on for a while."""
+        now = self._clock.monotonic()
+        records = {one: self._records[one] for one in before}
+        lost = [one for one, verdict in before.items() if silenced(verdict, records[one][1])]
+        served = sum(one in (Verdict.READY, Verdict.SLEEPING) for one in before.values())
+        began = self._silence.since
+        self._silence = self._silence.next(served, len(lost), now, FEWEST_SILENT)
+        if not self._silence.holds(now):
+            return
+        if began is None:
+            fields = {"silent": len(lost), "served": served}
+            _log.warning("replicas_silent_at_once", extra={"fields": fields})
+        for one in lost:
+            life, record = records[one]
+            verdict = before[one]
+            assert verdict is not None
+            self._records[one] = (life, replace(record, verdict=verdict))
 
     def _is_to_probe(self, driver: str, replica: Replica) -> bool:
         has_address = Ability.PER_REPLICA_ADDRESS in self._drivers.get(driver).abilities

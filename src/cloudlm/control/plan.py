@@ -159,6 +159,8 @@ def plan_target(
 ) -> Plan:
     """The step that gives ``target`` its replicas, whatever else runs. ``ready`` as in ``plan``."""
     current = next((one for one in groups if one.name == target.name and one.spec), None)
+    if current is None and not target.replicas:
+        return Plan()  # a group of none would be there for nothing
     if current is not None and not _runs_same(current, target):
         return Plan((_delete(current),))
     target = replace(target, replicas=_staying(current, target.replicas, ready))

@@ -16,6 +16,7 @@ from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.external import as_external
+from cloudlm.control.handover import serving_of
 from cloudlm.control.lookout import Asker, Lookout
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import Naps, Turner
@@ -42,6 +43,7 @@ from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
 from cloudlm.core.model import parse_ref
 from cloudlm.core.settings import ControlSettings
 from cloudlm.drivers.base import Ability
+from cloudlm.drivers.groups import replica_ids
 from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
 from cloudlm.state.news import News
@@ -133,11 +135,11 @@ class Reconciler:
         """One pass over everything."""
         deployments = await self._state.list_deployments()
         demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
-        await self._recall()
+        await self._recall(deployments)
         drivers = await self._releases.look(deployments)
         seen = await self._observer.look({DEFAULT, *drivers, *(d.spec.driver for d in deployments)})
         self._seen = seen
-        existing = {r.id for g in seen.groups for r in g.observation.replicas}
+        existing = seen.existing
         self._drains.keep_only(existing)
         self._naps.keep_only(existing)
         self._scaler.keep_only(existing)
@@ -195,7 +197,7 @@ class Reconciler:
         """Whether news of the replica at this address will come by itself."""
         return self._lookout is not None and url is not None and self._lookout.minds(url)
 
-    async def _recall(self) -> None:
+    async def _recall(self, deployments: Sequence[Deployment]) -> None:
         """At the first pass: what the control before us has written."""
         if self._endpoints is None:
             found: dict[str, tuple[Endpoint, ...]] = {}
@@ -205,7 +207,8 @@ class Reconciler:
         if self._statuses is None:
             self._statuses = {one.name: one for one in await self._state.list_statuses()}
             endpoints = [one for written in self._endpoints.values() for one in written]
-            self._observer.recall(self._statuses.values(), endpoints)
+            ran = serving_of(deployments, self._endpoints)
+            self._observer.recall(self._statuses.values(), endpoints, ran)
         await self._scaler.recall()
 
     async def _wishes(
@@ -457,6 +460,9 @@ class Reconciler:
         return problem
 
     async def _carry_out(self, action: Action, driver: str) -> None:
+        group = action.spec.name if isinstance(action, Apply) else action.name
+        left = replica_ids(action.spec) if isinstance(action, Apply) else ()
+        self._observer.expect(driver, group, left)
         async with asyncio.timeout(DRIVER_TIMEOUT_S):
             if isinstance(action, Apply):
                 await self._drivers.get(driver).apply(action.spec)
@@ -540,5 +546,5 @@ class Reconciler:
                 except CloudlmError as error:
                     fields["reason"] = error.message
                     _log.warning("replica_not_stopped", extra={"fields": fields})
-        for one in [one for one in self._stopped_stalled if one not in lives]:
+        for one in [one for one in self._stopped_stalled if one not in seen.existing]:
             del self._stopped_stalled[one]

@@ -137,10 +137,10 @@ class Releases:
         versions: Versions,
     ) -> Plan:
         """The next step of a deployment's groups. ``versions`` are those of its revision."""
-        if decision.hold:
+        stable = self._revision(deployment.spec.name, decision.rollout.stable)
+        if decision.hold or (decision.size == 0 and stable is None):
             serving = group_name(deployment.spec.name, decision.rollout.stable)
             return plan_hold(groups, wanted, serving)
-        stable = self._revision(deployment.spec.name, decision.rollout.stable)
         if decision.size is None or stable is None:
             answering = _not_given_up(decision, groups, answering)
             return plan(deployment, wanted, groups, answering, *versions)

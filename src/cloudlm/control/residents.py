@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from cloudlm.control.budget import MemoryBudget, fixed
 from cloudlm.control.drivers import Drivers
-from cloudlm.control.footprint import PROCESS_BYTES, amount_text
+from cloudlm.control.footprint import PROCESS_BYTES
+from cloudlm.control.memory_notes import leaving_text, memory_note
 from cloudlm.control.metrics import ControlMetrics
-from cloudlm.control.misfits import why_never
+from cloudlm.control.misfits import Sizes, is_moving, why_never
 from cloudlm.control.observe import Seen, SeenGroup
 from cloudlm.control.plan import size_of_group
-from cloudlm.control.residency import Claim, Verdict, held_by, reside
+from cloudlm.control.residency import Claim, Verdict, reside
 from cloudlm.control.room import Room, Wish, in_order_of_going
 from cloudlm.control.uses import Uses
 from cloudlm.core.clock import Clock
@@ -91,7 +92,7 @@ class Residents:
         if verdict is None or wish is None:
             return Room(wished)
         groups, claim = seen.of(name), self._claims[name]
-        note = "" if deployment.deleting else self._note(wish, verdict, claim)
+        note = "" if deployment.deleting else self._note(wish, verdict)
         untold = name in self._unknown and not claim.present and wished > 0
         stays_out = untold or verdict.residence is Residence.TOO_LARGE
         drivers = {wish.target: deployment.spec.driver, **homes}
@@ -117,39 +118,17 @@ class Residents:
         held = self._claims[status.name].held_bytes
         return replace(status, residence=verdict.residence, memory_bytes=held)
 
-    def _note(self, wish: Wish, verdict: Verdict, claim: Claim) -> str:
+    def _note(self, wish: Wish, verdict: Verdict) -> str:
         """What people are told of it, empty if there is nothing to say."""
-        need, size = amount_text(claim.need_bytes), amount_text(self._budget.size_bytes)
-        if verdict.residence is Residence.TOO_LARGE:
-            need = amount_text(claim.need_bytes * (claim.least if claim.pinned else 1))
-            return (
-                f"it needs {need} of memory, more than the budget of {size} "
-                "(control.memory_budget) has beside what is pinned: raise it, or make the model "
-                "smaller (precision, kv_cache_mb)"
-            )
-        if wish.name in self._unknown:
-            why = self._unknown[wish.name]
-            return f"nothing is started while it is not known what memory it takes: {why}"
-        if verdict.residence is Residence.WAITING:
-            held = self._other_bytes + sum(one.held_bytes for one in self._claims.values())
-            free = amount_text(max(self._budget.size_bytes - held, 0))
-            return f"waits for {need} of memory; {free} of {size} are free{self._leaving(wish)}"
-        if verdict.unload:
-            return "others wait for its memory: it finishes its requests and is unloaded"
-        if verdict.residence is Residence.UNLOADED and claim.asleep:
-            return "put to sleep, and no longer in memory"
-        if verdict.residence is Residence.UNLOADED:
-            return f"not in memory; a request loads it ({need})"
-        return ""
-
-    def _leaving(self, wish: Wish) -> str:
-        """Who makes room; only those of the same tenant are named."""
-        leaving = held_by(self._verdicts, Residence.LEAVING)
-        tenant = wish.deployment.spec.tenant
-        said = [n for n in leaving if self._wishes[n].deployment.spec.tenant == tenant]
-        if others := len(leaving) - len(said):
-            said.append(f"{others} of other tenants")
-        return f"; leaving: {', '.join(said)}" if said else ""
+        return memory_note(
+            wish,
+            verdict,
+            self._claims,
+            self._budget.size_bytes,
+            self._other_bytes,
+            self._unknown.get(wish.name, ""),
+            leaving_text(wish, self._wishes, self._verdicts),
+        )
 
     # Claims -------------------------------------------------------------------------------------
 
@@ -205,6 +184,8 @@ class Residents:
             return 0
         if wish.sized.spec.asleep and not present:
             return 0  # nothing is loaded to be put to sleep
+        if self._is_kept_out(wish, groups):
+            return wish.wanted
         target_is_here = self._is_here(wish.deployment.spec.driver)
         if wish.moving.size is None:
             if not target_is_here:
@@ -225,10 +206,12 @@ class Residents:
         memory_mb, needs = wish.sized.spec.memory_mb, [0]
         if not any(size_of_group(one.observation) for one in groups):  # any of them may come back
             needs += [await self._replica_bytes(one, memory_mb) for one in groups]
-        stable = None if wish.moving.size is None else wish.moving.revision
+        kept_out = self._is_kept_out(wish, groups)
+        staged = wish.moving.size is not None
+        stable = wish.moving.revision if staged or kept_out else None
         if stable is not None and self._is_here(stable.spec.driver):
             needs.append(await self._budget.need(fixed(stable.spec, stable.model), memory_mb))
-        if self._is_here(wish.deployment.spec.driver):
+        if self._is_here(wish.deployment.spec.driver) and not kept_out:
             specs = [one.observation.spec for one in groups if one.observation.name == wish.target]
             version = next((one.model for one in specs if one is not None), wish.version)
             spec = fixed(wish.deployment.spec, version)
@@ -249,12 +232,39 @@ class Residents:
             return PROCESS_BYTES
 
     async def _why_never(self, wish: Wish) -> str:
-        """Why the target of its roll-out can never be here, empty if nothing is against it."""
-        if wish.name in self._unknown or not self._is_here(wish.deployment.spec.driver):
+        """Why the target of its roll-out can never be here, empty if nothing is against it, or if
+        its size is not known."""
+        here = self._is_here(wish.deployment.spec.driver)
+        if wish.name in self._unknown or not here or not is_moving(wish):
             return ""
+        try:
+            sizes = await self._sizes(wish)
+        except CloudlmError:
+            return ""
+        return why_never(wish, sizes, self._claims, self._budget.size_bytes)
+
+    async def _sizes(self, wish: Wish) -> Sizes:
+        """What one replica of its target takes, and of its stable revision here. Raises
+        CloudlmError if that cannot be told now."""
+        memory_mb, stable = wish.sized.spec.memory_mb, wish.moving.revision
+        spec = fixed(wish.deployment.spec, wish.version)
+        target_bytes = await self._budget.need(spec, memory_mb)
+        if stable is None or not self._is_here(stable.spec.driver):
+            return Sizes(target_bytes)
+        running = fixed(stable.spec, stable.model)
+        return Sizes(target_bytes, await self._budget.need(running, memory_mb))
+
+    def _is_kept_out(self, wish: Wish, groups: Sequence[SeenGroup]) -> bool:
+        """Whether the last look found that its target can never be here, and none of it is: what
+        runs goes on as if it were not asked for (``rollout``)."""
+        if wish.moving.size is not None or not self._never.get(wish.name) or not is_moving(wish):
+            return False
         stable = wish.moving.revision
-        stays = stable is not None and self._is_here(stable.spec.driver)
-        return await why_never(self._budget, wish, self._claims, stable_here=stays)
+        if stable is None or not self._is_here(stable.spec.driver):
+            return False
+        return not any(
+            size_of_group(one.observation) for one in groups if one.observation.name == wish.target
+        )
 
     async def _others(self, seen: Seen) -> int:
         """What is held here and belongs to no deployment (any more)."""

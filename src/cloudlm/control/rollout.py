@@ -198,11 +198,12 @@ def _rolling(rollout: Rollout, facts: Facts) -> Decision:
 
 
 def _kept_out(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> Decision:
-    """Nothing goes for a target that can never start; after the time that it has to, back."""
+    """Nothing goes for a target that can never start, and the stable revision follows its load
+    meanwhile; after the time that it has to, back."""
     if now - rollout.began_at >= strategy.start_timeout_s and strategy.auto_rollback:
         return _back(strategy, rollout, facts.never, facts)
     shares = _without(rollout.rejected, facts)
-    return Decision(rollout, hold=True, shares=shares, note=f"it cannot go on: {facts.never}")
+    return Decision(rollout, size=0, shares=shares, note=f"it cannot go on: {facts.never}")
 
 
 def _staged(strategy: Strategy, rollout: Rollout, facts: Facts, now: float) -> Decision:

@@ -50,4 +50,5 @@ class Standby:
                 name = group.observation.name
                 fields = {"group": name, "leader": leader.holder, "token": leader.token}
                 _log.info("group_given_up", extra={"fields": fields})
+                self._observer.expect(group.driver, name, ())
                 await driver.delete(name)

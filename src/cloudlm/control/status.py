@@ -17,6 +17,7 @@ from cloudlm.core.deployment import (
 )
 from cloudlm.core.health import is_hopeless
 
+_ANSWERING = (ReplicaState.READY, ReplicaState.SLEEPING)
 _FAILING = (ReplicaState.BACKOFF, ReplicaState.FAILED)
 _MAX_MESSAGE = 500
 
@@ -46,6 +47,8 @@ def summarise(
     failing = [one for one in replicas if _is_failing(one)]
     updating = any(group.name != current for group in groups)
     message = problem or (_reason(failing[0]) if failing else note)
+    if not (problem or updating or deployment.deleting or deployment.spec.endpoints):
+        message = "; ".join(filter(None, (message, _kept_beside(replicas, wanted))))
     return DeploymentStatus(
         name=deployment.spec.name,
         phase=_phase(deployment, wanted, len(serving), failing, updating, problem, asleep),
@@ -104,6 +107,20 @@ def _shown(
     if replica.state is ReplicaState.READY:
         return replace(replica, state=ReplicaState.STARTING)
     return replica
+
+
+def _kept_beside(replicas: Sequence[Replica], wanted: int) -> str:
+    """Why more stay than are wanted, empty if none do (``plan``: groups shrink from their end)."""
+    staying = [one for one in replicas if one.state is not ReplicaState.DRAINING]
+    silent = [one.id for one in staying[:-1] if one.state not in _ANSWERING]
+    last_answers = bool(staying) and staying[-1].state in _ANSWERING
+    if not wanted or len(staying) <= wanted or not silent or not last_answers:
+        return ""
+    named = ", ".join(silent[:3]) + (", …" if len(silent) > 3 else "")
+    return (
+        f"{len(staying)} replicas stay where {wanted} would do: groups shrink from their end, and "
+        f"before those that answer there is {named}, which does not"
+    )
 
 
 def _is_failing(replica: Replica) -> bool:

@@ -62,14 +62,16 @@ async def quickest(
 
 
 async def _first_result(tasks: list[asyncio.Task[T]]) -> T:
+    """Of those that end in the same turn the one that began first, for a set has no order."""
     running = set(tasks)
     while True:
-        done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        done = [task for task in tasks if task in ended]
         good = [task for task in done if task.exception() is None]
         if good:
             return good[0].result()
         if not running:
-            return done.pop().result()
+            return done[-1].result()
 
 
 async def _end(tasks: list[asyncio.Task[T]]) -> None:

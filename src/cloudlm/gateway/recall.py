@@ -106,7 +106,10 @@ class Recall:
         return self.likeness if chat else None
 
     def version_now(self, model: str) -> Version | None:
-        """What serves under a name at this moment, see ``version_of``."""
+        """What serves under a name at this moment, see ``version_of``; None where that is not known
+        because the state is away for too long."""
+        if not self._view.ready:
+            return None
         served = self._view.snapshot().models.get(model)
         return version_of(served) if served is not None else None
 

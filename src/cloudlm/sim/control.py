@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from cloudlm.control.blackout import FEWEST_SILENT, Doubt, silenced
 from cloudlm.control.drain import Drains
 from cloudlm.control.observe import Seen
 from cloudlm.control.plan import Action, Apply, Plan
@@ -80,6 +81,7 @@ class SimControl:
         self._releases = Releases(cast("State", self._state.revisions), self.clock)
         self._drains = Drains(self._settings.drain_timeout_s)
         self._records: dict[str, tuple[int, ProbeRecord]] = {}
+        self._silence = Doubt()
 
     def run(self) -> None:
         """One pass after the other, as production paces them: sooner while requests are held."""
@@ -127,6 +129,7 @@ class SimControl:
         ready: set[str] = set()
         busy: dict[str, int] = {}
         stalled: list[Unit] = []
+        before: dict[str, Verdict] = {}
         now = self._timeline.now
         for group in groups:
             for replica in group.replicas:
@@ -135,21 +138,45 @@ class SimControl:
                 if serving is None:
                     continue
                 well = not serving.paused and unit.cut_until <= now
-                if well and unit.id not in self._records:
-                    ready.add(unit.id)  # what ``judge`` says of a replica without faults
-                else:
-                    verdict = self._judge(unit, well)
-                    if verdict is Verdict.STALLED:
-                        stalled.append(unit)
-                        continue
-                    if verdict is Verdict.READY:
-                        ready.add(unit.id)
+                before[unit.id] = self._before(unit)
+                # Without faults ``judge`` says of it that it is ready.
+                known = not well or unit.id in self._records
+                verdict = self._judge(unit, well) if known else Verdict.READY
+                if verdict is Verdict.STALLED:
+                    stalled.append(unit)
+                    continue
+                if verdict is Verdict.READY:
+                    ready.add(unit.id)
                 if unit.cut_until <= now:
                     busy[unit.id] = serving.running + serving.waiting
                 if replica.state is ReplicaState.DRAINING:
                     ready.discard(unit.id)
+        doubted = self._doubted(before)
+        ready |= doubted
         self.ready = len(ready)
-        return ready, busy, stalled
+        return ready, busy, [unit for unit in stalled if unit.id not in doubted]
+
+    def _before(self, unit: Unit) -> Verdict:
+        """What it counted as until now."""
+        life, record = self._records.get(unit.id, (unit.life, None))
+        return Verdict.READY if record is None or life != unit.life else record.verdict
+
+    def _doubted(self, before: Mapping[str, Verdict]) -> set[str]:
+        """Those that are silent with most of the others, and serve on for a while (``observe``)."""
+        records, now = self._records, self._timeline.now
+        lost = {
+            one
+            for one, verdict in before.items()
+            if one in records and silenced(verdict, records[one][1])
+        }
+        served = sum(verdict is Verdict.READY for verdict in before.values())
+        self._silence = self._silence.next(served, len(lost), now, FEWEST_SILENT)
+        if not self._silence.holds(now):
+            return set()
+        for one in lost:
+            life, record = records[one]
+            records[one] = life, replace(record, verdict=before[one])
+        return lost
 
     def _judge(self, unit: Unit, well: bool) -> Verdict:
         """What the production rule makes of a replica that has or had a fault."""

@@ -21,6 +21,7 @@ from cloudlm.gateway.capacity import Capacities, herd_is_over
 from cloudlm.gateway.demand import DemandReporter
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.prefixes import BLOCK_BYTES
+from cloudlm.gateway.waiting import DOUBLE_EVERY_S
 from cloudlm.sim.copies import Copies
 from cloudlm.sim.fleet import Fleet
 from cloudlm.sim.holding import Holding
@@ -68,7 +69,11 @@ class SimGateway:
         self._waiting: dict[Ticket, Request] = {}
         self.picture = Picture(spec)
         self._capacities = Capacities(settings.replica_capacity)
-        self._holding = Holding(timeline, self._look_out, self._herd_is_over)
+        self._holding = Holding(
+            timeline, self._look_out, self._herd_is_over, lambda: bool(self.picture.endpoints)
+        )
+        state.tell_of_writes(self._holding.news)
+        self._at_once, self._double_at = 0, math.inf
         self._coming: deque[Ticket] = deque()
         self._serving = False
         self._numbers = 0
@@ -124,8 +129,9 @@ class SimGateway:
             self._end(request, Outcome.REFUSED)
             return
         if held and self._holding.begin():
-            at_once = math.ceil(self.picture.model.target_ongoing_requests)
-            self._capacities.narrow(name, at_once)
+            self._at_once = math.ceil(self.picture.model.target_ongoing_requests)
+            self._double_at = math.inf
+            self._capacities.narrow(name, self._at_once)
         limits = self._settings
         ticket = request.ticket = Ticket(
             name,
@@ -164,7 +170,21 @@ class SimGateway:
         if not told:
             self.report()
         self.follow(self._state.endpoints)
+        self._double()
         return True
+
+    def _double(self) -> None:
+        """Where always somebody waits, replicas get twice as many every few seconds
+        (``gateway.waiting``)."""
+        now, name = self.timeline.now, self._spec.name
+        if not self.picture.endpoints:
+            self._double_at = math.inf
+        elif self._double_at == math.inf:
+            self._double_at = now + DOUBLE_EVERY_S
+        elif self._double_at <= now:
+            self._at_once, self._double_at = 2 * self._at_once, now + DOUBLE_EVERY_S
+            self._capacities.narrow(name, self._at_once)
+            self._let_in(self._admission.pump(name, self._capacity()))
 
     def _herd_is_over(self) -> bool:
         """Whether nobody is held any more; its replicas are then sent as many as others."""

@@ -46,6 +46,7 @@ class SimState:
         self._chance = chance
         self._demand: dict[tuple[str, str], Demand] = {}
         self._followers: list[Follower] = []
+        self._news: list[Callable[[], None]] = []
         self.endpoints: tuple[Endpoint, ...] = ()
         self.wanted = 0
         self.paces: dict[tuple[str, str], Pace] = {}
@@ -56,11 +57,17 @@ class SimState:
         """Have somebody told of new endpoints, as gateways notice them (``gateway.view``)."""
         self._followers.append(follower)
 
+    def tell_of_writes(self, news: Callable[[], None]) -> None:
+        """Have somebody told of each write of endpoints, as ``state.news`` does: to look again."""
+        self._news.append(news)
+
     def put_endpoints(self, endpoints: tuple[Endpoint, ...], notice_s: float) -> None:
         """Write the endpoints; who follows reads them ``notice_s`` later."""
         self.endpoints = endpoints
         for follower in self._followers:
             self._timeline.after(notice_s, self._tell, follower)
+        for news in self._news:
+            news()
 
     def tell_again(self) -> None:
         """The store is back: who follows reads what it missed."""

@@ -9,14 +9,22 @@ from crowd import SIZE_MB, at_work
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudlm.control.misfits import Side, kept_by_others, least_beside, least_wanted, never_fits
+from cloudlm.control.misfits import (
+    Side,
+    Sizes,
+    kept_by_others,
+    least_beside,
+    least_wanted,
+    never_fits,
+    why_never,
+)
 from cloudlm.control.residency import Claim, reside
 from cloudlm.control.rollout import Facts, size_of
 from cloudlm.control.rollout_view import view_of
 from cloudlm.control.room import Moving, Wish
 from cloudlm.core.deployment import Deployment, DeploymentSpec
 from cloudlm.core.model import ModelFile
-from cloudlm.core.rollout import Kind, Outcome, Stage, Step, Strategy
+from cloudlm.core.rollout import Kind, Outcome, Revision, Stage, Step, Strategy
 
 MIB = 2**20
 PROCESS_MB = 400 + 512
@@ -244,3 +252,37 @@ async def test_room_that_is_made_lets_it_go_on(plane):
     await plane.steps(60)
     assert "bank-r2-0" in plane.running()
     assert (await revisions(plane))[2].outcome is Outcome.PENDING
+
+
+async def test_what_serves_follows_its_load_while_its_successor_is_kept_out(plane):
+    """Nobody decides for an hour (no roll-back by itself): the old revision scales meanwhile."""
+    roomy(plane, 2 * PROCESS_MB + 150)
+    weighs(plane, 50, 1200)
+    rolling = replace(ROLLING, auto_rollback=False)
+    await own(plane, rollout=rolling, max_replicas=2)
+    await seconds(plane, 3)
+    await own(plane, 2, rollout=rolling, max_replicas=2)
+    await seconds(plane, 3)
+    assert "can never be in memory" in await said(plane)
+    await own(plane, 2, rollout=rolling, min_replicas=2, max_replicas=2)
+    await seconds(plane, 5)
+    assert await plane.serving() == ["bank-r1-0", "bank-r1-1"]
+    assert set(plane.world.groups) == {"bank-r1"}, "and no empty group for what never comes"
+    assert "can never be in memory" in await said(plane)
+    await own(plane, 2, rollout=rolling, min_replicas=1, max_replicas=1)
+    plane.prober.samples.clear()
+    await plane.steps(20)
+    assert await plane.serving() == plane.running() == ["bank-r1-0"]
+
+
+@given(target=st.integers(1, 60), stable=st.integers(0, 60), budget=st.integers(1, 120))
+def test_never_depends_on_nothing_but_the_sizes(target, stable, budget):
+    spec = DeploymentSpec("bank", "models:/bank/2")
+    moving = Moving(1, Revision(1, spec), 1)
+    asked = replace(wish(1), deployment=Deployment(spec, 2, 2), moving=moving)
+    sizes = Sizes(target, stable or None)
+    why = why_never(asked, sizes, {}, budget)
+    need = target if not stable else stable + max(target, stable)
+    assert bool(why) == (need > budget)
+    settled = replace(asked, deployment=Deployment(spec, 1, 1))
+    assert why_never(settled, sizes, {}, budget) == ""

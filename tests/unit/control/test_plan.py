@@ -277,3 +277,8 @@ def test_a_rollout_ends_even_if_old_replicas_never_answer(surge):
         fleet.ready = {one for one in fleet.replicas() if one.startswith("bank-r2")}
         fleet.step(new, 3)
     assert fleet.specs == rolled_out(new, 3)
+
+
+def test_a_target_of_none_gets_no_empty_group():
+    target = desired_group(Deployment(DeploymentSpec("bank", "models:/bank/2"), 2, 2), "m", 0)
+    assert plan_target(target, [], ()) == Plan()

@@ -57,6 +57,23 @@ def test_the_time_to_start_does_not_run_while_there_is_no_room():
     assert decide(deployment, before, broken, T + 1).back
 
 
+def test_a_rolling_update_that_waited_long_has_its_whole_time_once_it_can_never_start():
+    rolling = wish(kind=Kind.ROLLING, start_timeout_s=100.0)
+    waits = facts({1: 4}, no_room=True)
+    rollout = decide(rolling, stable(), waits, T).rollout
+    for later_s in range(0, 3600, 5):
+        decision = decide(rolling, rollout, waits, T + later_s)
+        assert (decision.back, decision.size, decision.hold) == ("", None, False)
+        rollout = decision.rollout
+    never = replace(waits, never="revision 2 can never be in memory")
+    first = decide(rolling, rollout, never, T + 3600)
+    assert (first.back, first.size) == ("", 0), "an hour of waiting was no start that failed"
+    assert not decide(rolling, first.rollout, never, T + 3680).back
+    assert decide(rolling, first.rollout, never, T + 3700).back
+    room = decide(rolling, first.rollout, facts({1: 4}), T + 3680)
+    assert (room.size, room.hold) == (None, False), "room came: it goes on"
+
+
 def test_what_can_never_start_is_late_in_its_time_and_kept_out_of_a_rolling_update():
     never = "revision 2 can never be in memory"
     none = facts({1: 4}, no_room=True, never=never)
@@ -68,14 +85,14 @@ def test_what_can_never_start_is_late_in_its_time_and_kept_out_of_a_rolling_upda
     assert never in decide(canary, before.rollout, none, T + 100).back
     rolling = wish(kind=Kind.ROLLING, start_timeout_s=100.0)
     held = decide(rolling, stable(), none, T)
-    assert (held.hold, held.back) == (True, "")
+    assert (held.size, held.hold, held.back) == (0, False, ""), "stable follows its load"
     assert decide(rolling, held.rollout, none, T + 100).back == never
     patient = wish(kind=Kind.ROLLING, start_timeout_s=100.0, auto_rollback=False)
-    assert decide(patient, held.rollout, none, T + 100).hold
+    assert decide(patient, held.rollout, none, T + 100).size == 0
     begun_already = replace(none, present={1: 3, 2: 1})
     assert not decide(rolling, held.rollout, begun_already, T + 100).back
     first = decide(wish(1, kind=Kind.ROLLING), None, replace(none, present={}, ready={}), T)
-    assert not first.hold, "nothing runs that could be kept"
+    assert first.size is None, "nothing runs that could be kept"
 
 
 # Canary -------------------------------------------------------------------------------------------

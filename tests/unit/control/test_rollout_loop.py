@@ -8,7 +8,7 @@ import pytest
 from rolling_world import STRATEGIES, Answers, takes
 
 from cloudlm.control.probe import Sample
-from cloudlm.core.deployment import DeploymentPhase
+from cloudlm.core.deployment import Demand, DeploymentPhase
 from cloudlm.core.errors import Unavailable
 from cloudlm.core.rollout import Kind, Order, Outcome, Strategy
 
@@ -265,3 +265,32 @@ async def test_what_was_given_up_takes_nobody_s_place_when_the_next_one_rolls(pl
         if turn == 20:
             plane.prober.samples.clear()
     assert plane.running() == ["bank-r3-0", "bank-r3-1"]
+
+
+async def test_a_canary_at_the_peak_of_the_load_is_scaled_with_what_serves(plane):
+    """Load comes while a tenth is tried: as many serve as it asks for, until the target is all."""
+    answers = Answers(plane)
+    bounds = {"min_replicas": 1, "max_replicas": 6, "target_ongoing_requests": 8.0}
+    strategy = STRATEGIES[Kind.CANARY]
+    await plane.ask(model="models:/bank/1", rollout=strategy, **bounds)
+    await run(plane, answers, 4)
+    await plane.ask(model="models:/bank/2", rollout=strategy, **bounds)
+    await run(plane, answers, 4)
+    assert await shares(plane) == {"bank-r1-0": 0.9, "bank-r2-0": 0.1}
+    most, stood = 0, []
+    for _ in range(80):
+        peak = Demand("bank", "g1", 44, 0, 11.0, plane.clock.now())
+        await plane.state.put_demand([peak])
+        await run(plane, answers, 1)
+        wanted = (await plane.state.get_status("bank")).wanted_replicas
+        serving = [one for one in await plane.state.list_endpoints() if takes(one)]
+        by_revision = {n: sum(one.revision == n for one in serving) for n in (1, 2)}
+        assert len(serving) >= most, "what was reached is never given up"
+        most = max(most, min(len(serving), wanted))
+        if by_revision not in stood:
+            stood.append(by_revision)
+    assert wanted == most > 4
+    whole = [one[2] for one in stood if one[1] == wanted]
+    assert whole, "what serves grows to the whole load beside the canary"
+    assert max(whole) >= wanted // 2, "and the canary to its part of it"
+    assert plane.running() == [f"bank-r2-{number}" for number in range(wanted)]

@@ -92,3 +92,30 @@ def test_the_newest_revision_comes_first():
 )
 def test_last_words_are_made_readable(said, shown):
     assert readable(said) == shown
+
+
+def test_replicas_that_stay_behind_one_that_never_answers_are_told_of():
+    dead = replica(ReplicaState.BACKOFF, restarts=5, message="out of memory")
+    groups = [group(dead, replica(), replica())]
+    ready = ["bank-r1-1", "bank-r1-2"]
+    message = told(groups, ready, wanted=2).message
+    assert message.startswith("bank-r1-0: out of memory; 3 replicas stay where 2 would do")
+    assert message.endswith("there is bank-r1-0, which does not")
+    silent = [group(replica(), replica(), replica())]
+    assert "3 replicas stay where 1 would do" in told(silent, ["bank-r1-2"]).message
+
+
+@pytest.mark.parametrize(
+    ("ready", "leaving", "wanted"),
+    [
+        (["bank-r1-0", "bank-r1-1"], (), 2),
+        (["bank-r1-0"], ("bank-r1-1",), 1),
+        (["bank-r1-1"], (), 2),
+        (["bank-r1-0"], (), 1),
+        ([], (), 1),
+        (["bank-r1-1"], (), 0),
+    ],
+)
+def test_nothing_is_said_of_replicas_that_hold_up_nothing(ready, leaving, wanted):
+    status = told([group(replica(), replica())], ready, wanted, leaving)
+    assert "would do" not in status.message

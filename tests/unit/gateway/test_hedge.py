@@ -218,3 +218,31 @@ async def test_the_first_good_one_or_the_last_fault(
     else:
         found = await asked
         assert (first, second)[found - 1] is not None
+
+
+async def test_of_two_that_end_in_the_same_turn_the_one_that_began_first_counts() -> None:
+    """Whatever addresses their tasks have: a run of a seed is the same run."""
+    told = []
+    for fails in (False, True):
+        for _ in range(20):
+            both = asyncio.Event()
+
+            async def says(name: str, both: asyncio.Event = both, fails: bool = fails) -> str:
+                await both.wait()
+                if fails:
+                    raise UpstreamFailed(name)
+                return name
+
+            def second(both: asyncio.Event = both, says: Any = says) -> Any:
+                asyncio.get_running_loop().call_soon(both.set)
+                return says("second")
+
+            try:
+                told.append(await quickest(says("first"), second, 0.0, Interrupt(), _ignored))
+            except UpstreamFailed as error:
+                told.append(error.message)
+    assert told == ["first"] * 20 + ["second"] * 20
+
+
+async def _ignored(_: str) -> None:
+    """Nobody takes what the loser says."""

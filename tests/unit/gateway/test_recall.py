@@ -20,6 +20,7 @@ from cloudlm.core.tenant import Outcome, Role
 from cloudlm.gateway import flight
 from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.dialects.openai import Call, Operation
+from cloudlm.gateway.recall import Question
 from cloudlm.security.keys import mint
 
 HEADER = "x-cloudlm-cache"
@@ -191,6 +192,27 @@ async def test_dialects_keep_answers_in_their_own_words(
         assert other.headers[HEADER] == "hit"
         assert other.body == one.body
         assert other.headers["content-type"] == one.headers["content-type"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_comes_when_the_view_is_too_old_is_given_and_lets_all_go(
+    cached: Any, kit: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Nobody may wait for it any longer, and what it is the answer of is not known."""
+    land = Question._land
+
+    def late(self: Question, *told: Any) -> Any:
+        monkeypatch.setattr(cached.gateway.view, "_last_good_view_s", -1.0)
+        return land(self, *told)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Question, "_land", late)
+        first = await cached.ask(_greedy(kit, stream=stream))
+    assert first.status == 200
+    assert not cached.gateway.handler.recall.flights
+    monkeypatch.setattr(cached.gateway.view, "_last_good_view_s", 3600.0)
+    second = await cached.ask(_greedy(kit, stream=stream))
+    assert (second.status, second.headers[HEADER]) == (200, "miss")
 
 
 # Conditions -------------------------------------------------------------------------------------

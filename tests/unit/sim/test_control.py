@@ -16,12 +16,15 @@ from cloudlm.core.schedule import Schedule
 from cloudlm.core.settings import GatewaySettings
 from cloudlm.core.tenant import Outcome
 from cloudlm.gateway.capacity import Capacities, herd_is_over
+from cloudlm.gateway.waiting import DOUBLE_EVERY_S
 from cloudlm.sim.control import AUTOSCALERS, scaled
 from cloudlm.sim.faults import Fault, FaultKind
 from cloudlm.sim.figures import Figures
 from cloudlm.sim.fit import StepTime
+from cloudlm.sim.gateway import SimGateway
 from cloudlm.sim.simulation import Policy, Setting, World, simulate
 from cloudlm.sim.traffic import Arrival, Lengths, drawn, poisson
+from cloudlm.state.news import SELDOM_S, SETTLE_S
 
 START_S = 20.0
 FIGURES = Figures(
@@ -134,6 +137,39 @@ def test_requests_are_held_while_one_replica_starts() -> None:
     assert most == 4  # not the whole herd
     assert world.books.outcomes[Outcome.FINISHED] == len(HERD)
     assert min(world.books.ttft) == pytest.approx(START_S, abs=0.6)
+
+
+def test_who_is_held_looks_when_there_is_news_and_not_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[float] = []
+    look = SimGateway._look_out
+
+    def noted(self: SimGateway, told: bool) -> bool:
+        looks.append(self.timeline.now)
+        return look(self, told)
+
+    monkeypatch.setattr(SimGateway, "_look_out", noted)
+    world = begun(sleepy(max_replicas=1), HERD)
+    written: list[float] = []
+    world.state.tell_of_writes(lambda: written.append(world.timeline.now))
+    world.timeline.run(30.0 + START_S + 2.0)
+    (came,) = [at for at in written if at > 30.0]
+    waiting = [at for at in looks if at < came]
+    assert len(waiting) <= 2 + START_S / SELDOM_S
+    assert min(at for at in looks if at > came) == pytest.approx(came + SETTLE_S)
+
+
+def test_where_always_somebody_waits_a_replica_gets_twice_as_many_every_few_seconds() -> None:
+    """A herd that comes faster than its first share is answered, as in ``gateway.waiting``."""
+    herd = [Arrival(30.0 + n * 0.05, 100, 400) for n in range(600)]
+    patient = GatewaySettings(hold_timeout_s=600.0, queue_timeout_s=600.0)
+    world = begun(sleepy(max_replicas=1), herd, gateway=patient)
+    most: list[int] = []
+    for later_s in (1.0, 1.0 + DOUBLE_EVERY_S, 1.0 + 2 * DOUBLE_EVERY_S):
+        world.timeline.run(30.0 + START_S + 1.0 + later_s)
+        most.append(world.gateways[0]._capacity())
+    assert most == [4, 8, 16]
 
 
 def test_the_last_replica_goes_when_nobody_asks() -> None:

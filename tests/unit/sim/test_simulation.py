@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloudlm.control.blackout import BELIEVED_AFTER_S
 from cloudlm.core.deployment import Demand, DeploymentSpec
 from cloudlm.core.routing import Policy as Route
 from cloudlm.core.routing import Routing
@@ -223,6 +224,16 @@ def test_a_network_cut_delays_answers_and_is_routed_around() -> None:
     assert result.outcomes == {Outcome.FINISHED: result.requests}
     plain = simulate(policy(), setting(), arrivals())
     assert max(result.tpot.percentiles.values()) > max(plain.tpot.percentiles.values())
+
+
+def test_replicas_that_are_silent_all_at_once_keep_their_endpoints_as_in_production() -> None:
+    world = begun(Fault(FaultKind.NETWORK_CUT, 30.0, duration_s=20.0, replicas=3))
+    run_until(world, 30.0 + BELIEVED_AFTER_S - 1.0)
+    assert len(world.state.endpoints) == answering(world) == 3
+    run_until(world, 30.0 + BELIEVED_AFTER_S + 2.0)
+    assert world.state.endpoints == ()
+    run_until(world, 52.0)
+    assert len(world.state.endpoints) == 3
 
 
 def test_a_silent_replica_is_given_up_after_the_idle_timeout() -> None:
