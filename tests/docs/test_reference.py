@@ -30,7 +30,9 @@ METRIC = re.compile(r"\bcloudlm_[a-z_]+[a-z]\b")
 VARIABLE = re.compile(r"\bCLOUDLM_[A-Z_]+[A-Z]\b")
 NAME = re.compile(r"[\"`](cloudlm_[a-z_]+|CLOUDLM_[A-Z_]+)")
 SETTINGS = {row.name: row.environment for row in read_settings()[1]}
+DEFAULTS = {row.name: row.value for row in read_settings()[1]}
 SECTIONS = "|".join({name.partition(".")[0] for name in SETTINGS} - {"home"})
+DEFAULT = re.compile(rf"`((?:{SECTIONS})\.[a-z_]+)` \((\d[\d.]*)")
 SETTING = re.compile(rf"`((?:{SECTIONS})\.(?!db`)[a-z_]+)`")
 
 
@@ -66,6 +68,13 @@ def test_headings_that_a_paper_links_to_exist(paper: Path) -> None:
         if anchor not in _anchors(there):
             missing.append(f"{link}#{anchor}")
     assert missing == []
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_defaults_that_a_paper_states_are_the_defaults(paper: Path) -> None:
+    """As in "`gateway.max_resumes` (3)", with or without a unit behind the number."""
+    stated = DEFAULT.findall(paper.read_text("utf-8"))
+    assert [one for one in stated if float(one[1]) != DEFAULTS[one[0]]] == []
 
 
 @cache
