@@ -1,6 +1,7 @@
 """Clients of a benchmark: ask a gateway for streams at given moments and note what came when.
 
-An open loop: nobody waits for an earlier answer, as strangers do not. Must not judge.
+``ask_all`` is an open loop: nobody waits for an earlier answer, as strangers do not. Must not
+judge.
 """
 
 from __future__ import annotations
@@ -45,6 +46,35 @@ class Answer:
     def token_s(self) -> float:
         """Mean seconds between two tokens."""
         return (self.whole_s - self.first_s) / max(self.tokens - 1, 1)
+
+
+def headers_of(stack: Stack) -> dict[str, str]:
+    return {**stack.headers, "content-type": "application/json"}
+
+
+def url_of(stack: Stack) -> str:
+    return f"{stack.gateway}/v1/chat/completions"
+
+
+def unstreamed(body: bytes) -> bytes:
+    """The same request for a whole answer."""
+    fields = json.loads(body)
+    del fields["stream"], fields["stream_options"]
+    return json.dumps(fields).encode()
+
+
+async def whole(session: aiohttp.ClientSession, url: str, body: bytes, answer: Answer) -> None:
+    """One answer that is no stream; never raises, the answer says what was wrong."""
+    try:
+        async with session.post(url, data=body) as response:
+            answer.replica = response.headers.get("x-cloudlm-replica", "")
+            said = await response.text()
+            if response.status == 200:
+                answer.tokens = json.loads(said)["usage"]["completion_tokens"]
+            else:
+                answer.fault = f"{response.status} {said[:200]}"
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError) as error:
+        answer.fault = f"{type(error).__name__}: {error}"
 
 
 def body_of(model: str, text: str, tokens: int, **more: Any) -> bytes:
@@ -103,15 +133,14 @@ async def ask_all(
 ) -> list[Answer]:
     """Ask each at its moment; the answers in that order. Raises BenchFailed if an answer was not
     whole or of another length than asked: nothing could be compared."""
-    url = f"{stack.gateway}/v1/chat/completions"
+    url = url_of(stack)
     bodies = [
         body_of(model, words(chance, one.prompt_tokens), one.output_tokens) for one in arrivals
     ]
-    headers = {**stack.headers, "content-type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=LONGEST_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
-        headers=headers, timeout=timeout, connector=connector
+        headers=headers_of(stack), timeout=timeout, connector=connector
     ) as session:
         began = time.perf_counter()
 

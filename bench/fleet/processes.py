@@ -19,7 +19,6 @@ import json
 import sqlite3
 import statistics
 import sys
-import threading
 import time
 from argparse import Namespace
 from collections import Counter
@@ -30,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from asking import Answer, ask, body_of
+from asking import Answer, ask, body_of, headers_of, unstreamed, url_of, whole
+from closed_loop import Load
 from stack import BenchFailed, Stack, running, until
 
 MODEL, COLD = "bank-helper", "cold"
@@ -51,77 +51,6 @@ ASLEEP: Mapping[str, Any] = {
     "target_ongoing_requests": 16,
     "scaling": {"idle_s": 1},
 }
-
-
-class Load:
-    """Clients that ask one request after the other until the block ends, in a thread of their own;
-    every second one does not take a stream."""
-
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._all()), daemon=True)
-        self.asked = 0
-        self.faults: list[str] = []
-        self.by_replica: Counter[str] = Counter()
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join(150)
-        if self._thread.is_alive():
-            raise BenchFailed("the clients did not end: a request was never answered")
-
-    async def _all(self) -> None:
-        async with aiohttp.ClientSession(headers=headers_of(self._stack)) as session:
-            await asyncio.gather(*(self._one(session, number) for number in range(CLIENTS)))
-
-    async def _one(self, session: aiohttp.ClientSession, number: int) -> None:
-        while not self._over.is_set():
-            self.asked += 1
-            body = body_of(MODEL, QUESTION.format(self.asked), TOKENS)
-            answer = Answer(0.0)
-            if number % 2:
-                await whole(session, url_of(self._stack), unstreamed(body), answer)
-            else:
-                await ask(session, url_of(self._stack), body, answer)
-            if not answer.fault and answer.tokens != TOKENS:
-                answer.fault = f"{answer.tokens} tokens instead of {TOKENS}"
-            if answer.fault:
-                self.faults.append(f"{answer.replica}: {answer.fault}")
-            self.by_replica[answer.replica] += 1
-
-
-def headers_of(stack: Stack) -> dict[str, str]:
-    return {**stack.headers, "content-type": "application/json"}
-
-
-def url_of(stack: Stack) -> str:
-    return f"{stack.gateway}/v1/chat/completions"
-
-
-def unstreamed(body: bytes) -> bytes:
-    """The same request for a whole answer."""
-    fields = json.loads(body)
-    del fields["stream"], fields["stream_options"]
-    return json.dumps(fields).encode()
-
-
-async def whole(session: aiohttp.ClientSession, url: str, body: bytes, answer: Answer) -> None:
-    """One answer that is no stream; never raises, the answer says what was wrong."""
-    try:
-        async with session.post(url, data=body) as response:
-            answer.replica = response.headers.get("x-cloudlm-replica", "")
-            said = await response.text()
-            if response.status == 200:
-                answer.tokens = json.loads(said)["usage"]["completion_tokens"]
-            else:
-                answer.fault = f"{response.status} {said[:200]}"
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError) as error:
-        answer.fault = f"{type(error).__name__}: {error}"
 
 
 # Changes -----------------------------------------------------------------------------------------
@@ -146,7 +75,7 @@ def changes(stack: Stack, rounds: int) -> Changes:
     stack.cli("scale", MODEL, "2")
     until("two replicas", lambda: ready(stack) == 2)
     began = time.perf_counter()
-    with Load(stack) as load:
+    with Load(stack, MODEL, QUESTION, CLIENTS, TOKENS) as load:
         until("answers of both", lambda: len(load.by_replica) > 1)
         for number in range(rounds):
             options = {"max_model_len": WINDOWS[number % 2]}

@@ -22,15 +22,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import autoscaling
 import processes
 import reality
 import routing
 import spot
-from stack import BenchFailed
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from results import record
+from stack import BenchFailed
 
 TRACES = Path(__file__).parent / "traces"
 SIMULATED: Mapping[str, Callable[[argparse.Namespace], str]] = {

@@ -23,9 +23,7 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,53 +31,18 @@ from typing import Any
 
 import httpx2
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from stack import Stack, running
+
 MODEL = "bank-helper"
 _ROUND_S = 120.0
-
-
-@dataclass
-class Stack:
-    """A running ``cloudlm up``."""
-
-    home: Path
-    process: subprocess.Popen[bytes]
-    facts: dict[str, Any]
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.facts['admin_key']}"}
-
-
-def start(home: Path) -> Stack:
-    environment = {
-        **os.environ,
-        "CLOUDLM_HOME": str(home),
-        "CLOUDLM_GATEWAY_PORT": "0",
-        "CLOUDLM_CONTROL_PORT": "0",
-        "CLOUDLM_ENGINE_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    up = [sys.executable, "-m", "cloudlm.cli.main", "up", "--json"]
-    process = subprocess.Popen(up, env=environment, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    lines: list[bytes] = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(b"}"):
-            break
-    facts = json.loads(b"".join(lines))
-    environment |= {"CLOUDLM_API_KEY": facts["admin_key"]}
-    environment |= {"CLOUDLM_CONTROL_URL": facts["control_url"]}
-    scale = [sys.executable, "-m", "cloudlm.cli.main", "scale", MODEL, "2", "--no-wait"]
-    subprocess.run(scale, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return Stack(home, process, facts)
 
 
 async def replicas(stack: Stack, client: httpx2.AsyncClient) -> dict[str, int]:
     """Pids of both replicas, once both are ready."""
     deadline = time.monotonic() + _ROUND_S
     while time.monotonic() < deadline:
-        url = f"{stack.facts['control_url']}/api/v1/deployments/{MODEL}"
+        url = f"{stack.control}/api/v1/deployments/{MODEL}"
         status = (await client.get(url)).json().get("status") or {}
         found = {r["id"]: r["pid"] for r in status.get("replicas", []) if r["state"] == "ready"}
         if len(found) == 2:
@@ -114,7 +77,7 @@ class Answer:
 
 async def ask(stack: Stack, client: httpx2.AsyncClient, number: int, tokens: int) -> Answer:
     answer, last = Answer(), None
-    url = f"{stack.facts['gateway_url']}/v1/chat/completions"
+    url = f"{stack.gateway}/v1/chat/completions"
     async with client.stream("POST", url, json=body_of(number, tokens)) as response:
         answer.request_id = response.headers["x-request-id"]
         async for line in response.aiter_lines():
@@ -202,13 +165,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1200.0, help="no further kill after these")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        stack = start(Path(folder) / "home")
-        try:
-            result = asyncio.run(measure(stack, args))
-        finally:
-            stack.process.send_signal(signal.SIGINT)
-            stack.process.wait(60)
+    with running() as stack:
+        stack.cli("scale", MODEL, "2", "--no-wait")
+        result = asyncio.run(measure(stack, args))
     print(json.dumps(result))
     lost = result["broken_streams"] - result["survived_byte_for_byte"]
     return 1 if lost or result["wrong_ledgers"] else 0

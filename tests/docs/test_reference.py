@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from docs.generate import PAGES, stale_pages
 from typer.main import get_command
 
 from cloudlm.cli.main import app
+from cloudlm.core.settings import read_settings
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted(
@@ -18,10 +20,20 @@ PAPERS = sorted(
 )
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#]+)")
 NAMED = re.compile(r"`((?:src|tests|docs|examples|bench|starter)/[\w./-]+)`")
-MODULE = re.compile(
-    r"`((?:core|engine|registry|state|gateway|control|worker|drivers|cli|client|"
-    r"security|telemetry)/[\w/]+(?:\.py)?)`"
-)
+PACKAGE = ROOT / "src" / "cloudlm"
+ROOMS = "|".join(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+MODULE = re.compile(rf"`((?:{ROOMS})/[\w/]+(?:\.py)?)`")
+ANCHOR = re.compile(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)")
+BLOCK = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+METRIC = re.compile(r"\bcloudlm_[a-z_]+[a-z]\b")
+VARIABLE = re.compile(r"\bCLOUDLM_[A-Z_]+[A-Z]\b")
+NAME = re.compile(r"[\"`](cloudlm_[a-z_]+|CLOUDLM_[A-Z_]+)")
+SETTINGS = {row.name: row.environment for row in read_settings()[1]}
+DEFAULTS = {row.name: row.value for row in read_settings()[1]}
+SECTIONS = "|".join({name.partition(".")[0] for name in SETTINGS} - {"home"})
+DEFAULT = re.compile(rf"`((?:{SECTIONS})\.[a-z_]+)` \((\d[\d.]*)")
+SETTING = re.compile(rf"`((?:{SECTIONS})\.(?!db`)[a-z_]+)`")
 
 
 def test_the_generated_reference_is_up_to_date() -> None:
@@ -34,11 +46,59 @@ def test_paths_that_a_paper_names_exist(paper: Path) -> None:
     text = paper.read_text("utf-8")
     missing = [link for link in LINK.findall(text) if not (paper.parent / link).exists()]
     missing += [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
-    package = ROOT / "src" / "cloudlm"
     for name in MODULE.findall(text):
-        here = package / name
+        here = PACKAGE / name
         if not (here.exists() or here.with_suffix(".py").exists()):
             missing.append(name)
+    assert missing == []
+
+
+def _anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings: lower case, hyphens for spaces, other signs left out."""
+    headings = HEADING.findall(BLOCK.sub("", text))
+    return {re.sub(r"[^\w\- ]", "", one.strip().lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_headings_that_a_paper_links_to_exist(paper: Path) -> None:
+    text = paper.read_text("utf-8")
+    missing = []
+    for link, anchor in ANCHOR.findall(text):
+        there = (paper.parent / link).read_text("utf-8") if link else text
+        if anchor not in _anchors(there):
+            missing.append(f"{link}#{anchor}")
+    assert missing == []
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_defaults_that_a_paper_states_are_the_defaults(paper: Path) -> None:
+    """As in "`gateway.max_resumes` (3)", with or without a unit behind the number."""
+    stated = DEFAULT.findall(paper.read_text("utf-8"))
+    assert [one for one in stated if float(one[1]) != DEFAULTS[one[0]]] == []
+
+
+@cache
+def _named_by_the_program() -> frozenset[str]:
+    """Variables and metrics that source and tests name. One that ends in ``_`` is a beginning; of
+    settings' variables there is none, for all are known in full."""
+    files = [path for room in ("src", "tests") for path in (ROOT / room).rglob("*.py")]
+    found = {name for path in files for name in NAME.findall(path.read_text("utf-8"))}
+    whole = " ".join(SETTINGS.values())
+    return frozenset(name for name in found if not (name.endswith("_") and name in whole))
+
+
+def _is_in_the_program(name: str) -> bool:
+    known = _named_by_the_program()
+    beginnings = tuple(one for one in known if one.endswith("_"))
+    return name in known or name.removesuffix("_total") in known or name.startswith(beginnings)
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_settings_variables_and_metrics_that_a_paper_names_exist(paper: Path) -> None:
+    text = paper.read_text("utf-8")
+    missing = [name for name in SETTING.findall(text) if name not in SETTINGS]
+    named = {*VARIABLE.findall(text), *METRIC.findall(text)} - set(SETTINGS.values())
+    missing += sorted(name for name in named if not _is_in_the_program(name))
     assert missing == []
 
 
@@ -47,6 +107,15 @@ def test_the_map_names_every_room() -> None:
     rooms = [path.parent.name for path in (ROOT / "src" / "cloudlm").glob("*/__init__.py")]
     assert [room for room in rooms if f"{room}/" not in text] == []
     assert len(text.splitlines()) <= 200
+
+
+def test_what_is_not_there_is_found() -> None:
+    assert _anchors("# One `way`, or two\n```\n# not one\n```\n") == {"one-way-or-two"}
+    assert SETTING.findall("`gateway.nonsense`, `state.db`") == ["gateway.nonsense"]
+    assert _is_in_the_program("CLOUDLM_HOME")
+    assert _is_in_the_program("CLOUDLM_SECRET_ANYTHING")
+    assert not _is_in_the_program("CLOUDLM_GATEWAY" + "_NONSENSE")
+    assert not _is_in_the_program("cloudlm" + "_gateway_nonsense_total")
 
 
 INLINE = re.compile(r"`cloudlm ([^`\n]+)`")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
+from cloudlm.cli.options import Json
 from cloudlm.cli.screen import print_json, print_table, say
 from cloudlm.state.home import load_settings
 
 
 def show(
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Show every setting and where its value comes from. File < environment < flag."""
     _, rows = load_settings()

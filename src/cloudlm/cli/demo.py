@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cloudlm.cli.options import Json
 from cloudlm.cli.screen import out, print_json, print_marked, print_text, say
 from cloudlm.cli.up import Running, curl_line, running_stack, stop_signal
 from cloudlm.core.errors import Unavailable
@@ -30,7 +31,7 @@ def demo(
         bool | None,
         typer.Option("--keep/--no-keep", help="Go on serving; the default on a terminal."),
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Start everything, ask five questions, show how to go on."""
     began = time.monotonic()

@@ -3,21 +3,19 @@ asked, what runs."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cloudlm.cli.connect import control_client, gateway_notes
+from cloudlm.cli.deployments_text import memory_text, print_replicas, status_row
 from cloudlm.cli.log_lines import event_of, readable
+from cloudlm.cli.options import Json
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.precision import Precision, precision_options
 from cloudlm.cli.screen import (
-    age_text,
     print_json,
     print_json_line,
     print_table,
@@ -26,9 +24,16 @@ from cloudlm.cli.screen import (
     share_bar,
     spinner,
 )
-from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus, Residence
+from cloudlm.cli.specs import (
+    ENGINE_HELP,
+    read_adapters,
+    read_options,
+    read_replicas,
+    read_specs,
+    read_strategy,
+)
+from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus
 from cloudlm.core.errors import (
-    CloudlmError,
     InvalidRequest,
     NotFound,
     Unavailable,
@@ -37,20 +42,17 @@ from cloudlm.core.errors import (
 from cloudlm.core.external import EXTERNAL, ExternalEndpoint
 from cloudlm.core.job import JobState
 from cloudlm.core.model import AddressKind, address_kind
-from cloudlm.core.rollout import Kind, Step, Strategy, longest_s
+from cloudlm.core.rollout import Kind, longest_s
 from cloudlm.core.routing import Policy, Routing
 from cloudlm.core.scaling import IDLE_S, Algorithm, Scaling
-from cloudlm.core.spec import CLOUDLM, ENGINES
-from cloudlm.core.wire import DeploymentView, deployment_body, spec_from_body
-from cloudlm.core.yaml_text import NotYaml, parse_documents, parse_yaml
+from cloudlm.core.spec import CLOUDLM
+from cloudlm.core.wire import deployment_body
 
 if TYPE_CHECKING:
     from cloudlm.client import Client
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A deployment.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")]
-ENGINE_HELP = f"What generates: {' or '.join(ENGINES)}."
 WAIT_S = 600.0
 
 
@@ -192,7 +194,7 @@ def status(
     if json_output:
         print_json([deployment_body(view.deployment, view.status) for view in found])
         return
-    rows = [_status_row(view, within) for view in found]
+    rows = [status_row(view, within) for view in found]
     memory = ("MEMORY",) if within else ()
     columns = ("NAME", "PHASE", "READY", *memory, "MODEL", "REVISION", "MESSAGE")
     print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
@@ -201,10 +203,10 @@ def status(
     for note in notes:
         print_text(f"gateway: {note}")
     if budget and not name:
-        print_text(_memory_text(found, budget))
+        print_text(memory_text(found, budget))
     if name and found[0].status and found[0].status.replicas:
         print_text("")
-        _print_replicas(found[0].status)
+        print_replicas(found[0].status)
 
 
 def _leading(client: Client) -> str:
@@ -218,60 +220,6 @@ def _leading(client: Client) -> str:
     if not leader.holder:
         return "no control leads at this moment: what was asked waits"
     return f"led by {leader.holder} (token {leader.token}); this control stands by"
-
-
-def _memory_text(found: list[DeploymentView], budget_bytes: int) -> str:
-    """How much of the memory budget is taken, and how many deployments stand how."""
-    from cloudlm.control.footprint import amount_text
-
-    states = [view.status for view in found if view.status and view.status.residence]
-    counts = Counter(one.residence for one in states)
-    held = amount_text(sum(one.memory_bytes for one in states))
-    standing = ", ".join(f"{counts[one]} {_spoken(one)}" for one in Residence if counts[one])
-    return f"memory: {held} of {amount_text(budget_bytes)} held; {standing}"
-
-
-def _spoken(residence: Residence) -> str:
-    return residence.value.replace("_", " ")
-
-
-def _status_row(view: DeploymentView, within: bool) -> tuple[Any, ...]:
-    """``within`` a memory budget there is a column more."""
-    status = view.status
-    ready = f"{status.ready_replicas}/{status.wanted_replicas}" if status else "0"
-    message = status.message if status else ""
-    memory: tuple[str, ...] = ()
-    if within:
-        memory = (_residence_text(status, pinned=view.spec.pinned),)
-    revision = view.deployment.revision
-    return (view.name, view.phase, ready, *memory, view.spec.model, revision, message)
-
-
-def _residence_text(status: DeploymentStatus | None, *, pinned: bool) -> str:
-    from cloudlm.control.footprint import amount_text
-
-    if status is None or not status.residence:
-        return ""
-    word = _spoken(status.residence) + (", pinned" if pinned else "")
-    return f"{amount_text(status.memory_bytes)}, {word}" if status.memory_bytes else word
-
-
-def _print_replicas(state: DeploymentStatus) -> None:
-    now = time.time()
-    rows = [
-        (
-            replica.id,
-            replica.state,
-            replica.url,
-            replica.pid,
-            replica.restarts,
-            age_text(now - replica.started_at) if replica.started_at else "",
-            replica.message,
-        )
-        for replica in state.replicas
-    ]
-    columns = ("REPLICA", "STATE", "ADDRESS", "PID", "RESTARTS", "AGE", "MESSAGE")
-    print_table(columns, rows, "no replicas")
 
 
 def logs(
@@ -336,93 +284,6 @@ def delete(
         print_json({"deleted": name})
     else:
         say(f"deleted {name}" if wait else f"deleting {name}")
-
-
-def read_replicas(text: str) -> tuple[int, int]:
-    """``2`` or ``1:3`` as (minimum, maximum). Raises InvalidRequest."""
-    low, colon, high = text.partition(":")
-    try:
-        numbers = (int(low), int(high) if colon else int(low))
-    except ValueError:
-        numbers = (-1, -1)
-    if not 0 <= numbers[0] <= numbers[1] or numbers[1] < 1:
-        raise InvalidRequest(
-            f"replicas {text!r} must be a number or MIN:MAX with 0 <= MIN <= MAX and MAX >= 1, "
-            "such as 1:3"
-        )
-    return numbers
-
-
-def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:
-    """``key=value`` pairs; values are read as YAML scalars. Raises InvalidRequest."""
-    options: dict[str, str | int | float | bool] = {}
-    for pair in pairs:
-        key, equals, raw = pair.partition("=")
-        try:
-            value = parse_yaml(raw) if equals else None
-        except NotYaml:
-            value = None
-        if not key or not isinstance(value, str | int | float | bool):
-            raise InvalidRequest(f"option {pair!r} must be KEY=VALUE, such as max_model_len=512")
-        options[key] = value
-    return options
-
-
-def read_adapters(pairs: list[str]) -> dict[str, str]:
-    """``name=models:/name/3`` pairs. Raises InvalidRequest."""
-    adapters: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, address = pair.partition("=")
-        if not name or not equals or name in adapters:
-            raise InvalidRequest(
-                f"adapter {pair!r} must be NAME=ADDRESS, such as polite=models:/polite/1, each "
-                "name once"
-            )
-        adapters[name] = address
-    return adapters
-
-
-def read_strategy(kind: Kind, steps: str | None) -> Strategy:
-    """The strategy of the flags: ``5:300,50:600`` are percent and seconds of a canary's steps,
-    and mean one. Raises InvalidRequest."""
-    if steps is None:
-        return Strategy(kind)
-    if kind not in (Kind.ROLLING, Kind.CANARY):
-        raise InvalidRequest(f"--canary has nothing to say to --strategy {kind}")
-    found = []
-    for step in steps.split(","):
-        percent, _, seconds = step.partition(":")
-        try:
-            found.append(Step(float(percent), float(seconds)))
-        except ValueError:
-            raise InvalidRequest(
-                f"--canary {steps!r} must be PERCENT:SECONDS,…, such as 5:300,50:600"
-            ) from None
-    return Strategy(Kind.CANARY, steps=tuple(found))
-
-
-def read_specs(file: Path) -> list[DeploymentSpec]:
-    """The deployments in a YAML file, ``-`` for standard input. Raises InvalidRequest naming the
-    file and the fault."""
-    try:
-        text = sys.stdin.read() if file == Path("-") else file.read_bytes()
-        documents = [doc for doc in parse_documents(text) if doc is not None]
-    except OSError as error:
-        raise InvalidRequest(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:  # of standard input
-        raise InvalidRequest(f"{file} is not valid YAML: {error.reason}") from None
-    except NotYaml as error:
-        raise InvalidRequest(f"{file} is not valid YAML: {error}") from None
-    if not documents:
-        raise InvalidRequest(f"{file} holds no deployment")
-    specs = []
-    for number, document in enumerate(documents, 1):
-        try:
-            specs.append(spec_from_body(document))
-        except CloudlmError as error:
-            where = f"{file}, document {number}" if len(documents) > 1 else str(file)
-            raise InvalidRequest(f"{where}: {error.message}", param=error.param) from None
-    return specs
 
 
 def _registered(client: Client, model: str, name: str) -> str:

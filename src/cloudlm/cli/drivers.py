@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
+from cloudlm.cli.options import Json
 from cloudlm.cli.screen import print_json, print_table
 from cloudlm.core import plugins
 from cloudlm.core.errors import CloudlmError
 
 
 def show(
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
     """List the drivers and their abilities."""
     rows = []

@@ -10,6 +10,7 @@ import typer
 
 from cloudlm.cli import perplexity
 from cloudlm.cli.connect import local_registry, open_local_state
+from cloudlm.cli.options import Json
 from cloudlm.cli.screen import (
     bytes_bar,
     count_text,
@@ -29,7 +30,6 @@ app = typer.Typer(
     no_args_is_help=True, help="Model versions: list, show, pull, import, rm, perplexity."
 )
 perplexity.add_to(app)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str | None, typer.Option("--name", help="Name in the registry.")]
 Alias = Annotated[str | None, typer.Option("--alias", help="Alias to set on the version.")]
 Ref = Annotated[str, typer.Argument(metavar="MODEL", help="models:/name/3, name@alias or name.")]

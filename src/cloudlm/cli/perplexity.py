@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloudlm.cli.deployments import read_options
+from cloudlm.cli.options import Json
 from cloudlm.cli.screen import print_json, print_table, say, share_bar
 from cloudlm.cli.serve import default_name
+from cloudlm.cli.specs import read_options
 from cloudlm.core.errors import BadSetting, InvalidRequest
 from cloudlm.core.model import AddressKind, address_kind
 from cloudlm.state.home import Home, load_settings
@@ -42,7 +43,7 @@ def perplexity(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Engine setting.")
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Measure a model's perplexity per precision; lower is better. A PC's CPU takes minutes."""
     from cloudlm.worker.config import WorkerConfig

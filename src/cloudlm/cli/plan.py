@@ -11,10 +11,10 @@ import typer
 
 from cloudlm.cli.catalogue import Folder, chosen_catalogue
 from cloudlm.cli.connect import local_registry
-from cloudlm.cli.deployments import read_specs
 from cloudlm.cli.options import Json
 from cloudlm.cli.plan_text import decision_body, print_decision
 from cloudlm.cli.screen import print_json, print_text, say
+from cloudlm.cli.specs import read_specs
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.figures import ModelFigures, figures_of

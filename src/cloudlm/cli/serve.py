@@ -10,10 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from cloudlm.cli.connect import local_url
-from cloudlm.cli.deployments import ENGINE_HELP, read_options
+from cloudlm.cli.options import Json
 from cloudlm.cli.partition import PipelineParallel, TensorParallel, partition_options
 from cloudlm.cli.precision import Precision, precision_options
 from cloudlm.cli.screen import print_json, print_text, share_bar
+from cloudlm.cli.specs import ENGINE_HELP, read_options
 from cloudlm.core.model import AddressKind, address_kind, parse_ref
 from cloudlm.core.spec import CLOUDLM
 from cloudlm.state.home import Home, load_settings
@@ -57,7 +58,7 @@ def serve(
     precision: Precision = None,
     tensor_parallel: TensorParallel = None,
     pipeline_parallel: PipelineParallel = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Serve one model over the OpenAI API until Ctrl-C. No control plane."""
     from cloudlm.worker.app import run_worker

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cloudlm.cli import connect
-from cloudlm.cli.options import absolute
+from cloudlm.cli.options import Json, absolute
 from cloudlm.cli.screen import bytes_bar, out, print_json, print_marked, say, spinner
 from cloudlm.cli.stack import Addresses, Stack, demand_free_port, free_port
 from cloudlm.core.clock import SystemClock
@@ -88,7 +88,7 @@ def up(
     starter: Annotated[
         bool, typer.Option("--starter/--no-starter", help="Deploy the starter model.")
     ] = True,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Run gateway and control with the starter model until Ctrl-C."""
     flags: dict[str, Any] = {

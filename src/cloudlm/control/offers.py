@@ -36,7 +36,6 @@ class Reason(StrEnum):
     SLOW = "too slow"
     ZONES = "too few zones"
     BUDGET = "over budget"
-    DEARER = "dearer"
 
 
 @dataclass(frozen=True, slots=True)

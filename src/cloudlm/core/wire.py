@@ -18,7 +18,6 @@ from cloudlm.core.deployment import (
     DeploymentPhase,
     DeploymentSpec,
     DeploymentStatus,
-    Endpoint,
     Replica,
     ReplicaState,
     Residence,
@@ -282,21 +281,6 @@ def replica_from_body(body: Any) -> Replica:
         message=fields.text("message", "", max_length=1_000_000),
         started_at=fields.number("started_at", 0.0),
     )
-
-
-def endpoint_body(endpoint: Endpoint) -> dict[str, Any]:
-    return {
-        "model": endpoint.model,
-        "replica": endpoint.replica,
-        "url": endpoint.url,
-        "revision": endpoint.revision,
-        "weight": endpoint.weight,
-        "share": endpoint.share,
-        "mirror": endpoint.mirror,
-        "priority": endpoint.priority,
-        "upstream_model": endpoint.upstream_model,
-        "secret": endpoint.secret,
-    }
 
 
 def job_body(job: Job) -> dict[str, Any]:

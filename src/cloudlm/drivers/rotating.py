@@ -24,7 +24,6 @@ class RotatingLog:
         self._descriptor = -1
         self._size = 0
         self._at_line_start = True
-        self.lost_bytes = 0
         self._open()
 
     def write(self, data: bytes) -> None:
@@ -48,8 +47,7 @@ class RotatingLog:
         while data:
             try:
                 written = os.write(self._descriptor, data)
-            except OSError:  # also -1: the file could not be opened
-                self.lost_bytes += len(data)
+            except OSError:  # also -1: the file could not be opened. What cannot be kept is lost.
                 return
             self._size += written
             data = data[written:]

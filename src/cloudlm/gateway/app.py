@@ -53,6 +53,7 @@ from cloudlm.security.credentials import Credentials
 from cloudlm.security.door import Door
 from cloudlm.security.hosts import HostGuard
 from cloudlm.security.issuer import Issuer
+from cloudlm.security.matrix import OPEN, Server
 from cloudlm.security.outside import Outside
 from cloudlm.security.transport import external_context, replica_context
 from cloudlm.state.base import State
@@ -65,18 +66,7 @@ if TYPE_CHECKING:
     from cloudlm.gateway.live_guardrails import LiveGuardrails
     from cloudlm.gateway.semantic.likeness import Likeness
 
-_PLAIN_PATHS = frozenset(
-    {
-        "/livez",
-        "/readyz",
-        "/health",
-        "/metrics",
-        "/ping",
-        "/v2/health/live",
-        "/v2/health/ready",
-        openapi.PATH,
-    }
-)
+_PLAIN_PATHS = frozenset(OPEN[Server.GATEWAY])
 
 _log = get_logger(__name__)
 

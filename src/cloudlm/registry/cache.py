@@ -81,10 +81,6 @@ class ModelCache:
                 self._to_trash(self._versions / name)
             self._empty_trash()
 
-    def used_bytes(self) -> int:
-        """What the entries need together."""
-        return sum(size for _, size, _ in self._entries())
-
     # -- one entry
 
     def _settle(

@@ -162,7 +162,7 @@ _WORKER = (
     "POST /internal/v1/resume",
     "GET /version",
 )
-_OPEN = {
+OPEN = {
     Server.CONTROL: ("/livez", "/readyz", "/metrics"),
     Server.GATEWAY: (
         "/livez",
@@ -180,7 +180,7 @@ PREFIX = "/api/v1"
 
 
 def _rows() -> Iterator[Row]:
-    for server, paths in _OPEN.items():
+    for server, paths in OPEN.items():
         yield from (Row(server, "GET", path, Holder.OPEN) for path in paths)
     yield Row(Server.CONTROL, "GET", f"{PREFIX}/signin", Holder.OPEN)
     for path in ("/openapi.json", "/whoami", "/leader"):

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).parents[3] / "bench" / "fleet"
-MODULES = ("cases", "routing", "run", "reality", "processes", "stack", "results")
+MODULES = ("cases", "routing", "run", "reality", "processes", "closed_loop", "stack", "results")
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
     monkeypatch.syspath_prepend(str(BENCH))
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     for name in MODULES:

@@ -19,13 +19,14 @@ from cloudlm.sim.fit import StepTime
 from cloudlm.sim.traffic import Arrival
 
 BENCH = Path(__file__).parents[3] / "bench" / "fleet"
-MODULES = ("small_model", "stack", "asking", "reality", "processes")
+MODULES = ("small_model", "stack", "asking", "reality", "processes", "closed_loop")
 FIGURES = Figures("t", StepTime(0.005, 0.0002, 0.001, 0.0, 0.003))
 STEP = FIGURES.step._asdict()
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
     monkeypatch.syspath_prepend(str(BENCH))
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     for name in MODULES:
@@ -118,7 +119,7 @@ def test_prompts_have_the_length_that_was_asked_for(bench: Any) -> None:
 
 def test_what_our_children_took_that_have_ended_is_ours(bench: Any, tmp_path: Path) -> None:
     """A worker that was stopped between two looks is none of the others."""
-    stack = bench.stack.Stack(tmp_path, None, "", "", "", {})
+    stack = bench.stack.Stack(tmp_path, None, {}, {})
     busy = "import time\nwhile time.process_time() < 0.5: pass"
     _, before_s, _ = stack._cpu_s()
     subprocess.run([sys.executable, "-c", busy], check=True)

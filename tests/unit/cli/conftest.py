@@ -22,6 +22,11 @@ from cloudlm.client import Client
 KEY = "clm_live_test"
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before(restored_logging: None) -> None:
+    """Commands that compute here, such as ``models perplexity``, set up logging."""
+
+
 @dataclass
 class FakeControl:
     """``answers`` maps "METHOD /path" to JSON, a response, an error of the transport, or a

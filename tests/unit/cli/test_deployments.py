@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from cloudlm.cli import connect, deployments
-from cloudlm.cli.deployments import read_options, read_replicas, read_specs
+from cloudlm.cli.specs import read_options, read_replicas, read_specs
 from cloudlm.client.connection import Connection
 from cloudlm.core.errors import InvalidRequest, NotFound, Unavailable
 

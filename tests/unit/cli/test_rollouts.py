@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cloudlm.cli.deployments import read_strategy
+from cloudlm.cli.specs import read_strategy
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import InvalidRequest, Unavailable
 from cloudlm.core.rollout import Kind, Outcome, Revision, Step, Strategy

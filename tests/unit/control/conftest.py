@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from cloudlm.control.api.caller import Callers
+from cloudlm.control.api.services import Services
+from cloudlm.control.audit import Auditor
 from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.jobs import Jobs, Kind
@@ -239,3 +242,20 @@ async def plane_at(tmp_path):
     yield make
     for one in planes:
         await one.jobs.close()
+
+
+@pytest.fixture
+def services(plane, pepper):
+    """Everything behind the API of ``plane``; the auditor signs with a seed of ``s``."""
+    return Services(
+        state=plane.state,
+        registry=plane.registry,
+        drivers=plane.drivers,
+        reconciler=plane.reconciler,
+        jobs=plane.jobs,
+        metrics=plane.metrics,
+        pepper=pepper,
+        clock=plane.clock,
+        callers=Callers(plane.state, pepper, plane.clock),
+        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
+    )

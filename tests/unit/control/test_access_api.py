@@ -8,9 +8,6 @@ import httpx2
 import pytest
 
 from cloudlm.control.api.app import build_api
-from cloudlm.control.api.caller import Callers
-from cloudlm.control.api.services import Services
-from cloudlm.control.audit import Auditor
 from cloudlm.core.access import (
     CustomRole,
     Grant,
@@ -27,22 +24,6 @@ from cloudlm.security.keys import mint
 from cloudlm.security.matrix import ROWS, SHARED, Holder, Server, role_may
 
 IDS = {"acme": "p-acme", "other": "p-other"}
-
-
-@pytest.fixture
-def services(plane, pepper):
-    return Services(
-        state=plane.state,
-        registry=plane.registry,
-        drivers=plane.drivers,
-        reconciler=plane.reconciler,
-        jobs=plane.jobs,
-        metrics=plane.metrics,
-        pepper=pepper,
-        clock=plane.clock,
-        callers=Callers(plane.state, pepper, plane.clock),
-        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
-    )
 
 
 @pytest.fixture

@@ -11,10 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from cloudlm.control.api.app import build_api, build_app
-from cloudlm.control.api.caller import Callers
 from cloudlm.control.api.edge import MAX_BODY_BYTES
-from cloudlm.control.api.services import Services
-from cloudlm.control.audit import Auditor
 from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.first_key import ensure_admin_key
 from cloudlm.core.deployment import DeploymentPhase
@@ -29,20 +26,8 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", 
 
 
 @pytest.fixture
-def services(plane, pepper):
-    return Services(
-        state=plane.state,
-        registry=plane.registry,
-        drivers=plane.drivers,
-        reconciler=plane.reconciler,
-        jobs=plane.jobs,
-        metrics=plane.metrics,
-        pepper=pepper,
-        clock=plane.clock,
-        callers=Callers(plane.state, pepper, plane.clock),
-        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
-        memory=MemoryBudget(plane.registry, 2000 * 2**20),
-    )
+def services(services, plane):
+    return replace(services, memory=MemoryBudget(plane.registry, 2000 * 2**20))
 
 
 @pytest.fixture

@@ -6,31 +6,12 @@ import httpx2
 import pytest
 
 from cloudlm.control.api.app import build_api
-from cloudlm.control.api.caller import Callers
-from cloudlm.control.api.services import Services
-from cloudlm.control.audit import Auditor
 from cloudlm.control.first_key import ensure_admin_key
 from cloudlm.core.errors import StorageFailed
 from cloudlm.security.audit import Checker, public_key, read_checkpoint
 from cloudlm.security.keys import mint
 
 SEED = b"s" * 32
-
-
-@pytest.fixture
-def services(plane, pepper):
-    return Services(
-        state=plane.state,
-        registry=plane.registry,
-        drivers=plane.drivers,
-        reconciler=plane.reconciler,
-        jobs=plane.jobs,
-        metrics=plane.metrics,
-        pepper=pepper,
-        clock=plane.clock,
-        callers=Callers(plane.state, pepper, plane.clock),
-        auditor=Auditor(plane.state, plane.clock, SEED, plane.home / "checkpoints"),
-    )
 
 
 @pytest.fixture

@@ -5,15 +5,13 @@ Promise 25."""
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import httpx2
 import pytest
 from rolling_world import Killed, Kills, MortalState, mortal_driver
 
 from cloudlm.control.api.app import build_api
-from cloudlm.control.api.caller import Callers
-from cloudlm.control.api.services import Services
-from cloudlm.control.audit import Auditor
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.first_key import ensure_admin_key
 from cloudlm.control.jobs import Jobs
@@ -230,26 +228,14 @@ async def test_who_stands_by_gives_up_what_only_its_machine_knows(plane):
     assert not here.groups
 
 
-async def test_a_control_leads_follows_and_leads_again(plane):
+async def test_a_control_leads_follows_and_leads_again(plane, services):
     leadership = Leadership(plane.state, plane.clock, plane.metrics, "one", LASTS_S)
     observer = Observer(plane.drivers, plane.prober, plane.clock, 20.0)
     standby = Standby(plane.drivers, observer, plane.clock, 30.0)
     jobs = Jobs(plane.state, plane.clock, {}, alone=False)
     terms = Terms(leadership, plane.drivers, jobs, standby, 0.01, plane.reconciler_of)
     other = Leadership(plane.state, plane.clock, plane.metrics, "other", LASTS_S)
-    services = Services(
-        state=plane.state,
-        registry=plane.registry,
-        drivers=plane.drivers,
-        reconciler=terms,
-        jobs=jobs,
-        metrics=plane.metrics,
-        pepper=PEPPER,
-        clock=plane.clock,
-        callers=Callers(plane.state, PEPPER, plane.clock),
-        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
-        leadership=leadership,
-    )
+    services = replace(services, reconciler=terms, jobs=jobs, leadership=leadership)
     key = await ensure_admin_key(plane.state, PEPPER, plane.clock)
     headers = {"authorization": f"Bearer {key}"}
     transport = httpx2.ASGITransport(app=build_api(services))

@@ -10,8 +10,6 @@ from signing_issuer import CLIENT, ISSUER, NOW, SigningIssuer
 
 from cloudlm.control.api.app import build_api
 from cloudlm.control.api.caller import Callers
-from cloudlm.control.api.services import Services
-from cloudlm.control.audit import Auditor
 from cloudlm.control.people import People, open_people
 from cloudlm.core.access import Grant, Principal, PrincipalKind, Project, Tenant
 from cloudlm.core.errors import BadSetting
@@ -35,25 +33,14 @@ def signing() -> SigningIssuer:
 
 
 @pytest.fixture
-async def control(plane, pepper, signing):
+async def control(plane, pepper, services, signing):
     """A control API with sign-in; returns a way to ask it."""
     for fact in (Tenant("acme"), Project("acme", "default")):
         await plane.state.put_identity(fact)
     issuer = Issuer(expectation_of(OIDC), plane.clock, signing.fetch)
     people = People(issuer, read_rules(RULES, "rules"), plane.state, plane.clock)
-    services = Services(
-        state=plane.state,
-        registry=plane.registry,
-        drivers=plane.drivers,
-        reconciler=plane.reconciler,
-        jobs=plane.jobs,
-        metrics=plane.metrics,
-        pepper=pepper,
-        clock=plane.clock,
-        callers=Callers(plane.state, pepper, plane.clock, people),
-        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
-        oidc=OIDC,
-    )
+    callers = Callers(plane.state, pepper, plane.clock, people)
+    services = replace(services, callers=callers, oidc=OIDC)
     transport = httpx2.ASGITransport(app=build_api(services))
     async with httpx2.AsyncClient(transport=transport, base_url="http://control/api/v1") as client:
 

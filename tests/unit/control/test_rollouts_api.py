@@ -7,9 +7,6 @@ import pytest
 from rolling_world import STRATEGIES, Answers
 
 from cloudlm.control.api.app import build_api
-from cloudlm.control.api.caller import Callers
-from cloudlm.control.api.services import Services
-from cloudlm.control.audit import Auditor
 from cloudlm.control.first_key import ensure_admin_key
 from cloudlm.core.rollout import Kind, strategy_body
 from cloudlm.core.tenant import LedgerRow, Outcome, Role
@@ -17,22 +14,6 @@ from cloudlm.core.wire_rollout import revision_from_body, rollout_from_body
 from cloudlm.security.keys import mint
 
 AT = "/api/v1/deployments/bank"
-
-
-@pytest.fixture
-def services(plane, pepper):
-    return Services(
-        state=plane.state,
-        registry=plane.registry,
-        drivers=plane.drivers,
-        reconciler=plane.reconciler,
-        jobs=plane.jobs,
-        metrics=plane.metrics,
-        pepper=pepper,
-        clock=plane.clock,
-        callers=Callers(plane.state, pepper, plane.clock),
-        auditor=Auditor(plane.state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
-    )
 
 
 def client_of(services, key):

@@ -6,16 +6,13 @@ import httpx2
 import pytest
 
 from cloudlm.control.api.app import build_api
-from cloudlm.control.api.caller import Callers
-from cloudlm.control.api.services import Services
-from cloudlm.control.audit import Auditor
 from cloudlm.core.access import Project, Tenant
 from cloudlm.core.tenant import LedgerRow, Outcome
 from cloudlm.security.keys import mint
 
 
 @pytest.fixture
-async def ask(plane, pepper):
+async def ask(plane, pepper, services):
     state = plane.state
     rows = []
     for tenant in ("acme", "other"):
@@ -30,18 +27,6 @@ async def ask(plane, pepper):
                 )
             )  # fmt: skip
     await state.append_ledger(rows)
-    services = Services(
-        state=state,
-        registry=plane.registry,
-        drivers=plane.drivers,
-        reconciler=plane.reconciler,
-        jobs=plane.jobs,
-        metrics=plane.metrics,
-        pepper=pepper,
-        clock=plane.clock,
-        callers=Callers(state, pepper, plane.clock),
-        auditor=Auditor(state, plane.clock, b"s" * 32, plane.home / "checkpoints"),
-    )
 
     async def ask(role, scope, of, **query):
         made = mint("k", role, pepper, 0.0, scope=scope, tenant=of)

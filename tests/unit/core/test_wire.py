@@ -16,7 +16,6 @@ from cloudlm.core.deployment import (
     DeploymentPhase,
     DeploymentSpec,
     DeploymentStatus,
-    Endpoint,
     Replica,
     ReplicaState,
     Residence,
@@ -245,12 +244,8 @@ class TestAnswers:
         manifest = Manifest("starter", 3, files, "generate", "llama", "float32", 10, 256)
         entry = wire.ModelEntry("starter", (manifest,), {"champion": 3})
         assert wire.model_from_body(over_the_wire(wire.model_body(entry))) == entry
-        driver = wire.DriverEntry("process", "cloudlm", ("logs", "scale_to_zero"))
+        driver = wire.DriverEntry("process", "cloudlm", ("only_here", "replica_logs"))
         assert wire.driver_from_body(over_the_wire(wire.driver_body(driver))) == driver
-
-    def test_endpoints(self) -> None:
-        endpoint = Endpoint("bank", "bank-r1-0", "http://127.0.0.1:8100", 1, 0.5)
-        assert Endpoint(**over_the_wire(wire.endpoint_body(endpoint))) == endpoint
 
     def test_fields_of_a_newer_server_are_passed_over(self) -> None:
         body = wire.deployment_body(Deployment(SPEC), STATUS)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpx2Client
+from served_gateway import served as served_gateway
 
 from cloudlm.core.deployment import Endpoint
 from cloudlm.core.errors import BadSetting, UpstreamFailed
 from cloudlm.core.settings import GatewaySettings
-from cloudlm.gateway.app import Gateway, make_server
-from cloudlm.gateway.server import listen
+from cloudlm.gateway.app import Gateway
 from cloudlm.gateway.upstream import Upstream
 from cloudlm.security.authority import Authority, Purpose, ensure_self_signed
 from cloudlm.security.tls import Pair, server_context
@@ -27,19 +27,9 @@ from cloudlm.security.transport import replica_context
 from cloudlm.state.memory import MemoryState
 
 
-@contextlib.asynccontextmanager
-async def served(kit: Any, home: Path, **settings: Any) -> AsyncIterator[Any]:
-    async with kit.open_rig(home=home, **{"tls": "self-signed", **settings}) as rig:
-        bound = listen("127.0.0.1", 0)
-        server = make_server(rig.gateway)
-        rig.port, rig.server = bound.getsockname()[1], server
-        task = asyncio.create_task(server.run(bound))
-        try:
-            await kit.until(lambda: server.started)
-            yield rig
-        finally:
-            server.stop()
-            await asyncio.wait_for(task, 60)
+def served(kit: Any, home: Path, **settings: Any) -> Any:
+    """A gateway on TLS; its certificate lies in ``home``."""
+    return served_gateway(kit, home=home, **{"tls": "self-signed", **settings})
 
 
 def trusting(home: Path) -> ssl.SSLContext:

@@ -1,8 +1,6 @@
 """Logs: one JSON object per line, with the request id, and never a key."""
 
 import json
-import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,13 +9,7 @@ from cloudlm.core.tenant import Role
 from cloudlm.security.keys import mint
 from cloudlm.telemetry.logs import get_logger, request_id_var, setup_logging
 
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers, root.level = handlers, level
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 def test_an_event_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
-"""An installation for a benchmark: ``cloudlm up`` in a home of its own, on free ports.
+"""An installation for a benchmark or a test: ``cloudlm up`` in a home of its own, on free ports.
 
-Started and asked as a user would: by the command line and over HTTP.
+Started and asked as a user would: by the command line and over HTTP. Must not judge.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,26 +33,44 @@ class Stack:
 
     home: Path
     process: subprocess.Popen[bytes]
-    gateway: str
-    control: str
-    key: str
-    environment: Mapping[str, str]
+    facts: dict[str, Any]
+    environment: dict[str, str]
+    """What commands need to reach it; ``facts`` is what ``up --json`` said."""
+
+    @property
+    def gateway(self) -> str:
+        return str(self.facts["gateway_url"])
+
+    @property
+    def control(self) -> str:
+        return str(self.facts["control_url"])
+
+    @property
+    def key(self) -> str:
+        return str(self.facts["admin_key"])
 
     @property
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"}
 
-    def cli(self, *arguments: str, given: str | None = None) -> str:
-        """What a command prints. Raises BenchFailed with what it said if it fails."""
-        done = subprocess.run(
+    def command(
+        self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of the command line against this installation; ``input`` is what it is
+        given, nothing by default."""
+        return subprocess.run(
             [sys.executable, "-m", "cloudlm.cli.main", *arguments],
-            env=dict(self.environment),
-            input=given if given is not None else "",
+            env=env or self.environment,
             capture_output=True,
             text=True,
             timeout=150,
             check=False,
+            **{"input": "", **options},
         )
+
+    def cli(self, *arguments: str, given: str | None = None) -> str:
+        """What a command prints. Raises BenchFailed with what it said if it fails."""
+        done = self.command(*arguments, input=given or "")
         if done.returncode:
             raise BenchFailed(f"cloudlm {' '.join(arguments)}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -68,17 +86,6 @@ class Stack:
         with urllib.request.urlopen(asked, timeout=10) as answer:
             body = json.load(answer)
         return list((body.get("status") or {}).get("replicas", []))
-
-    def processes(self) -> dict[int, str]:
-        """Living processes of this installation: number to command line."""
-        needle = f"CLOUDLM_HOME={self.home}".encode()
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if needle in (folder / "environ").read_bytes().split(b"\0"):
-                    line = (folder / "cmdline").read_bytes()
-                    found[int(folder.name)] = line.replace(b"\0", b" ").decode()
-        return found
 
     @contextlib.contextmanager
     def others(self) -> Iterator[Callable[[], float]]:
@@ -96,47 +103,56 @@ class Stack:
         fields = [int(one) for one in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
         everybody = sum(fields[:3]) + sum(fields[5:8])  # all but idle and waiting for disks
         ours = 0
-        for pid in (*self.processes(), os.getpid()):
+        for pid in (*processes_of(self.home), os.getpid()):
             with contextlib.suppress(OSError):
                 times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 ours += sum(map(int, times[11:15]))  # utime, stime, cutime, cstime: proc(5)
         return everybody / _TICKS_PER_S, ours / _TICKS_PER_S, time.monotonic()
 
 
+def processes_of(home: Path) -> dict[int, str]:
+    """Living processes whose environment names this home: number to command line."""
+    needle = f"CLOUDLM_HOME={home}".encode()
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if needle in (folder / "environ").read_bytes().split(b"\0"):
+                line = (folder / "cmdline").read_bytes()
+                found[int(folder.name)] = line.replace(b"\0", b" ").decode()
+    return found
+
+
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[Stack]:
     """An installation in a temporary home, stopped at the end. Raises BenchFailed if it does not
     come up."""
+    before = dict(os.environ)
+    # A user's Python compiles a module once; with this every start here would do it anew.
+    before.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory(prefix="cloudlm-bench-") as folder:
-        stack = _start(Path(folder) / "home", arguments)
+        stack = begin(Path(folder) / "home", arguments, before)
         try:
             yield stack
         finally:
-            stack.process.send_signal(signal.SIGINT)
-            stack.process.wait(60)
-            if stack.process.stdout is not None:
-                stack.process.stdout.close()
+            end(stack)
 
 
-def _start(home: Path, arguments: tuple[str, ...]) -> Stack:
+def begin(home: Path, arguments: Sequence[str], before: Mapping[str, str] = os.environ) -> Stack:
+    """Run ``cloudlm up`` there, in the environment ``before`` and ours, and wait for what it says.
+    Raises BenchFailed with its log, which lies beside the home, if it ends instead."""
     environment = {
-        **os.environ,
+        **before,
         "CLOUDLM_HOME": str(home),
         "CLOUDLM_GATEWAY_PORT": "0",
         "CLOUDLM_CONTROL_PORT": "0",
         "CLOUDLM_ENGINE_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    # A user's Python compiles a module once; without this every start here would do it anew.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     up = [sys.executable, "-m", "cloudlm.cli.main", "up", "--json", *arguments]
-    with (home.parent / "up.log").open("wb") as errors:
+    log = home.parent / f"{home.name}-up.log"
+    with log.open("ab") as errors:
         process = subprocess.Popen(
-            up,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
+            up, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
         )
     assert process.stdout is not None
     lines: list[bytes] = []
@@ -145,16 +161,25 @@ def _start(home: Path, arguments: tuple[str, ...]) -> Stack:
         if line.startswith(b"}"):
             break
     else:
-        process.wait(60)
-        raise BenchFailed(f"cloudlm up did not start: {(home.parent / 'up.log').read_text()}")
+        code = process.wait(60)
+        raise BenchFailed(f"cloudlm up ended with {code}: {log.read_text()}")
     facts = json.loads(b"".join(lines))
     environment |= {
-        "CLOUDLM_API_KEY": facts["admin_key"],
+        "CLOUDLM_API_KEY": str(facts["admin_key"]),
         "CLOUDLM_CONTROL_URL": facts["control_url"],
         "CLOUDLM_GATEWAY_URL": facts["gateway_url"],
     }
-    gateway, control = facts["gateway_url"], facts["control_url"]
-    return Stack(home, process, gateway, control, facts["admin_key"], environment)
+    return Stack(home, process, facts, environment)
+
+
+def end(stack: Stack) -> int:
+    """Ctrl-C if it still runs, and wait; returns the exit code."""
+    if stack.process.poll() is None:
+        stack.process.send_signal(signal.SIGINT)
+    code = stack.process.wait(60)
+    if stack.process.stdout is not None:
+        stack.process.stdout.close()
+    return code
 
 
 def until(what: str, check: Callable[[], T], within_s: float = 90.0) -> T:
