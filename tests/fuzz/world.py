@@ -199,7 +199,8 @@ class World:
                 worker_token=None,
                 clock=self.clock,
             )
-        gateway.handler._rooms = replace(gateway.handler._rooms, fraction=random.random)
+        handler, errands = gateway.handler, gateway.handler.errands
+        handler._rooms = errands._rooms = replace(handler._rooms, fraction=random.random)
         self.clients.gateway = gateway
         self.story.lives += 1
         self._stop = asyncio.Event()
