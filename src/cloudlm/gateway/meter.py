@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Final
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import (
@@ -23,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from cloudlm.core.tenant import Outcome
 
-_SECONDS: Final = (
+_SECONDS = (
     0.005,
     0.01,
     0.025,
@@ -40,7 +39,7 @@ _SECONDS: Final = (
     120.0,
     300.0,
 )
-_LIMITS: Final = [*(str(limit) for limit in _SECONDS), "+Inf"]
+_LIMITS = [*(str(limit) for limit in _SECONDS), "+Inf"]
 NO_MODEL = ""
 
 
