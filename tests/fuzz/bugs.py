@@ -22,7 +22,7 @@ from cloudlm.core.tenant import Outcome
 from cloudlm.gateway import hedge, limiter, recall
 from cloudlm.gateway.account import Attempt
 from cloudlm.gateway.capacity import Capacities
-from cloudlm.gateway.chat import Handler
+from cloudlm.gateway.errands import Errands
 from cloudlm.gateway.exchange import unique
 from cloudlm.gateway.flight import Recorded
 from cloudlm.gateway.gate import Gate
@@ -104,7 +104,7 @@ def _any_revision(_: Any) -> Any:
 
 
 def _any_attempts(_: Any) -> Any:
-    def may(self: Handler, exchange: Any, call: Any, error: Any, tried: Any, budget: Any) -> bool:
+    def may(self: Errands, exchange: Any, call: Any, error: Any, tried: Any, budget: Any) -> bool:
         return may_help(error)
 
     return may
@@ -229,7 +229,7 @@ GATEWAY_BUGS: Mapping[str, Bug] = {
     "replayed rows get new ids": instead(Journal, "read", _new_ids),
     "open attempts of the dead forgotten": nothing(Journal, "_close_orphans"),
     "retries without a budget": nothing(RetryBudget, "take", True),
-    "retries without an end": instead(Handler, "_may_retry", _any_attempts),
+    "retries without an end": instead(Errands, "_may_retry", _any_attempts),
     "a cut stream counts as whole": instead(Relay, "_read", _end_is_an_end),
     "a broken stream ends without a word": instead(
         Relay, "_tell", lambda _: lambda self, error: setattr(self, "_told", True)

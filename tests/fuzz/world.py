@@ -202,7 +202,8 @@ class World:
                 clock=self.clock,
             )
         gateway.view._last_good_view_s = LAST_GOOD_VIEW_S
-        gateway.handler._rooms = replace(gateway.handler._rooms, fraction=random.random)
+        handler, errands = gateway.handler, gateway.handler.errands
+        handler._rooms = errands._rooms = replace(handler._rooms, fraction=random.random)
         self.clients.gateway = gateway
         self.story.lives += 1
         self._stop = asyncio.Event()

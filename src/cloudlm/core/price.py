@@ -32,8 +32,10 @@ class Price:
         """What these tokens cost, billionths; prompt tokens out of the cache cost less."""
         if self is FREE:
             return 0
-        cached = min(usage.cached_tokens, usage.prompt_tokens)
-        fresh = usage.prompt_tokens - cached
+        prompt, cached = usage.prompt_tokens, usage.cached_tokens
+        if cached > prompt:  # asked for every attempt: no call of min
+            cached = prompt
+        fresh = prompt - cached
         return (
             fresh * self.prompt + cached * self.cached + usage.completion_tokens * self.completion
         )
@@ -44,7 +46,7 @@ class Price:
 
     def most(self, prompt_tokens: int, completion_tokens: int) -> int:
         """The most that so many tokens can cost, whether cached or not."""
-        dearest = max(self.prompt, self.cached)
+        dearest = self.prompt if self.prompt > self.cached else self.cached
         return prompt_tokens * dearest + completion_tokens * self.completion
 
 

@@ -7,6 +7,7 @@ not send or choose.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from cloudlm.core.chat import Usage
 from cloudlm.core.clock import Clock
@@ -20,9 +21,10 @@ from cloudlm.gateway.ledger import Ledger
 from cloudlm.gateway.meter import NO_MODEL, Meter
 from cloudlm.gateway.upstream import ReplicaRefused
 
-_NOTHING = Usage()
-_FAILED, _FINISHED = Outcome.FAILED, Outcome.FINISHED
-_REPEATED = (Outcome.CACHED, Outcome.SEMANTIC)
+_NOTHING: Final = Usage()
+_FAILED: Final = Outcome.FAILED
+_FINISHED: Final = Outcome.FINISHED
+_REPEATED: Final = (Outcome.CACHED, Outcome.SEMANTIC)
 
 
 def status_of(error: CloudlmError) -> int:
@@ -171,6 +173,8 @@ class Attempt:
         )
 
     def _cost(self, outcome: Outcome, usage: Usage) -> int:
+        if usage is _NOTHING:
+            return 0
         price = self._exchange.price
         return price.again(usage) if outcome in _REPEATED else price.cost(usage)
 

@@ -25,7 +25,7 @@ from cloudlm.gateway import openapi
 from cloudlm.gateway.admission import Admission
 from cloudlm.gateway.bridge import Bridge
 from cloudlm.gateway.channel import Channel
-from cloudlm.gateway.chat import Handler, Rooms, refusal
+from cloudlm.gateway.chat import Handler
 from cloudlm.gateway.connection import Site
 from cloudlm.gateway.counters import Counters, LocalCounters
 from cloudlm.gateway.demand import DemandReporter
@@ -41,6 +41,8 @@ from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.meter import Meter
 from cloudlm.gateway.people import People
 from cloudlm.gateway.refusals import Refusals
+from cloudlm.gateway.replies import refusal
+from cloudlm.gateway.rooms import Rooms
 from cloudlm.gateway.sender import Sender
 from cloudlm.gateway.server import ACCEPTS_AT_ONCE, ACCEPTS_SHARED, GatewayServer
 from cloudlm.gateway.shedding import Shedding
@@ -317,7 +319,7 @@ class Gateway:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.handler.mirror.close()
+            await self.handler.errands.mirror.close()
             await self.demand.report()
             await self.refusals.flush()
             await self.ledger.close()

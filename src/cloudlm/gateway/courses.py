@@ -35,7 +35,7 @@ from cloudlm.gateway.upstream import ReplicaRefused
 from cloudlm.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
-    from cloudlm.gateway.chat import Rooms
+    from cloudlm.gateway.rooms import Rooms
 
 LARGE_BODY_BYTES = 256 * 1024
 _TOO_LONG = "maximum context length"

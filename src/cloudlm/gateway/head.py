@@ -9,9 +9,8 @@ whatever could be read in two ways is refused and the connection closed. Pure: n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from cloudlm.core.errors import (
@@ -23,10 +22,10 @@ from cloudlm.core.errors import (
     PayloadTooLarge,
 )
 
-MAX_HEAD_BYTES = 64 * 1024
-MAX_HEADERS = 128
-_USUAL_TARGET_BYTES = 100
-_SINGLE = frozenset(
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_HEADERS: Final = 128
+_USUAL_TARGET_BYTES: Final = 100
+_SINGLE: Final = frozenset(
     {
         "authorization",
         "content-length",
@@ -43,21 +42,23 @@ _COMMON = (
     "host origin traceparent transfer-encoding user-agent x-api-key x-request-id x-session-id"
 )
 # Making text of a header's name costs as much as all else that is done for the header.
-_NAMES = {
+_NAMES: Final = {
     form: name
     for name in _COMMON.split()
     for form in (name.encode(), name.title().encode(), name.title().replace("Id", "ID").encode())
 }
 
 
-@dataclass(slots=True)
 class Head:
     """The head of one request as it comes in. ``headers`` have lower-case names."""
 
-    target: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    size_bytes: int = 0
-    count: int = 0
+    __slots__ = ("count", "headers", "size_bytes", "target")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.headers: dict[str, str] = {}
+        self.size_bytes = 0
+        self.count = 0
 
     def add(self, name: bytes, value: bytes) -> None:
         """Take one header line. Raises HeadTooLarge and InvalidRequest."""

@@ -1,4 +1,5 @@
-"""Ledger rows on disk until the state has them: append-only JSON lines in small segments.
+"""Ledger rows on disk until the state has them: append-only JSON lines in small segments. A line is
+the row's fields in their order, in a list that begins with whether the attempt is *open*.
 
 A row is handed to the operating system as soon as its attempt ends, so that killing the process
 loses none; it is forced to the disk when the state is away and the row must wait. An attempt that
@@ -15,6 +16,7 @@ import os
 import secrets
 from collections import deque
 from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 
@@ -33,8 +35,21 @@ class _Line(msgspec.Struct):
     open: bool = False
 
 
-_decoder = msgspec.json.Decoder(_Line)
-_encoder = msgspec.json.Encoder()
+_FIELDS = LedgerRow.__struct_fields__
+_decoder = msgspec.json.Decoder(list[Any])
+_named_decoder = msgspec.json.Decoder(_Line)
+_encode: Final = msgspec.json.Encoder().encode
+_values: Final = msgspec.structs.astuple
+
+
+def _read(text: bytes) -> _Line:
+    """One line. An object with the row's fields by name is what earlier versions left. Raises
+    MsgspecError and UnicodeDecodeError for what is none, as what a crash broke off."""
+    if text.startswith(b"{"):
+        return _named_decoder.decode(text)
+    is_open, values = msgspec.convert(_decoder.decode(text), tuple[bool, list[Any]])
+    named = dict(zip(_FIELDS, values, strict=False))  # later versions may have more fields
+    return _Line(msgspec.convert(named, LedgerRow), is_open)
 
 
 class Journal:
@@ -115,7 +130,7 @@ class Journal:
 
     def append(self, row: LedgerRow, *, is_open: bool = False) -> bool:
         """Hand a row to the operating system; False if the disk does not take it."""
-        line = _encoder.encode(_Line(row, is_open)) + b"\n"
+        line = _encode((is_open, _values(row))) + b"\n"
         size = len(line)
         if self._active_bytes + self._waiting_bytes + size > self._max_waiting_bytes:
             return False
@@ -178,7 +193,7 @@ class Journal:
         for text in texts:
             if text:
                 try:
-                    lines.append(_decoder.decode(text))
+                    lines.append(_read(text))
                 except (msgspec.MsgspecError, UnicodeDecodeError):
                     fields = {"segment": segment.name, "size_bytes": len(text)}
                     _log.warning("ledger_line_unreadable", extra={"fields": fields})

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cloudlm.core.access import Limits, scope_of
 from cloudlm.core.clock import Clock
@@ -32,14 +32,15 @@ from cloudlm.security.access import Directory
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
 
-BYTES_PER_TOKEN = 4
-TEMPLATE_TOKENS = 256
+BYTES_PER_TOKEN: Final = 4
+TEMPLATE_TOKENS: Final = 256
 """What a chat template may add to a prompt beyond the bytes of the request."""
 _TEND_EVERY_S = LEASE_S / 3
 _LEDGER_EVERY_S = 60.0
 _LEDGER_TIMEOUT_S = 10.0
 _NO_LIMITS = Limits()
 _DAY_MARK = "|day "  # in no name and no id
+_THOUSANDTHS: Final = ["", *(f".{n:03d}".rstrip("0") for n in range(1, 1000))]
 _WORDS = {
     Kind.REQUESTS: "requests per minute",
     Kind.TOKENS: "tokens per minute",
@@ -292,7 +293,9 @@ def headers_of(verdict: Verdict) -> dict[str, str]:
     if tokens is not None:
         headers["x-ratelimit-limit-tokens"] = str(tokens.limit)
         headers["x-ratelimit-remaining-tokens"] = str(tokens.remaining)
-        headers["x-ratelimit-reset-tokens"] = span(tokens.reset_s)
+        same = requests is not None and requests.reset_s == tokens.reset_s
+        reset = headers["x-ratelimit-reset-requests"] if same else span(tokens.reset_s)
+        headers["x-ratelimit-reset-tokens"] = reset
     return headers
 
 
@@ -301,7 +304,6 @@ def span(seconds: float) -> str:
     milliseconds = max(round(seconds * 1000), 0)
     if milliseconds < 1000:
         return f"{milliseconds}ms"
-    if milliseconds < 60_000:
-        return f"{milliseconds / 1000:g}s"
-    minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes}m{rest / 1000:g}s"
+    rest = milliseconds % 60_000
+    seconds_text = str(rest // 1000) + _THOUSANDTHS[rest % 1000] + "s"
+    return seconds_text if rest == milliseconds else f"{milliseconds // 60_000}m{seconds_text}"

@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from cloudlm.gateway.verdicts import Bound, Kind, Lease, Quota, Refusal, Verdict
 
-WINDOW_S = 60.0
-SLICE_S = 5.0
-SLICES = int(WINDOW_S / SLICE_S) + 1
+WINDOW_S: Final = 60.0
+SLICE_S: Final = 5.0
+SLICES: Final[int] = int(WINDOW_S / SLICE_S) + 1
 LEASE_S = 30.0
-NANO = 1_000_000_000
+NANO: Final = 1_000_000_000
 
 
 class Window:

@@ -90,7 +90,9 @@ class Loads:
     def begin(self, replica: str, keys: Sequence[bytes] = (), now: float = 0.0) -> Turn:
         """Count a request sent to ``replica``; ``keys`` are its prompt's blocks. Returns what
         ``end`` is to be told."""
-        load = self._loads.setdefault(replica, ReplicaLoad())
+        load = self._loads.get(replica)
+        if load is None:
+            load = self._loads[replica] = ReplicaLoad()
         self._choices += 1
         known = blocks = 0
         if keys:

@@ -22,7 +22,23 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from cloudlm.core.tenant import Outcome
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_SECONDS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+)
 _LIMITS = [*(str(limit) for limit in _SECONDS), "+Inf"]
 NO_MODEL = ""
 
@@ -57,6 +73,7 @@ class _ModelNumbers:
         "attempts",
         "completion_tokens",
         "duration",
+        "ended",
         "fallbacks",
         "hedges",
         "mirrored",
@@ -80,7 +97,8 @@ class _ModelNumbers:
         self.not_mirrored = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        self.attempts: Counter[Outcome] = Counter()
+        self.attempts: dict[Outcome, int] = {}
+        self.ended: dict[int, dict[Outcome, int]] = {}  # requests, by status
 
 
 class Meter:
@@ -90,7 +108,6 @@ class Meter:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests: Counter[tuple[str, Outcome, int]] = Counter()
         self._models: defaultdict[str, _ModelNumbers] = defaultdict(_ModelNumbers)
         self._guarded: Counter[tuple[str, str, str, str]] = Counter()
         self.registry.register(self)
@@ -140,7 +157,7 @@ class Meter:
     ) -> None:
         """One attempt was accounted for."""
         numbers = self._models[model]
-        numbers.attempts[outcome] += 1
+        numbers.attempts[outcome] = numbers.attempts.get(outcome, 0) + 1
         numbers.prompt_tokens += prompt_tokens
         numbers.completion_tokens += completion_tokens
 
@@ -150,8 +167,12 @@ class Meter:
 
     def request_ended(self, model: str, outcome: Outcome, status: int, seconds: float) -> None:
         """One request has its answer; ``model`` is NO_MODEL unless it is deployed."""
-        self._requests[model, outcome, status] += 1
-        self._models[model].duration.observe(seconds)
+        numbers = self._models[model]
+        of_status = numbers.ended.get(status)
+        if of_status is None:
+            of_status = numbers.ended[status] = {}
+        of_status[outcome] = of_status.get(outcome, 0) + 1
+        numbers.duration.observe(seconds)
 
     def exposition(self) -> bytes:
         """All numbers in Prometheus' text format."""
@@ -221,8 +242,10 @@ class Meter:
             "Requests that ended; model is empty if it is not deployed here.",
             labels=["model", "outcome", "status"],
         )
-        for (model, outcome, status), count in self._requests.items():
-            family.add_metric([model, outcome.value, str(status)], count)
+        for model, numbers in self._models.items():
+            for status, outcomes in numbers.ended.items():
+                for outcome, count in outcomes.items():
+                    family.add_metric([model, outcome.value, str(status)], count)
         return family
 
     def _attempt_counts(self) -> Metric:
@@ -231,7 +254,7 @@ class Meter:
         )
         for model, numbers in self._models.items():
             for outcome in Outcome:
-                family.add_metric([model, outcome.value], numbers.attempts[outcome])
+                family.add_metric([model, outcome.value], numbers.attempts.get(outcome, 0))
         return family
 
     def _guarded_counts(self) -> Metric:

@@ -21,7 +21,7 @@ from cloudlm.gateway.upstream import Answer, ReplicaRefused
 from cloudlm.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
-    from cloudlm.gateway.chat import Rooms
+    from cloudlm.gateway.rooms import Rooms
 
 RESUMABLE = {RESUMABLE_HEADER: "1"}
 """What a replica is told, so that it says with every chunk what a resume would need."""

@@ -16,10 +16,12 @@ import msgspec
 
 from cloudlm.core.errors import CloudlmError, Overloaded
 from cloudlm.core.tenant import Outcome
-from cloudlm.gateway.chat import Handler, Rooms, refusal
+from cloudlm.gateway.chat import Handler
 from cloudlm.gateway.dialects import routes
 from cloudlm.gateway.dialects.openai import Operation
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.replies import refusal
+from cloudlm.gateway.rooms import Rooms
 from cloudlm.gateway.view import Snapshot
 from cloudlm.telemetry.damping import Damper
 from cloudlm.telemetry.logs import get_logger
@@ -43,7 +45,7 @@ class Shedding:
     def __init__(self, rooms: Rooms, handler: Handler) -> None:
         self._rooms = rooms
         self._clock = rooms.clock
-        self._known = handler.known
+        self._known = handler.entrance.known
         self._recall = handler.recall
         self._damper = Damper()
 
@@ -57,7 +59,7 @@ class Shedding:
             view = rooms.view.snapshot()
         except CloudlmError:
             return None
-        key = self._known.find(request.headers, view, self._clock.now())
+        key = self._known(request.headers, view, self._clock.now())
         if key is None:
             return None
         name = _model_of(request.body)

@@ -1,13 +1,14 @@
 """The words of limits: what a request asks for and what it is told. They also travel between the
 processes of one gateway, so this module stays out of ``compiled``: compiled classes do not tell
-their fields' types. Plain data.
+their fields' types. Plain data; what is made for each request is a struct, which is made in C.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+
+import msgspec
 
 from cloudlm.core.access import Limits
 
@@ -29,7 +30,7 @@ class Bound:
     limits: Limits
 
 
-class Lease(NamedTuple):
+class Lease(msgspec.Struct, frozen=True, array_like=True):
     """What one request holds of several scopes. ``slice`` and ``month`` say when it was counted;
     ``spend`` is in billionths of the currency."""
 
@@ -41,7 +42,7 @@ class Lease(NamedTuple):
     month: int
 
 
-class Quota(NamedTuple):
+class Quota(msgspec.Struct, frozen=True, array_like=True):
     """One limit as clients are told of it; ``reset_s`` is when all of it is there again."""
 
     limit: int
@@ -60,7 +61,7 @@ class Refusal:
     retry_after_s: float | None
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
     """A lease or a refusal, and the tightest limit of each kind after it."""
 
     lease: Lease | None

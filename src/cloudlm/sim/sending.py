@@ -1,8 +1,8 @@
 """Sending in virtual time: a request goes to one replica after the other until it has its answer.
 
-choose → send → first token → end, with retries, resumes and the ledger's rows, as ``gateway.chat``
-and ``gateway.resume`` have it over HTTP; what differs is who carries the bytes. Every request is
-taken for a stream. Must not decide: ``router``, ``split`` and ``retry`` do.
+choose → send → first token → end, with retries, resumes and the ledger's rows, as
+``gateway.errands`` and ``gateway.resume`` have it over HTTP; what differs is who carries the bytes.
+Every request is taken for a stream. Must not decide: ``router``, ``split`` and ``retry`` do.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_type_hints
 
 import sqlalchemy as sa
 
@@ -34,7 +34,7 @@ from cloudlm.state.documents import (
     load_rollout,
     load_spec,
 )
-from cloudlm.state.tables import storable
+from cloudlm.state.tables import is_storable, storable
 
 Values = dict[str, Any]
 DatabaseRow = sa.Row[Any]
@@ -196,15 +196,18 @@ def job_of(row: DatabaseRow) -> Job:
 LEDGER_COLUMNS = LedgerRow.__struct_fields__
 _OUTCOME = LEDGER_COLUMNS.index("outcome")
 _read = attrgetter(*LEDGER_COLUMNS)
+_read_texts = attrgetter(
+    *(name for name, kind in get_type_hints(LedgerRow).items() if kind in (str, Outcome))
+)
 
 
 def ledger_values(row: LedgerRow) -> list[Any]:
     """In the order of LEDGER_COLUMNS."""
     values = list(_read(row))
-    values[_OUTCOME] = row.outcome.value
+    values[_OUTCOME] = row.outcome._value_  # the same as ``value``, slow until Python 3.12
     # One look at all of them: a row is written for each attempt, and few have anything to escape.
-    whole = "".join([value for value in values if type(value) is str])
-    if storable(whole) != whole:
+    whole = "".join(_read_texts(row))
+    if not is_storable(whole):
         values = [storable(value) if type(value) is str else value for value in values]
     return values
 

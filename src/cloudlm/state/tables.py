@@ -39,6 +39,13 @@ class ExactText(sa.types.TypeDecorator[str]):
         return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), value)
 
 
+def is_storable(value: str) -> bool:
+    """Whether ``storable`` leaves it as it is; at a look where it is plain."""
+    if value.isascii():
+        return "\\" not in value and "\0" not in value
+    return _UNSTORABLE.search(value) is None
+
+
 def storable(value: str) -> str:
     """``value`` with what no database stores written as an escape."""
     return _UNSTORABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)

@@ -149,7 +149,7 @@ async def test_the_measure_sees_what_grows(kit: Any) -> None:
         before = holdings(rig.gateway)
         assert len(before) > 20
         for number in range(9):
-            rig.gateway.handler._budgets[f"m{number}"] = None
+            rig.gateway.handler.errands._budgets[f"m{number}"] = None
             rig.gateway.loads.begin(f"replica{number}")
         after = holdings(rig.gateway)
         grown = {where for where, size in after.items() if size > before.get(where, 0) + 4}

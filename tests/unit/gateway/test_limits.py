@@ -302,6 +302,20 @@ def test_span(seconds: float, text: str):
     assert span(seconds) == text
 
 
+@given(st.floats(0, 7200))
+def test_span_says_milliseconds_and_no_more(seconds: float):
+    text, minutes = span(seconds), 0.0
+    if text.endswith("ms"):
+        told = float(text[:-2]) / 1000
+    else:
+        whole, mark, rest = text[:-1].rpartition("m")
+        minutes = float(whole) if mark else 0.0
+        assert str(float(rest)).removesuffix(".0") == rest
+        told = minutes * 60 + float(rest)
+        assert told >= 1 and float(rest) < 60
+    assert told == pytest.approx(round(seconds * 1000) / 1000, abs=1e-9)
+
+
 # In the gateway ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from cloudlm.core.chat import Usage
 from cloudlm.core.errors import InvalidRequest, RequestCancelled, Unavailable
 from cloudlm.gateway.dialects import openai
 from cloudlm.gateway.dialects.openai import Call, Operation
-from cloudlm.gateway.exchange import header_safe, request_id
+from cloudlm.gateway.exchange import header_safe, request_id, unique
 from cloudlm.gateway.interrupt import Interrupt
 from cloudlm.gateway.upstream import retry_after
 
@@ -184,3 +185,29 @@ def test_floods_of_little_containers_are_refused_before_they_are_decoded() -> No
     text = '["' * 40_000 + "{\\" * 40_000  # in a text they are only characters
     raw = msgspec.json.encode({"model": "m", "prompt": text})
     assert msgspec.json.decode(parse(Operation.COMPLETION, raw).body)["prompt"] == text
+
+
+def test_no_id_is_given_twice() -> None:
+    given = {unique() for _ in range(2000)}
+    assert len(given) == 2000
+    assert all(len(one) == 24 and int(one, 16) >= 0 for one in given)
+
+
+def test_a_forked_process_gives_other_ids() -> None:
+    unique()  # there are some in stock now
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, unique().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 24).decode() != unique()
+    os.close(read)
+    os.close(write)
+
+
+def test_an_answer_goes_on_as_it_came_unless_it_names_another_model() -> None:
+    call = Call(Operation.CHAT, "ours", b"{}")
+    same, other, none = b'{"model": "ours", "x": 1.0}', b'{"model":"theirs"}', b'{ "x":2 }'
+    for raw, said in ((same, same), (other, b'{"model":"ours"}'), (none, none)):
+        assert openai.whole(call, msgspec.json.decode(raw), raw) == said

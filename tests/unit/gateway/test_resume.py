@@ -32,7 +32,7 @@ async def test_cut_anywhere(kit: Any) -> None:
         assert b"cloudlm_resume" not in whole
         asked: dict[str, int] = {}
         for cut in range(5, 2600, 73):
-            rig.gateway.handler._budgets.clear()  # cuts before the content are retries
+            rig.gateway.handler.errands._budgets.clear()  # cuts before the content are retries
             rig.replicas[0].plans.append(kit.Plan(**NOTES, cut_byte=cut))
             rig.gateway.loads.begin(rig.replicas[1].name)  # so that the first is chosen
             response = await rig.gateway.handler.handle(rig.request(kit.chat_body(**ASK)))

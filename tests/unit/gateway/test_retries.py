@@ -37,9 +37,9 @@ class HeldClock:
 
 def held(rig: Any) -> HeldClock:
     """The clock that the rig's handler has from now on."""
-    handler = rig.gateway.handler
-    clock = HeldClock(handler._rooms.clock)
-    handler._rooms = replace(handler._rooms, clock=clock)
+    errands = rig.gateway.handler.errands
+    clock = HeldClock(errands._rooms.clock)
+    errands._rooms = replace(errands._rooms, clock=clock)
     return clock
 
 

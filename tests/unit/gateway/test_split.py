@@ -169,7 +169,7 @@ async def test_a_canary_that_fails_costs_no_client_an_answer(kit: Any) -> None:
 async def test_a_hedge_stays_with_its_revision(kit: Any) -> None:
     async with kit.open_rig(2) as rig:
         await split(rig, kit, 0.5, hedge_after_s=0.05)
-        rig.gateway.handler._hedges.clear()
+        rig.gateway.handler.errands._hedges.clear()
         for replica in rig.replicas:
             replica.default = kit.Plan(pause_s=0.15)
         results = await asyncio.gather(*(rig.ask(kit.chat_body()) for _ in range(24)))
@@ -205,7 +205,7 @@ async def test_a_stream_goes_on_with_the_revision_that_was_replaced(kit: Any) ->
 
 
 async def copied(rig: Any, kit: Any) -> None:
-    await kit.until(lambda: not rig.gateway.handler.mirror._copies)
+    await kit.until(lambda: not rig.gateway.handler.errands.mirror._copies)
 
 
 async def test_a_copy_is_sent_afterwards_and_nobody_pays(kit: Any) -> None:
@@ -284,10 +284,10 @@ async def test_copies_are_bounded_and_cut_off_at_the_end(kit: Any) -> None:
         shadow.default = kit.Plan(kind="silence")
         for _ in range(12):
             assert (await rig.ask(kit.chat_body())).status == 200
-        assert len(rig.gateway.handler.mirror._copies) == 8
+        assert len(rig.gateway.handler.errands.mirror._copies) == 8
         text = await rig.gateway.exposition()
         assert b'cloudlm_gateway_mirrored_total{left_out="true",model="tiny"} 4.0' in text
-        await rig.gateway.handler.mirror.close()
+        await rig.gateway.handler.errands.mirror.close()
         rows = [row for row in await rig.rows() if row.key_id == "@mirror"]
         assert [row.outcome for row in rows] == ["cancelled"] * 8
         rig.assert_nothing_open()

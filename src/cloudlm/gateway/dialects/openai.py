@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -38,11 +38,11 @@ from cloudlm.gateway.view import ServedModel
 DONE_DATA = b"[DONE]"
 DONE_EVENT = event(DONE_DATA)
 OWNER = "cloudlm"
-_encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder()
+_encoder: Final = msgspec.json.Encoder()
+_decoder: Final = msgspec.json.Decoder()
 
 
-DIALECT = Dialect("OpenAI", lambda error: error.body())
+DIALECT: Dialect = Dialect("OpenAI", lambda error: error.body())
 
 
 class Operation(StrEnum):
@@ -56,11 +56,11 @@ class Operation(StrEnum):
     MODERATION = "/v1/moderations"
 
 
-_WRITTEN = (Operation.CHAT, Operation.COMPLETION)
-_CHAT = Operation.CHAT
+_WRITTEN: Final = (Operation.CHAT, Operation.COMPLETION)
+_CHAT: Final = Operation.CHAT
 
 
-@dataclass(slots=True)  # never changed; making frozen ones takes four times as long
+@dataclass(slots=True, init=False)  # never changed; making frozen ones takes four times as long
 class Call:
     """One validated request for a replica. ``body`` is what is sent there. ``translate`` makes what
     says the answer of the model of that name in another dialect than OpenAI's, or what a guardrail
@@ -69,14 +69,40 @@ class Call:
     operation: Operation
     model: str
     body: bytes
-    stream: bool = False
-    include_usage: bool = False
-    continuous_usage: bool = False
-    max_tokens: int = 0  # of one answer; 0 if the request does not say
-    choices: int = 1
-    translate: Callable[[str], Rendering] | None = None
-    policy: str = ""  # what tells apart the guardrails that looked at it
-    private: bool = False  # its answer is nobody else's, and not its own asker's again
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    max_tokens: int  # of one answer; 0 if the request does not say
+    choices: int
+    translate: Callable[[str], Rendering] | None
+    policy: str  # what tells apart the guardrails that looked at it
+    private: bool  # its answer is nobody else's, and not its own asker's again
+
+    def __init__(  # written out because one that ``dataclass`` makes is not compiled
+        self,
+        operation: Operation,
+        model: str,
+        body: bytes,
+        stream: bool = False,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+        max_tokens: int = 0,
+        choices: int = 1,
+        translate: Callable[[str], Rendering] | None = None,
+        policy: str = "",
+        private: bool = False,
+    ) -> None:
+        self.operation = operation
+        self.model = model
+        self.body = body
+        self.stream = stream
+        self.include_usage = include_usage
+        self.continuous_usage = continuous_usage
+        self.max_tokens = max_tokens
+        self.choices = choices
+        self.translate = translate
+        self.policy = policy
+        self.private = private
 
     @property
     def path(self) -> str:
@@ -303,6 +329,14 @@ def shape_answer(body: dict[str, Any], call: Call) -> bytes:
     if "model" in body:
         body["model"] = call.model
     return _encoder.encode(body)
+
+
+def whole(call: Call, body: dict[str, Any], raw: bytes) -> bytes:
+    """A whole answer for this client. ``raw`` is the text that ``body`` was read from, and goes on
+    as it came where nothing in it is to be changed."""
+    if call.translate is None and body.get("model", call.model) == call.model:
+        return raw
+    return rendering(call).whole(body)
 
 
 class OpenAIRendering:
