@@ -25,7 +25,7 @@ RETRY_INTERVAL_S = 1.0
 WRITE_TIMEOUT_S = 5.0
 MAX_ROWS_IN_MEMORY = 10_000
 NOTE_INTERVAL_S = 1.0
-_BATCH_ROWS = 500
+_BATCH_ROWS = 4096  # every step of a write waits for its turn beside requests: the fewer the better
 _LARGE_SEGMENT_BYTES = 1024 * 1024
 
 _log = get_logger(__name__)

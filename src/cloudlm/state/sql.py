@@ -6,6 +6,7 @@ reads, writes and counts ``version`` in the same transaction.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
@@ -41,7 +42,8 @@ from cloudlm.state.sql_leases import holding
 from cloudlm.state.sql_releases import SqlReleases
 from cloudlm.state.sql_usage import usage_of, usage_statement
 
-_LEDGER_BATCH = 256
+_LEDGER_BATCH = 1024
+_LEDGER_SLICE = 64
 
 
 @lru_cache(64)
@@ -251,7 +253,13 @@ class SqlState(SqlReleases):
         for row in rows:
             first.setdefault(row.id, row)
         # In one order, so that two gateways cannot wait for each other.
-        values = [as_rows.ledger_values(first[row_id]) for row_id in sorted(first)]
+        order = sorted(first)
+        values: list[list[Any]] = []
+        for begin in range(0, len(order), _LEDGER_SLICE):
+            values += [
+                as_rows.ledger_values(first[i]) for i in order[begin : begin + _LEDGER_SLICE]
+            ]
+            await asyncio.sleep(0)  # many rows must not hold up who waits for an answer
         if not values:
             return
         mark = "?" if self._database.dialect == "sqlite" else "%s"
