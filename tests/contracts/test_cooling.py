@@ -91,3 +91,24 @@ async def test_redis_goes_and_comes_back(redis_server: RedisServer) -> None:
 async def test_an_address_that_is_none_is_named() -> None:
     with pytest.raises(BadSetting, match=r"gateway\.limits_url"):
         RedisCooling("nowhere", "one", lambda *_: None, SystemClock())
+
+
+class _Deaf:
+    """A connection over which nothing comes any more, though nobody closed it."""
+
+    pings = 0
+
+    async def get_message(self, timeout: float) -> None:
+        return None
+
+    async def ping(self) -> None:
+        self.pings += 1
+
+
+async def test_a_ping_that_nobody_answers_ends_the_connection() -> None:
+    cooling = RedisCooling("redis://localhost:1", "one", lambda *_: None, SystemClock())
+    line = _Deaf()
+    await cooling._next(line)
+    with pytest.raises(ConnectionError):
+        await cooling._next(line)
+    assert line.pings == 1

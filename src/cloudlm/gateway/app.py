@@ -184,7 +184,7 @@ class Gateway:
             people=None if issuer is None else People(issuer, self.view),
         )
         self.handler = Handler(rooms)
-        self.shedding = Shedding(rooms, self.handler)
+        self.shedding = Shedding(rooms, self.handler.entrance, self.handler.recall)
         self.stopping = False
         self.meter.watch(
             "cloudlm_gateway_cache_bytes",

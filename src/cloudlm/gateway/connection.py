@@ -270,9 +270,13 @@ class Connection(asyncio.Protocol):
 
     def _turned_away(self, turn: Turn) -> bool:
         """Answer at once, without a task, whoever is turned away; whether that was so."""
-        if self._site.closing:
+        if self._site.closing or self._writable is not None:  # who does not read has to wait
             return False
-        response = self._site.turn_away(turn.request)
+        try:
+            response = self._site.turn_away(turn.request)
+        except Exception:  # here the parser would take it for a fault of the request
+            _log.exception("door_failed", extra={"fields": {"path": turn.request.path}})
+            return False
         if response is None:
             return False
         self._write_whole(response, turn)
@@ -292,6 +296,8 @@ class Connection(asyncio.Protocol):
                     accepted = turn.request.headers.get("accept-encoding", "")
                     response = await compressed(response, accepted, self._site.compress_min_bytes)
                 self._write_whole(response, turn)
+                if self._writable is not None:
+                    await self._writable
             else:
                 await self._write_stream(response, response.body, turn)
         except Exception:

@@ -16,14 +16,18 @@ import msgspec
 
 from cloudlm.core.clock import Clock
 from cloudlm.gateway.redis_client import connect
+from cloudlm.telemetry.damping import Damper
+from cloudlm.telemetry.logs import get_logger
 
 TIMEOUT_S = 1.0
 RETRY_S = 1.0
 QUIET_S = 30.0
 """After so much silence the connection is asked whether it still is one."""
-LONGEST_S = 3600.0
+LONGEST_S = 60.0
 """No longer than this is a replica left alone because another gateway said so."""
 _MOST_WAITING = 1000
+
+_log = get_logger(__name__)
 
 
 class _Cool(msgspec.Struct, array_like=True):
@@ -48,6 +52,8 @@ class RedisCooling:
         self._clock = clock
         self._waiting: dict[str, float] = {}
         self._wake = asyncio.Event()
+        self._asked = False  # whether the connection still is one
+        self._damper = Damper()
         self.listens = False
 
     def tell(self, replica: str, wait_s: float) -> None:
@@ -67,8 +73,6 @@ class RedisCooling:
             await self._hears.aclose()
 
     async def _say(self) -> None:
-        from redis.exceptions import RedisError
-
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -80,29 +84,40 @@ class RedisCooling:
                         told = msgspec.json.encode(_Cool(replica, wait_s))
                         pipeline.publish(self._channel, told)
                     await pipeline.execute()
-            except (RedisError, OSError):  # OSError holds TimeoutError
+            except Exception as error:  # whatever it is, the next may be told again
+                self._away(error)
                 await self._clock.sleep(RETRY_S)  # what is late would hold too long
 
     async def _listen(self) -> None:
-        from redis.exceptions import RedisError
-
         while True:
             try:
-                async with self._hears.pubsub(ignore_subscribe_messages=True) as line:
+                async with self._hears.pubsub() as line:
                     await line.subscribe(self._channel)
+                    self._asked = False
                     while True:
                         await self._next(line)
-            except (RedisError, OSError):
+            except Exception as error:
                 self.listens = False
+                self._away(error)
             await self._clock.sleep(RETRY_S)
 
     async def _next(self, line: Any) -> None:
         message = await line.get_message(timeout=QUIET_S)
-        self.listens = True  # the first answer is that to the subscription
         if message is None:
+            if self._asked:
+                raise ConnectionError("Redis did not answer a ping")
+            self._asked = True
             await line.ping()
-        elif message["type"] == "message":
+            return
+        self.listens, self._asked = True, False  # the first answer is that to the subscription
+        if message["type"] == "message":
             self._take(message["data"])
+
+    def _away(self, error: Exception) -> None:
+        count = self._damper.take(type(error), self._clock.monotonic())
+        if count is not None:
+            fields = {"reason": repr(error), "count": count}
+            _log.warning("cooling_not_shared", extra={"fields": fields})
 
     def _take(self, data: bytes) -> None:
         """Redis may hold what is not ours: nonsense is nobody's wish."""

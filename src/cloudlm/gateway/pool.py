@@ -192,7 +192,8 @@ class Line(asyncio.Protocol):
 
     def _unframed(self, data: bytes) -> bytes:
         """Take whole chunks in the plain form out of the front of ``data``, while the parser
-        stands between two chunks, where it need not see them; the rest, which it must see."""
+        stands between two chunks, where it need not see them; the rest, which it must see. They
+        are not counted as held: a sink takes them at once."""
         size_line = _SIZE_LINES[len(data)] if len(data) < _MAX_KNOWN else b""
         begin = len(size_line)
         if begin and data[:begin] == size_line and data[-2:] == b"\r\n":

@@ -16,10 +16,11 @@ import msgspec
 
 from cloudlm.core.errors import CloudlmError, Overloaded
 from cloudlm.core.tenant import Outcome
-from cloudlm.gateway.chat import Handler
 from cloudlm.gateway.dialects import routes
 from cloudlm.gateway.dialects.openai import Operation
+from cloudlm.gateway.entrance import Entrance
 from cloudlm.gateway.exchange import GatewayRequest, GatewayResponse, header_safe, request_id
+from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.replies import refusal
 from cloudlm.gateway.rooms import Rooms
 from cloudlm.gateway.view import Snapshot
@@ -28,8 +29,9 @@ from cloudlm.telemetry.logs import get_logger
 
 MOST_READ_BYTES = 1024 * 1024
 """Larger bodies go the whole way: looking for the model's name must not hold up others."""
-_PATHS = frozenset({*(one.value for one in Operation), "/v1/responses", "/v1/messages"})
-"""Where the body's ``model`` is the model."""
+_OTHERS = ("/v1/responses", "/v1/messages")
+_PATHS = frozenset({*(one.value for one in Operation), *_OTHERS} - {Operation.MODERATION.value})
+"""Where the body's ``model`` is the model: a moderation's may be one of the gateway itself."""
 
 _log = get_logger(__name__)
 
@@ -40,13 +42,13 @@ _decoder = msgspec.json.Decoder(_Named)
 
 
 class Shedding:
-    """Stands at the door of ``handler``, and works with the same ``rooms``."""
+    """Stands at the door of the handler, and works with the same ``rooms``."""
 
-    def __init__(self, rooms: Rooms, handler: Handler) -> None:
+    def __init__(self, rooms: Rooms, entrance: Entrance, recall: Recall) -> None:
         self._rooms = rooms
         self._clock = rooms.clock
-        self._known = handler.entrance.known
-        self._recall = handler.recall
+        self._known = entrance.known
+        self._recall = recall
         self._damper = Damper()
 
     def refuse(self, request: GatewayRequest) -> GatewayResponse | None:

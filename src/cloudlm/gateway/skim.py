@@ -16,7 +16,8 @@ from cloudlm.gateway.forms import Form, learn
 from cloudlm.gateway.progress import Progress
 
 _END = b"\n\n"
-_MAX_LESSONS = 4  # a stream that has not one form by then has none
+_MAX_LESSONS = 6  # a stream that has not one form by then has none
+_MISFITS = 3  # so many texts read in a row: the stream has another form now
 _MAX_NOTES = 128
 Counts = tuple[dict[str, Any] | None, bytes, int]
 
@@ -30,7 +31,7 @@ class Skimmer:
         self._shape = shape
         self._form: Form | None = None
         self._fits = False
-        self._lessons = 0
+        self._lessons = self._misfits = 0
         self._stated: dict[str, Any] | None = None
         self._tokens = b""  # stated since then, as they were written
         self.pieces = 0
@@ -47,7 +48,7 @@ class Skimmer:
         done = form.take(events, out)
         if not done:
             return piece
-        self._fits = True
+        self._fits, self._misfits = True, 0
         self.pieces += form.texts
         form.texts = 0
         if form.says_usage:
@@ -63,9 +64,12 @@ class Skimmer:
             self._stated, self._tokens = usage, b""
         if openai.has_content(chunk):
             self.pieces += 1
+            self._misfits += 1
+            if self._misfits >= _MISFITS:
+                self._fits = False
             if self._shape is not None and not self._fits and self._lessons < _MAX_LESSONS:
                 self._lessons += 1
-                self._form = learn(data, self._shape)
+                self._form = learn(data, self._shape) or self._form
 
     def settle(self) -> None:
         """The progress must know of all that was passed on: before it takes a chunk that was read,
@@ -78,7 +82,8 @@ class Skimmer:
     def forget(self) -> None:
         """Another replica goes on, perhaps in another form."""
         self.settle()
-        self._form, self._fits, self._lessons = None, False, 0
+        self._form, self._fits = None, False
+        self._lessons = self._misfits = 0
 
     def counts(self) -> Counts:
         """What was counted so far, for ``usage_of``."""

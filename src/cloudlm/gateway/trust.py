@@ -10,9 +10,11 @@ from cloudlm.gateway.account import Exchange
 from cloudlm.gateway.loads import Loads
 from cloudlm.gateway.upstream import Declined, ReplicaRefused, Unreachable
 
+_ASKS_FOR_TIME = (429, 503)
+
 
 class Trust:
-    """``cooled`` is told which replica asked to be left alone, and for how many seconds."""
+    """``cooled`` is told which replica asked all to leave it alone, and for how many seconds."""
 
     def __init__(self, loads: Loads, clock: Clock, cooled: Callable[[str, float], None]) -> None:
         self._loads = loads
@@ -26,7 +28,8 @@ class Trust:
         if isinstance(error, ReplicaRefused):
             if error.retry_after_s:
                 self._loads.cool(replica, now + error.retry_after_s)
-                self._cooled(replica, error.retry_after_s)
+                if error.answered_status in _ASKS_FOR_TIME:
+                    self._cooled(replica, error.retry_after_s)
             elif error.answered_status >= 500 and error.elsewhere:
                 self._loads.failed(replica, now)
         elif error.retry is Retry.ELSEWHERE and not isinstance(error, Declined):

@@ -157,6 +157,76 @@ async def test_others_go_the_whole_way(kit: Any, monkeypatch: pytest.MonkeyPatch
         assert len(seen) == len(asked) + 1
 
 
+@pytest.mark.promise(22)
+async def test_who_may_not_is_told_nothing_at_the_door(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known keys that were revoked, have expired, or have no right to the model (any more)."""
+    async with served(kit, **FULL) as rig:
+        holder = Principal("p", "p", PrincipalKind.SERVICE, "t", grants=(Grant("user", "t"),))
+        for fact in (Tenant("t"), Project("t", "default"), holder):
+            await rig.state.put_identity(fact)
+        made = {}
+        for name in ("revoked", "stranger"):
+            models = ("another",) if name == "stranger" else ()
+            made[name] = mint(
+                name, Role.USER, kit.PEPPER, 1.0, tenant="t", principal="p", models=models
+            )
+            await rig.state.put_key(made[name].record)
+        async with Crowd(rig, kit):
+            seen = handled(rig, monkeypatch)
+            asked = {
+                name: wire(rig, kit.chat_body(), authorization=f"Bearer {one.text}")
+                for name, one in made.items()
+            }
+            for request in asked.values():
+                await talk(rig, request)  # known now
+            await rig.state.revoke_key(made["revoked"].record.id, now=2.0)
+            await rig.gateway.view.reread()
+            seen.clear()
+            for name, status in (("revoked", 401), ("stranger", 404)):
+                answered, headers, _ = await talk(rig, asked[name])
+                assert answered == status
+                assert "x-cloudlm-model" not in headers
+            assert len(seen) == 2
+
+
+async def test_a_moderation_is_not_taken_for_the_model_that_it_names(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(kit, **FULL) as rig, Crowd(rig, kit):
+        seen = handled(rig, monkeypatch)
+        await talk(rig, wire(rig, {"model": kit.MODEL, "input": "x"}, path="/v1/moderations"))
+        assert len(seen) == 1
+
+
+async def test_a_fault_of_the_door_is_not_the_clients(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(kit, **FULL) as rig, Crowd(rig, kit):
+        monkeypatch.setattr(rig.gateway.gate, "turned_away", lambda *_: {}["no such thing"])
+        seen = handled(rig, monkeypatch)
+        assert (await talk(rig, wire(rig, kit.chat_body())))[0] == 503
+        assert len(seen) == 1
+
+
+async def test_who_does_not_read_is_not_answered_at_the_door(
+    kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(kit, **FULL) as rig, Crowd(rig, kit):
+        seen = handled(rig, monkeypatch)
+        reader, writer = await connect(rig)
+        writer.write(wire(rig, kit.chat_body()))
+        assert b"503" in await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
+        assert seen == []
+        (mine,) = (one for one in rig.server._site.connections if one._turn is None)
+        mine.pause_writing()
+        writer.write(wire(rig, kit.chat_body()))
+        await kit.until(lambda: len(seen) == 1)
+        mine.resume_writing()
+        await close(writer)
+
+
 async def test_who_goes_first_is_not_turned_away(kit: Any) -> None:
     """Another tenant's first request takes the place of a later one of who floods the line."""
     async with served(kit, **LONG, max_queued_requests=2) as rig:

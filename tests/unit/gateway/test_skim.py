@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
 
 import httptools
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,6 +107,10 @@ class _Scripted:
     async def piece(self, timeout_s: float) -> bytes:
         return self._left.popleft() if self._left else b""
 
+    async def flow(self, sink: Callable[[bytes], bool], silence_s: float) -> None:
+        while self._left and sink(self._left.popleft()):
+            pass
+
     def translated(self, error: CloudlmError) -> CloudlmError:
         return error
 
@@ -122,8 +128,9 @@ class _NobodyGoesOn:
         raise error
 
 
-async def passed_on(pieces: list[bytes], call: Call) -> list[Any]:
-    """All that becomes of a stream: what is handed over with what it counts, and how it ends."""
+async def passed_on(pieces: list[bytes], call: Call, most: int = 0) -> list[Any]:
+    """All that becomes of a stream: what is handed over with what it counts, and how it ends. At
+    most ``most`` at a time go the shorter way, between two pulls."""
     resumer, attempt = _NobodyGoesOn(), Mock()
     relay = Relay(
         Exchange("r", ManualClock(), Meter()),
@@ -134,10 +141,17 @@ async def passed_on(pieces: list[bytes], call: Call) -> list[Any]:
         resumer,
     )
     seen: list[Any] = []
+
+    def write(out: bytes) -> bool:
+        seen.append((out, attempt.follow.call_args.args[0]()))
+        return len(seen) % most > 0
+
     try:
         await relay.begin(5.0)
         async for out in relay:
             seen.append((out, attempt.follow.call_args.args[0]()))
+            if most:
+                await relay.pump(write)
     except CloudlmError as error:
         seen.append(repr(error))
     relay._skimmer.settle()
@@ -154,18 +168,19 @@ def never(data: bytes, shape: Any) -> Form | None:
     wire=wires(),
     cuts=st.lists(st.integers(0, 3000), max_size=30),
     asked=st.sampled_from([(False, False), (True, False), (True, True)]),
+    most=st.sampled_from([0, 2, 100]),
 )
 def test_unread_and_read_are_the_same(
-    wire: bytes, cuts: list[int], asked: tuple[bool, bool]
+    wire: bytes, cuts: list[int], asked: tuple[bool, bool], most: int
 ) -> None:
     call = Call(Operation.CHAT, "ours", b"{}", True, include_usage=asked[0])
     call.continuous_usage = asked[1]
     edges = sorted({min(cut, len(wire)) for cut in cuts} | {0, len(wire)})
     pieces = [wire[a:b] for a, b in pairwise(edges)]
-    quick = asyncio.run(passed_on(pieces, call))
+    quick = asyncio.run(passed_on(pieces, call, most))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skim, "learn", never)
-        assert asyncio.run(passed_on(pieces, call)) == quick
+        assert asyncio.run(passed_on(pieces, call, most)) == quick
 
 
 def formed(place: str = "content", kind: str = "ours") -> Form | None:
@@ -314,3 +329,22 @@ def test_a_replica_that_fails_is_told_of_unread_tokens() -> None:
     assert begun["choices"] == [{"index": 0, "chunks": 499, "token_ids": wanted}]
     assert seen[-1].endswith(b"1")
     assert UpstreamFailed.code.encode() in seen[-5][0]
+
+
+def test_a_stream_that_changes_its_form_is_learned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that thinks first, and then answers."""
+    read: list[bytes] = []
+    decode = openai.decode
+
+    def counted(data: bytes) -> Any:
+        read.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(openai, "decode", counted)
+    pieces = [
+        b"data: %b\n\n" % msgspec.json.encode(chunk("ours", place, "x", at, 0))
+        for at, place in enumerate(["reasoning_content"] * 40 + ["content"] * 40, 1)
+    ]
+    call = Call(Operation.CHAT, "theirs", b"", stream=True, include_usage=True)
+    asyncio.run(passed_on([*pieces, b"data: [DONE]\n\n"], call))
+    assert len(read) < 12

@@ -21,6 +21,7 @@ ADDRESSES = (
     "bootstrap_port",
     "bootstrap_room",
     "kv_transfer_params",
+    "vllm_xargs",  # holds the like of it
 )
 """Where to ask, and with whose credential."""
 PROGRAMS = ("chat_template",)
