@@ -18,7 +18,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from cloudlm.core.cache_folder import BUILDING, mark_used, native_folder, others_may_write, prune
+from cloudlm.core.cache_folder import (
+    BUILDING,
+    mark_used,
+    native_folder,
+    others_may_write,
+    own_folder,
+    prune,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +74,7 @@ def library(
         _logger.info("native_no_compiler", extra={"fields": {"searched": list(COMPILERS)}})
         return None
     try:
-        folder = _own(cache or native_folder())
+        folder = own_folder(cache or native_folder())
         target = folder / f"{_BEGINS}{instructions}-{_fingerprint(found, instructions)}.so"
         if not target.is_file() or others_may_write(target):
             _build(found, instructions, target)
@@ -82,19 +89,6 @@ def library(
     fields = {"instructions": instructions, "compiler": found, "reason": reason}
     _logger.warning("native_build_failed", extra={"fields": fields})
     return None
-
-
-def _own(folder: Path) -> Path:
-    """``folder``, made if need be: what is in it is executed. Raises OSError if others may write
-    to it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if others_may_write(folder):
-        raise OSError(
-            f"{folder} belongs to another user or can be written by others; expected a folder that "
-            "only this user (or root) can write to: chmod go-w, or set CLOUDLM_NATIVE_CACHE to "
-            "another"
-        )
-    return folder
 
 
 def find_compiler() -> str | None:
