@@ -15,13 +15,19 @@ import pytest
 from cloudlm.gateway import compiled
 
 
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """What ``put`` leaves is trusted, whoever runs this."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path))
     tmp_path.chmod(0o700)
-    before = os.umask(0o022)
-    yield tmp_path
-    os.umask(before)
+    return tmp_path
 
 
 def put(cache: Path, modules: tuple[str, ...] = compiled.MODULES) -> Path:
