@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+UP_TIMEOUT_S = 600.0
+"""Longest that an installation may take to come up, seconds; a first one compiles."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -137,9 +140,15 @@ def running(*arguments: str) -> Iterator[Stack]:
             end(stack)
 
 
-def begin(home: Path, arguments: Sequence[str], before: Mapping[str, str] = os.environ) -> Stack:
+def begin(
+    home: Path,
+    arguments: Sequence[str],
+    before: Mapping[str, str] = os.environ,
+    within_s: float = UP_TIMEOUT_S,
+) -> Stack:
     """Run ``cloudlm up`` there, in the environment ``before`` and ours, and wait for what it says.
-    Raises BenchFailed with its log, which lies beside the home, if it ends instead."""
+    Raises BenchFailed with its log, which lies beside the home, if it ends instead, says what
+    cannot be understood or nothing ``within_s``; then nothing of it runs any more."""
     environment = {
         **before,
         "CLOUDLM_HOME": str(home),
@@ -154,22 +163,65 @@ def begin(home: Path, arguments: Sequence[str], before: Mapping[str, str] = os.e
         process = subprocess.Popen(
             up, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
         )
-    assert process.stdout is not None
-    lines: list[bytes] = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(b"}"):
-            break
-    else:
-        code = process.wait(60)
-        raise BenchFailed(f"cloudlm up ended with {code}: {log.read_text()}")
-    facts = json.loads(b"".join(lines))
-    environment |= {
-        "CLOUDLM_API_KEY": str(facts["admin_key"]),
-        "CLOUDLM_CONTROL_URL": facts["control_url"],
-        "CLOUDLM_GATEWAY_URL": facts["gateway_url"],
-    }
+    try:
+        facts = _facts(process, home, log, within_s)
+        environment |= {
+            "CLOUDLM_API_KEY": str(facts["admin_key"]),
+            "CLOUDLM_CONTROL_URL": facts["control_url"],
+            "CLOUDLM_GATEWAY_URL": facts["gateway_url"],
+        }
+    except BaseException as error:
+        _kill(process, home)
+        process.wait(60)
+        if process.stdout is not None:
+            process.stdout.close()
+        if isinstance(error, KeyError):
+            raise BenchFailed(f"cloudlm up did not say {error}") from None
+        raise
     return Stack(home, process, facts, environment)
+
+
+def _facts(
+    process: subprocess.Popen[bytes], home: Path, log: Path, within_s: float
+) -> dict[str, Any]:
+    """What ``up --json`` says. Raises BenchFailed."""
+    assert process.stdout is not None
+    over = threading.Event()
+
+    def end_it() -> None:
+        over.set()
+        _kill(process, home)
+
+    timer = threading.Timer(within_s, end_it)
+    timer.start()
+    lines: list[bytes] = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(b"}"):
+                break
+        else:
+            lines.clear()
+    finally:
+        timer.cancel()
+        timer.join()
+    if over.is_set():
+        raise BenchFailed(f"cloudlm up said nothing whole within {within_s:g} s: {log.read_text()}")
+    if not lines:
+        raise BenchFailed(f"cloudlm up ended with {process.wait(60)}: {log.read_text()}")
+    said = b"".join(lines)
+    try:
+        return dict(json.loads(said))
+    except ValueError:
+        raise BenchFailed(f"cloudlm up said what is no JSON: {said.decode()}") from None
+
+
+def _kill(process: subprocess.Popen[bytes], home: Path) -> None:
+    """End it and all that it began there, at once."""
+    process.kill()
+    for pid in processes_of(home).keys() - {os.getpid()}:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def end(stack: Stack) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 UNUSED_S = 30 * 24 * 3600.0
@@ -37,11 +38,27 @@ def native_folder() -> Path:
     return Path(own) if own else cache_root() / "native"
 
 
-def in_others_hands(path: Path) -> Path | None:
-    """Of ``path`` and its folder the first that somebody else than this user or the system owns or
-    may write to; None if there is none, so that what is there may be executed. Raises OSError (it
-    is not there)."""
-    return next(filter(others_may_write, (path, path.parent)), None)
+def own_folder(folder: Path) -> Path:
+    """``folder``, made if need be: what is in it is executed. Raises OSError if it cannot be made
+    or others may write to it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if others_may_write(folder):
+        raise OSError(
+            f"{folder} belongs to another user or can be written by others; expected a folder that "
+            "only this user (or root) can write to: chmod go-w, or set CLOUDLM_NATIVE_CACHE to "
+            "another"
+        )
+    return folder
+
+
+def in_others_hands(path: Path, inside: Iterable[Path] = ()) -> Path | None:
+    """Of ``path``, its folder, the files ``inside`` it and the folders on the way to them the
+    first that somebody else than this user or the system owns or may write to; None if there is
+    none, so that what is there may be executed. Raises OSError (it is not there)."""
+    places = {path, path.parent}
+    for file in inside:
+        places.update((file, *(one for one in file.parents if path in one.parents)))
+    return next(filter(others_may_write, sorted(places)), None)
 
 
 def others_may_write(place: Path) -> bool:

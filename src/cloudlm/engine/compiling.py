@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cloudlm.core.errors import InternalError, InvalidRequest, Overloaded
 
@@ -28,35 +28,44 @@ T = TypeVar("T")
 
 
 class Compiling:
-    """The thread, started at the first ``run``. Used from event loops."""
+    """The thread, started at the first ``run``. Used from event loops.
+
+    It has a line of its own: of whom the executor cancels it would keep the work, and all that
+    belongs to it, until the thread comes by.
+    """
 
     def __init__(
         self, timeout_s: float = COMPILE_TIMEOUT_S, turn_timeout_s: float = TURN_TIMEOUT_S
     ) -> None:
         self.timeout_s = timeout_s
         self.turn_timeout_s = turn_timeout_s
-        self.waiting = 0
-        """Those whose work has not ended, wanted or not."""
+        self._line: dict[Future[Any], Callable[[], None]] = {}
         self._pool: ThreadPoolExecutor | None = None
+        self._asked = False  # the thread works, or is about to
+        self._working = False
+        self._closed = False
         self._lock = threading.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Those that wait to be begun, and the one whose work has not ended, wanted or not."""
+        return len(self._line) + self._working
 
     async def run(self, make: Callable[[], T]) -> T:
         """What ``make`` returns in the thread, or raises.
 
         Raises Overloaded (too many, or too slow ones, come before it), InvalidRequest (it took too
-        long), InternalError (closed meanwhile). What nobody waits for any more is not begun.
+        long), InternalError (closed, before or meanwhile). What nobody waits for any more is not
+        begun.
         """
-        if self.waiting >= MAX_COMPILING:
-            raise _crowded()
         loop, begun = asyncio.get_running_loop(), asyncio.Event()
 
         def told() -> T:
             _tell(loop, begun.set)
             return make()
 
-        work = self._threads().submit(told)
-        self.waiting += 1
-        work.add_done_callback(lambda _: _tell(loop, lambda: self._settled(begun)))
+        work = self._enter(told)
+        work.add_done_callback(lambda _: _tell(loop, begun.set))  # it may end without
         try:
             await self._turn(work, begun)
             async with asyncio.timeout(self.timeout_s):
@@ -71,10 +80,14 @@ class Compiling:
             ) from None
 
     def close(self) -> None:
-        """Stop the thread after what it is doing."""
+        """Stop the thread after what it is doing. Nothing is begun any more."""
         with self._lock:
+            self._closed = True
+            given_up = list(self._line)
             if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool.shutdown(wait=False)
+        for work in given_up:
+            work.cancel()
 
     async def _turn(self, work: Future[T], begun: asyncio.Event) -> None:
         """Wait until ``work`` is begun or will never be."""
@@ -85,22 +98,58 @@ class Compiling:
             if work.cancel():
                 raise _crowded() from None
         if work.cancelled():
-            raise InternalError("the engine was closed")
+            raise _closed()
 
-    def _settled(self, begun: asyncio.Event) -> None:
-        self.waiting -= 1
-        begun.set()  # it may have ended without
-
-    def _threads(self) -> ThreadPoolExecutor:
+    def _enter(self, make: Callable[[], T]) -> Future[T]:
+        """Put it at the line's end. Raises Overloaded, InternalError."""
+        work: Future[T] = Future()
+        work.add_done_callback(self._forget)
         with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudlm-constraint")
-            return self._pool
+            if self._closed:
+                raise _closed()
+            if self.waiting >= MAX_COMPILING:
+                raise _crowded()
+            self._line[work] = lambda: _do(work, make)
+            if not self._asked:
+                self._asked = True
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudlm-constraint")
+                self._pool.submit(self._work)
+        return work
+
+    def _forget(self, work: Future[Any]) -> None:
+        with self._lock:
+            self._line.pop(work, None)
+
+    def _work(self) -> None:
+        """In the thread: one after the other, until nobody waits."""
+        while (do := self._next()) is not None:
+            do()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            self._working = self._asked = bool(self._line)
+            return self._line.pop(next(iter(self._line))) if self._line else None
+
+
+def _do(work: Future[T], make: Callable[[], T]) -> None:
+    if not work.set_running_or_notify_cancel():
+        return
+    try:
+        made = make()
+    except BaseException as error:  # whoever waits is told
+        work.set_exception(error)
+    else:
+        work.set_result(made)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(call)
+
+
+def _closed() -> InternalError:
+    return InternalError("the engine was closed")
 
 
 def _crowded() -> Overloaded:

@@ -117,20 +117,21 @@ class Lines:
         self._tenants[sequence.tenant].counter += cost / sequence.weight
 
     def tick(self, running: Iterable[Sequence]) -> None:
-        """A step begins. Lift the sequence that waited longest to the highest priority there is,
-        if it waited too long behind others and none was lifted lately."""
+        """A step begins. Lift the sequence that waited longest to the best class there is, if it
+        waited too long behind others and none was lifted lately."""
         self._step += 1
         if self._waiting == 0 or self._step - self._promoted_at < PROMOTION_STEPS:
             return
         self._promoted_at = self._step
         heads = (tenant.waiting[0] for tenant in self._lines())
-        top = max(one.level for one in chain(running, heads))
-        low = [s for s in self if s.level < top and self._step - s.queued_at >= PROMOTION_STEPS]
+        best = min(map(_class, chain(running, heads)))
+        low = [s for s in self if _class(s) > best and self._step - s.queued_at >= PROMOTION_STEPS]
         if low:
             oldest = min(low, key=lambda sequence: (sequence.queued_at, sequence.arrival))
             line = self._tenants[oldest.tenant].waiting
             line.remove(oldest)
-            oldest.level = top
+            level, begun_here = best
+            oldest.level, oldest.resumed = -level, oldest.resumed or not begun_here
             insort(line, oldest, key=_place)
 
     def first(self) -> Sequence | None:

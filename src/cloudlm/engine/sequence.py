@@ -32,7 +32,8 @@ class Sequence:
     ``arrival`` orders sequences (set by the scheduler; a preempted one keeps its own).
     Sequences of a higher ``priority`` go first; ``level`` is the priority that the scheduler goes
     by, which grows with long waiting. ``tenant`` shares the engine with others by ``weight``.
-    One that is ``resumed`` came with the beginning of its answer, from another engine.
+    One that is ``resumed`` came with the beginning of its answer, from another engine, or waited
+    for long behind such.
     ``given`` tokens came with the request; those before ``charged`` were counted for the tenant.
     ``bypasses`` counts the later sequences of the same tenant that were admitted while this one did
     not fit, ``overtaken`` those of all tenants while it was its tenant's first such one.

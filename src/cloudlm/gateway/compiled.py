@@ -25,9 +25,11 @@ from pathlib import Path
 from types import ModuleType
 
 from cloudlm.core.cache_folder import (
+    BUILDING,
     in_others_hands,
     mark_used,
     native_folder,
+    own_folder,
     prune,
     user_cache,
 )
@@ -149,8 +151,7 @@ def find(modules: Sequence[str] = MODULES) -> Path | None:
         if not places:  # nothing was ever compiled: the sources need not be read to know it
             return None
         name = _name(modules)
-        whole = [place / name for place in places if _is_whole(place / name, modules)]
-        return next(filter(_is_trusted, whole), None)
+        return next((place / name for place in places if _is_fit(place / name, modules)), None)
     except (OSError, RuntimeError):  # no home, no sources: nothing that could be trusted
         return None
 
@@ -158,31 +159,39 @@ def find(modules: Sequence[str] = MODULES) -> Path | None:
 def build(modules: Sequence[str] = MODULES) -> Path:
     """Compile, unless it was done; the folder. Takes minutes. Raises OSError, TimeoutExpired, and
     CalledProcessError with what the compiler said."""
-    target = native_folder() / _name(modules)
-    if _is_whole(target, modules):
+    target = own_folder(native_folder()) / _name(modules)
+    if _is_fit(target, modules):
         return target
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    sources = [f"{_PACKAGE}.{name}".replace(".", "/") + ".py" for name in modules]
-    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as folder:
-        subprocess.run(
-            [sys.executable, "-c", _BUILD, folder, *sources],
-            cwd=_ROOT,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=BUILD_TIMEOUT_S,
-        )
-        if target.is_dir() and not _is_whole(target, modules):  # somebody tidied up in it
-            target.rename(Path(folder, "incomplete"))
+    with tempfile.TemporaryDirectory(
+        prefix=BUILDING, dir=target.parent, ignore_cleanup_errors=True
+    ) as folder:
+        _compile(folder, modules)
+        # Somebody tidied up in it, or may write to it.
+        if target.is_dir() and not _is_fit(target, modules):
+            target.rename(Path(folder, "unfit"))
         try:
             Path(folder, "library").rename(target)
         except OSError:
-            if not _is_whole(target, modules):  # else another process was quicker
+            if not _is_fit(target, modules):  # else another process was quicker
                 raise
     prune(target, _BEGINS)
     return target
+
+
+def _compile(folder: str, modules: Sequence[str]) -> None:
+    """Compile into ``library`` in the folder; errors as ``build``."""
+    sources = [f"{_PACKAGE}.{name}".replace(".", "/") + ".py" for name in modules]
+    subprocess.run(
+        [sys.executable, "-c", _BUILD, folder, *sources],
+        cwd=_ROOT,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=BUILD_TIMEOUT_S,
+        umask=0o022,  # whatever ours is: nobody else writes to what is executed
+    )
 
 
 def _name(modules: Sequence[str]) -> str:
@@ -204,9 +213,12 @@ def _is_whole(folder: Path, modules: Sequence[str]) -> bool:
     )
 
 
-def _is_trusted(folder: Path) -> bool:
-    """Whether nobody but this user (or the system's) can have put it there, for it is executed."""
-    place = in_others_hands(folder)
+def _is_fit(folder: Path, modules: Sequence[str]) -> bool:
+    """Whether all modules are there, and nobody but this user (or the system's) can have put there
+    any of what is executed."""
+    if not _is_whole(folder, modules):
+        return False
+    place = in_others_hands(folder, _files(folder).values())
     if place is not None:
         fields = {"folder": str(place), "expected": "owned by this user, writable by no other"}
         _log.warning("compiled_not_trusted", extra={"fields": fields})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +117,29 @@ def test_prompts_have_the_length_that_was_asked_for(bench: Any) -> None:
     assert len(text.split()) == 50
     assert set(map(len, text.split())) == {3}
     assert bench.small_model.words(Random(2), 50) != text
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("sleep 600 & echo '{'; wait", "said nothing whole within 0.5 s"),
+        ("sleep 600 & echo 'oh:'; echo '}'; wait", "oh:"),
+        ("sleep 600 & echo '{'; echo '}'; wait", "admin_key"),
+        ("sleep 600 >&- & echo 'no room' >&2; exit 3", "ended with 3: no room"),
+    ],
+)
+def test_what_does_not_come_up_is_told_and_leaves_nothing_behind(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str
+) -> None:
+    up = tmp_path / "up"
+    up.write_text(f"#!/bin/sh\n{script}\n")
+    up.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(up))
+    home = tmp_path / "home"
+    limit_s = 0.5 if "within" in told else 600.0
+    with pytest.raises(bench.stack.BenchFailed, match=re.escape(told)):
+        bench.stack.begin(home, (), {**os.environ}, within_s=limit_s)
+    bench.stack.until("the end", lambda: not bench.stack.processes_of(home))
 
 
 def test_what_our_children_took_that_have_ended_is_ours(bench: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cloudlm.core.cache_folder import (
     UNUSED_S,
     in_others_hands,
     mark_used,
+    own_folder,
     prune,
 )
 
@@ -42,6 +43,33 @@ def test_what_others_may_write_is_not_ours(tmp_path: Path, mode: int, ours: bool
     file.chmod(0o700)
     tmp_path.chmod(mode)
     assert in_others_hands(file) == (None if ours else tmp_path)
+
+
+def test_what_lies_deeper_is_not_ours_either(tmp_path: Path) -> None:
+    """Every file that is named, and the folders on the way to it; no other."""
+    folder = tmp_path / "a"
+    deep, beside = folder / "b" / "c" / "library.so", folder / "b" / "other"
+    deep.parent.mkdir(parents=True)
+    places = (tmp_path, folder, folder / "b", deep.parent, deep)
+    deep.touch()
+    for place in places:
+        place.chmod(0o700)
+    beside.touch()
+    beside.chmod(0o777)
+    assert in_others_hands(folder, [deep]) is None
+    for place in places:
+        place.chmod(0o777)
+        assert in_others_hands(folder, [deep]) == place
+        place.chmod(0o700)
+
+
+def test_a_folder_of_our_own_is_made_or_refused(tmp_path: Path) -> None:
+    own = own_folder(tmp_path / "a" / "b")
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert own_folder(own) == own
+    own.chmod(0o777)
+    with pytest.raises(OSError, match=r"chmod go-w, or set CLOUDLM_NATIVE_CACHE"):
+        own_folder(own)
 
 
 def test_what_others_own_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -22,7 +24,7 @@ from cloudlm.core.errors import (
 from cloudlm.engine import compiling
 from cloudlm.engine import constraint as module
 from cloudlm.engine.api import GenerateRequest
-from cloudlm.engine.compiling import Compiling
+from cloudlm.engine.compiling import MAX_COMPILING, Compiling
 from cloudlm.engine.constraint import Constrainer, TokenGuide, guide_of
 
 EOS = 256
@@ -298,6 +300,81 @@ async def test_who_only_waited_behind_others_may_ask_again(monkeypatch: pytest.M
     finally:
         release.set()
         made.close()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_nothing_is_kept_of_those_who_gave_up_behind_a_slow_one(cancelled: bool) -> None:
+    class Make:
+        """What a caller's constraint holds on to."""
+
+        def __call__(self) -> None:
+            raise AssertionError("nobody waits for it")
+
+    begun, release = threading.Event(), threading.Event()
+
+    def slow() -> str:
+        begun.set()
+        release.wait(600)
+        return "slow"
+
+    line = Compiling(timeout_s=600, turn_timeout_s=600)
+    kept: list[weakref.ref[Make]] = []
+
+    async def give_up() -> None:
+        make = Make()
+        kept.append(weakref.ref(make))
+        asked = asyncio.ensure_future(line.run(make))
+        if cancelled:
+            await asyncio.sleep(0)
+            asked.cancel()
+        with pytest.raises(asyncio.CancelledError if cancelled else Overloaded):
+            await asked
+
+    try:
+        first = asyncio.ensure_future(line.run(slow))
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        line.turn_timeout_s = 0.0
+        for _ in range(20):
+            await asyncio.gather(*(give_up() for _ in range(50)))
+        gc.collect()
+        assert len(kept) == 1000
+        assert sum(one() is not None for one in kept) < MAX_COMPILING
+        assert line.waiting == 1
+        release.set()
+        assert await first == "slow"
+    finally:
+        release.set()
+        line.close()
+
+
+async def test_no_more_wait_than_may_whatever_their_number() -> None:
+    release = threading.Event()
+    line = Compiling(timeout_s=600, turn_timeout_s=600)
+    try:
+        asked = [asyncio.ensure_future(line.run(lambda: release.wait(600))) for _ in range(1000)]
+        await asyncio.sleep(0)
+        assert line.waiting == MAX_COMPILING
+        release.set()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    finally:
+        release.set()
+        line.close()
+    assert answers[:MAX_COMPILING] == [True] * MAX_COMPILING
+    assert all(isinstance(one, Overloaded) for one in answers[MAX_COMPILING:])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_nothing_is_begun_after_the_end(begun: bool) -> None:
+    line = Compiling()
+    if begun:
+        assert await line.run(lambda: 1) == 1
+    line.close()
+    threads = threading.active_count()
+    with pytest.raises(InternalError, match="closed"):
+        await line.run(lambda: 2)
+    assert threading.active_count() <= threads
+    line.close()  # more than once is no fault
 
 
 async def test_one_compiled_constraint_serves_many_apart() -> None:

@@ -275,6 +275,37 @@ def test_who_gave_way_goes_before_nobody() -> None:
     one.finish(within=100)
 
 
+@given(
+    places=st.integers(1, 4),
+    tenants=st.lists(st.sampled_from("abc"), min_size=1, max_size=4),
+    answers=st.lists(st.integers(6, 40), min_size=1, max_size=4),
+    pause=st.sampled_from([0, 0, 2, 16, PROMOTION_STEPS]),
+    alone=st.integers(0, 3),
+)
+@settings(max_examples=25, deadline=None)
+def test_answers_begun_elsewhere_hold_up_nobody_for_ever(
+    places: int, tenants: list[str], answers: list[int], pause: int, alone: int
+) -> None:
+    """One of them enters with every step; with ``pause`` none does whenever so many have passed."""
+    one = crowd(max_batch_sequences=places)
+
+    def another() -> None:
+        if pause == 0 or one.steps % pause:
+            tenant, answer = (of[one.made % len(of)] for of in (tenants, answers))
+            one.add(tenant, 8, answer, outputs=[7] * 5)
+
+    for _ in range(10 + alone):
+        another()
+        if one.scheduler.has_work:
+            one.step()
+    plain = one.add("a", 8, 4)
+    began = one.steps
+    while plain.status is Status.WAITING:
+        another()
+        one.step()
+        assert one.steps - began <= 4 * PROMOTION_STEPS
+
+
 def test_equals_take_nothing_from_each_other() -> None:
     c = crowd(max_batch_sequences=2)
     running = [c.add("a", 5, 20, priority=5) for _ in range(2)]

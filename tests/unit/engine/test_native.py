@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -698,16 +699,58 @@ def test_a_library_that_others_may_have_changed_is_built_again(
 def test_nothing_is_built_or_loaded_where_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:
-    tmp_path.chmod(mode)
+    """It is built for this process alone instead, and the log says what would end that."""
+    build._private_folder.cache_clear()  # another test's
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    built: list[Path] = []
+
+    def compiles(compiler: str, instructions: str, target: Path) -> None:
+        built.append(target)
+        target.write_text("compiled")
+        target.chmod(0o755)
+
+    monkeypatch.setattr(build, "_build", compiles)
+    name = build.instruction_sets()[0]
+    target = build.library(name, shared)
+    assert target is not None
+    assert build.library(name, shared) == target, "once for each process"
+    assert built == [target]
+    assert target.parent.stat().st_mode & 0o777 == 0o700
+    assert list(shared.iterdir()) == []
+    refused = [record for record in caplog.records if record.message == "native_folder_refused"]
+    assert "CLOUDLM_NATIVE_CACHE" in refused[0].fields["reason"]
+    assert str(shared) in refused[0].fields["reason"]
+    assert refused[0].fields["instead"] == str(target.parent)
+
+
+@needs_compiler
+def test_what_is_built_to_be_kept_is_not_built_for_one_process(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``make native`` would name a file that is gone when it has ended."""
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
 
     def never(*args: object) -> None:
-        raise AssertionError("built where others may write")
+        raise AssertionError("built")
 
     monkeypatch.setattr(build, "_build", never)
-    assert build.library(build.instruction_sets()[0], tmp_path) is None
-    (record,) = [record for record in caplog.records if record.message == "native_build_failed"]
-    assert "CLOUDLM_NATIVE_CACHE" in record.fields["reason"]
-    assert str(tmp_path) in record.fields["reason"]
+    assert build.main() == 1
+    assert "no native library" in capsys.readouterr().out
+    failed = [record for record in caplog.records if record.message == "native_build_failed"]
+    assert "CLOUDLM_NATIVE_CACHE" in failed[0].fields["reason"]
+
+
+def test_what_was_built_for_one_process_goes_with_it() -> None:
+    code = "from cloudlm.engine.native import build; print(build._private_folder())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip()
+    assert not Path(done.stdout.strip()).exists()
 
 
 @needs_compiler
@@ -800,8 +843,6 @@ def test_instruction_sets_follow_the_cpu() -> None:
 
 def test_importing_builds_and_loads_nothing() -> None:
     code = "import sys, cloudlm.engine.native.build; print('torch' in sys.modules)"
-    import sys
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

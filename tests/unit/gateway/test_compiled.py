@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,18 @@ import pytest
 from cloudlm.gateway import compiled
 
 
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """What ``put`` leaves is trusted, whoever runs this."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
     return tmp_path
 
 
@@ -94,6 +104,85 @@ def test_what_others_could_have_written_is_not_run(cache: Path, mode: int) -> No
         assert compiled.find() is None
         place.chmod(before)
     assert compiled.find() == folder
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+@pytest.mark.parametrize("inside", ["cloudlm", "cloudlm/gateway", "cloudlm/gateway/limits", ""])
+def test_what_others_could_have_put_deep_inside_is_not_run(
+    cache: Path, mode: int, inside: str
+) -> None:
+    """Every file that is loaded, the folders on the way to it, and what all of them share."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    folder = put(cache)
+    place = folder / (inside or f"a1b2__mypyc{suffix}")
+    place = place if place.exists() else place.with_name(f"{place.name}{suffix}")
+    before = place.stat().st_mode & 0o777
+    place.chmod(mode)
+    assert compiled.find() is None
+    place.chmod(before)
+    assert compiled.find() == folder
+
+
+_FAKE = """
+import sys, sysconfig
+from pathlib import Path
+for name in ("cloudlm/gateway/capacity", "cloudlm/gateway/retry", "a1b2__mypyc"):
+    file = Path(sys.argv[1], "library", name + sysconfig.get_config_var("EXT_SUFFIX"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("compiled")
+"""
+"""In the compiler's place: leaves folders and files as the process's umask has them."""
+
+
+def test_what_is_built_is_found_whatever_the_umask_is(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_BUILD", _FAKE)
+    names = ("capacity", "retry")
+    os.umask(0o002)
+    folder = compiled.build(names)
+    assert compiled.find(names) == folder
+
+
+@pytest.mark.parametrize("inside", ["", "cloudlm/gateway"])
+def test_what_others_could_have_written_is_built_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    names = ("capacity", "retry")
+    folder = put(cache, names)
+    (folder / inside).chmod(0o775)
+    monkeypatch.setattr(compiled, "_BUILD", _FAKE)
+    assert compiled.build(names) == folder
+    assert compiled.find(names) == folder
+    assert {file.read_text() for file in compiled._files(folder).values()} == {"compiled"}
+    assert list(cache.iterdir()) == [folder]
+    monkeypatch.setattr(compiled, "_BUILD", "raise SystemExit('built once more')")
+    assert compiled.build(names) == folder
+
+
+def test_nothing_is_compiled_where_others_may_write(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Minutes of work for what would never be used: the answer comes first, and says what to do."""
+    monkeypatch.setattr(compiled, "_BUILD", "raise SystemExit('it was begun')")
+    put(cache)
+    cache.chmod(0o777)
+    assert compiled.main() == 1
+    said = capsys.readouterr().err
+    assert str(cache) in said
+    assert "chmod go-w" in said
+    assert "CLOUDLM_NATIVE_CACHE" in said
+    assert "it was begun" not in said
+
+
+def test_an_unfinished_build_has_the_name_that_prune_goes_by(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "BUILDING", "unfinished-")
+    monkeypatch.setattr(compiled, "_BUILD", "import sys; sys.exit(print(sys.argv[1]) or 1)")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        compiled.build(("capacity", "retry"))
+    assert Path(failed.value.stdout.strip()).name.startswith("unfinished-")
 
 
 def test_what_cannot_be_loaded_is_left_alone(cache: Path) -> None:

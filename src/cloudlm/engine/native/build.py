@@ -3,13 +3,16 @@
 One library per instruction set (``amx``, ``avx512``, ``avx2``). Its name carries a hash of the
 sources, the compiler's version, the flags and the CPU's abilities, so that a stale file is never
 loaded; it appears by rename, so that a half-written one is never seen. One that somebody else could
-have put there or changed is not loaded: in a folder of our own it is built again. Libraries that
-were not used for long go when a new one was built (``core.cache_folder``). Nothing here runs at
-import and nothing raises: where no library can be had the answer is None and the log says why.
+have put there or changed is not loaded: in a folder of our own it is built again, and where others
+may write to the folder, in one for this process alone. Libraries that were not used for long go
+when a new one was built (``core.cache_folder``). Nothing here runs at import and nothing raises:
+where no library can be had the answer is None and the log says why.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import logging
 import os
@@ -18,7 +21,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from cloudlm.core.cache_folder import BUILDING, mark_used, native_folder, others_may_write, prune
+from cloudlm.core.cache_folder import (
+    BUILDING,
+    mark_used,
+    native_folder,
+    others_may_write,
+    own_folder,
+    prune,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -57,17 +67,22 @@ def cpu_flags() -> frozenset[str]:
 
 
 def library(
-    instructions: str, cache: Path | None = None, compiler: str | None = None
+    instructions: str,
+    cache: Path | None = None,
+    compiler: str | None = None,
+    *,
+    lasting: bool = False,
 ) -> Path | None:
     """The library for one instruction set, built if it is not in ``cache`` yet (by default
-    ``$CLOUDLM_NATIVE_CACHE``, ``$CLOUDLM_HOME/cache/native`` or ``~/.cache/cloudlm/native``). None
-    if it cannot be built."""
+    ``$CLOUDLM_NATIVE_CACHE``, ``$CLOUDLM_HOME/cache/native`` or ``~/.cache/cloudlm/native``). Where
+    others may write to that folder it is built for this process alone, unless it must be
+    ``lasting``. None if it cannot be built."""
     found = compiler or find_compiler()
     if found is None:
         _logger.info("native_no_compiler", extra={"fields": {"searched": list(COMPILERS)}})
         return None
     try:
-        folder = _own(cache or native_folder())
+        folder = _folder(cache or native_folder(), lasting)
         target = folder / f"{_BEGINS}{instructions}-{_fingerprint(found, instructions)}.so"
         if not target.is_file() or others_may_write(target):
             _build(found, instructions, target)
@@ -84,16 +99,29 @@ def library(
     return None
 
 
-def _own(folder: Path) -> Path:
-    """``folder``, made if need be: what is in it is executed. Raises OSError if others may write
-    to it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if others_may_write(folder):
-        raise OSError(
-            f"{folder} belongs to another user or can be written by others; expected a folder that "
-            "only this user (or root) can write to: chmod go-w, or set CLOUDLM_NATIVE_CACHE to "
-            "another"
-        )
+def _folder(wanted: Path, lasting: bool) -> Path:
+    """``wanted`` if what is in it may be executed, else one that goes with this process. Raises
+    OSError (there is none)."""
+    try:
+        return own_folder(wanted)
+    except OSError as error:
+        if lasting:
+            raise
+        private = own_folder(_private_folder())
+        fields = {
+            "reason": str(error),
+            "instead": str(private),
+            "cost": "compiled anew whenever a process starts",
+        }
+        _logger.warning("native_folder_refused", extra={"fields": fields})
+        return private
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """A folder of this process, removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="cloudlm-native-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
@@ -158,7 +186,7 @@ def _build(compiler: str, instructions: str, target: Path) -> None:
 def main() -> int:
     """``make native``: builds the best library of this machine; says where it is."""
     for instructions in instruction_sets():
-        path = library(instructions)
+        path = library(instructions, lasting=True)
         if path is not None:
             print(path)  # noqa: T201 - the answer of the command
             return 0
