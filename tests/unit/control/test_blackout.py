@@ -18,6 +18,7 @@ from cloudlm.drivers.base import Ability
 from cloudlm.drivers.memory import MemoryDriver
 
 LOOK_S = 0.5
+MIB = 2**20
 THREE = ["bank-r1-0", "bank-r1-1", "bank-r1-2"]
 
 
@@ -70,7 +71,9 @@ async def test_a_driver_that_lists_nothing_all_of_a_sudden_costs_no_endpoint(pla
         status = await plane.state.get_status("bank")
         assert "lists 0 of the 3 replicas that it ran a moment ago" in status.message
         assert "bank-r1-0, bank-r1-1, bank-r1-2" in status.message
-        assert status.phase is DeploymentPhase.FAILED  # nobody knows of any that serves
+        assert status.phase is DeploymentPhase.DEGRADED
+        assert [one.id for one in status.replicas] == THREE
+        assert status.ready_replicas == 3
     await plane.steps(2)
     assert (await plane.state.get_status("bank")).phase is DeploymentPhase.READY
     assert await plane.serving() == THREE == plane.world.started
@@ -338,3 +341,19 @@ async def test_a_driver_that_is_no_longer_installed_spoils_no_first_pass(plane):
     )
     assert set(observer._listed) == {"process"}
     assert set((await observer.look(["nosuch"])).faults) == {"nosuch"}
+
+
+async def test_a_driver_in_doubt_hands_no_memory_to_others(plane, monkeypatch):
+    plane.memory.size_bytes = 1000 * MIB
+    await plane.ask(memory_mb=800)
+    await plane.steps(2)
+    loaded_at = plane.reconciler._residents._known["bank"].loaded_at
+    assert loaded_at is not None
+    with monkeypatch.context() as patched:
+        blind(patched)
+        await plane.ask("other", memory_mb=800)
+        await plane.steps(5)
+        assert plane.running() == ["bank-r1-0"]
+        status = await plane.state.get_status("bank")
+        assert status.memory_bytes == 800 * MIB
+    assert plane.reconciler._residents._known["bank"].loaded_at == loaded_at
