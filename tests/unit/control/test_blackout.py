@@ -357,3 +357,19 @@ async def test_a_driver_in_doubt_hands_no_memory_to_others(plane, monkeypatch):
         status = await plane.state.get_status("bank")
         assert status.memory_bytes == 800 * MIB
     assert plane.reconciler._residents._known["bank"].loaded_at == loaded_at
+
+
+async def test_a_control_that_begins_in_the_middle_of_a_doubt_still_knows_the_lives(
+    plane, monkeypatch
+):
+    await three(plane)
+    with monkeypatch.context() as patched:
+        blind(patched)
+        await plane.steps(2)
+        plane.restart()
+        await plane.steps(2)
+        status = await plane.state.get_status("bank")
+        assert (status.phase, status.ready_replicas) == (DeploymentPhase.DEGRADED, 3)
+        plane.restart()
+        await plane.steps(1)
+        assert set(plane.reconciler._observer._handed) == set(THREE)
