@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.fuzz.planting import Bug, both, instead, nothing, nothing_async
 
-from cloudlm.control import leading, plan, probe
+from cloudlm.control import leading, observe, plan, probe
 from cloudlm.control.autoscale.facts import TotalDemand
 from cloudlm.control.blackout import Doubt
 from cloudlm.control.drain import Drains
@@ -116,6 +116,10 @@ def _one_too_many(grow: Any) -> Any:
     return grown
 
 
+def _all_that_is_listed(_: Any) -> Any:
+    return lambda group: frozenset(one.id for one in group.replicas)
+
+
 CONTROL_BUGS: Mapping[str, Bug] = {
     "drivers take every token": nothing(fence, "check_token"),
     "an overtaken control still writes": nothing(leases, "check_held"),
@@ -137,6 +141,7 @@ CONTROL_BUGS: Mapping[str, Bug] = {
         TotalDemand, "busy", lambda _: property(lambda self: False)
     ),
     "an empty list is believed": nothing(Doubt, "holds", False),
+    "what control ended is missed": instead(observe, "staying", _all_that_is_listed),
     "the memory budget is not kept to": instead(Room, "fit", _as_if_there_were_room),
     "one missed probe takes the endpoint": both(
         instead(probe, "UNREACHABLE_AFTER", lambda _: 1),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.fuzz.life import Life
 from tests.fuzz.loop import VirtualClock, VirtualLoop
@@ -57,6 +57,8 @@ class Running:
 class _Group:
     spec: GroupSpec
     running: dict[str, Running] = field(default_factory=dict)
+    stopping: set[str] = field(default_factory=set)
+    deleting: bool = False
 
 
 class Fleet:
@@ -87,6 +89,8 @@ class Fleet:
         self.down_until = self.forgets_until = self.late_until = 0.0
         self.stale_until = self.loses_until = 0.0
         self.blank_until = self.cut_until = 0.0
+        self.stops_in_s = 0.0
+        """So long a stopped replica is listed as draining, and silent."""
         self.fits = 0
         """How many replicas have room (0: any number)."""
         self._pictures: dict[str, GroupObservation] = {}
@@ -120,22 +124,24 @@ class Fleet:
         if group is None:
             group = self.groups[spec.name] = _Group(spec)
         check_same_group(group.spec, spec)
-        group.spec = spec
+        group.spec, group.deleting = spec, False
         wanted = replica_ids(spec)
         for name in [one for one in group.running if one not in wanted]:
-            self._stop(name, group.running.pop(name))
-        for name in wanted:
-            if name not in group.running:
-                group.running[name] = self._started(name, spec)
+            self._leaves(group, name)
+        self._fill(group)
         seen = self._loop.time() > max(self.stale_until, self.blank_until) + _PASS_S
         if self.fits and seen and len(self.running()) > max(before, self.fits):
             self._note("memory", f"{len(self.running())} replicas where {self.fits} have room")
 
     def delete(self, name: str, token: int) -> None:
         self._accept("delete", name, token)
-        group = self.groups.pop(name, None)
-        for replica, one in group.running.items() if group is not None else ():
-            self._stop(replica, one)
+        group = self.groups.get(name)
+        if group is None:
+            return
+        group.deleting = True
+        for replica in list(group.running):
+            self._leaves(group, replica)
+        self._forget(name, group)
 
     def stop_replica(self, name: str, replica: str, token: int) -> None:
         self._accept("stop", replica, token)
@@ -217,13 +223,37 @@ class Fleet:
             del self._replicas[name]
         one.there.crash()
 
+    def _leaves(self, group: _Group, name: str) -> None:
+        self._stop(name, group.running.pop(name))
+        if self.stops_in_s:
+            group.stopping.add(name)
+            self._loop.call_later(self.stops_in_s, self._ended, group, name)
+
+    def _ended(self, group: _Group, name: str) -> None:
+        """It is listed no more; one that is wanted again by now begins anew."""
+        group.stopping.discard(name)
+        self._forget(group.spec.name, group)
+        if self.groups.get(group.spec.name) is group and not group.deleting:
+            self._fill(group)
+
+    def _fill(self, group: _Group) -> None:
+        for name in replica_ids(group.spec):
+            if name not in group.running and name not in group.stopping:
+                group.running[name] = self._started(name, group.spec)
+
+    def _forget(self, name: str, group: _Group) -> None:
+        if group.deleting and not group.stopping and self.groups.get(name) is group:
+            del self.groups[name]
+
     def _observed(self, name: str) -> GroupObservation:
         group = self.groups.get(name)
         if group is None:
             return GroupObservation(name, None)
-        return GroupObservation(
-            name, group.spec, tuple(_found(one) for one in group.running.values())
-        )
+        spec = replace(group.spec, replicas=0) if group.deleting else group.spec
+        draining = ReplicaState.DRAINING
+        going = [Found(one, draining, f"http://{one}") for one in sorted(group.stopping)]
+        running = [_found(one) for one in group.running.values()]
+        return GroupObservation(name, spec, (*running, *going))
 
 
 def _found(one: Running) -> Found:

@@ -125,7 +125,7 @@ class Plane:
     call to the state or a driver takes at most, seconds. ``alias``: the deployment names its
     version by one. ``leftovers``: replicas and endpoints that belong to nobody are there. ``fits``:
     so many replicas have room in the memory (0: there is no budget); ``pinned``: the second model
-    stays there."""
+    stays there. For ``stops_in_s`` a stopped replica is listed as draining."""
 
     controls: int
     start_s: float
@@ -134,6 +134,7 @@ class Plane:
     leftovers: bool
     fits: int = 0
     pinned: bool = False
+    stops_in_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,10 @@ def draw(seed: int, requests: int = 100) -> Schedule:
     if chance.random() >= CONTROL_SHARE:
         return _left_alone(plain, random.Random(f"{seed}/away"))
     blind = _blinded(_controlled(plain, chance), random.Random(f"{seed}/list"))
-    return _crowded(blind, random.Random(f"{seed}/memory"))
+    crowded = _crowded(blind, random.Random(f"{seed}/memory"))
+    assert crowded.plane is not None
+    stops_in_s = random.Random(f"{seed}/stops").choice((0.0, 0.3, 2.0, 5.0))
+    return replace(crowded, plane=replace(crowded.plane, stops_in_s=stops_in_s))
 
 
 def _left_alone(plain: Schedule, chance: random.Random) -> Schedule:

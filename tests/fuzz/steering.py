@@ -66,10 +66,12 @@ class Steering:
             world.tell,
         )
         self.fleet.has_endpoint = self._has_endpoint
+        self.fleet.stops_in_s = plane.stops_in_s
         self._fits = self.fleet.fits = plane.fits
         self.fleet.leads = lambda: self._state._lease(LEASE).token
         kinds = {fault.kind for fault in world.schedule.faults}
         self._unseen = any(kind.startswith(("state", "lost")) for kind in kinds)
+        self._sees = not kinds & {"driver_blank", "looks_late"}
         self.fleet.calm = not self._unseen and "gateway_kill" not in kinds
         self._registry = Registry()
         self._versions = 1
@@ -285,6 +287,8 @@ class Steering:
         somebody who lives."""
         if name == "put_endpoints":
             self._withdrawn(arguments[0], list(arguments[1]))
+        elif name == "put_status" and self._sees and "ran a moment ago" in arguments[0].message:
+            self._note("doubt", f"all is listed that runs, and yet: {arguments[0].message}")
         elif name == "take_lease":
             self._taken(life)
 

@@ -151,6 +151,7 @@ def test_a_bug_finds_the_code_that_it_is_planted_over(name: str) -> None:
         "an old view is served for ever",
         "nothing is served without the state",
         "an empty list is believed",
+        "what control ended is missed",
         "the memory budget is not kept to",
     ],
 )

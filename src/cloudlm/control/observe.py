@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from cloudlm.control.blackout import FEWEST_SILENT, Doubt, missed, silenced, told
+from cloudlm.control.blackout import Doubt, missed, silent_at_once, staying, told
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.handover import Life, first_record, handed_over, life_of
 from cloudlm.control.probe import Prober, ProbeRecord, Verdict, judge
@@ -85,7 +85,7 @@ class Observer:
         self._records: dict[str, tuple[Life, ProbeRecord]] = {}
         self._handed: dict[str, tuple[Life, Verdict]] = {}
         self._listed: dict[str, dict[str, str]] = {}
-        """By driver the groups of the replicas that it runs, as it was last believed."""
+        """By driver the groups of the replicas that stay, as it was last believed."""
         self._doubts: dict[str, Doubt] = {}
         self._silence = Doubt()
 
@@ -106,7 +106,11 @@ class Observer:
         out."""
         self._handed = handed_over(statuses, endpoints)
         for name, listed in ran.items():
-            if Ability.ONLY_HERE not in self._drivers.get(name).abilities:
+            try:
+                abilities = self._drivers.get(name).abilities
+            except CloudlmError:
+                continue  # it is not installed any more: ``look`` says so
+            if Ability.ONLY_HERE not in abilities:
                 self._listed[name] = dict(listed)
 
     async def look(self, wanted_drivers: Iterable[str]) -> Seen:
@@ -120,7 +124,7 @@ class Observer:
         groups: list[SeenGroup] = []
         for name, driver in self._drivers.in_use().items():
             try:
-                groups += self._believed(name, await self._groups_of(name, driver))
+                groups += self._believed(name, await self._heard(name, driver))
             except CloudlmError as error:
                 faults[name] = error
             except TimeoutError:
@@ -130,6 +134,14 @@ class Observer:
                 faults[name] = InternalError(f"driver {name!r} failed; see control's log")
         return await self._probe(groups, faults)
 
+    async def _heard(self, name: str, driver: Driver) -> list[SeenGroup]:
+        """What a driver lists. If it fails, a doubt of what it listed before is over."""
+        try:
+            return await self._groups_of(name, driver)
+        except Exception:
+            self._doubts.pop(name, None)
+            raise
+
     async def _groups_of(self, name: str, driver: Driver) -> list[SeenGroup]:
         async with asyncio.timeout(DRIVER_TIMEOUT_S):
             observations = [await driver.observe(group) for group in await driver.groups()]
@@ -137,7 +149,7 @@ class Observer:
 
     def _believed(self, name: str, groups: list[SeenGroup]) -> list[SeenGroup]:
         """What a driver lists. Raises Unavailable while it misses so much that it is doubted."""
-        listed = {r.id: g.observation.name for g in groups for r in g.observation.replicas}
+        listed = {r.id for g in groups for r in g.observation.replicas}
         known, now = self._listed.get(name, {}), self._clock.monotonic()
         lost = missed(known, listed)
         doubt = self._doubts.get(name, Doubt()).next(len(known), len(lost), now)
@@ -147,7 +159,8 @@ class Observer:
         if lost and doubt.since is not None:
             fields = {"driver": name, "replicas": len(lost)}
             _log.warning("replicas_gone", extra={"fields": fields})
-        self._doubts[name], self._listed[name] = Doubt(), listed
+        stays = {one: g.observation.name for g in groups for one in staying(g.observation)}
+        self._doubts[name], self._listed[name] = Doubt(), stays
         return groups
 
     async def _probe(self, groups: list[SeenGroup], faults: dict[str, CloudlmError]) -> Seen:
@@ -157,7 +170,8 @@ class Observer:
         known = unknown.union(replica.id for _, replica in replicas)
         self._records = {one: found for one, found in self._records.items() if one in known}
         asked = [r for g, r in replicas if self._is_to_probe(g.driver, r)]
-        before = {one.id: self._verdict(one) for one in asked}
+        stays = {one for g in groups for one in staying(g.observation)}
+        before = {one.id: self._verdict(one) for one in asked if one.id in stays}
         await asyncio.gather(*(self._probe_one(one) for one in asked))
         self._doubt_silence(before)
         ready, sleeping, stalled, busy = set(), set(), set(), {}
@@ -172,7 +186,8 @@ class Observer:
             if record.misses == 0 and record.answered:
                 busy[replica.id] = record.busy
             if record.verdict is Verdict.READY:
-                ready.add(replica.id)
+                if replica.state is not ReplicaState.DRAINING:
+                    ready.add(replica.id)
             elif record.verdict is Verdict.SLEEPING:
                 sleeping.add(replica.id)
             elif record.verdict is Verdict.STALLED:
@@ -198,20 +213,14 @@ class Observer:
     def _doubt_silence(self, before: Mapping[str, Verdict | None]) -> None:
         """Where most of those that served are silent at once, they serve on for a while."""
         now = self._clock.monotonic()
-        records = {one: self._records[one] for one in before}
-        lost = [one for one, verdict in before.items() if silenced(verdict, records[one][1])]
-        served = sum(one in (Verdict.READY, Verdict.SLEEPING) for one in before.values())
+        after = {one: self._records[one][1] for one in before}
         began = self._silence.since
-        self._silence = self._silence.next(served, len(lost), now, FEWEST_SILENT)
-        if not self._silence.holds(now):
-            return
-        if began is None:
-            fields = {"silent": len(lost), "served": served}
+        self._silence, doubted = silent_at_once(self._silence, before, after, now)
+        if doubted and began is None:
+            fields = {"silent": len(doubted), "known": len(before)}
             _log.warning("replicas_silent_at_once", extra={"fields": fields})
-        for one in lost:
-            life, record = records[one]
-            verdict = before[one]
-            assert verdict is not None
+        for one, verdict in doubted.items():
+            life, record = self._records[one]
             self._records[one] = (life, replace(record, verdict=verdict))
 
     def _is_to_probe(self, driver: str, replica: Replica) -> bool:

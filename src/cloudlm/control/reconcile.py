@@ -29,7 +29,7 @@ from cloudlm.control.residents import Residents
 from cloudlm.control.rollout import Decision
 from cloudlm.control.room import Room, Wish
 from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
-from cloudlm.control.status import summarise
+from cloudlm.control.status import last_seen, summarise
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import (
     Demand,
@@ -240,14 +240,18 @@ class Reconciler:
         observations = [group.observation for group in groups]
         homes = self._releases.homes(name)
         room = self._residents.room(deployment, wished, seen, homes)
-        if not room.granted:
-            self._scaler.unloaded(deployment)
         problem, step, decision = "", Plan(), None
         used = (deployment.spec.driver, *homes.values())
         fault = next((seen.faults[one] for one in used if one in seen.faults), None)
+        ready, sleeping = seen.ready, seen.sleeping
+        leaving: Collection[str] = ()
         if fault is not None:
             problem = fault.message  # its groups are unknown: leave everything as it is
+            before = (self._statuses or {}).get(name) or await self._state.get_status(name)
+            observations, ready, leaving, sleeping = last_seen(deployment, before)
         else:
+            if not room.granted:
+                self._scaler.unloaded(deployment)
             try:
                 if deployment.deleting:
                     step = plan_deletion(observations)
@@ -280,11 +284,11 @@ class Reconciler:
             deployment,
             room.shown,
             observations,
-            seen.ready,
-            step.leaving,
+            ready,
+            leaving or step.leaving,
             problem or room.problem,
             self._clock.now(),
-            seen.sleeping,
+            sleeping,
             note=note,
         )
         await self._write_status(self._residents.shown(status))

@@ -64,11 +64,14 @@ class Residents:
         before, claims = self._verdicts, dict[str, Claim]()
         for name, wish in self._wishes.items():
             try:
-                claims[name] = await self._claim(wish, seen, now)
+                fault = self._fault_of(wish, seen)
+                claims[name] = fault or await self._claim(wish, seen, now)
             except Exception:  # one deployment's trouble is no other's
                 _log.exception("memory_not_known", extra={"fields": {"deployment": name}})
                 claims[name] = self._unchanged(wish, seen)
-        self._other_bytes = await self._others(seen)
+        others = await self._others(seen)
+        unheard = any(self._is_here(one) for one in seen.faults)  # what it ran is there still
+        self._other_bytes = max(others, self._other_bytes) if unheard else others
         if self._is_blind:
             claims = {name: replace(one, wanted=one.staying) for name, one in claims.items()}
         self._claims = claims
@@ -177,6 +180,20 @@ class Residents:
         fresh = Claim(wish.name, 0, present, held_bytes=present * PROCESS_BYTES)
         before = self._claims.get(wish.name, fresh)
         return replace(before, wanted=present, present=present, sizes_bytes=())
+
+    def _fault_of(self, wish: Wish, seen: Seen) -> Claim | None:
+        """The claim of a deployment whose driver here cannot tell of it now: what it had. What one
+        holds that was never looked at is not known, so that nothing may start."""
+        stable = wish.moving.revision
+        specs = (wish.sized.spec, wish.deployment.spec, *(() if stable is None else (stable.spec,)))
+        faults = [seen.faults[one.driver] for one in specs if one.driver in seen.faults]
+        if not any(one.driver in seen.faults and self._is_here(one.driver) for one in specs):
+            return None
+        self._unknown[wish.name] = faults[0].message
+        before = self._claims.get(wish.name)
+        self._is_blind |= before is None
+        before = before or Claim(wish.name, 0, 0)
+        return replace(before, wanted=before.present)
 
     def _wanted(self, wish: Wish, groups: Sequence[SeenGroup], present: int) -> int:
         """Replicas here of all revisions together: while one replaces another there are more."""

@@ -61,6 +61,20 @@ def summarise(
     )
 
 
+def last_seen(
+    deployment: Deployment, before: DeploymentStatus | None
+) -> tuple[list[GroupObservation], frozenset[str], frozenset[str], frozenset[str]]:
+    """What was last written of a deployment whose driver cannot tell of it now: as groups, and
+    which replicas were ready, leaving and sleeping: nobody knows that any of it has changed."""
+    replicas = () if before is None else before.replicas
+    group = group_name(deployment.spec.name, deployment.revision)
+    ready, leaving, sleeping = (
+        frozenset(one.id for one in replicas if one.state is state)
+        for state in (ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.SLEEPING)
+    )
+    return [GroupObservation(group, None, replicas)], ready, leaving, sleeping
+
+
 def _phase(
     deployment: Deployment,
     wanted: int,

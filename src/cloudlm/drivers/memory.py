@@ -36,6 +36,7 @@ class _MemoryReplica:
     restarts: int = 0
     failures: int = 0
     resume_at: float | None = None
+    ends_at: float | None = None
     message: str = ""
     log: list[str] = field(default_factory=list)
 
@@ -44,18 +45,21 @@ class _MemoryReplica:
 class _MemoryGroup:
     spec: GroupSpec
     replicas: dict[str, _MemoryReplica] = field(default_factory=dict)
+    deleting: bool = False
 
 
 @dataclass(slots=True)
 class MemoryWorld:
     """What exists "out there", and the orders that tests give it.
 
-    ``start_s``: seconds from start to READY. ``broken``: models whose replicas end at once, with
+    ``start_s``: seconds from start to READY. ``stop_s``: seconds that a stopped replica is listed
+    for as DRAINING. ``broken``: models whose replicas end at once, with
     the reason. ``started`` and ``stopped`` list replica ids in order. ``token`` is the greatest
     that an order or a look had.
     """
 
     start_s: float = 0.0
+    stop_s: float = 0.0
     broken: dict[str, str] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
@@ -94,6 +98,10 @@ class MemoryDriver:
         if group is None:
             return GroupObservation(name, None)
         self.world.token = max(self.world.token, self._token)
+        self._bury(group)
+        if group.deleting and not group.replicas:
+            del self.world.groups[name]
+            return GroupObservation(name, None)
         replicas = [self._observed(group, one) for one in sorted(group.replicas, key=replica_index)]
         return GroupObservation(name, group.spec, tuple(replicas))
 
@@ -104,11 +112,9 @@ class MemoryDriver:
         if group is None:
             group = self.world.groups[spec.name] = _MemoryGroup(spec)
         check_same_group(group.spec, spec)
-        group.spec = spec
+        group.spec, group.deleting = spec, False
         wanted = replica_ids(spec)
-        for replica in [one for one in group.replicas if one not in wanted]:
-            del group.replicas[replica]
-            self.world.stopped.append(replica)
+        self._stop(group, [one for one in group.replicas if one not in wanted])
         for replica in wanted:
             if replica not in group.replicas:
                 group.replicas[replica] = self._new_replica(replica)
@@ -123,9 +129,13 @@ class MemoryDriver:
     async def delete(self, name: str) -> None:
         check_group_name(name)
         self._check_token()
-        group = self.world.groups.pop(name, None)
-        if group is not None:
-            self.world.stopped.extend(group.replicas)
+        group = self.world.groups.get(name)
+        if group is None:
+            return
+        group.deleting, group.spec = True, replace(group.spec, replicas=0)
+        self._stop(group, list(group.replicas))
+        if not group.replicas:
+            del self.world.groups[name]
 
     async def logs(
         self, name: str, *, replica: str | None = None, tail: int = 100, follow: bool = False
@@ -178,6 +188,24 @@ class MemoryDriver:
         url = f"http://{replica}.memory.invalid"
         return _MemoryReplica(now, self._clock.now(), url, log=[f"{replica} started"])
 
+    def _stop(self, group: _MemoryGroup, replicas: list[str]) -> None:
+        """For ever."""
+        for replica in replicas:
+            if group.replicas[replica].ends_at is None:
+                group.replicas[replica].ends_at = self._clock.monotonic() + self.world.stop_s
+                self.world.stopped.append(replica)
+        self._bury(group)
+
+    def _bury(self, group: _MemoryGroup) -> None:
+        """Those whose time to stop is over go; one that is wanted again meanwhile begins anew."""
+        now, wanted = self._clock.monotonic(), replica_ids(group.spec)
+        for name, replica in list(group.replicas.items()):
+            if replica.ends_at is None or now < replica.ends_at:
+                continue
+            del group.replicas[name]
+            if name in wanted:
+                group.replicas[name] = self._new_replica(name)
+
     def _end(self, replica: _MemoryReplica, message: str) -> None:
         now = self._clock.monotonic()
         if replica.resume_at is not None and now < replica.resume_at:
@@ -209,6 +237,8 @@ class MemoryDriver:
             message=replica.message,
             started_at=replica.started_at,
         )
+        if replica.ends_at is not None:
+            return replace(seen, state=ReplicaState.DRAINING)
         if replica.resume_at is not None:
             return replace(seen, state=ReplicaState.BACKOFF, url=None)
         if now - replica.started >= self.world.start_s:

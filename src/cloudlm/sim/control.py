@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from cloudlm.control.blackout import FEWEST_SILENT, Doubt, silenced
+from cloudlm.control.blackout import Doubt, silent_at_once, staying
 from cloudlm.control.drain import Drains
 from cloudlm.control.observe import Seen
 from cloudlm.control.plan import Action, Apply, Plan
@@ -129,16 +129,18 @@ class SimControl:
         ready: set[str] = set()
         busy: dict[str, int] = {}
         stalled: list[Unit] = []
-        before: dict[str, Verdict] = {}
+        before: dict[str, Verdict | None] = {}
         now = self._timeline.now
         for group in groups:
+            stays = staying(group)
             for replica in group.replicas:
                 unit = self._fleet.units[replica.id]
                 serving = unit.serving
                 if serving is None:
                     continue
                 well = not serving.paused and unit.cut_until <= now
-                before[unit.id] = self._before(unit)
+                if unit.id in stays:
+                    before[unit.id] = self._before(unit)
                 # Without faults ``judge`` says of it that it is ready.
                 known = not well or unit.id in self._records
                 verdict = self._judge(unit, well) if known else Verdict.READY
@@ -161,22 +163,15 @@ class SimControl:
         life, record = self._records.get(unit.id, (unit.life, None))
         return Verdict.READY if record is None or life != unit.life else record.verdict
 
-    def _doubted(self, before: Mapping[str, Verdict]) -> set[str]:
+    def _doubted(self, before: Mapping[str, Verdict | None]) -> set[str]:
         """Those that are silent with most of the others, and serve on for a while (``observe``)."""
-        records, now = self._records, self._timeline.now
-        lost = {
-            one
-            for one, verdict in before.items()
-            if one in records and silenced(verdict, records[one][1])
-        }
-        served = sum(verdict is Verdict.READY for verdict in before.values())
-        self._silence = self._silence.next(served, len(lost), now, FEWEST_SILENT)
-        if not self._silence.holds(now):
-            return set()
-        for one in lost:
+        now, records = self._timeline.now, self._records
+        after = {one: records[one][1] for one in before if one in records}
+        self._silence, doubted = silent_at_once(self._silence, before, after, now)
+        for one, verdict in doubted.items():
             life, record = records[one]
-            records[one] = life, replace(record, verdict=before[one])
-        return lost
+            records[one] = life, replace(record, verdict=verdict)
+        return set(doubted)
 
     def _judge(self, unit: Unit, well: bool) -> Verdict:
         """What the production rule makes of a replica that has or had a fault."""

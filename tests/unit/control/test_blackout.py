@@ -3,6 +3,9 @@ time."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from cloudlm.drivers.base import Ability
 from cloudlm.drivers.memory import MemoryDriver
 
 LOOK_S = 0.5
+MIB = 2**20
 THREE = ["bank-r1-0", "bank-r1-1", "bank-r1-2"]
 
 
@@ -67,7 +71,9 @@ async def test_a_driver_that_lists_nothing_all_of_a_sudden_costs_no_endpoint(pla
         status = await plane.state.get_status("bank")
         assert "lists 0 of the 3 replicas that it ran a moment ago" in status.message
         assert "bank-r1-0, bank-r1-1, bank-r1-2" in status.message
-        assert status.phase is DeploymentPhase.FAILED  # nobody knows of any that serves
+        assert status.phase is DeploymentPhase.DEGRADED
+        assert [one.id for one in status.replicas] == THREE
+        assert status.ready_replicas == 3
     await plane.steps(2)
     assert (await plane.state.get_status("bank")).phase is DeploymentPhase.READY
     assert await plane.serving() == THREE == plane.world.started
@@ -144,6 +150,70 @@ async def test_a_driver_in_doubt_hinders_no_deployment_of_another(plane, monkeyp
     await plane.steps(5)
     assert "other-r1-0" in await plane.serving()
     assert set(THREE) < set(await plane.serving())
+
+
+# What ends as it was told to ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [0, 1])
+async def test_what_is_still_listed_while_it_stops_is_not_missed_when_it_ends(plane, left):
+    """As the process driver does: a stopped replica is listed as draining for as long as its guard
+    lives."""
+    await three(plane)
+    plane.world.stop_s = 2.0
+    if left:
+        await plane.ask(min_replicas=left, max_replicas=left)
+    else:
+        await plane.state.mark_deleting("bank", now=0.0)
+    for _ in range(12):
+        await plane.steps(1)
+        assert plane.reconciler._seen.faults == {}
+    assert plane.running() == THREE[:left]
+    assert await plane.serving() == THREE[:left]
+
+
+async def test_a_group_that_is_scaled_to_nothing_and_ends_is_not_missed(plane):
+    await plane.ask()
+    await plane.steps(2)
+    plane.world.stop_s = 2.0
+    await plane.drivers.get("process").apply(
+        replace(plane.world.groups["bank-r1"].spec, replicas=0)
+    )
+    seen = [await looked(plane) for _ in range(8)]
+    assert all(not one.faults for one in seen)
+
+
+async def looked(plane):
+    await plane.clock.advance(LOOK_S)
+    return await plane.reconciler._observer.look(["process"])
+
+
+async def test_what_stops_is_silent_and_gets_no_endpoint_back(plane):
+    await three(plane)
+    plane.world.stop_s = 5.0
+    await plane.ask(min_replicas=1, max_replicas=1)
+    await plane.steps(3)
+    assert await plane.serving() == ["bank-r1-0"]
+    plane.prober.silence("bank-r1-1")
+    plane.prober.silence("bank-r1-2")
+    for _ in range(6):
+        await plane.steps(1)
+        assert await plane.serving() == ["bank-r1-0"]
+        assert not {"bank-r1-1", "bank-r1-2"} & plane.reconciler._seen.ready
+
+
+async def test_what_stops_does_not_stand_in_for_those_that_serve(plane):
+    """Two of three that stay are silent: most of them, however many are on the way out."""
+    await plane.ask(min_replicas=7, max_replicas=7)
+    await plane.steps(2)
+    plane.world.stop_s = 30.0
+    await plane.ask(min_replicas=3, max_replicas=3)
+    await plane.steps(4)
+    assert await plane.serving() == THREE
+    plane.prober.silence("bank-r1-0")
+    plane.prober.silence("bank-r1-1")
+    await plane.steps(2)
+    assert await plane.serving() == THREE
 
 
 # A control that reaches nobody --------------------------------------------------------------------
@@ -228,3 +298,78 @@ async def test_a_drain_goes_on_where_it_was_when_its_driver_was_away(plane, monk
         await plane.steps(4)
     await plane.steps(1)
     assert plane.reconciler._drains._leaving["bank-r1-2"] == began
+
+
+async def test_a_second_wave_of_silence_is_doubted_as_the_first(plane):
+    await plane.ask(min_replicas=7, max_replicas=7)
+    await plane.steps(2)
+    for number in range(4):
+        plane.prober.silence(f"bank-r1-{number}")
+    while len(await plane.serving()) == 7:
+        await plane.steps(1)
+    assert len(await plane.serving()) == 3, "it was believed in this pass"
+    for number in range(4, 7):
+        plane.prober.silence(f"bank-r1-{number}")
+    await plane.steps(4)
+    assert len(await plane.serving()) == 3
+
+
+async def test_a_doubt_does_not_outlive_a_driver_that_fails_in_between(plane, monkeypatch):
+    await three(plane)
+
+    async def away(self):
+        raise Unavailable("the driver is away")
+
+    with monkeypatch.context() as patched:
+        blind(patched)
+        await plane.steps(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryDriver, "groups", away)
+        await plane.steps(int(BELIEVED_AFTER_S / LOOK_S) + 1)
+    with monkeypatch.context() as patched:
+        blind(patched)
+        await plane.steps(2)
+        assert await plane.serving() == THREE
+
+
+async def test_a_driver_that_is_no_longer_installed_spoils_no_first_pass(plane):
+    await three(plane)
+    plane.restart()
+    observer = plane.reconciler._observer
+    observer.recall(
+        (), (), {"nosuch": {"a-r1-0": "a-r1"}, "process": dict.fromkeys(THREE, "bank-r1")}
+    )
+    assert set(observer._listed) == {"process"}
+    assert set((await observer.look(["nosuch"])).faults) == {"nosuch"}
+
+
+async def test_a_driver_in_doubt_hands_no_memory_to_others(plane, monkeypatch):
+    plane.memory.size_bytes = 1000 * MIB
+    await plane.ask(memory_mb=800)
+    await plane.steps(2)
+    loaded_at = plane.reconciler._residents._known["bank"].loaded_at
+    assert loaded_at is not None
+    with monkeypatch.context() as patched:
+        blind(patched)
+        await plane.ask("other", memory_mb=800)
+        await plane.steps(5)
+        assert plane.running() == ["bank-r1-0"]
+        status = await plane.state.get_status("bank")
+        assert status.memory_bytes == 800 * MIB
+    assert plane.reconciler._residents._known["bank"].loaded_at == loaded_at
+
+
+async def test_a_control_that_begins_in_the_middle_of_a_doubt_still_knows_the_lives(
+    plane, monkeypatch
+):
+    await three(plane)
+    with monkeypatch.context() as patched:
+        blind(patched)
+        await plane.steps(2)
+        plane.restart()
+        await plane.steps(2)
+        status = await plane.state.get_status("bank")
+        assert (status.phase, status.ready_replicas) == (DeploymentPhase.DEGRADED, 3)
+        plane.restart()
+        await plane.steps(1)
+        assert set(plane.reconciler._observer._handed) == set(THREE)

@@ -236,6 +236,15 @@ def test_replicas_that_are_silent_all_at_once_keep_their_endpoints_as_in_product
     assert len(world.state.endpoints) == 3
 
 
+def test_what_is_on_its_way_out_gets_no_endpoint_back_for_its_silence() -> None:
+    world = begun(Fault(FaultKind.NETWORK_CUT, 30.0, duration_s=20.0, replicas=3))
+    run_until(world, 29.0)
+    for unit in list(world.fleet.units.values())[1:]:
+        world.fleet.warn(unit, 60.0)
+    run_until(world, 33.0)
+    assert [one.replica for one in world.state.endpoints] == []
+
+
 def test_a_silent_replica_is_given_up_after_the_idle_timeout() -> None:
     limits = GatewaySettings(idle_timeout_s=3.0, first_token_timeout_s=4.0)
     fault = Fault(FaultKind.NETWORK_CUT, 30.05, duration_s=50.0, replicas=2)
