@@ -13,6 +13,8 @@ from tests.fuzz.schedule import Schedule
 from tests.fuzz.story import Story
 from tests.fuzz.world import World
 
+from cloudlm.gateway import exchange
+
 
 @contextmanager
 def _loop() -> Iterator[VirtualLoop]:
@@ -28,6 +30,7 @@ def _loop() -> Iterator[VirtualLoop]:
 def play(schedule: Schedule, home: Path) -> Story:
     """Carry out a schedule; ``home`` is an empty folder for the gateway's files."""
     random.seed(schedule.seed)
+    exchange._ids.clear()  # drawn in the run before
     with _loop() as loop:
         world = None
 

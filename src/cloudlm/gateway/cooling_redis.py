@@ -114,7 +114,7 @@ class RedisCooling:
             self._take(message["data"])
 
     def _away(self, error: Exception) -> None:
-        count = self._damper.take(type(error), self._clock.monotonic())
+        count = self._damper.take(type(error).__name__, self._clock.monotonic())
         if count is not None:
             fields = {"reason": repr(error), "count": count}
             _log.warning("cooling_not_shared", extra={"fields": fields})
