@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from cloudlm.control.blackout import Doubt, missed, silent_at_once, staying, told
+from cloudlm.control.blackout import BELIEVED_AFTER_S, Doubt, missed, silent_at_once, staying, told
 from cloudlm.control.drivers import Drivers
 from cloudlm.control.handover import Life, first_record, handed_over, life_of
 from cloudlm.control.probe import Prober, ProbeRecord, Verdict, judge
@@ -87,6 +87,7 @@ class Observer:
         self._listed: dict[str, dict[str, str]] = {}
         """By driver the groups of the replicas that stay, as it was last believed."""
         self._doubts: dict[str, Doubt] = {}
+        self._failing: dict[str, float] = {}  # since when
         self._silence = Doubt()
 
     def expect(self, driver: str, group: str, replicas: Collection[str]) -> None:
@@ -135,12 +136,17 @@ class Observer:
         return await self._probe(groups, faults)
 
     async def _heard(self, name: str, driver: Driver) -> list[SeenGroup]:
-        """What a driver lists. If it fails, a doubt of what it listed before is over."""
+        """What a driver lists. If it failed for long, a doubt of what it listed before is over;
+        if it fails now and then, it is not, or a loss would never be believed."""
         try:
-            return await self._groups_of(name, driver)
+            found = await self._groups_of(name, driver)
         except Exception:
-            self._doubts.pop(name, None)
+            self._failing.setdefault(name, self._clock.monotonic())
             raise
+        now = self._clock.monotonic()
+        if now - self._failing.pop(name, now) > BELIEVED_AFTER_S / 2:
+            self._doubts.pop(name, None)
+        return found
 
     async def _groups_of(self, name: str, driver: Driver) -> list[SeenGroup]:
         async with asyncio.timeout(DRIVER_TIMEOUT_S):
@@ -185,13 +191,14 @@ class Observer:
                 continue
             if record.misses == 0 and record.answered:
                 busy[replica.id] = record.busy
-            if record.verdict is Verdict.READY:
-                if replica.state is not ReplicaState.DRAINING:
-                    ready.add(replica.id)
+            if record.verdict is Verdict.STALLED:
+                stalled.add(replica.id)
+            elif replica.state is ReplicaState.DRAINING:
+                continue  # it gets no endpoint any more
+            elif record.verdict is Verdict.READY:
+                ready.add(replica.id)
             elif record.verdict is Verdict.SLEEPING:
                 sleeping.add(replica.id)
-            elif record.verdict is Verdict.STALLED:
-                stalled.add(replica.id)
         return Seen(
             tuple(groups),
             frozenset(ready),

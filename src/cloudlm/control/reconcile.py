@@ -247,8 +247,9 @@ class Reconciler:
         leaving: Collection[str] = ()
         if fault is not None:
             problem = fault.message  # its groups are unknown: leave everything as it is
-            before = (self._statuses or {}).get(name) or await self._state.get_status(name)
-            observations, ready, leaving, sleeping = last_seen(deployment, before)
+            if not observations and not isinstance(fault, InvalidRequest):
+                before = (self._statuses or {}).get(name) or await self._state.get_status(name)
+                observations, ready, leaving, sleeping = last_seen(deployment, before)
         else:
             if not room.granted:
                 self._scaler.unloaded(deployment)

@@ -25,7 +25,9 @@ RETRY_INTERVAL_S = 1.0
 WRITE_TIMEOUT_S = 5.0
 MAX_ROWS_IN_MEMORY = 10_000
 NOTE_INTERVAL_S = 1.0
-_BATCH_ROWS = 4096  # every step of a write waits for its turn beside requests: the fewer the better
+# Every step of a write waits for its turn beside requests: the fewer the better. What takes too
+# long is halved until all of it is written.
+_MOST_ROWS, _LEAST_ROWS = 4096, 128
 _LARGE_SEGMENT_BYTES = 1024 * 1024
 
 _log = get_logger(__name__)
@@ -55,6 +57,7 @@ class Ledger:
         self._memory_only: list[LedgerRow] = []  # the disk did not take them
         self._open: dict[str, OpenAttempt] = {}
         self._noted_at = clock.monotonic()
+        self._batch_rows = _MOST_ROWS
         self._behind = False  # rows in the journal that are not in _fresh
         self.rows_dropped = 0
         self.on_row: list[Callable[[LedgerRow], None]] = []
@@ -162,9 +165,18 @@ class Ledger:
             self._journal.append(attempt.row_so_far(), is_open=True)
 
     async def _write(self, rows: list[LedgerRow]) -> None:
-        for begin in range(0, len(rows), _BATCH_ROWS):
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._state.append_ledger(rows[begin : begin + _BATCH_ROWS])
+        begin = 0
+        while begin < len(rows):
+            batch = rows[begin : begin + self._batch_rows]
+            try:
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await self._state.append_ledger(batch)
+            except TimeoutError:
+                self._batch_rows = max(self._batch_rows // 2, _LEAST_ROWS)
+                raise
+            begin += len(batch)
+        if len(rows) >= self._batch_rows:
+            self._batch_rows = min(self._batch_rows * 2, _MOST_ROWS)
 
     async def close(self) -> None:
         """Flush a last time and leave what could not be written to the next start."""

@@ -43,7 +43,7 @@ from cloudlm.state.sql_releases import SqlReleases
 from cloudlm.state.sql_usage import usage_of, usage_statement
 
 _LEDGER_BATCH = 1024
-_LEDGER_SLICE = 64
+_LEDGER_SLICE = 512
 
 
 @lru_cache(64)

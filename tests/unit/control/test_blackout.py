@@ -332,6 +332,24 @@ async def test_a_doubt_does_not_outlive_a_driver_that_fails_in_between(plane, mo
         assert await plane.serving() == THREE
 
 
+async def test_a_loss_is_believed_though_its_driver_fails_now_and_then(plane, monkeypatch):
+    await three(plane)
+    looks = 0
+    true = MemoryDriver.groups
+
+    async def shaky(self):
+        nonlocal looks
+        looks += 1
+        if looks % 3 == 0:
+            raise Unavailable("the driver is away")
+        return await true(self)
+
+    monkeypatch.setattr(MemoryDriver, "groups", shaky)
+    plane.world.groups.clear()
+    await plane.steps(2 * int(BELIEVED_AFTER_S / LOOK_S))
+    assert plane.running() == THREE
+
+
 async def test_a_driver_that_is_no_longer_installed_spoils_no_first_pass(plane):
     await three(plane)
     plane.restart()

@@ -754,6 +754,20 @@ def test_what_was_built_for_one_process_goes_with_it() -> None:
 
 
 @needs_compiler
+def test_what_is_loaded_needs_no_file_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is killed leaves nothing behind."""
+    build._private_folder.cache_clear()
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    mine = build._private_folder()
+    kernels = load_kernels(1, instructions=build.instruction_sets()[-1])
+    assert kernels.name != "torch"
+    assert not mine.exists()
+
+
+@needs_compiler
 def test_old_libraries_go_when_a_new_one_was_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

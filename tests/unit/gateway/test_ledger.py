@@ -122,6 +122,29 @@ async def test_flush_cancelled_midway_loses_nothing(tmp_path: Path) -> None:
     assert await ids(state) == ["row1", "row2"]
 
 
+async def test_a_state_too_slow_for_many_rows_at_once_gets_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "WRITE_TIMEOUT_S", 0.02)
+    state = SometimesState()
+    ledger = make(tmp_path, state)
+    write = state.append_ledger
+
+    async def slow(rows: Any) -> None:
+        if len(rows) > 200:
+            await asyncio.Event().wait()
+        await write(rows)
+
+    state.append_ledger = slow  # type: ignore[method-assign]
+    for number in range(1000):
+        ledger.add(row(number))
+    async with asyncio.timeout(60):
+        while not await ledger.flush() or ledger.rows_in_memory:
+            pass
+    assert len(await ids(state)) == 1000
+    ledger._journal.close()
+
+
 @pytest.mark.promise(3)
 async def test_killed_process_is_replayed_by_the_next(tmp_path: Path) -> None:
     """A child journals and is killed; its rows, but for a broken last line, are adopted."""

@@ -24,14 +24,17 @@ def load_kernels(threads: int, *, instructions: str | None = None, pin: bool = F
     from cloudlm.engine.native.library import NativeKernels
 
     wanted = build.instruction_sets() if instructions is None else (instructions,)
-    for name in wanted:
-        path = None if name == "torch" else build.library(name)
-        if path is None:
-            continue
-        try:
-            return NativeKernels(path, name, threads=threads, pin=pin)
-        except (OSError, AttributeError) as error:
-            fields = {"instructions": name, "path": str(path), "reason": str(error)}
-            _logger.warning("native_load_failed", extra={"fields": fields})
+    try:
+        for name in wanted:
+            path = None if name == "torch" else build.library(name)
+            if path is None:
+                continue
+            try:
+                return NativeKernels(path, name, threads=threads, pin=pin)
+            except (OSError, AttributeError) as error:
+                fields = {"instructions": name, "path": str(path), "reason": str(error)}
+                _logger.warning("native_load_failed", extra={"fields": fields})
+    finally:
+        build.drop_private()
     _logger.info("native_unavailable", extra={"fields": {"tried": list(wanted)}})
     return TorchKernels()

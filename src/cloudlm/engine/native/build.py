@@ -119,10 +119,18 @@ def _folder(wanted: Path, lasting: bool) -> Path:
 
 @functools.cache
 def _private_folder() -> Path:
-    """A folder of this process, removed when it ends."""
+    """A folder of this process, removed by ``drop_private``, or when the process ends in order."""
     folder = Path(tempfile.mkdtemp(prefix="cloudlm-native-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def drop_private() -> None:
+    """Remove what was built for this process alone. A library that is loaded stays loaded, and a
+    process that is killed then leaves nothing behind."""
+    if _private_folder.cache_info().currsize:
+        shutil.rmtree(_private_folder(), ignore_errors=True)
+        _private_folder.cache_clear()
 
 
 def find_compiler() -> str | None:
