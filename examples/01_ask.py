@@ -4,9 +4,12 @@ Needs a running `cloudlm up`, and CLOUDLM_API_KEY set to the key that it showed.
 """
 
 import os
+import sys
 
 from openai import OpenAI
 
+if "CLOUDLM_API_KEY" not in os.environ:
+    sys.exit("set CLOUDLM_API_KEY to the key that `cloudlm up` showed")
 client = OpenAI(
     base_url=os.environ.get("CLOUDLM_GATEWAY_URL", "http://127.0.0.1:8000") + "/v1",
     api_key=os.environ["CLOUDLM_API_KEY"],

@@ -28,7 +28,7 @@ def read_replicas(text: str) -> tuple[int, int]:
     if not 0 <= numbers[0] <= numbers[1] or numbers[1] < 1:
         raise InvalidRequest(
             f"replicas {text!r} must be a number or MIN:MAX with 0 <= MIN <= MAX and MAX >= 1, "
-            "such as 1:3"
+            "such as 1:3; 0:1 goes to zero when nobody asks"
         )
     return numbers
 
