@@ -155,6 +155,8 @@ class Speech:
         }
         if (self._body.get("stream_options") or {}).get("continuous_usage_stats"):
             chunk["usage"] = self._usage()
+            if self._chat:
+                chunk["usage"]["completion_tokens_details"] = None
         return chunk
 
     def _usage(self) -> dict[str, Any]:

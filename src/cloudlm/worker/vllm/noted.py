@@ -126,10 +126,12 @@ class NotedStream:
         return chunk
 
     def _headed(self, chunk: Chunk) -> Chunk:
-        """With our fingerprint, and the usage last, which is where a gateway passes it on best."""
+        """With our fingerprint, and the usage last and without nulls, as a gateway passes it on
+        best; vLLM has such nulls in chats alone."""
         chunk["system_fingerprint"] = self._fingerprint
         if "usage" in chunk:
-            chunk["usage"] = chunk.pop("usage")
+            usage = chunk.pop("usage") or {}
+            chunk["usage"] = {name: said for name, said in usage.items() if said is not None}
         return chunk
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from vllm_bench import VllmBench
 
 from cloudlm.core.errors import UpstreamFailed
 from cloudlm.core.resuming import NOTE, RESUMABLE_HEADER, RESUME_PATH
+from cloudlm.gateway.forms import learn
 from cloudlm.gateway.progress import Progress
 from cloudlm.worker.vllm.exact import exact_stream
 from cloudlm.worker.vllm.noted import NotedStream
@@ -140,6 +142,7 @@ async def test_a_client_gets_what_it_got_before(bench: VllmBench) -> None:
         for chunk in (*whole, *as_now):
             chunk.pop(NOTE, None)
             chunk.pop("system_fingerprint", None)
+            (chunk.get("usage") or {}).pop("completion_tokens_details", None)
         silent = [one for one in as_now if one["choices"] and not text_of([one])]
         said = [one for one in as_now if one not in silent or "role" in str(one)]
         assert [one for one in whole if text_of([one]) or not one["choices"]] == [
@@ -198,6 +201,13 @@ async def test_what_is_not_exact_is_passed_on_unread(
 async def test_what_vllm_parses_is_not_noted(bench: VllmBench) -> None:
     assert NOTE not in str(await noted(bench, *ASKED["chat"]))
     assert NOTE in str(await noted(bench, *ASKED["text"]))
+
+
+async def test_a_gateway_passes_noted_chunks_on_unread(bench: VllmBench) -> None:
+    for asked in ("chat", "text", "tokens"):
+        chunk = (await noted(bench, *ASKED[asked]))[2]
+        form = learn(msgspec.json.encode(chunk), msgspec.json.encode)
+        assert form is not None and form.says_usage
 
 
 async def test_a_vllm_without_token_ids_is_passed_on_as_it_is(bench: VllmBench) -> None:
