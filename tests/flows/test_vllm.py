@@ -17,9 +17,19 @@ import pytest
 from installations import QUESTION, Installation, processes_of, wait_for
 from mock_vllm import mock_python
 
+from cloudlm.core.resuming import NOTE, RESUMABLE_HEADER, RESUME_PATH
+from cloudlm.gateway.progress import Progress
+
 pytestmark = pytest.mark.flow
 REAL = os.environ.get("CLOUDLM_VLLM_PYTHON", "")
 ASKED = {"model": "big", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+
+
+STREAMS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/v1/chat/completions", {**ASKED, "max_tokens": 24}),
+    ("/v1/chat/completions", {**ASKED, "max_tokens": 24, "stop": ["a word that is nowhere", "e"]}),
+    ("/v1/completions", {"prompt": "\N{EURO SIGN} \N{SNOWMAN}", "temperature": 0}),
+)
 
 
 def vllm_processes(home: Path, program: str) -> list[int]:
@@ -134,6 +144,8 @@ def test_vllm_itself_answers_through_the_gateway(
         )
         assert bad.status_code == 400
     _resumes(running, replica["url"])
+    for path, body in STREAMS:
+        _goes_on(running, replica["url"], path, body)
     metrics = httpx2.get(f"{replica['url']}/metrics", timeout=60).text
     assert "vllm:generation_tokens_total" in metrics
     assert 'cloudlm_http_requests_total{route="/v1/chat/completions",status="200"}' in metrics
@@ -161,3 +173,28 @@ def _resumes(running: Installation, url: str) -> None:
     whole = tokens()
     for cut in range(1, len(whole)):
         assert tokens(output_token_ids=whole[:cut]) == whole[cut:]
+
+
+def _goes_on(running: Installation, url: str, path: str, body: dict[str, Any]) -> None:
+    """A greedy stream cut after any chunk goes on as it would have."""
+    token = (running.home / "secrets" / "worker-token").read_text().strip()
+    headers = {"authorization": f"Bearer {token}", RESUMABLE_HEADER: "1"}
+    asked = json.dumps({"model": "big", **body, "stream": True}).encode()
+
+    def chunks(route: str, content: bytes) -> list[dict[str, Any]]:
+        answer = httpx2.post(url + route, content=content, headers=headers, timeout=60)
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert lines[-1] == "[DONE]", answer.text
+        return [json.loads(line) for line in lines[:-1]]
+
+    whole = chunks(path, asked)
+    shown = [{name: said for name, said in one.items() if name != NOTE} for one in whole]
+    for cut in range(1, len(whole) + 1):
+        progress = Progress()
+        for chunk in whole[:cut]:
+            progress.take(dict(chunk))
+        assert progress.resumable, whole
+        rest = chunks(RESUME_PATH, progress.request(path, asked, 0))
+        for chunk in rest:
+            chunk.pop(NOTE)
+        assert shown[:cut] + rest == shown

@@ -1,8 +1,7 @@
 """A small server that speaks as vLLM's does, on a Unix socket, without a model.
 
-Its "tokens" are numbers; each depends on all before it, so that an answer that was resumed can be
-compared with the one that was not. What is said in a prompt makes it misbehave: ``die`` ends the
-process after two tokens, ``hang`` stops it in the middle, ``refuse`` is a 400.
+Its tokens are those of ``mock_vllm_text``. What is said in a prompt makes it misbehave: ``die``
+ends the process after two tokens, ``hang`` stops it in the middle, ``refuse`` is a 400.
 
     python mock_vllm.py --uds SOCKET --model FOLDER --served-model-name NAME …
 """
@@ -19,31 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from mock_vllm_text import BROKEN, END, Speech, answer_tokens, text_of, tokenise
 
-END = 0
+__all__ = ["END", "MockVllm", "answer_tokens", "mock_python", "tokenise"]
+
 CONTEXT = 512
-
-
-def next_token(tokens: list[int]) -> int:
-    mixed = 17
-    for token in tokens:
-        mixed = (mixed * 31 + token + 1) % 1009
-    return END if mixed % 41 == 0 else mixed
-
-
-def answer_tokens(prompt: list[int], limit: int, ignore_eos: bool = False) -> list[int]:
-    """What is generated after ``prompt``: at most ``limit`` tokens, the end token included."""
-    found: list[int] = []
-    while len(found) < limit:
-        token = next_token([*prompt, *found])
-        found.append(token or (7 if ignore_eos else END))
-        if found[-1] == END:
-            break
-    return found
-
-
-def tokenise(text: str) -> list[int]:
-    return [len(word) + 1 for word in text.split()]
 
 
 class MockVllm:
@@ -59,6 +38,10 @@ class MockVllm:
         self.bodies: list[dict[str, Any]] = []
         self.aborted = 0
         self.frozen = asyncio.Event()
+        self.per_chunk = 1  # tokens, as many as vLLM makes while its reader is slow
+        self.cached = 2
+        self.knows_token_ids = True  # versions before 0.10.2 do not
+        self.dies_after = 0  # chunks; 0: never
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=16 << 20)
@@ -67,9 +50,11 @@ class MockVllm:
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 web.get("/v1/models", self.models),
+                web.get("/version", self.version),
                 web.post("/v1/chat/completions", self.generate),
                 web.post("/v1/completions", self.generate),
                 web.post("/tokenize", self.tokenize),
+                web.post("/detokenize", self.detokenize),
                 web.post("/v1/load_lora_adapter", self.load),
                 web.post("/v1/unload_lora_adapter", self.unload),
                 web.post("/sleep", self.sleep),
@@ -101,10 +86,15 @@ class MockVllm:
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": self.name, "max_model_len": CONTEXT}]})
 
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "0.32.0"})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"prompt": text_of((await request.json())["tokens"])})
+
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
-        text = body.get("prompt") or " ".join(m["content"] for m in body["messages"])
-        return web.json_response({"tokens": tokenise(text), "count": 1})
+        return web.json_response({"tokens": _prompt(body), "count": 1})
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -114,10 +104,9 @@ class MockVllm:
         said = json.dumps(body.get("messages") or body.get("prompt"))
         if "refuse" in said:
             return _error(400, "vLLM does not like it", "BadRequestError")
-        prompt = body.get("prompt")
-        if not isinstance(prompt, list):
-            prompt = tokenise(said)
-        limit = body.get("max_tokens") or 16
+        prompt = _prompt(body)
+        room = CONTEXT - len(prompt)
+        limit = body.get("max_tokens") or (room if "messages" in body else 16)
         tokens = answer_tokens(prompt, limit, bool(body.get("ignore_eos")))
         self.running += 1
         try:
@@ -142,52 +131,30 @@ class MockVllm:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        for count, token in enumerate(tokens, 1):
+        speech = Speech(body, prompt, self.knows_token_ids, self.cached)
+        heaps = [tokens[at : at + self.per_chunk] for at in range(0, len(tokens), self.per_chunk)]
+        if "messages" in body:
+            await _send(response, speech.opening())
+        for count, heap in enumerate(heaps, 1):
             if count == 3 and "die" in said:
                 os._exit(3)
             if count == 3 and "hang" in said:
                 await self.frozen.wait()
+            if count - 1 == self.dies_after > 0 and request.transport is not None:
+                request.transport.close()
+                return response
             await asyncio.sleep(0.002)
-            self.steps += 1
-            last = count == len(tokens)
-            reason = None if not last else ("stop" if token == END else "length")
-            chunk = self._chunk(body, prompt, token, count, reason)
-            raw = b"data: " + json.dumps(chunk).encode() + b"\n\n"
-            await response.write(raw[:9])
-            await response.write(raw[9:])
+            self.steps += len(heap)
+            await _send(response, speech.chunk(heap, last=count == len(heaps)))
+            if speech.ended:
+                break
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await _send(response, speech.usage())
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    def _chunk(
-        self, body: dict[str, Any], prompt: list[int], token: int, count: int, reason: str | None
-    ) -> dict[str, Any]:
-        text = "" if token == END else f"t{token} "
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
-        if "messages" in body:
-            choice["delta"] = {"content": text}
-        else:
-            choice |= {"text": text, "token_ids": [token]}
-            if body.get("logprobs") is not None:
-                choice["logprobs"] = {
-                    "tokens": [f"token_id:{token}"],
-                    "token_logprobs": [-0.5],
-                    "top_logprobs": [{f"token_id:{token}": -0.5}],
-                }
-        return {
-            "id": "mock",
-            "object": "chunk",
-            "created": 1,
-            "model": body["model"],
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": len(prompt),
-                "completion_tokens": count,
-                "total_tokens": len(prompt) + count,
-            },
-        }
-
     def _whole(self, body: dict[str, Any], prompt: list[int], tokens: list[int]) -> dict[str, Any]:
-        text = "".join(f"t{token} " for token in tokens if token != END)
+        text = text_of(tokens).rstrip(BROKEN)  # half a character is not shown
         self.steps += len(tokens)
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
         choice |= {"message": {"role": "assistant", "content": text}}
@@ -214,6 +181,19 @@ class MockVllm:
     async def wake(self, request: web.Request) -> web.Response:
         self.asleep = 0
         return web.json_response({"status": "awake"})
+
+
+def _prompt(body: dict[str, Any]) -> list[int]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list):
+        return prompt
+    return tokenise(prompt or " ".join(message["content"] for message in body["messages"]))
+
+
+async def _send(response: web.StreamResponse, chunk: dict[str, Any]) -> None:
+    raw = b"data: " + json.dumps(chunk).encode() + b"\n\n"
+    await response.write(raw[:9])
+    await response.write(raw[9:])
 
 
 def _error(status: int, message: str, kind: str) -> web.Response:

@@ -128,7 +128,7 @@ def parse_resume(body: Mapping[str, Any], headers: Mapping[str, str]) -> ResumeR
     if not isinstance(request, dict) or not isinstance(begun, dict):
         raise InvalidRequest("request and begun must be objects", param="begun")
     asked = parse(request)
-    known = _begun(begun)
+    known = read_begun(begun)
     if not asked.stream:
         raise InvalidRequest("only a stream can be resumed", param="request.stream")
     if known.seed is None and asked.sampling.temperature > 0:
@@ -136,7 +136,8 @@ def parse_resume(body: Mapping[str, Any], headers: Mapping[str, str]) -> ResumeR
     return ResumeRequest(asked, known, cache_salt(request), share_of(headers, request))
 
 
-def _begun(body: Mapping[str, Any]) -> Begun:
+def read_begun(body: Mapping[str, Any]) -> Begun:
+    """The part ``begun`` of a body. Raises InvalidRequest with ``param``."""
     seed, choices = body.get("seed"), body.get("choices")
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
         raise InvalidRequest("begun.seed must be a 64-bit number or null", param="begun.seed")

@@ -59,6 +59,8 @@ class VllmEngine:
         max_waiting: int,
     ) -> None:
         self.info = EngineInfo("", 0, "", "", 0, 0, 0, 0, ())
+        self.version = ""
+        """vLLM's own, empty if it does not say."""
         self._child = child
         self._scratch = scratch
         self._options = options
@@ -94,8 +96,22 @@ class VllmEngine:
         async with self._session.get("/v1/models") as answer:
             body = await answer.json()
         self.info = replace(info, max_model_len=int(body["data"][0]["max_model_len"]))
+        async with self._session.get("/version") as answer:
+            if answer.status == 200:
+                self.version = str((await answer.json()).get("version", ""))
         await self._look()
         self._minding = asyncio.create_task(self._mind())
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        return self._options
+
+    @property
+    def parses(self) -> bool:
+        """Whether it reads reasoning or tool calls out of what a chat model writes; of some models
+        it does so unasked."""
+        asked = "reasoning_parser" in self._options or "tool_call_parser" in self._options
+        return asked or self.info.architecture.startswith("GptOss")
 
     async def close(self) -> None:
         """End it, and all requests with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -36,6 +37,13 @@ class VllmServing:
     root: str
     engine: VllmEngine
     created: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when anything changes that could change an answer."""
+        engine = self.engine
+        facts = (self.root, engine.version, sorted(engine.options.items()), engine.info.dtype)
+        return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     async def close(self) -> None:
         await self.engine.close()

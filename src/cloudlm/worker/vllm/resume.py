@@ -14,7 +14,6 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from cloudlm.core.chat import Constraint, ConstraintKind, Sampling, Usage
@@ -23,9 +22,7 @@ from cloudlm.worker.internal import InternalRequest
 from cloudlm.worker.limits import settle
 from cloudlm.worker.stream import DONE, event
 from cloudlm.worker.vllm.engine import VllmEngine
-
-_DATA = b"data:"
-_DONE_DATA = b"[DONE]"
+from cloudlm.worker.vllm.events import chunks_of
 
 
 async def continue_answer(
@@ -52,7 +49,7 @@ async def continue_answer(
     body = completion_body(model, prompt, asked, sampling)
     async with (
         engine.post("/v1/completions", msgspec.json.encode(body), request_id) as answer,
-        contextlib.aclosing(_chunks(answer)) as chunks,
+        contextlib.aclosing(chunks_of(answer)) as chunks,
     ):
         async for data in _steps(chunks, sampling, len(prompt)):
             yield data
@@ -145,17 +142,6 @@ async def _prompt_token_ids(
             param="prompt",
         )
     return prompt
-
-
-async def _chunks(answer: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, Any] | None, None]:
-    """The JSON of vLLM's events, None for ``[DONE]``."""
-    rest = b""
-    async for piece in answer.content.iter_any():
-        *events, rest = (rest + piece).split(b"\n\n")
-        for one in events:
-            data = one.strip().removeprefix(_DATA).strip()
-            if data:
-                yield None if data == _DONE_DATA else msgspec.json.decode(data)
 
 
 async def _steps(
