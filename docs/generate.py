@@ -62,11 +62,10 @@ def settings_page() -> str:
     from cloudlm.core.settings import read_settings
 
     lines = [NOTE, "# Settings\n\n"]
-    lines.append(
-        "Read at start: `config.yaml` in the home folder < environment < flag. Routes, prices and tenants' "
-        "weights in the file (`gateway.routes`, `gateway.prices`, `gateway.tenant_weights`) are followed "
-        "while the gateway runs; all else wants a restart, and `cloudlm status` says so. "
-    )
+    lines.append("Read at start: `config.yaml` in the home folder < environment < flag. ")
+    lines.append("Routes, prices and tenants' weights in the file (`gateway.routes`, `gateway.prices`, ")
+    lines.append("`gateway.tenant_weights`) are followed while the gateway runs; all else wants a ")
+    lines.append("restart, and `cloudlm status` says so. ")
     lines.append("`cloudlm config` shows each value with its source.\n\n")
     lines.append("| setting | environment | default | meaning |\n|---|---|---|---|\n")
     for row in read_settings()[1]:

@@ -147,10 +147,8 @@ def run_worker(
     except OSError as error:
         where = f"{config.host}:{config.port}"
         if error.errno == errno.EADDRINUSE:
-            return _fail(
-                f"port in use: {where} is taken by another process; choose another port with --port",
-                EXIT_PORT_IN_USE,
-            )
+            message = f"port in use: {where} is taken by another process; name another with --port"
+            return _fail(message, EXIT_PORT_IN_USE)
         return _fail(f"cannot listen on {where}: {error.strerror or error}")
     if tls is None and not is_loopback(config.host):
         fields = {"host": config.host, "remedy": "worker.tls_cert and worker.tls_client_ca"}
