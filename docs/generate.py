@@ -63,7 +63,7 @@ def settings_page() -> str:
 
     lines = [NOTE, "# Settings\n\n"]
     lines.append("Read at start: `config.yaml` in the home folder < environment < flag. ")
-    lines.append("Routes, prices and tenants' weights in the file (`gateway.routes`, `gateway.prices`, ")
+    lines.append("Routes, prices and tenants' weights (`gateway.routes`, `gateway.prices`, ")
     lines.append("`gateway.tenant_weights`) are followed while the gateway runs; all else wants a ")
     lines.append("restart, and `cloudlm status` says so. ")
     lines.append("`cloudlm config` shows each value with its source.\n\n")
