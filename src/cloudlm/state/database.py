@@ -30,10 +30,6 @@ _WRITES = "cloudlm_writes"
 _RETRY_PAUSE_S = 0.02
 _CONNECT_TIMEOUT_S = 5
 _POOL_SIZE = 4
-_CACHED_PAGES_KIB = 512
-"""For each connection to SQLite, whose own measure is 2,000: what is read again and again (the
-upper pages of indexes) fits, the system caches the rest, and a process that lives for long grows
-by so much at most for each connection."""
 _MIGRATION_PATIENCE_S = 300.0
 
 
@@ -241,7 +237,9 @@ def _sqlite_engine(path: Path, busy_timeout_s: float) -> AsyncEngine:
         cursor = connection.cursor()
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA synchronous = NORMAL")
-        cursor.execute(f"PRAGMA cache_size = {-_CACHED_PAGES_KIB}")
+        # What is read again and again (the upper pages of indexes) fits, the system caches the
+        # rest, and a process that lives for long grows by no more.
+        cursor.execute("PRAGMA cache_size = -512")  # KiB for each connection; its own: 2,000
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")

@@ -98,15 +98,16 @@ async def test_rollouts_under_requests_fail_none_of_them(control):
 
     async def ask_without_end():
         """As a gateway: endpoints read anew a few times a second, requests to any of them."""
-        async with aiohttp.ClientSession() as session:
+        patience = aiohttp.ClientTimeout(total=60)
+        async with aiohttp.ClientSession(timeout=patience) as session:
             while not stop.is_set():
                 for endpoint in await state.list_endpoints():
                     for _ in range(10):
                         try:
                             async with session.get(endpoint.url) as answer:
                                 answered.add((await answer.json())["model"])
-                        except aiohttp.ClientError as error:
-                            failed.append(repr(error))
+                        except (aiohttp.ClientError, TimeoutError) as error:
+                            failed.append(f"{endpoint.replica}: {error!r}")
                         await asyncio.sleep(0.005)
                 await asyncio.sleep(0.01)
 
