@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from bench.stack import BenchFailed, Stack, begin, end
+from bench.stack import BenchFailed, Stack, begin, end, until
 from bench.stack import processes_of as processes_of  # asked for here by the tests
 from openai import OpenAI
 
@@ -42,13 +41,10 @@ class Installation(Stack):
 
 def wait_for(what: str, check: Callable[[], Any], timeout_s: float = 90.0) -> Any:
     """Poll until ``check`` answers something true; fails with ``what`` after the time limit."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        value = check()
-        if value:
-            return value
-        time.sleep(0.05)
-    pytest.fail(f"{what} did not happen within {timeout_s} s")
+    try:
+        return until(what, check, timeout_s)
+    except BenchFailed as failed:
+        pytest.fail(str(failed))
 
 
 def start_installation(home: Path, *arguments: str) -> Installation:
