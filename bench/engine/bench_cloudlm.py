@@ -71,11 +71,24 @@ def main():
         answers = asyncio.run(everyone(prompts, n_new))
         stats = engine.stats()
         settings["drafted_accepted"] = [stats.drafted_tokens, stats.accepted_tokens]
+        settings["kv_cache_resident_mb"] = _resident_mb(settings["kv_cache_mb"])
         return [tokens for tokens, _ in answers], answers[0][1] if len(prompts) == 1 else None
 
     settings |= {"torch": torch.__version__, "block_size": engine.info.block_size}
     common.run_all(a, "cloudlm", __version__, load_s, generate, rss, settings)
     asyncio.run(engine.close())
+
+
+def _resident_mb(cache_mb):
+    """How much of the cache's memory was touched until now: it is the one mapping of its size."""
+    found, size_kb = 0, 0
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if line.startswith("Size:"):
+                size_kb = int(line.split()[1])
+            elif line.startswith("Rss:") and abs(size_kb / 1024 - cache_mb) < 0.05 * cache_mb:
+                found += int(line.split()[1])
+    return round(found / 1024)
 
 
 if __name__ == "__main__":

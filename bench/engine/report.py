@@ -94,10 +94,10 @@ def _same_work(lines: list[dict[str, Any]]) -> str:
 
 
 def _memory(rows: list[dict[str, Any]]) -> str:
-    """What ours takes at its peak besides the weights and the cache that it was given."""
+    """What ours takes at its peak besides the weights and what it touched of its cache."""
     found = []
     for line in rows:
-        cache_mb = line.get("settings", {}).get("kv_cache_mb")
+        cache_mb = line.get("settings", {}).get("kv_cache_resident_mb")
         if cache_mb is None or "peak_rss_gib" not in line:
             continue
         weights = (roofline.BODY + roofline.HEAD) * roofline.PRECISIONS[line["bits"]][0]

@@ -30,7 +30,7 @@ from cloudlm.engine.architectures.transformer_config import (
     Residual,
 )
 from cloudlm.engine.formats.base import Codes, StoredLinear
-from cloudlm.engine.memory import forget_mapped
+from cloudlm.engine.memory import forget_mapped, give_back
 from cloudlm.engine.native.cache import SLOT_UNIT
 from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
 from cloudlm.engine.native.contract import Path as Way
@@ -132,6 +132,7 @@ class NativePath:
         packer = _Packer(kernels, precision, stored, () if kept is None else kept.read())
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         self._head = packer.head(head)
+        forget_mapped((model.model.embed_tokens.weight, head.weight))  # copied and packed
         model.lm_head = None
         # What stays in the network would hold the whole file in memory.
         model.model.embed_tokens = nn.Identity()  # type: ignore[assignment]
@@ -152,8 +153,10 @@ class NativePath:
             kernels, layers, places, "tiles" if deterministic else "auto"
         )
         self.adapters: Adapting | None = self._adapters
-        if kept is not None and packer.made:
-            kept.write(packer.matrices)
+        if packer.made:
+            give_back()  # what packing took for a while
+            if kept is not None:
+                kept.write(packer.matrices)
 
     def _layer(self, packer: _Packer, layer: Layer, number: int) -> StackLayer:
         attention, mlp = layer.self_attn, cast(Any, layer.mlp)
