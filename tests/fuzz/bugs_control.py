@@ -15,9 +15,12 @@ from cloudlm.control.blackout import Doubt
 from cloudlm.control.drain import Drains
 from cloudlm.control.handover import life_of
 from cloudlm.control.observe import Observer
+from cloudlm.control.orders import Orders
 from cloudlm.control.plan import Plan
+from cloudlm.control.published import Published
 from cloudlm.control.reconcile import Reconciler
 from cloudlm.control.room import Room
+from cloudlm.control.versions import FixedVersions
 from cloudlm.core.deployment import Deployment
 from cloudlm.drivers import fence
 from cloudlm.state import leases
@@ -41,7 +44,7 @@ def _told_late(withdraw: Any) -> Any:
     ) -> None:
         await withdraw(self, name, groups, Plan(), seen, **named)
         there = {r.id for g in groups for r in g.observation.replicas}
-        self._drains.note(there, step.leaving, (), self._clock.monotonic())
+        self._orders.drains.note(there, step.leaving, (), self._clock.monotonic())
 
     return withdrawn
 
@@ -59,14 +62,14 @@ def _whoever_deletes(remove: Any) -> Any:
 
 def _nobody_before_us(recall: Any) -> Any:
     async def recalled(self: Reconciler, deployments: Any) -> None:
-        self._endpoints = {} if self._endpoints is None else self._endpoints
+        self._published.endpoints = self._published.endpoints or {}
         await recall(self, deployments)
 
     return recalled
 
 
 def _what_it_means_now(_: Any) -> Any:
-    async def version(self: Reconciler, deployment: Deployment, groups: Any) -> Any:
+    async def version(self: FixedVersions, deployment: Deployment, groups: Any) -> Any:
         return await self._fixed(deployment.spec.model), {}
 
     return version
@@ -75,10 +78,10 @@ def _what_it_means_now(_: Any) -> Any:
 def _taken_for_all(put: Any) -> Any:
     """The endpoints are taken for written though the write failed."""
 
-    async def written(self: Reconciler, model: str, endpoints: Any) -> None:
-        assert self._endpoints is not None
-        before = self._endpoints.get(model, ())
-        self._endpoints[model] = endpoints
+    async def written(self: Published, model: str, endpoints: Any) -> None:
+        assert self.endpoints is not None
+        before = self.endpoints.get(model, ())
+        self.endpoints[model] = endpoints
         if before != endpoints:
             await self._state.put_endpoints(model, endpoints)
 
@@ -132,10 +135,10 @@ CONTROL_BUGS: Mapping[str, Bug] = {
     "old replicas go before new ones come": instead(plan, "_shrink", _oldest_goes_first),
     "one replica too many": instead(plan, "_grow", _one_too_many),
     "orphans are left": nothing_async(Reconciler, "_remove_orphans"),
-    "what stands still is left": nothing_async(Reconciler, "_stop_stalled"),
+    "what stands still is left": nothing_async(Orders, "stop_stalled"),
     "endpoints of the control before us": instead(Reconciler, "_recall", _nobody_before_us),
-    "a lost endpoint counts as written": instead(Reconciler, "_put_endpoints", _taken_for_all),
-    "an alias changes what runs": instead(Reconciler, "_version", _what_it_means_now),
+    "a lost endpoint counts as written": instead(Published, "_put_endpoints", _taken_for_all),
+    "an alias changes what runs": instead(FixedVersions, "of", _what_it_means_now),
     "asked for again and yet deleted": instead(MemoryState, "remove_deployment", _whoever_deletes),
     "nobody is heard who waits": instead(
         TotalDemand, "busy", lambda _: property(lambda self: False)

@@ -86,15 +86,18 @@ class Observer:
         self._handed: dict[str, tuple[Life, Verdict]] = {}
         self._listed: dict[str, dict[str, str]] = {}
         """By driver the groups of the replicas that stay, as it was last believed."""
+        self._sent_off: dict[str, set[str]] = {}
+        """By driver those of them that an order since then does not leave."""
         self._doubts: dict[str, Doubt] = {}
         self._failing: dict[str, float] = {}  # since when
         self._silence = Doubt()
 
     def expect(self, driver: str, group: str, replicas: Collection[str]) -> None:
         """An order goes out that leaves a group these replicas: others of it may be missed."""
-        listed = self._listed.get(driver, {})
-        for one in [one for one, of in listed.items() if of == group and one not in replicas]:
-            del listed[one]
+        listed = self._listed.get(driver, {}).items()
+        gone = {one for one, of in listed if of == group and one not in replicas}
+        # Still remembered: the order may fail, and its driver be away for a while.
+        self._sent_off.setdefault(driver, set()).update(gone)
 
     def recall(
         self,
@@ -156,7 +159,8 @@ class Observer:
     def _believed(self, name: str, groups: list[SeenGroup]) -> list[SeenGroup]:
         """What a driver lists. Raises Unavailable while it misses so much that it is doubted."""
         listed = {r.id for g in groups for r in g.observation.replicas}
-        known, now = self._listed.get(name, {}), self._clock.monotonic()
+        sent_off, now = self._sent_off.get(name, ()), self._clock.monotonic()
+        known = [one for one in self._listed.get(name, ()) if one not in sent_off]
         lost = missed(known, listed)
         doubt = self._doubts.get(name, Doubt()).next(len(known), len(lost), now)
         self._doubts[name] = doubt
@@ -167,6 +171,7 @@ class Observer:
             _log.warning("replicas_gone", extra={"fields": fields})
         stays = {one: g.observation.name for g in groups for one in staying(g.observation)}
         self._doubts[name], self._listed[name] = Doubt(), stays
+        self._sent_off.pop(name, None)
         return groups
 
     async def _probe(self, groups: list[SeenGroup], faults: dict[str, CloudlmError]) -> Seen:

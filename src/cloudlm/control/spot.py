@@ -93,7 +93,9 @@ def decide(facts: SpotFacts, now: float, rules: SpotRules = SpotRules()) -> Spot
     least = max(2, rules.min_zones)
     opened = _open(worth, now, rules, least)
     running = {zone.name: zone.staying for zone in worth if zone.staying}
-    names = sorted({zone.name for zone in opened} | set(running), key=lambda name: cost[name])
+    names = sorted(
+        {zone.name for zone in opened} | set(running), key=lambda name: (cost[name], name)
+    )
     launches = {zone.name for zone in opened}
     total = on_spot + rules.spare
     target = spread(total, names, rules, running=running, launches=launches)

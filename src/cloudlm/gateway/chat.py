@@ -55,7 +55,7 @@ class Handler:
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
         self._damper = Damper()
-        self._open: set[Exchange] = set()
+        self._open: dict[Exchange, None] = {}  # in the order in which they came
         self.entrance = Entrance(rooms)
         self.errands = Errands(rooms)
         self.recall = Recall(
@@ -81,8 +81,8 @@ class Handler:
         request.disconnected.add_done_callback(
             lambda _: exchange.interrupt.cut(RequestCancelled("the client went away"))
         )
-        self._open.add(exchange)
-        exchange.at_end(functools.partial(self._open.discard, exchange))
+        self._open[exchange] = None
+        exchange.at_end(functools.partial(self._open.pop, exchange, None))
         route, name = routes.find(request)
         try:
             return await self._answer(exchange, request, route, name)

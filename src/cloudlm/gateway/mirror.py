@@ -50,7 +50,7 @@ class Mirror:
         self._clock = clock
         self._meter = meter
         self._aside = Meter()  # copies are no requests: their numbers are not shown as such
-        self._copies: set[asyncio.Task[None]] = set()
+        self._copies: dict[asyncio.Task[None], None] = {}  # in the order in which they came
 
     def watch(self, exchange: Exchange, call: Call, model: ServedModel) -> None:
         """A request is about to be served; copy it afterwards if it falls to the mirror."""
@@ -67,8 +67,8 @@ class Mirror:
         self._meter.mirrored(call.model)
         copying = self._copy(exchange.request_id, replace(call, translate=None))
         task = asyncio.get_running_loop().create_task(copying)
-        self._copies.add(task)
-        task.add_done_callback(self._copies.discard)
+        self._copies[task] = None
+        task.add_done_callback(lambda done: self._copies.pop(done, None))
 
     async def _copy(self, request_id: str, call: Call) -> None:
         model = self._view.snapshot().models.get(call.model)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cloudlm.control.blackout import BELIEVED_AFTER_S, Doubt
 from cloudlm.control.observe import Observer
 from cloudlm.control.probe import UNREACHABLE, Sample
-from cloudlm.core.deployment import DeploymentPhase
+from cloudlm.core.deployment import Demand, DeploymentPhase
 from cloudlm.core.errors import Unavailable
 from cloudlm.drivers.base import Ability
 from cloudlm.drivers.memory import MemoryDriver
@@ -287,7 +287,7 @@ async def test_a_drain_goes_on_where_it_was_when_its_driver_was_away(plane, monk
     plane.prober.samples["bank-r1-2"] = Sample(True, ready=True, steps=1, running=1)
     await plane.ask(min_replicas=2, max_replicas=2)
     await plane.steps(2)
-    began = plane.reconciler._drains._leaving["bank-r1-2"]
+    began = plane.reconciler._orders.drains._leaving["bank-r1-2"]
     driver = plane.drivers.get("process")
 
     async def away():
@@ -297,7 +297,45 @@ async def test_a_drain_goes_on_where_it_was_when_its_driver_was_away(plane, monk
         patched.setattr(driver, "groups", away)
         await plane.steps(4)
     await plane.steps(1)
-    assert plane.reconciler._drains._leaving["bank-r1-2"] == began
+    assert plane.reconciler._orders.drains._leaving["bank-r1-2"] == began
+
+
+async def test_a_drain_goes_on_where_it_was_when_the_order_to_stop_failed(plane, monkeypatch):
+    """The order went out and failed, then the driver was away: what was to stop is still there."""
+    await three(plane)
+    await plane.ask(min_replicas=1, max_replicas=1)
+    driver = plane.drivers.get("process")
+
+    async def away(*args):
+        raise Unavailable("the driver is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(driver, "apply", away)
+        await plane.steps(4)
+        began = dict(plane.reconciler._orders.drains._leaving)
+        assert set(began) == {"bank-r1-1", "bank-r1-2"}
+        patched.setattr(driver, "groups", away)
+        await plane.steps(2)
+    assert plane.reconciler._orders.drains._leaving == began
+
+
+async def test_nothing_is_scaled_by_what_nobody_sees(plane, monkeypatch):
+    """A fleet that seems empty under load would be made larger when its driver is back."""
+    await plane.ask(max_replicas=8)
+    await plane.steps(2)
+
+    async def away(self):
+        raise Unavailable("the driver is away")
+
+    async def wanted_under_load():
+        await plane.state.put_demand([Demand("bank", "g1", 24, 0, 9.0, plane.clock.now())])
+        await plane.steps(1)
+        return (await plane.state.get_status("bank")).wanted_replicas
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryDriver, "groups", away)
+        assert {await wanted_under_load() for _ in range(30)} == {1}
+    assert await wanted_under_load() == 3
 
 
 async def test_a_second_wave_of_silence_is_doubted_as_the_first(plane):

@@ -244,6 +244,18 @@ async def test_an_unknown_driver_fails_its_deployment_alone(plane):
     assert [d.spec.name for d in await plane.state.list_deployments()] == ["bank"]
 
 
+async def test_what_was_to_move_to_an_unknown_driver_can_be_deleted(plane):
+    await plane.ask()
+    await plane.steps(2)
+    await plane.ask(driver="nosuch")
+    await plane.steps(2)
+    assert await plane.serving() == ["bank-r1-0"]
+    await plane.state.mark_deleting("bank", now=0.0)
+    await plane.steps(5)
+    assert plane.running() == []
+    assert await plane.state.list_deployments() == []
+
+
 @pytest.mark.promise(25)
 @pytest.mark.known_failure("ray#65076")
 async def test_one_deployments_fault_does_not_stop_the_others(plane, monkeypatch):
