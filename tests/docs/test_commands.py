@@ -2,6 +2,7 @@
 
 Blocks marked ``bash`` are run; ``console`` and ``text`` blocks are transcripts. The commands meet a
 fresh installation on other ports than the documented ones; addresses are replaced accordingly.
+README.zh-CN.md has the blocks of README.md, which test_translations.py sees to.
 """
 
 from __future__ import annotations

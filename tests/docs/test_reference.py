@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 from docs.generate import PAGES, stale_pages
+from docs.translations import anchor
 from typer.main import get_command
 
+from cloudlm.cli.demo import _print_start, questions
 from cloudlm.cli.main import app
+from cloudlm.cli.up import Running
 from cloudlm.core.settings import read_settings
+from cloudlm.registry.bundled import BUNDLED
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted(
@@ -54,19 +58,18 @@ def test_paths_that_a_paper_names_exist(paper: Path) -> None:
 
 
 def _anchors(text: str) -> set[str]:
-    """What GitHub makes of the headings: lower case, hyphens for spaces, other signs left out."""
-    headings = HEADING.findall(BLOCK.sub("", text))
-    return {re.sub(r"[^\w\- ]", "", one.strip().lower()).replace(" ", "-") for one in headings}
+    """What GitHub makes of the headings."""
+    return {anchor(one) for one in HEADING.findall(BLOCK.sub("", text))}
 
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_headings_that_a_paper_links_to_exist(paper: Path) -> None:
     text = paper.read_text("utf-8")
     missing = []
-    for link, anchor in ANCHOR.findall(text):
+    for link, place in ANCHOR.findall(text):
         there = (paper.parent / link).read_text("utf-8") if link else text
-        if anchor not in _anchors(there):
-            missing.append(f"{link}#{anchor}")
+        if place not in _anchors(there):
+            missing.append(f"{link}#{place}")
     assert missing == []
 
 
@@ -100,6 +103,20 @@ def test_settings_variables_and_metrics_that_a_paper_names_exist(paper: Path) ->
     named = {*VARIABLE.findall(text), *METRIC.findall(text)} - set(SETTINGS.values())
     missing += sorted(name for name in named if not _is_in_the_program(name))
     assert missing == []
+
+
+def test_the_transcript_of_the_demo_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    shown = re.findall(r"^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0]
+    ready_s = float(re.findall(r"up after (\d+\.\d) s", shown)[0])
+    _print_start(Running("", "", None, BUNDLED, None), ready_s)
+    assert shown.startswith(capsys.readouterr().out + "\n")
+    asked = questions()
+    answered = r"^Q (.+)\nA (.+)\n  first token \d+ ms, all \d\.\d\d s$"
+    told = re.findall(answered, shown, re.MULTILINE)
+    assert [question for question, _ in told] == [item["question"] for item in asked[:2]]
+    assert all(answer in item["replies"] for (_, answer), item in zip(told, asked, strict=False))
+    assert shown.endswith(f"\n{len(asked)} of {len(asked)} answers are the right reply.\n")
 
 
 def test_the_map_names_every_room() -> None:
