@@ -48,8 +48,8 @@ RUNS = (
 """Requests at once, tokens of each prompt and of each answer."""
 ROUNDS, SHORT_ROUNDS = 5, 2
 LOADS = (0.3, 0.6)
-DURATION_S, SHORT_DURATION_S = 240.0, 20.0
-"""Long enough that ten requests and more are beyond the 90th percentile of the lowest load."""
+DURATION_S, SHORT_DURATION_S = 150.0, 20.0
+"""Long enough that more than a handful are beyond the 90th percentile of the lowest load."""
 PROMPT, OUTPUT = Lengths(200.0, 0.7), Lengths(48.0, 0.5)
 LONGEST_PROMPT, LONGEST_OUTPUT = 1500, 300
 CROWD = 48
