@@ -77,7 +77,7 @@ def test_abilities_stand_beside_their_goals(report: Any, tmp_path: Path) -> None
         "sleep": {"sleep_s": [0.2], "wake_s": [0.4]},
     }
     results = tmp_path / "results.jsonl"
-    ours = _line("cloudlm", 20.0, 4.0) | {"settings": {"kv_cache_mb": 1024}}
+    ours = _line("cloudlm", 20.0, 4.0) | {"settings": {"kv_cache_resident_mb": 1024}}
     lines = [ours, {"name": "abilities", "bits": "", "abilities": found}]
     results.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines))
     table = report.table(results, Namespace(threads=2, runs=3), [])

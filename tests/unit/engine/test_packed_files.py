@@ -247,6 +247,30 @@ def test_a_restart_maps_what_the_first_start_packed(
     assert len(packs) == 2 * made
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama-heads-32-plain"])
+def test_the_files_pages_of_every_matrix_are_given_back(
+    saved_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    from safetensors import safe_open
+
+    from cloudlm.engine import load
+    from cloudlm.engine.paths import native_path
+
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
+    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
+    given: list[torch.Size] = []
+    monkeypatch.setattr(
+        native_path, "forget_mapped", lambda tensors: given.extend(one.shape for one in tensors)
+    )
+    folder = saved_model(family).folder
+    settings = EngineSettings(kernels="native", precision="bfloat16", kv_cache_mb=1)
+    load.load_runner(folder, settings, (), lambda share, what: None)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = {tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    matrices = {shape for shape in stored if len(shape) == 2}
+    assert matrices <= {tuple(shape) for shape in given}
+
+
 def test_a_network_is_built_without_drawing_first_values(
     saved_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
