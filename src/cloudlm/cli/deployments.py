@@ -3,6 +3,7 @@ asked, what runs."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -194,9 +195,9 @@ def status(
     if json_output:
         print_json([deployment_body(view.deployment, view.status) for view in found])
         return
-    rows = [status_row(view, within) for view in found]
+    rows = [status_row(view, within, time.time()) for view in found]
     memory = ("MEMORY",) if within else ()
-    columns = ("NAME", "PHASE", "READY", *memory, "MODEL", "REVISION", "MESSAGE")
+    columns = ("NAME", "PHASE", "READY", "BOUNDS", *memory, "MODEL", "REVISION", "MESSAGE")
     print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
     if leading:
         print_text(leading)

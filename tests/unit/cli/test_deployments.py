@@ -231,14 +231,35 @@ def test_status_of_all_and_of_one(control: Any, ok: Ok, deployment: Any) -> None
         f"GET {PATH}": hostile,
     }
     lines = ok("status").stdout.splitlines()
-    assert lines[0].split() == ["NAME", "PHASE", "READY", "MODEL", "REVISION", "MESSAGE"]
-    assert lines[1].split()[:5] == ["helper", "ready", "1/1", "models:/bank/1", "1"]
+    columns = ["NAME", "PHASE", "READY", "BOUNDS", "MODEL", "REVISION", "MESSAGE"]
+    assert lines[0].split() == columns
+    assert lines[1].split()[:6] == ["helper", "ready", "1/1", "1:1", "models:/bank/1", "1"]
     assert "[/red] [bold]  [2J :warning:" in lines[1]
     assert "y" * 200 in lines[1]
     assert lines[2].split()[:3] == ["new", "pending", "0"]
     assert "http://127.0.0.1:8100" in ok("status", "helper").stdout
     rows = json.loads(ok("status", "--json").stdout)
     assert [row["status"] and row["status"]["phase"] for row in rows] == ["ready", None]
+
+
+def test_status_says_between_which_numbers_replicas_go(
+    control: Any, ok: Ok, deployment: Any
+) -> None:
+    always = {"cron": "* * * * *", "duration_s": 120.0, "timezone": "UTC", "min_replicas": 4}
+    never = {**always, "cron": "0 0 31 2 *"}
+    found = [deployment("plain", low=0), deployment("held"), deployment("free")]
+    for one, schedules in zip(found, ([], [always], [never]), strict=True):
+        one["spec"] |= {"max_replicas": 3, "scaling": {"schedules": schedules}}
+    control.answers = {"GET /deployments": {"data": found}}
+    rows = [line.split() for line in ok("status").stdout.splitlines()[1:]]
+    assert [row[3] for row in rows] == ["0:3", "4:4", "1:3"]
+    assert rows[1][4:6] == ["by", "schedule"]
+    specs = [row["spec"] for row in json.loads(ok("status", "--json").stdout)]
+    assert [(spec["min_replicas"], spec["max_replicas"]) for spec in specs] == [
+        (0, 3),
+        (1, 3),
+        (1, 3),
+    ]
 
 
 def test_status_says_who_is_in_memory(control: Any, ok: Ok, deployment: Any) -> None:
