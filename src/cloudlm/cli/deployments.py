@@ -249,7 +249,10 @@ def scale(
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
-    """Change how many replicas a deployment may have. Nothing restarts."""
+    """Change how many replicas a deployment may have. Nothing restarts.
+
+    0:1 (or 0:MAX) lets the last one go when nobody asks; the next request starts one and waits.
+    """
     low, high = read_replicas(replicas)
     with control_client() as client:
         client.deployments.scale(name, low, high)

@@ -10,11 +10,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cloudlm.cli import connect, deployments
 from cloudlm.cli.specs import read_options, read_replicas, read_specs
 from cloudlm.client.connection import Connection
 from cloudlm.core.errors import InvalidRequest, NotFound, Unavailable
+from cloudlm.core.spec import MAX_REPLICAS
 
 PATH = "/deployments/helper"
 Ok = Callable[..., Any]
@@ -27,10 +30,31 @@ def test_replicas(text: str, numbers: tuple[int, int]) -> None:
     assert read_replicas(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "x", "1:", ":2", "3:1", "-1", "0", "0:0", "1:2:3", "1.5"])
-def test_bad_replicas(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="MIN:MAX"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((text, "neither a whole number nor MIN:MAX") for text in ("", "x", "1:", ":2", "1.5")),
+        ("1:2:3", "neither a whole number nor MIN:MAX"),
+        ("3:1", "did you mean 1:3?"),
+        *((text, "fewer than 0") for text in ("-1", "-2:1", "1:-1")),
+        *((text, "0:1 to have the last replica go when nobody asks") for text in ("0", "0:0")),
+        ("1:1001", "at most 1000"),
+    ],
+)
+def test_bad_replicas(text: str, words: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
         read_replicas(text)
+    for word in (f"replicas {text!r}", "MIN:MAX", words):
+        assert word in caught.value.message
+
+
+@given(low=st.integers(-3, 1003), high=st.integers(-3, 1003))
+def test_bounds_are_taken_or_the_fault_is_told(low: int, high: int) -> None:
+    if 0 <= low <= high and 1 <= high <= MAX_REPLICAS:
+        assert read_replicas(f"{low}:{high}") == (low, high)
+    else:
+        with pytest.raises(InvalidRequest, match="MIN:MAX"):
+            read_replicas(f"{low}:{high}")
 
 
 def test_options_are_scalars() -> None:
@@ -303,6 +327,30 @@ def test_scale(control: Any, ok: Ok, deployment: Any) -> None:
     control.answers = {f"POST {PATH}/scale": deployment(), f"GET {PATH}": deployment()}
     ok("scale", "helper", "0:4")
     assert control.sent(f"POST {PATH}/scale") == {"min_replicas": 0, "max_replicas": 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("helper", "0"), "'cloudlm sleep NAME'"),
+        (("helper", "-1"), "fewer than 0"),
+        (("helper", "-2:3", "--no-wait"), "fewer than 0"),
+        (("--json", "helper", "-1.5"), "neither a whole number"),
+        (("helper", "many"), "neither a whole number"),
+    ],
+)
+def test_scale_to_what_cannot_be_sends_nothing(
+    control: Any, cli: Ok, words: tuple[str, ...], fault: str
+) -> None:
+    result = cli("scale", *words)
+    assert isinstance(result.exception, InvalidRequest)
+    assert fault in result.exception.message
+    assert not control.requests
+
+
+def test_an_option_that_nobody_knows_is_misuse_also_beside_a_negative_number(cli: Ok) -> None:
+    for words in (("helper", "2", "--nonsense"), ("helper", "-1", "--nonsense")):
+        assert cli("scale", *words).exit_code == 2
 
 
 def test_delete_waits_until_it_is_gone(control: Any, ok: Ok, deployment: Any) -> None:
