@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from cloudlm.cli.connect import control_client, open_local_state
+from cloudlm.cli.options import date_text
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import (
     AuthenticationFailed,
@@ -82,6 +83,28 @@ class TestKeys:
         assert "…abcd" in ok("keys", "list", "--all").stdout
         assert "…abcd" not in ok("keys", "list").stdout
         assert json.loads(ok("keys", "revoke", "k1", "--json").stdout)["revoked_at"] == 2.0
+
+    def test_a_rotation_says_what_it_replaced_and_until_when_that_is_good(
+        self, control: Any, ok: Ok
+    ) -> None:
+        old = {"id": "k1", "name": "shop", "role": "user", "last4": "abcd", "created_at": 1.0}
+        new = {**old, "id": "k2", "last4": "efgh"}
+        until = 1.9e9
+        for replaced, said in (
+            ({**old, "revoked_at": 5.0}, "which is refused from now on"),
+            ({**old, "expires_at": until}, f"which stays good until {date_text(until)}"),
+        ):
+            answer = {"key": "clm_secret", "record": new, "replaced": replaced}
+            control.answers = {"POST /keys/k1/rotate": answer}
+            shown = ok("keys", "rotate", "k1", "--overlap", "1h")
+            assert shown.stdout == "clm_secret\n"
+            assert "id k2" in shown.stderr
+            assert f"It replaces k1 (shop, …abcd), {said}." in shown.stderr
+            told = json.loads(ok("keys", "rotate", "k1", "--json").stdout)
+            assert (told["key"], told["record"]["id"]) == ("clm_secret", "k2")
+            assert told["replaced"]["id"] == "k1"
+        control.answers = {"POST /keys/k1/rotate": {"key": "clm_secret", "record": new}}
+        assert "replaces" not in ok("keys", "rotate", "k1").stderr  # an older control
 
     def test_keys_on_a_terminal(
         self, control: Any, ok: Ok, wide: Callable[[int], io.StringIO]
