@@ -55,7 +55,11 @@ NOUNS = (
     Noun("drivers", "drivers:show", "List the drivers and their abilities."),
     Noun("catalogue", "catalogue:app", "Offers of machines for plans: list, check, import."),
     Noun("rollout", "rollouts:app", "Roll-outs: status, history, pause, promote, undo, score."),
-    Noun("models", "models:app", "Model versions: list, show, pull, import, rm, perplexity."),
+    Noun(
+        "models",
+        "models:app",
+        "Model versions: list, show, pull, import, alias, unalias, rm, perplexity.",
+    ),
     Noun("tenants", "tenants:tenants", "Tenants: create, list, change, remove."),
     Noun("projects", "tenants:projects", "Projects of a tenant: create, list, remove."),
     Noun("principals", "principals:app", "People and services: create, list, change, remove."),

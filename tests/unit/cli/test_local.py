@@ -162,6 +162,57 @@ class TestModels:
         assert shown["architecture"] == "LlamaForCausalLM"
         assert isinstance(cli("models", "rm", "own/1").exception, Conflict)  # the alias
 
+    def test_an_alias_is_set_moved_and_removed(self, ok: Ok, cli: Ok, tmp_path: Path) -> None:
+        folder = tmp_path / "own"
+        shutil.copytree(bundled_folder(), folder)
+        ok("models", "import", str(folder), "--alias", "champion")
+        (folder / "README.md").write_text("another version")
+        ok("models", "import", str(folder))
+        moved = ok("models", "alias", "own", "champion", "2").stderr
+        assert "models:/own@champion is version 2 now; it was version 1" in moved
+        assert "cloudlm deploy models:/own/2 --name NAME" in moved
+        assert "it was" not in ok("models", "alias", "own", "champion", "2").stderr
+        told = json.loads(ok("models", "alias", "models:/own", "old", "1", "--json").stdout)
+        assert told == {"name": "own", "alias": "old", "version": 1, "before": None}
+        rows = json.loads(ok("models", "list", "--json").stdout)
+        assert [row["aliases"] for row in rows] == [["old"], ["champion"]]
+        assert json.loads(ok("models", "show", "own@champion", "--json").stdout)["version"] == 2
+        assert "removed models:/own@old" in ok("models", "unalias", "own", "old").stderr
+        ok("models", "rm", "own/1")  # no alias holds it any more
+        assert isinstance(cli("models", "unalias", "own", "old").exception, NotFound)
+
+    def test_an_alias_that_is_named_is_removed_with_a_warning(self, ok: Ok) -> None:
+        ok("models", "import", str(bundled_folder()), "--name", "used", "--alias", "champion")
+        asyncio.run(_deploy("front", "models:/used@champion"))
+        asyncio.run(_deploy("other", "models:/used/1"))
+        removed = ok("models", "unalias", "used", "champion", "--json").stdout
+        told = {"removed": "models:/used@champion", "named_by": ["front"]}
+        assert json.loads(removed) == told
+        ok("models", "alias", "used", "champion", "1")
+        assert (
+            "deployment front still names it" in ok("models", "unalias", "used", "champion").stderr
+        )
+
+    @pytest.mark.parametrize(
+        ("words", "fault"),
+        [
+            (("own", "champion", "7"), "has no version 7; it has: 1"),
+            (("own", "Champion!", "1"), "alias 'Champion!' is not valid"),
+            (("nobody", "champion", "1"), "'nobody' is not registered; registered: own"),
+            (("No Name", "champion", "1"), "model 'No Name' is not valid"),
+        ],
+    )
+    def test_an_alias_that_cannot_be_changes_nothing(
+        self, ok: Ok, cli: Ok, words: tuple[str, ...], fault: str
+    ) -> None:
+        ok("models", "import", str(bundled_folder()), "--name", "own", "--alias", "champion")
+        result = cli("models", "alias", *words)
+        assert fault in result.exception.message
+        rows = json.loads(ok("models", "list", "--json").stdout)
+        assert [row["aliases"] for row in rows] == [["champion"]]
+        for bad in ("0", "-1", "latest"):
+            assert cli("models", "alias", "own", "champion", bad).exit_code == 2
+
     def test_a_version_in_use_stays(self, ok: Ok, cli: Ok) -> None:
         ok("models", "import", str(bundled_folder()), "--name", "used")
         asyncio.run(_deploy("gone", "models:/nobody@champion"))
