@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloudlm.cli.connect import control_client, gateway_notes
+from cloudlm.cli.connect import control_client, gateway_log, gateway_notes
 from cloudlm.cli.deployments_text import memory_text, print_replicas, status_row
 from cloudlm.cli.log_lines import event_of, readable
 from cloudlm.cli.options import Json
@@ -203,6 +203,8 @@ def status(
         print_text(leading)
     for note in notes:
         print_text(f"gateway: {note}")
+    if notes and (log := gateway_log(client.connection.gateway_url)):
+        print_text(f"gateway: its log is {log}")
     if budget and not name:
         print_text(memory_text(found, budget))
     if name and found[0].status and found[0].status.replicas:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 
 from cloudlm.cli import connect, deployments
 from cloudlm.cli.specs import read_options, read_replicas, read_specs
+from cloudlm.cli.stack import Addresses, Stack
+from cloudlm.client import Client
 from cloudlm.client.connection import Connection
 from cloudlm.core.errors import InvalidRequest, NotFound, Unavailable
 from cloudlm.core.spec import MAX_REPLICAS
+from cloudlm.state.home import Home
 
 PATH = "/deployments/helper"
 Ok = Callable[..., Any]
@@ -383,6 +387,34 @@ def test_what_the_gateway_has_to_say_stands_below_the_table(
     assert "gateway:" not in ok("status", "helper").stdout
     assert "gateway:" not in ok("status", "--json").stdout
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("gateway", "named"), [("http://g:1", True), ("http://other:1", False)])
+def test_the_log_of_a_gateway_that_runs_here_is_named(
+    control: Any,
+    ok: Ok,
+    deployment: Any,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gateway: str,
+    named: bool,
+) -> None:
+    def client() -> Client:
+        made: Client = control.client()
+        made.connection = replace(made.connection, gateway_url="http://g:1")
+        return made
+
+    monkeypatch.setattr(deployments, "control_client", client)
+    monkeypatch.setattr(deployments, "gateway_notes", lambda _connection: ["a file was refused"])
+    control.answers = {"GET /deployments": {"data": [deployment()]}}
+    with Stack(Home(home).ensure(), {}) as stack:
+        stack.announce(Addresses(gateway, "http://c:1"))
+        shown = ok("status").stdout
+    assert "gateway: a file was refused" in shown
+    line = f"gateway: its log is {home / 'logs' / 'gateway.log'}"
+    assert (line in shown.splitlines()) == named
+    monkeypatch.setattr(deployments, "gateway_notes", lambda _connection: [])
+    assert "its log" not in ok("status").stdout
 
 
 @pytest.mark.parametrize("body", [b"", b"ok", b"[]", b'{"notes": 3}', b'{"ready": true}'])
