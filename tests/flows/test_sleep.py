@@ -33,7 +33,7 @@ def test_asleep_it_refuses_survives_a_crash_and_answers_as_before(
         assert (replica["state"], replica["restarts"]) == ("sleeping", 0)
         refused = client.post("/v1/chat/completions", json=ASKED)
         assert refused.status_code == 503
-        assert int(refused.headers["retry-after"]) > 0
+        assert "retry-after" not in refused.headers  # only a person can wake it
         assert refused.json()["error"]["code"] == "model_asleep"
         assert "cloudlm wake" in refused.json()["error"]["message"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloudlm.cli.stack import Addresses, running_addresses
@@ -82,6 +83,17 @@ def gateway_notes(connection: Connection) -> list[str]:
         return [str(note) for note in notes]
     except (httpx2.HTTPError, ValueError, KeyError, TypeError):
         return []
+
+
+def gateway_log(gateway_url: str) -> Path | None:
+    """Where the gateway at that address logs, if it is the one that 'cloudlm up' runs in this home;
+    others log where whoever started them said."""
+    settings, _ = load_settings()
+    home = Home(settings.home)
+    running = running_addresses(home)
+    if running is None or running.gateway_url != gateway_url:
+        return None
+    return home.logs / "gateway.log"
 
 
 def addresses(settings: Settings) -> Addresses:

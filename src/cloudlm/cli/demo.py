@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -36,8 +37,10 @@ def demo(
     """Start everything, ask five questions, show how to go on."""
     began = time.monotonic()
     stay = sys.stdin.isatty() and sys.stdout.isatty() if keep is None else keep
-    with _own_home(), running_stack(_ports(), starter=True) as (running, stack):
+    ports = _ports()
+    with _own_home(), running_stack(ports, starter=True) as (running, stack):
         ready_s = time.monotonic() - began
+        _say_where(ports, running)
         if running.admin_key is None or running.starter is None:
             raise Unavailable("the demo's installation is not fresh; remove it and start again")
         if not json_output:
@@ -104,6 +107,17 @@ def _ports() -> dict[str, Any]:
     return {
         name: where.port if port_is_free(where.host, where.port) else 0 for name, where in pairs
     }
+
+
+def _say_where(ports: dict[str, Any], running: Running) -> None:
+    """Say which of the usual ports somebody else has, another installation most often."""
+    usual = Settings()
+    for name, what, port, url in (
+        ("gateway.port", "gateway", usual.gateway.port, running.gateway_url),
+        ("control.port", "control API", usual.control.port, running.control_url),
+    ):
+        if ports[name] == 0:
+            say(f"port {port} is in use already: the demo's {what} is on port {urlsplit(url).port}")
 
 
 def _ask(running: Running, key: str, item: dict[str, Any], *, quiet: bool) -> dict[str, Any]:

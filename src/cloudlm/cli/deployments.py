@@ -3,13 +3,14 @@ asked, what runs."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloudlm.cli.connect import control_client, gateway_notes
+from cloudlm.cli.connect import control_client, gateway_log, gateway_notes
 from cloudlm.cli.deployments_text import memory_text, print_replicas, status_row
 from cloudlm.cli.log_lines import event_of, readable
 from cloudlm.cli.options import Json
@@ -194,14 +195,16 @@ def status(
     if json_output:
         print_json([deployment_body(view.deployment, view.status) for view in found])
         return
-    rows = [status_row(view, within) for view in found]
+    rows = [status_row(view, within, time.time()) for view in found]
     memory = ("MEMORY",) if within else ()
-    columns = ("NAME", "PHASE", "READY", *memory, "MODEL", "REVISION", "MESSAGE")
+    columns = ("NAME", "PHASE", "READY", "BOUNDS", *memory, "MODEL", "REVISION", "MESSAGE")
     print_table(columns, rows, "no deployments; 'cloudlm deploy MODEL --name NAME' makes one")
     if leading:
         print_text(leading)
     for note in notes:
         print_text(f"gateway: {note}")
+    if notes and (log := gateway_log(client.connection.gateway_url)):
+        print_text(f"gateway: its log is {log}")
     if budget and not name:
         print_text(memory_text(found, budget))
     if name and found[0].status and found[0].status.replicas:
@@ -248,7 +251,10 @@ def scale(
     wait: Wait = True,
     json_output: Json = False,
 ) -> None:
-    """Change how many replicas a deployment may have. Nothing restarts."""
+    """Change how many replicas a deployment may have. Nothing restarts.
+
+    0:1 (or 0:MAX) lets the last one go when nobody asks; the next request starts one and waits.
+    """
     low, high = read_replicas(replicas)
     with control_client() as client:
         client.deployments.scale(name, low, high)

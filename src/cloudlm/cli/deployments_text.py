@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from cloudlm.cli.screen import age_text, print_table
-from cloudlm.core.deployment import DeploymentStatus, Residence
+from cloudlm.core.deployment import DeploymentSpec, DeploymentStatus, Residence
 from cloudlm.core.wire import DeploymentView
 
 
@@ -26,16 +26,28 @@ def _spoken(residence: Residence) -> str:
     return residence.value.replace("_", " ")
 
 
-def status_row(view: DeploymentView, within: bool) -> tuple[Any, ...]:
-    """``within`` a memory budget there is a column more."""
+def status_row(view: DeploymentView, within: bool, now: float) -> tuple[Any, ...]:
+    """``within`` a memory budget there is a column more. ``now`` is Unix time, seconds."""
     status = view.status
     ready = f"{status.ready_replicas}/{status.wanted_replicas}" if status else "0"
     message = status.message if status else ""
     memory: tuple[str, ...] = ()
     if within:
         memory = (_residence_text(status, pinned=view.spec.pinned),)
-    revision = view.deployment.revision
-    return (view.name, view.phase, ready, *memory, view.spec.model, revision, message)
+    bounds, revision = _bounds_text(view.spec, now), view.deployment.revision
+    return (view.name, view.phase, ready, bounds, *memory, view.spec.model, revision, message)
+
+
+def _bounds_text(spec: DeploymentSpec, now: float) -> str:
+    """MIN:MAX of the replicas, as they were asked for or as a schedule has them ``now``."""
+    asked = held = spec.min_replicas, spec.max_replicas
+    if spec.scaling.schedules:
+        from cloudlm.control.autoscale import Fleet
+        from cloudlm.control.autoscale.bounds import bounds_now
+
+        held = bounds_now(spec, Fleet(wall_s=now), start_s=0.0)
+    text = f"{held[0]}:{held[1]}"
+    return text if held == asked else f"{text} by schedule"
 
 
 def _residence_text(status: DeploymentStatus | None, *, pinned: bool) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from cloudlm.cli.connect import control_client, open_local_state
-from cloudlm.cli.keys_text import print_keys
+from cloudlm.cli.keys_text import print_keys, replaced_text
 from cloudlm.cli.options import (
     Concurrent,
     Expires,
@@ -160,10 +160,19 @@ def rotate(
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Replace a key by one with another secret."""
+    """Replace a key by one with another secret. The old one is refused at once, or after --overlap.
+
+    The new one has an id of its own.
+    """
     with control_client() as client:
-        text, record = client.keys.rotate(key_id, overlap_s=seconds_of(overlap) or 0.0)
+        text, record, replaced = client.keys.rotate(key_id, overlap_s=seconds_of(overlap) or 0.0)
+    if json_output:
+        replaced_body = None if replaced is None else key_body(replaced)
+        print_json({"key": text, "record": key_body(record), "replaced": replaced_body})
+        return
     _show_once(text, record, json_output)
+    if replaced is not None:
+        say(replaced_text(replaced))
 
 
 @app.command("revoke")

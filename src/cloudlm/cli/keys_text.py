@@ -1,4 +1,4 @@
-"""How ``cloudlm keys list`` shows keys to people. Must not read or change any."""
+"""How ``cloudlm keys`` shows keys to people. Must not read or change any."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ def print_keys(records: Sequence[KeyRecord], now: float, *, everything: bool) ->
         print_table(_ALL_COLUMNS, [_whole_row(record) for record in records], "no keys")
         return
     print_table(_COLUMNS, [_row(record, now) for record in records], "no keys", whole=_WHOLE)
+
+
+def replaced_text(old: KeyRecord) -> str:
+    """Which key another has just taken the place of, and until when it is good."""
+    if old.revoked_at is not None or old.expires_at is None:
+        good = "is refused from now on"
+    else:
+        good = f"stays good until {date_text(old.expires_at)}"
+    return f"It replaces {old.id} ({old.name}, …{old.last4}), which {good}."
 
 
 def _row(record: KeyRecord, now: float) -> tuple[str, ...]:

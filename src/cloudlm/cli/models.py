@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,18 +21,21 @@ from cloudlm.cli.screen import (
     say,
     size_text,
 )
-from cloudlm.core.errors import Conflict, InvalidRequest, NotFound
+from cloudlm.core.errors import Conflict, CorruptModel, InvalidRequest, NotFound
 from cloudlm.core.model import ADAPTER, Manifest, parse_ref
 
 if TYPE_CHECKING:
     from cloudlm.registry.registry import Registry
 
 app = typer.Typer(
-    no_args_is_help=True, help="Model versions: list, show, pull, import, rm, perplexity."
+    no_args_is_help=True,
+    help="Model versions: list, show, pull, import, alias, unalias, rm, perplexity.",
 )
 perplexity.add_to(app)
 Name = Annotated[str | None, typer.Option("--name", help="Name in the registry.")]
 Alias = Annotated[str | None, typer.Option("--alias", help="Alias to set on the version.")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model's name in the registry.")]
+AliasName = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as champion.")]
 Ref = Annotated[str, typer.Argument(metavar="MODEL", help="models:/name/3, name@alias or name.")]
 
 
@@ -147,6 +151,57 @@ def _import(source: str, name: str | None, alias: str | None, json_output: bool)
         say(f"deploy it with: cloudlm deploy {manifest.ref} --name {manifest.name}")
 
 
+@app.command("alias")
+def set_alias(
+    name: ModelName,
+    alias: AliasName,
+    version: Annotated[
+        int, typer.Argument(metavar="VERSION", min=1, help="The version's number, such as 3.")
+    ],
+    json_output: Json = False,
+) -> None:
+    """Point an alias at a version, wherever it pointed before. What runs keeps its version."""
+    registry = local_registry()
+    name = name.removeprefix("models:/")
+    before = _version_of(registry, name, alias)
+    manifest = registry.set_alias(name, alias, version)
+    if json_output:
+        print_json({"name": name, "alias": alias, "version": version, "before": before})
+        return
+    moved = "" if before in (None, version) else f"; it was version {before}"
+    say(f"models:/{name}@{alias} is version {version} now{moved}")
+    if before != version:
+        say(
+            f"what runs keeps its version; roll out with: cloudlm deploy {manifest.ref} --name NAME"
+        )
+
+
+def _version_of(registry: Registry, name: str, alias: str) -> int | None:
+    """Where an alias points; None if nowhere, or its record is damaged: it is set anew."""
+    with contextlib.suppress(CorruptModel):
+        return registry.list_aliases(name).get(alias)
+    return None
+
+
+@app.command("unalias")
+def remove_alias(name: ModelName, alias: AliasName, json_output: Json = False) -> None:
+    """Remove an alias; its version stays."""
+    registry = local_registry()
+    name = name.removeprefix("models:/")
+    registry.remove_alias(name, alias)
+    address = f"models:/{name}@{alias}"
+    users = asyncio.run(_deployments_naming(address))
+    if json_output:
+        print_json({"removed": address, "named_by": users})
+        return
+    say(f"removed {address}")
+    if users:
+        say(
+            f"deployment {', '.join(users)} still names it: what runs goes on, but nothing new of "
+            "it can start; deploy a version instead, or set the alias again"
+        )
+
+
 @app.command("rm")
 def remove(model: Ref, json_output: Json = False) -> None:
     """Remove one version that no alias or deployment here uses."""
@@ -167,19 +222,27 @@ def remove(model: Ref, json_output: Json = False) -> None:
 
 async def _deployments_of(registry: Registry, manifest: Manifest) -> list[str]:
     """Deployments whose model or adapter is this version; an alias or a bare name is resolved."""
+    return [
+        name
+        for name, addresses in (await _addresses()).items()
+        if any(_runs(registry, address, manifest) for address in addresses)
+    ]
+
+
+async def _deployments_naming(address: str) -> list[str]:
+    """Deployments whose model or adapter has exactly this address."""
+    return [name for name, addresses in (await _addresses()).items() if address in addresses]
+
+
+async def _addresses() -> dict[str, tuple[str, ...]]:
+    """The addresses of each deployment's model and adapters, by its name, in this machine's
+    state."""
     state, _ = await open_local_state()
     try:
         deployments = await state.list_deployments()
     finally:
         await state.close()
-    return [
-        one.spec.name
-        for one in deployments
-        if any(
-            _runs(registry, address, manifest)
-            for address in (one.spec.model, *one.spec.adapters.values())
-        )
-    ]
+    return {one.spec.name: (one.spec.model, *one.spec.adapters.values()) for one in deployments}
 
 
 def _runs(registry: Registry, model: str, manifest: Manifest) -> bool:

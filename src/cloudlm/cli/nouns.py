@@ -10,6 +10,7 @@ reads, be it none, which takes a quarter of ``cloudlm status``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +18,8 @@ from typing import Any, cast
 
 import typer
 from typer.core import TyperGroup
+
+_NEGATIVE = re.compile(r"-\d[\d:.]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,11 @@ NOUNS = (
     Noun("drivers", "drivers:show", "List the drivers and their abilities."),
     Noun("catalogue", "catalogue:app", "Offers of machines for plans: list, check, import."),
     Noun("rollout", "rollouts:app", "Roll-outs: status, history, pause, promote, undo, score."),
-    Noun("models", "models:app", "Model versions: list, show, pull, import, rm, perplexity."),
+    Noun(
+        "models",
+        "models:app",
+        "Model versions: list, show, pull, import, alias, unalias, rm, perplexity.",
+    ),
     Noun("tenants", "tenants:tenants", "Tenants: create, list, change, remove."),
     Noun("projects", "tenants:projects", "Projects of a tenant: create, list, remove."),
     Noun("principals", "principals:app", "People and services: create, list, change, remove."),
@@ -125,6 +132,7 @@ def _command(noun: Noun) -> Any:
     made = typer.main.get_group(holder).commands[noun.name]
     for command in _with_all_below(made):
         command.get_params = _sparing(command.get_params)
+        command.parse_args = _minding(command.parse_args)
     return made
 
 
@@ -132,6 +140,18 @@ def _with_all_below(command: Any) -> Iterable[Any]:
     yield command
     for one in getattr(command, "commands", {}).values():
         yield from _with_all_below(one)
+
+
+def _minding(parse_args: Callable[[Any, list[str]], Any]) -> Callable[[Any, list[str]], Any]:
+    """Have a command take ``-1`` for a number that it may refuse in its own words, not for an
+    option that nobody knows. No option of ours is a digit."""
+
+    def parse(ctx: Any, args: list[str]) -> Any:
+        if any(_NEGATIVE.fullmatch(one) for one in args):
+            ctx.ignore_unknown_options = True
+        return parse_args(ctx, args)
+
+    return parse
 
 
 def _sparing(get_params: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:

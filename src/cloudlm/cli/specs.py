@@ -11,7 +11,7 @@ from pathlib import Path
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import CloudlmError, InvalidRequest
 from cloudlm.core.rollout import Kind, Step, Strategy
-from cloudlm.core.spec import ENGINES
+from cloudlm.core.spec import ENGINES, MAX_REPLICAS
 from cloudlm.core.wire import spec_from_body
 from cloudlm.core.yaml_text import NotYaml, parse_documents, parse_yaml
 
@@ -20,17 +20,34 @@ ENGINE_HELP = f"What generates: {' or '.join(ENGINES)}."
 
 def read_replicas(text: str) -> tuple[int, int]:
     """``2`` or ``1:3`` as (minimum, maximum). Raises InvalidRequest."""
-    low, colon, high = text.partition(":")
+    first, colon, second = text.partition(":")
     try:
-        numbers = (int(low), int(high) if colon else int(low))
+        low = int(first)
+        high = int(second) if colon else low
     except ValueError:
-        numbers = (-1, -1)
-    if not 0 <= numbers[0] <= numbers[1] or numbers[1] < 1:
         raise InvalidRequest(
-            f"replicas {text!r} must be a number or MIN:MAX with 0 <= MIN <= MAX and MAX >= 1, "
-            "such as 1:3; 0:1 goes to zero when nobody asks"
+            f"replicas {text[:40]!r} is neither a whole number nor MIN:MAX, such as 2 or 1:3"
+        ) from None
+    if fault := _replicas_fault(low, high):
+        raise InvalidRequest(f"replicas {text[:40]!r}: {fault}")
+    return low, high
+
+
+def _replicas_fault(low: int, high: int) -> str:
+    """What is wrong with the bounds and what to write instead; empty if nothing is."""
+    if low < 0 or high < 0:
+        return "nothing can run fewer than 0 times; write a number or MIN:MAX, such as 2 or 1:3"
+    if high == 0:
+        return (
+            "with a MAX of 0 nothing could ever answer. Write MIN:MAX as 0:1 to have the last "
+            "replica go when nobody asks and come back with a request; 'cloudlm sleep NAME' gives "
+            "the memory back at once, 'cloudlm delete NAME' stops everything"
         )
-    return numbers
+    if low > high:
+        return f"MIN:MAX begins with the smaller number; did you mean {high}:{low}?"
+    if high > MAX_REPLICAS:
+        return f"MAX in MIN:MAX is at most {MAX_REPLICAS}"
+    return ""
 
 
 def read_options(pairs: list[str]) -> dict[str, str | int | float | bool]:

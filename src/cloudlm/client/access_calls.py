@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cloudlm.client.calls import Call, NewKey, all_of, nothing, path_of
+from cloudlm.client.calls import Call, NewKey, RotatedKey, all_of, nothing, path_of
 from cloudlm.core import wire_access as wire
 from cloudlm.core.access import CustomRole, Grant, Limits, Principal, Project, Tenant
 from cloudlm.core.fields import Fields
@@ -186,9 +186,9 @@ def change_key(key_id: str, changes: Mapping[str, Any]) -> Call[KeyRecord]:
     return Call("PATCH", path_of("keys", key_id), wire.key_from_body, _changes(changes))
 
 
-def rotate_key(key_id: str, overlap_s: float) -> Call[NewKey]:
+def rotate_key(key_id: str, overlap_s: float) -> Call[RotatedKey]:
     path = path_of("keys", key_id, "rotate")
-    return Call("POST", path, _new_key, {"overlap_s": overlap_s})
+    return Call("POST", path, _rotated_key, {"overlap_s": overlap_s})
 
 
 def revoke_key(key_id: str, *, descendants: bool = False) -> Call[KeyRecord]:
@@ -199,6 +199,11 @@ def revoke_key(key_id: str, *, descendants: bool = False) -> Call[KeyRecord]:
 def _new_key(body: Any) -> NewKey:
     fields = Fields(body, "a new key")
     return NewKey(fields.text("key", low=1), wire.key_from_body(fields.raw("record")))
+
+
+def _rotated_key(body: Any) -> RotatedKey:
+    replaced = Fields(body, "a new key").raw("replaced", None)
+    return RotatedKey(*_new_key(body), None if replaced is None else wire.key_from_body(replaced))
 
 
 def _query(**given: str | None) -> dict[str, str]:

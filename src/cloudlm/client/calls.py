@@ -58,6 +58,15 @@ class NewKey(NamedTuple):
     record: KeyRecord
 
 
+class RotatedKey(NamedTuple):
+    """As ``NewKey``, with the key that it replaces, as that is from now on (None: a control of
+    before does not tell)."""
+
+    text: str
+    record: KeyRecord
+    replaced: KeyRecord | None = None
+
+
 # Models -----------------------------------------------------------------------------------------
 
 

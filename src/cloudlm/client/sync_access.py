@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cloudlm.client import access_calls as calls
 from cloudlm.client.access_calls import RoleEntry
-from cloudlm.client.calls import NewKey
+from cloudlm.client.calls import NewKey, RotatedKey
 from cloudlm.core.access import CustomRole, Limits, Principal, Project, Tenant
 from cloudlm.core.tenant import KeyRecord, Role
 from cloudlm.core.wire_access import KeyRequest
@@ -132,8 +132,8 @@ class Keys:
         """Change ``name``, ``models``, ``limits`` or ``expires_in_s``."""
         return self._client.send(calls.change_key(key_id, changes))
 
-    def rotate(self, key_id: str, *, overlap_s: float = 0.0) -> NewKey:
-        """Replace a key's secret; the old one stays good for ``overlap_s``."""
+    def rotate(self, key_id: str, *, overlap_s: float = 0.0) -> RotatedKey:
+        """Replace a key by one with another secret; the old one stays good for ``overlap_s``."""
         return self._client.send(calls.rotate_key(key_id, overlap_s))
 
     def revoke(self, key_id: str, *, descendants: bool = False) -> KeyRecord:

@@ -17,7 +17,6 @@ from typing import Final
 from cloudlm.core.errors import (
     CloudlmError,
     InternalError,
-    ModelAsleep,
     ModelTooLarge,
     NoReplica,
     PermissionDenied,
@@ -38,12 +37,12 @@ from cloudlm.gateway.recall import Recall
 from cloudlm.gateway.replies import JSON, headers_of, refusal
 from cloudlm.gateway.rooms import Rooms
 from cloudlm.gateway.sessions import session_of
+from cloudlm.gateway.sleeping import asleep
 from cloudlm.gateway.view import ServedModel, Snapshot
 from cloudlm.security import keys
 from cloudlm.telemetry.damping import Damper
 from cloudlm.telemetry.logs import get_logger, request_id_var
 
-ASLEEP_RETRY_AFTER_S: Final = 30.0
 _BY_SESSION: Final = Policy.SESSION_AFFINITY
 
 _log = get_logger(__name__)
@@ -168,17 +167,14 @@ class Handler:
         self, exchange: Exchange, call: Call, model: ServedModel, *, may_hold: bool
     ) -> float | None:
         """Count a request for a model, served or not. Returns how long it may be held for a first
-        replica, None if it need not. Raises NoReplica if there is none and none to wait for."""
+        replica, None if it need not. Raises NoReplica if there is none and none to wait for,
+        ModelAsleep, ModelTooLarge."""
         rooms = self._rooms
         exchange.model = model.name
         rooms.demand.count(model.name, len(call.body))
         held_s = None
         if model.asleep:
-            raise ModelAsleep(
-                f"model {model.name!r} is asleep: its memory was given back, and no request wakes "
-                f"it; 'cloudlm wake {model.parent or model.name}' does",
-                retry_after_s=ASLEEP_RETRY_AFTER_S,
-            )
+            raise asleep(model)
         if not model.endpoints and model.too_large:
             raise ModelTooLarge(
                 f"model {model.name!r} is deployed, but its machine's memory budget does not hold "

@@ -60,7 +60,7 @@ class LiveFile(ABC, Generic[T]):
             return []
         return [
             f"the {self._named} changed and was refused ({self._fault}): the last good one holds; "
-            "the gateway's log says why"
+            f"the gateway's log says why ({self._event}_not_renewed)"
         ]
 
     async def renew(self) -> bool:

@@ -43,7 +43,8 @@ class ServedModel:
     take no new requests, of a revision that is tried out or was just replaced: streams that began
     there may go on there, and copies may be sent there. ``split``: revisions share requests. One
     that ``holds`` starts a replica when asked, and requests wait for it; one that is ``too_large``
-    for its machine's memory never gets one."""
+    for its machine's memory never gets one. Somebody put it ``to_sleep``, or wants it awake
+    (``to_wake``); neither: each replica stays as it is."""
 
     name: str
     created_at: float
@@ -57,6 +58,7 @@ class ServedModel:
     split: bool = False
     holds: bool = False
     to_sleep: bool = False
+    to_wake: bool = False
     target_ongoing_requests: float = 8.0
     too_large: bool = False
 
@@ -296,7 +298,8 @@ def served(
         beside=tuple(beside),
         split=is_split(taken),
         holds=(spec.may_be_none or residence is not Residence.NONE) and not spec.asleep,
-        to_sleep=bool(spec.asleep),
+        to_sleep=spec.asleep is True,
+        to_wake=spec.asleep is False,
         target_ongoing_requests=spec.target_ongoing_requests,
         too_large=residence is Residence.TOO_LARGE,
     )

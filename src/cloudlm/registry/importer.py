@@ -155,7 +155,11 @@ def _downloaded(cache_dir: Path, address: str, progress: Progress | None) -> Ite
     store = open_store(address)
     with _incoming_folder(cache_dir / "incoming") as folder:
         _download_all(store, address, folder, progress)
-        yield folder
+        try:
+            yield folder
+        except BrokenModel as error:  # of a folder that nobody knows and that is gone by then
+            message = error.message.replace(str(folder), address.rstrip("/"))
+            raise type(error)(message, param=error.param) from error
 
 
 @contextmanager

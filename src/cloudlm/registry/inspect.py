@@ -28,6 +28,7 @@ from cloudlm.registry.model_json import (
     refuse_code,
     size_limit,
 )
+from cloudlm.registry.nested import lies_below, models_below
 from cloudlm.registry.policy import Verdict, judge
 from cloudlm.registry.safetensors_header import TensorFacts, read_header
 from cloudlm.registry.stores.failures import storage_failure, storage_failures
@@ -69,6 +70,10 @@ def inspect_folder(folder: Path) -> Inspection:
     files = judged_files(folder)
     taken = {file.path: file for file in files[Verdict.TAKE]}
     weights = {file.path: file for file in files[Verdict.WEIGHTS]}
+    if not taken.keys() & {"config.json", _ADAPTER}:
+        below = models_below(file.path for found in files.values() for file in found)
+        if below:
+            raise lies_below(folder, below)
     _refuse_unsafe(files, weights)
     if _ADAPTER in taken and "config.json" not in taken:
         return _inspect_adapter(taken, weights, files)

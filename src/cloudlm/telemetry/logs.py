@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TextIO
 
 from cloudlm.core.settings import LogSettings
 
@@ -33,7 +33,7 @@ def get_logger(name: str) -> logging.Logger:
 
 def setup_logging(settings: LogSettings, process: str) -> None:
     """Send this process's logs to standard error in the wanted form. Called once, at start."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStandardError(sys.stderr)
     text = settings.format == "text" or (settings.format == "auto" and sys.stderr.isatty())
     handler.setFormatter(_TextFormatter() if text else _JsonFormatter(process))
     root = logging.getLogger()
@@ -67,6 +67,15 @@ def _shorten(value: Any) -> Any:
         return value
     text = mask(str(value))
     return text if len(text) <= _FIELD_LIMIT else text[:_FIELD_LIMIT] + "…"
+
+
+class _ToStandardError(logging.StreamHandler[TextIO]):
+    """Writes each line to what standard error is at that moment: while a bar is drawn, that is
+    what puts lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cloudlm.cli import connect, deployments
 from cloudlm.cli.specs import read_options, read_replicas, read_specs
+from cloudlm.cli.stack import Addresses, Stack
+from cloudlm.client import Client
 from cloudlm.client.connection import Connection
 from cloudlm.core.errors import InvalidRequest, NotFound, Unavailable
+from cloudlm.core.spec import MAX_REPLICAS
+from cloudlm.state.home import Home
 
 PATH = "/deployments/helper"
 Ok = Callable[..., Any]
@@ -27,10 +34,31 @@ def test_replicas(text: str, numbers: tuple[int, int]) -> None:
     assert read_replicas(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "x", "1:", ":2", "3:1", "-1", "0", "0:0", "1:2:3", "1.5"])
-def test_bad_replicas(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="MIN:MAX"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((text, "neither a whole number nor MIN:MAX") for text in ("", "x", "1:", ":2", "1.5")),
+        ("1:2:3", "neither a whole number nor MIN:MAX"),
+        ("3:1", "did you mean 1:3?"),
+        *((text, "fewer than 0") for text in ("-1", "-2:1", "1:-1")),
+        *((text, "0:1 to have the last replica go when nobody asks") for text in ("0", "0:0")),
+        ("1:1001", "at most 1000"),
+    ],
+)
+def test_bad_replicas(text: str, words: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
         read_replicas(text)
+    for word in (f"replicas {text!r}", "MIN:MAX", words):
+        assert word in caught.value.message
+
+
+@given(low=st.integers(-3, 1003), high=st.integers(-3, 1003))
+def test_bounds_are_taken_or_the_fault_is_told(low: int, high: int) -> None:
+    if 0 <= low <= high and 1 <= high <= MAX_REPLICAS:
+        assert read_replicas(f"{low}:{high}") == (low, high)
+    else:
+        with pytest.raises(InvalidRequest, match="MIN:MAX"):
+            read_replicas(f"{low}:{high}")
 
 
 def test_options_are_scalars() -> None:
@@ -231,14 +259,35 @@ def test_status_of_all_and_of_one(control: Any, ok: Ok, deployment: Any) -> None
         f"GET {PATH}": hostile,
     }
     lines = ok("status").stdout.splitlines()
-    assert lines[0].split() == ["NAME", "PHASE", "READY", "MODEL", "REVISION", "MESSAGE"]
-    assert lines[1].split()[:5] == ["helper", "ready", "1/1", "models:/bank/1", "1"]
+    columns = ["NAME", "PHASE", "READY", "BOUNDS", "MODEL", "REVISION", "MESSAGE"]
+    assert lines[0].split() == columns
+    assert lines[1].split()[:6] == ["helper", "ready", "1/1", "1:1", "models:/bank/1", "1"]
     assert "[/red] [bold]  [2J :warning:" in lines[1]
     assert "y" * 200 in lines[1]
     assert lines[2].split()[:3] == ["new", "pending", "0"]
     assert "http://127.0.0.1:8100" in ok("status", "helper").stdout
     rows = json.loads(ok("status", "--json").stdout)
     assert [row["status"] and row["status"]["phase"] for row in rows] == ["ready", None]
+
+
+def test_status_says_between_which_numbers_replicas_go(
+    control: Any, ok: Ok, deployment: Any
+) -> None:
+    always = {"cron": "* * * * *", "duration_s": 120.0, "timezone": "UTC", "min_replicas": 4}
+    never = {**always, "cron": "0 0 31 2 *"}
+    found = [deployment("plain", low=0), deployment("held"), deployment("free")]
+    for one, schedules in zip(found, ([], [always], [never]), strict=True):
+        one["spec"] |= {"max_replicas": 3, "scaling": {"schedules": schedules}}
+    control.answers = {"GET /deployments": {"data": found}}
+    rows = [line.split() for line in ok("status").stdout.splitlines()[1:]]
+    assert [row[3] for row in rows] == ["0:3", "4:4", "1:3"]
+    assert rows[1][4:6] == ["by", "schedule"]
+    specs = [row["spec"] for row in json.loads(ok("status", "--json").stdout)]
+    assert [(spec["min_replicas"], spec["max_replicas"]) for spec in specs] == [
+        (0, 3),
+        (1, 3),
+        (1, 3),
+    ]
 
 
 def test_status_says_who_is_in_memory(control: Any, ok: Ok, deployment: Any) -> None:
@@ -284,6 +333,30 @@ def test_scale(control: Any, ok: Ok, deployment: Any) -> None:
     assert control.sent(f"POST {PATH}/scale") == {"min_replicas": 0, "max_replicas": 4}
 
 
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("helper", "0"), "'cloudlm sleep NAME'"),
+        (("helper", "-1"), "fewer than 0"),
+        (("helper", "-2:3", "--no-wait"), "fewer than 0"),
+        (("--json", "helper", "-1.5"), "neither a whole number"),
+        (("helper", "many"), "neither a whole number"),
+    ],
+)
+def test_scale_to_what_cannot_be_sends_nothing(
+    control: Any, cli: Ok, words: tuple[str, ...], fault: str
+) -> None:
+    result = cli("scale", *words)
+    assert isinstance(result.exception, InvalidRequest)
+    assert fault in result.exception.message
+    assert not control.requests
+
+
+def test_an_option_that_nobody_knows_is_misuse_also_beside_a_negative_number(cli: Ok) -> None:
+    for words in (("helper", "2", "--nonsense"), ("helper", "-1", "--nonsense")):
+        assert cli("scale", *words).exit_code == 2
+
+
 def test_delete_waits_until_it_is_gone(control: Any, ok: Ok, deployment: Any) -> None:
     gone = refusal(404, "gone", "not_found")
     control.answers = {
@@ -314,6 +387,34 @@ def test_what_the_gateway_has_to_say_stands_below_the_table(
     assert "gateway:" not in ok("status", "helper").stdout
     assert "gateway:" not in ok("status", "--json").stdout
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("gateway", "named"), [("http://g:1", True), ("http://other:1", False)])
+def test_the_log_of_a_gateway_that_runs_here_is_named(
+    control: Any,
+    ok: Ok,
+    deployment: Any,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gateway: str,
+    named: bool,
+) -> None:
+    def client() -> Client:
+        made: Client = control.client()
+        made.connection = replace(made.connection, gateway_url="http://g:1")
+        return made
+
+    monkeypatch.setattr(deployments, "control_client", client)
+    monkeypatch.setattr(deployments, "gateway_notes", lambda _connection: ["a file was refused"])
+    control.answers = {"GET /deployments": {"data": [deployment()]}}
+    with Stack(Home(home).ensure(), {}) as stack:
+        stack.announce(Addresses(gateway, "http://c:1"))
+        shown = ok("status").stdout
+    assert "gateway: a file was refused" in shown
+    line = f"gateway: its log is {home / 'logs' / 'gateway.log'}"
+    assert (line in shown.splitlines()) == named
+    monkeypatch.setattr(deployments, "gateway_notes", lambda _connection: [])
+    assert "its log" not in ok("status").stdout
 
 
 @pytest.mark.parametrize("body", [b"", b"ok", b"[]", b'{"notes": 3}', b'{"ready": true}'])

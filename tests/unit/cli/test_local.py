@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from cloudlm.cli.connect import control_client, open_local_state
+from cloudlm.cli.options import date_text
 from cloudlm.core.deployment import DeploymentSpec
 from cloudlm.core.errors import (
     AuthenticationFailed,
@@ -83,6 +84,28 @@ class TestKeys:
         assert "…abcd" not in ok("keys", "list").stdout
         assert json.loads(ok("keys", "revoke", "k1", "--json").stdout)["revoked_at"] == 2.0
 
+    def test_a_rotation_says_what_it_replaced_and_until_when_that_is_good(
+        self, control: Any, ok: Ok
+    ) -> None:
+        old = {"id": "k1", "name": "shop", "role": "user", "last4": "abcd", "created_at": 1.0}
+        new = {**old, "id": "k2", "last4": "efgh"}
+        until = 1.9e9
+        for replaced, said in (
+            ({**old, "revoked_at": 5.0}, "which is refused from now on"),
+            ({**old, "expires_at": until}, f"which stays good until {date_text(until)}"),
+        ):
+            answer = {"key": "clm_secret", "record": new, "replaced": replaced}
+            control.answers = {"POST /keys/k1/rotate": answer}
+            shown = ok("keys", "rotate", "k1", "--overlap", "1h")
+            assert shown.stdout == "clm_secret\n"
+            assert "id k2" in shown.stderr
+            assert f"It replaces k1 (shop, …abcd), {said}." in shown.stderr
+            told = json.loads(ok("keys", "rotate", "k1", "--json").stdout)
+            assert (told["key"], told["record"]["id"]) == ("clm_secret", "k2")
+            assert told["replaced"]["id"] == "k1"
+        control.answers = {"POST /keys/k1/rotate": {"key": "clm_secret", "record": new}}
+        assert "replaces" not in ok("keys", "rotate", "k1").stderr  # an older control
+
     def test_keys_on_a_terminal(
         self, control: Any, ok: Ok, wide: Callable[[int], io.StringIO]
     ) -> None:
@@ -138,6 +161,57 @@ class TestModels:
         shown = json.loads(ok("models", "show", "models:/own/1", "--json").stdout)
         assert shown["architecture"] == "LlamaForCausalLM"
         assert isinstance(cli("models", "rm", "own/1").exception, Conflict)  # the alias
+
+    def test_an_alias_is_set_moved_and_removed(self, ok: Ok, cli: Ok, tmp_path: Path) -> None:
+        folder = tmp_path / "own"
+        shutil.copytree(bundled_folder(), folder)
+        ok("models", "import", str(folder), "--alias", "champion")
+        (folder / "README.md").write_text("another version")
+        ok("models", "import", str(folder))
+        moved = ok("models", "alias", "own", "champion", "2").stderr
+        assert "models:/own@champion is version 2 now; it was version 1" in moved
+        assert "cloudlm deploy models:/own/2 --name NAME" in moved
+        assert "it was" not in ok("models", "alias", "own", "champion", "2").stderr
+        told = json.loads(ok("models", "alias", "models:/own", "old", "1", "--json").stdout)
+        assert told == {"name": "own", "alias": "old", "version": 1, "before": None}
+        rows = json.loads(ok("models", "list", "--json").stdout)
+        assert [row["aliases"] for row in rows] == [["old"], ["champion"]]
+        assert json.loads(ok("models", "show", "own@champion", "--json").stdout)["version"] == 2
+        assert "removed models:/own@old" in ok("models", "unalias", "own", "old").stderr
+        ok("models", "rm", "own/1")  # no alias holds it any more
+        assert isinstance(cli("models", "unalias", "own", "old").exception, NotFound)
+
+    def test_an_alias_that_is_named_is_removed_with_a_warning(self, ok: Ok) -> None:
+        ok("models", "import", str(bundled_folder()), "--name", "used", "--alias", "champion")
+        asyncio.run(_deploy("front", "models:/used@champion"))
+        asyncio.run(_deploy("other", "models:/used/1"))
+        removed = ok("models", "unalias", "used", "champion", "--json").stdout
+        told = {"removed": "models:/used@champion", "named_by": ["front"]}
+        assert json.loads(removed) == told
+        ok("models", "alias", "used", "champion", "1")
+        assert (
+            "deployment front still names it" in ok("models", "unalias", "used", "champion").stderr
+        )
+
+    @pytest.mark.parametrize(
+        ("words", "fault"),
+        [
+            (("own", "champion", "7"), "has no version 7; it has: 1"),
+            (("own", "Champion!", "1"), "alias 'Champion!' is not valid"),
+            (("nobody", "champion", "1"), "'nobody' is not registered; registered: own"),
+            (("No Name", "champion", "1"), "model 'No Name' is not valid"),
+        ],
+    )
+    def test_an_alias_that_cannot_be_changes_nothing(
+        self, ok: Ok, cli: Ok, words: tuple[str, ...], fault: str
+    ) -> None:
+        ok("models", "import", str(bundled_folder()), "--name", "own", "--alias", "champion")
+        result = cli("models", "alias", *words)
+        assert fault in result.exception.message
+        rows = json.loads(ok("models", "list", "--json").stdout)
+        assert [row["aliases"] for row in rows] == [["champion"]]
+        for bad in ("0", "-1", "latest"):
+            assert cli("models", "alias", "own", "champion", bad).exit_code == 2
 
     def test_a_version_in_use_stays(self, ok: Ok, cli: Ok) -> None:
         ok("models", "import", str(bundled_folder()), "--name", "used")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,11 +15,14 @@ from rich.console import Console
 
 from cloudlm.cli import screen
 from cloudlm.cli.folding import unbroken
+from cloudlm.core.settings import LogSettings
+from cloudlm.telemetry.logs import get_logger, setup_logging
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """Both streams on a terminal of 40 columns."""
+    monkeypatch.setenv("TERM", "xterm")
     text = io.StringIO()
     for name in ("out", "talk"):
         console = Console(
@@ -50,6 +54,22 @@ def test_bars_on_a_terminal_show_messages_as_they_are(terminal: io.StringIO) -> 
         pass
     assert "a[/b] [/x]" in terminal.getvalue()
     assert "b: [/x] [2J" in terminal.getvalue()
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_log_line_while_a_bar_is_drawn_stands_above_it(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal)
+    setup_logging(LogSettings(format="text"), "serve")
+    with screen.share_bar("loading") as update:
+        update(0.5, "")
+        get_logger("x").warning("careful", extra={"fields": {"what": "[/x]"}})
+    (line,) = [line for line in terminal.getvalue().split("\n") if "careful" in line]
+    _, mark, said = line.rpartition("\x1b[2K")  # the bar is wiped first
+    assert mark
+    assert "loading" not in said
+    assert said.endswith(" warning careful what=[/x]")
 
 
 def test_a_table_on_a_terminal_loses_no_letter(terminal: io.StringIO) -> None:

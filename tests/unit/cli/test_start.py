@@ -135,6 +135,27 @@ class TestDemo:
         assert os.environ["CLOUDLM_HOME"] == "/mine"
         assert os.environ["CLOUDLM_STATE_URL"] == "postgresql://production"
 
+    def test_a_usual_port_that_is_taken_is_told_with_the_one_instead(
+        self, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given: list[dict[str, Any]] = []
+
+        @contextlib.contextmanager
+        def stack(flags: dict[str, Any], *, starter: bool) -> Iterator[Any]:
+            given.append(flags)
+            yield up.Running("http://127.0.0.1:7400", "http://127.0.0.1:7401", "k", "m", None), None
+
+        monkeypatch.setattr(demo, "running_stack", stack)
+        monkeypatch.setattr(demo, "questions", list)
+        monkeypatch.setattr(demo, "port_is_free", lambda _host, port: port == 8001)
+        result = cli("demo", "--json", "--no-keep")
+        assert given == [{"gateway.port": 0, "control.port": 8001}]
+        assert "port 8000 is in use already: the demo's gateway is on port 7400" in result.stderr
+        assert "8001" not in result.stderr
+        assert json.loads(result.stdout)["answers"] == []
+        monkeypatch.setattr(demo, "port_is_free", lambda _host, _port: True)
+        assert cli("demo", "--no-keep").stderr == ""
+
     @pytest.mark.parametrize("right", [True, False])
     def test_it_tells_right_from_wrong(
         self, right: bool, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -214,8 +214,21 @@ def at(phase: DeploymentPhase, generation: int = 2, message: str = "") -> dict[s
         (
             lambda c: c.keys.rotate("k1", overlap_s=60.0),
             ("POST", "/api/v1/keys/k1/rotate", {"overlap_s": 60.0}),
+            httpx2.Response(
+                201,
+                json={
+                    "key": "clm_y",
+                    "record": wire_access.key_body(RECORD),
+                    "replaced": wire_access.key_body(replace(RECORD, expires_at=9.0)),
+                },
+            ),
+            ("clm_y", RECORD, replace(RECORD, expires_at=9.0)),
+        ),
+        (
+            lambda c: c.keys.rotate("k1"),
+            ("POST", "/api/v1/keys/k1/rotate", {"overlap_s": 0.0}),
             httpx2.Response(201, json={"key": "clm_y", "record": wire_access.key_body(RECORD)}),
-            ("clm_y", RECORD),
+            ("clm_y", RECORD, None),
         ),
         (
             lambda c: c.keys.revoke("k1", descendants=True),

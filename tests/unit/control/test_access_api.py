@@ -271,6 +271,9 @@ async def test_rotation_overlaps_and_expiry_ends(world, services, plane, pepper)
     old = {"x-api-key": made["key"]}
     answer = await owner.post(f"/keys/{made['record']['id']}/rotate", json={"overlap_s": 30})
     assert answer.headers["cache-control"] == "no-store"
+    replaced = answer.json()["replaced"]
+    assert (replaced["id"], replaced["revoked_at"]) == (made["record"]["id"], None)
+    assert replaced["expires_at"] == services.clock.now() + 30
     new = {"x-api-key": answer.json()["key"]}
 
     async def statuses():
@@ -283,6 +286,19 @@ async def test_rotation_overlaps_and_expiry_ends(world, services, plane, pepper)
     assert await statuses() == [401, 200]
     await plane.clock.advance(70.0)
     assert await statuses() == [401, 401]
+
+
+async def test_a_rotation_without_overlap_revokes_and_one_never_prolongs(world, services):
+    owner = await world()
+    for overlap_s, lives_s in ((0, None), (500, 100)):
+        made = await owner.post("/keys", json={"name": "n", "expires_in_s": 100})
+        old = made.json()["record"]
+        path = f"/keys/{old['id']}/rotate"
+        replaced = (await owner.post(path, json={"overlap_s": overlap_s})).json()["replaced"]
+        now = services.clock.now()
+        assert replaced["id"] == old["id"]
+        assert replaced["revoked_at"] == (now if lives_s is None else None)
+        assert replaced["expires_at"] == now + 100
 
 
 async def test_revoking_a_key_can_take_what_it_made(world, services):

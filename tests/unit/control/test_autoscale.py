@@ -123,6 +123,41 @@ def test_it_says_why(algorithm):
     assert "no gateway reports" in memory.why
 
 
+@EVERY
+@pytest.mark.parametrize("ongoing", [None, 0, 4])
+@pytest.mark.parametrize(("current", "low", "high"), [(1, 3, 3), (1, 3, 9), (6, 1, 2), (6, 0, 2)])
+def test_it_says_who_moved_the_number_where_the_load_did_not(
+    algorithm, ongoing, current, low, high
+):
+    spec = by(algorithm, replace(SPEC, min_replicas=low, max_replicas=high), down_window_s=0.0)
+    demand = [] if ongoing is None else load(ongoing)
+    wanted, memory = autoscale(spec, demand, current, ScaleMemory(), 0.0)
+    bound = low if current < low else high
+    by_bounds = wanted == bound
+    assert by_bounds or wanted < bound  # of too many the load may leave fewer
+    assert (memory.why == f"a person set the bounds to {low}:{high}") == by_bounds
+    _, memory = autoscale(spec, demand, wanted, memory, 100.0)
+    assert "a person" not in memory.why
+
+
+@EVERY
+def test_what_more_than_the_least_is_wanted_for_is_the_load(algorithm):
+    spec = by(algorithm, replace(SPEC, min_replicas=2))
+    wanted, memory = autoscale(spec, load(200), 1, ScaleMemory(), 0.0)
+    assert wanted > 2
+    assert algorithm.value in memory.why
+
+
+def test_it_says_that_a_schedule_moved_the_number():
+    spec = by(Algorithm.TOKENS, schedules=(OFFICE,))
+    wanted, memory = autoscale(spec, [], 1, ScaleMemory(), 0.0, Fleet(wall_s=NOON))
+    assert (wanted, memory.why) == (3, "a schedule sets the bounds to 3:20")
+    narrow = by(Algorithm.TOKENS, replace(SPEC, max_replicas=2), schedules=(OFFICE,))
+    night = Fleet(wall_s=NOON + 9 * 3600.0)
+    wanted, memory = autoscale(narrow, [], 3, memory, 1.0, night)
+    assert (wanted, memory.why) == (2, "the bounds are 1:2")
+
+
 # Zero ---------------------------------------------------------------------------------------------
 
 ZERO = replace(SPEC, min_replicas=0)

@@ -55,6 +55,17 @@ async def test_a_request_starts_one_and_idleness_ends_it(plane):
     assert (await plane.state.get_status("bank")).phase is DeploymentPhase.IDLE
 
 
+async def test_a_number_that_a_person_changed_is_told_as_such(plane):
+    await plane.ask()
+    await plane.steps(3)
+    for asked, words in ((3, "1 → 3 replicas"), (2, "3 → 2 replicas")):
+        await plane.ask(min_replicas=asked, max_replicas=asked)
+        await tell(plane, 0)
+        await plane.steps(4)
+        status = await plane.state.get_status("bank")
+        assert status.message == f"{words}; a person set the bounds to {asked}:{asked}"
+
+
 @pytest.mark.promise(29)
 async def test_silence_takes_the_last_replica_from_nobody(plane):
     await plane.ask(min_replicas=0, scaling=SOON)

@@ -177,16 +177,31 @@ async def test_unknown_model_names_those_that_exist(rig: Any, kit: Any) -> None:
     assert "x-cloudlm-model" not in result.headers
 
 
-async def test_a_model_asleep_is_refused_without_asking_a_replica(rig: Any, kit: Any) -> None:
-    await rig.state.put_deployment(DeploymentSpec("nap", "models:/m/1"), now=1.0)
+@pytest.mark.parametrize("wish", [None, True, False])
+async def test_a_model_asleep_is_refused_without_asking_a_replica(
+    rig: Any, kit: Any, wish: bool | None
+) -> None:
+    """A time to come back is named only where it wakes up already: no request wakes it."""
+    await rig.state.put_deployment(DeploymentSpec("nap", "models:/m/1", asleep=wish), now=1.0)
     sleeping = Endpoint("nap", "nap-r1-0", "http://127.0.0.1:9", 1, weight=0.0)
     await rig.state.put_endpoints("nap", [sleeping])
     await rig.gateway.view.refresh()
-    result = await rig.ask(kit.chat_body(model="nap"))
-    assert result.status == 503
-    assert result.json["error"]["code"] == "model_asleep"
-    assert result.headers["retry-after"] == "30"
-    assert "x-cloudlm-replica" not in result.headers
+    for result in (
+        await rig.ask(kit.chat_body(model="nap")),
+        await rig.ask(method="GET", path="/v2/models/nap/ready"),
+    ):
+        assert result.status == 503
+        assert "x-cloudlm-replica" not in result.headers
+        if wish is False:
+            assert "waking up" in result.body.decode()
+            assert int(result.headers["retry-after"]) >= 1
+        else:
+            assert "'cloudlm wake nap' does" in result.body.decode()
+            assert "retry-after" not in result.headers
+    asked = await rig.ask(kit.chat_body(model="nap"))
+    assert asked.json["error"]["code"] == ("no_replica" if wish is False else "model_asleep")
+    shown = (await rig.ask(method="GET", path="/v1/models/nap")).json
+    assert (shown["ready"], shown["model_version_status"]) == (False, [])
 
 
 async def test_no_ready_replica(rig: Any, kit: Any) -> None:

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from cloudlm.core.errors import BadSetting, InvalidRequest, ModelNotFound, NotFound, UnsafeModel
+from cloudlm.core.errors import (
+    BadSetting,
+    BrokenModel,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    UnsafeModel,
+)
 from cloudlm.registry import bundled, importer
 from cloudlm.registry.importer import import_address, name_from_address
 from cloudlm.registry.opening import open_store
@@ -78,6 +85,21 @@ def test_an_object_store(
     with pytest.raises(UnsafeModel, match=r"modeling\.py"):
         import_address(registry, "s3://bucket/tiny")
     assert list((tmp_path / "cache" / "incoming").iterdir()) == []
+
+
+def test_a_model_below_a_prefix_is_named_by_its_address(
+    registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    for file in model.iterdir():
+        store.put_file(f"inner/{file.name}", file)
+    monkeypatch.setattr(importer, "open_store", lambda url: store)
+    with pytest.raises(BrokenModel) as caught:
+        import_address(registry, "s3://bucket/many/")
+    assert caught.value.message == (
+        "config.json is missing in s3://bucket/many, but a model lies below it: import "
+        "s3://bucket/many/inner"
+    )
 
 
 def test_what_a_killed_download_left_goes_with_the_next(
@@ -184,7 +206,7 @@ def test_a_killed_importer_leaves_nothing(
             assert len(list(registry.fetch(name).iterdir())) == 4
         registry.collect_garbage()  # at once: the owner is known to be gone
         assert list(store.list("uploads/")) == []
-        assert list((store.root / ".tmp").iterdir()) == []
+        assert list((store.root / ".tmp").glob("*")) == []  # nor is it there if it died at once
         living = len(registry.list_models())
         assert len({key.split("/")[2] for key in store.list("files/")}) == living
 

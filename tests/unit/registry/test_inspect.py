@@ -150,6 +150,37 @@ def test_hidden_and_useless_files_are_skipped(model: Path) -> None:
     assert len(inspect_folder(model).files) == 4
 
 
+def test_a_model_below_is_named(model: Path) -> None:
+    """As an archive unpacks it, or a folder of several models."""
+    parent = model.parent
+    with pytest.raises(BrokenModel) as caught:
+        inspect_folder(parent)
+    assert caught.value.message == (
+        f"config.json is missing in {parent}, but a model lies below it: import {model}"
+    )
+    inspect_folder(Path(caught.value.message.rpartition(" ")[2]))
+    (parent / "deep" / "lora").mkdir(parents=True)
+    (parent / "deep" / "lora" / "adapter_config.json").write_text("{}")
+    (parent / "deep" / "small.GGUF").write_bytes(b"")
+    with pytest.raises(BrokenModel, match="import one of them") as caught:
+        inspect_folder(parent)
+    for named in (model, parent / "deep" / "lora", parent / "deep" / "small.GGUF"):
+        assert str(named) in caught.value.message
+    (parent / "more").mkdir()
+    (parent / "more" / "config.json").write_text("{}")
+    with pytest.raises(BrokenModel, match="or another of 4"):
+        inspect_folder(parent)
+
+
+def test_what_lies_below_a_model_is_no_other_model(model: Path) -> None:
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text("{}")
+    inspect_folder(model)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(BrokenModel, match=r"tokenizer\.json is missing"):
+        inspect_folder(model)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "fault"),
     [

@@ -1,6 +1,8 @@
 """Logs: one JSON object per line, with the request id, and never a key."""
 
+import io
 import json
+import sys
 
 import pytest
 
@@ -21,6 +23,21 @@ def test_an_event_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert line["event"] == "done"
     assert line["process"] == "gateway"
     assert (line["tokens"], line["text"], line["request_id"]) == (3, "a\nb", "req-1")
+
+
+def test_a_line_goes_to_what_standard_error_is_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup_logging(LogSettings(format="text"), "serve")
+    other = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", other)  # as a bar does while it is drawn
+        get_logger("x").warning("above_the_bar")
+    get_logger("x").warning("below_it")
+    assert "above_the_bar" in other.getvalue()
+    printed = capsys.readouterr().err
+    assert "above_the_bar" not in printed
+    assert "below_it" in printed
 
 
 @pytest.mark.promise(32)

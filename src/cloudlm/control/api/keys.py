@@ -93,7 +93,7 @@ def routes(services: Services) -> APIRouter:
         retired = replace(found, expires_at=until) if overlap_s else replace(found, revoked_at=now)
         await state.change_key(retired, replaces=found, successor=minted.record)
         note_made(request, minted.record.id)
-        return _shown_once(minted)
+        return _shown_once(minted, replaced=key_body(retired))
 
     @router.delete("/{key_id}", summary="Revoke a key")
     async def revoke_key(
@@ -215,6 +215,6 @@ def _descendants(keys: tuple[KeyRecord, ...], key_id: str) -> list[str]:
     return found[1:]
 
 
-def _shown_once(minted: MintedKey) -> Response:
-    body: dict[str, Any] = {"key": minted.text, "record": key_body(minted.record)}
+def _shown_once(minted: MintedKey, **more: Any) -> Response:
+    body: dict[str, Any] = {"key": minted.text, "record": key_body(minted.record), **more}
     return JSONResponse(body, status_code=201, headers={"cache-control": "no-store"})

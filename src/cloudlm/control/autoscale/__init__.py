@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from cloudlm.control.autoscale.bounds import bounds_now
+from cloudlm.control.autoscale.bounds import bounds_now, moved_by
 from cloudlm.control.autoscale.facts import (
     Fleet,
     Recommendation,
@@ -55,15 +55,32 @@ def autoscale(
     ``ScaleMemory(pace=Pace(start_s=30.0))`` where the version's start is known; call it about once
     a second. ``memory.why`` says how it came to its answer.
     """
-    low, high = bounds_now(spec, fleet, memory.pace.start_s)
-    if not demand:
-        wanted = max(low, min(high, current))
-        return wanted, replace(memory, why="no gateway reports demand: nothing goes down")
+    bounds = low, high = bounds_now(spec, fleet, memory.pace.start_s)
+    within = spec
+    if bounds != (spec.min_replicas, spec.max_replicas):
+        within = replace(spec, min_replicas=low, max_replicas=high)
+    if demand:
+        wanted, memory = _by_load(within, demand, current, memory, now, fleet)
+    else:
+        wanted = current
+        memory = replace(memory, why="no gateway reports demand: nothing goes down")
+    wanted = max(low, min(high, wanted))
+    why = moved_by(spec, bounds, current, wanted)
+    return wanted, replace(memory, why=why) if why else memory
+
+
+def _by_load(
+    spec: DeploymentSpec,
+    demand: Sequence[Demand],
+    current: int,
+    memory: ScaleMemory,
+    now: float,
+    fleet: Fleet,
+) -> tuple[int, ScaleMemory]:
+    """What the load asks for, which may be outside of the bounds that ``spec`` says."""
     signals = joined(demand)
     gateways, complete = reporting(memory.gateways, demand, now)
     memory = replace(memory, gateways=gateways, idle_since=_idle_since(signals, memory, now))
-    if (low, high) != (spec.min_replicas, spec.max_replicas):
-        spec = replace(spec, min_replicas=low, max_replicas=high)
     before = memory
     wanted, memory = RULES[spec.scaling.algorithm](spec, signals, fleet, current, memory, now)
     if not complete:  # what the silent one serves goes on unseen: it is not remembered as a fall
@@ -72,9 +89,9 @@ def autoscale(
             wanted, memory = current, replace(memory, why="a gateway is silent: nothing goes down")
     if signals.busy:
         wanted = max(wanted, 1)
-    elif low == 0 and (complete or current == 0):
+    elif spec.min_replicas == 0 and (complete or current == 0):
         wanted, memory = _at_rest(spec, wanted, current, memory, now)
-    return max(low, min(high, wanted)), memory
+    return wanted, memory
 
 
 def _idle_since(signals: TotalDemand, memory: ScaleMemory, now: float) -> float | None:

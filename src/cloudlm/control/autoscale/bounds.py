@@ -1,5 +1,6 @@
 """Between which numbers of replicas the rules may choose: the spec's, or those of schedules that
-hold now or will when a replica started now is ready. Pure."""
+hold now or will when a replica started now is ready; and what is said where they alone moved the
+number. Pure."""
 
 from __future__ import annotations
 
@@ -20,3 +21,16 @@ def bounds_now(spec: DeploymentSpec, fleet: Fleet, start_s: float) -> tuple[int,
     low, high = max(lows, default=low), max(highs, default=high)
     # Where a schedule says one of the two, the other gives way.
     return (low, max(low, high)) if lows else (min(low, high), high)
+
+
+def moved_by(spec: DeploymentSpec, bounds: tuple[int, int], current: int, wanted: int) -> str:
+    """For people, who set the bounds that ``current`` replicas are outside of, where these alone
+    made them ``wanted``; empty if the load had a say."""
+    low, high = bounds
+    if low <= current <= high or wanted != max(low, min(high, current)):
+        return ""
+    if bounds != (spec.min_replicas, spec.max_replicas):
+        return f"a schedule sets the bounds to {low}:{high}"
+    if spec.scaling.schedules:  # one may have ended, or somebody changed them: the numbers hold
+        return f"the bounds are {low}:{high}"
+    return f"a person set the bounds to {low}:{high}"

@@ -20,6 +20,7 @@ from cloudlm.gateway.dialects.generation import parameters, texts_call, vectors_
 from cloudlm.gateway.dialects.heard import Heard
 from cloudlm.gateway.dialects.openai import Call
 from cloudlm.gateway.exchange import GatewayRequest
+from cloudlm.gateway.sleeping import asleep
 
 DIALECT = Dialect("KServe V2", lambda error: {"error": error.message})
 INPUT, OUTPUT = "text_input", "text_output"
@@ -71,8 +72,11 @@ def read_model(request: GatewayRequest, name: str, asker: Asker) -> dict[str, An
 
 
 def read_ready(request: GatewayRequest, name: str, asker: Asker) -> dict[str, Any]:
-    """``GET /v2/models/{name}/ready``. Raises NoReplica while none is."""
-    if not asker.model(name).endpoints:
+    """``GET /v2/models/{name}/ready``. Raises NoReplica while none is, ModelAsleep."""
+    model = asker.model(name)
+    if model.asleep:
+        raise asleep(model)
+    if not model.endpoints:
         raise NoReplica(f"none of the replicas of {name!r} is ready yet", retry_after_s=2.0)
     return {"name": name, "ready": True}
 

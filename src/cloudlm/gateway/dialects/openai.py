@@ -379,8 +379,9 @@ def model_body(model: ServedModel) -> dict[str, Any]:
 
 def model_state_body(model: ServedModel) -> dict[str, Any]:
     """One model for all who ask at ``/v1/models/{name}``: with KServe's and TensorFlow Serving's
-    fields besides OpenAI's. Its versions are the revisions that serve."""
-    versions = sorted({endpoint.revision for endpoint in model.endpoints})
+    fields besides OpenAI's. Its versions are the revisions that serve: none while it sleeps."""
+    serving = () if model.asleep else model.endpoints
+    versions = sorted({endpoint.revision for endpoint in serving})
     fine = {"error_code": "OK", "error_message": ""}
     states = [{"version": str(v), "state": "AVAILABLE", "status": fine} for v in versions]
     return {
