@@ -73,6 +73,8 @@ class Reconciler:
         self._scaler = Scaler(state, clock, news)
         self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
         self._seen = Seen()
+        self._born: dict[str, float] = {}
+        """When the deployments known were created: what is remembered is remembered of these."""
         self._wake = asyncio.Event()
         self._lookout = None if asker is None else Lookout(asker, clock, self.nudge)
         self.has_looked = False
@@ -119,6 +121,7 @@ class Reconciler:
         """One pass over everything."""
         deployments = await self._state.list_deployments()
         demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
+        self._keep_only(deployments)
         await self._recall(deployments)
         drivers = await self._releases.look(deployments)
         named = {DEFAULT, *drivers, *(d.spec.driver for d in deployments)}
@@ -190,6 +193,16 @@ class Reconciler:
             ran = serving_of(deployments, written)
             self._observer.recall((self._published.statuses or {}).values(), endpoints, ran)
         await self._scaler.recall()
+
+    def _keep_only(self, deployments: Sequence[Deployment]) -> None:
+        """Forget deployments that are gone, and those in whose place new ones of that name are."""
+        found = {one.spec.name: one.created_at for one in deployments}
+        for name in [one for one, born in self._born.items() if found.get(one) != born]:
+            self._published.forget(name)
+            self._scaler.forget(name)
+            self._metrics.forget(name)
+            self._versions.forget(name)
+        self._born = found
 
     async def _wishes(
         self, deployments: Sequence[Deployment], demand: Sequence[Demand], seen: Seen
@@ -275,7 +288,9 @@ class Reconciler:
         )
         await self._published.put_status(self._residents.shown(status))
         if deployment.deleting and not groups and fault is None:
-            await self._forget(deployment)
+            # If it was asked for again meanwhile, it stays. What is known of it goes with the next
+            # look, so that it goes even if the answer to this is lost.
+            await self._state.remove_deployment(name, generation=deployment.generation)
 
     def _fault_of(self, deployment: Deployment, seen: Seen) -> CloudlmError | None:
         """What is wrong with a driver that its groups may be on: they are unknown."""
@@ -350,15 +365,6 @@ class Reconciler:
         serving |= seen.ready  # the control before us may have taken its endpoint a moment ago
         await self._published.put_endpoints(name, endpoints, carriers_of(adapters, groups))
         self._orders.drains.note(replicas, step.leaving, serving, self._clock.monotonic())
-
-    async def _forget(self, deployment: Deployment) -> None:
-        name = deployment.spec.name
-        if not await self._state.remove_deployment(name, generation=deployment.generation):
-            return  # it was asked for again meanwhile
-        self._published.forget(name)
-        self._scaler.forget(name)
-        self._metrics.forget(name)
-        self._versions.forget(name)
 
     # What belongs to nobody ---------------------------------------------------------------------
 
