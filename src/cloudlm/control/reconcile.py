@@ -231,7 +231,7 @@ class Reconciler:
         name = deployment.spec.name
         groups = seen.of(name)
         observations = [group.observation for group in groups]
-        homes = self._releases.homes(name)
+        homes = self._releases.homes(deployment)
         room = self._residents.room(deployment, wished, seen, homes)
         problem, step, decision = "", Plan(), None
         fault = self._fault_of(deployment, seen)
@@ -242,6 +242,7 @@ class Reconciler:
             if not observations and not isinstance(fault, InvalidRequest):
                 before = await self._published.status_of(name)
                 observations, ready, leaving, sleeping = last_seen(deployment, before)
+            await self._releases.abort(deployment)
         else:
             if not room.granted:
                 self._scaler.unloaded(deployment)
@@ -294,7 +295,7 @@ class Reconciler:
 
     def _fault_of(self, deployment: Deployment, seen: Seen) -> CloudlmError | None:
         """What is wrong with a driver that its groups may be on: they are unknown."""
-        used = (deployment.spec.driver, *self._releases.homes(deployment.spec.name).values())
+        used = (deployment.spec.driver, *self._releases.homes(deployment).values())
         faults = [seen.faults[one] for one in used if one in seen.faults]
         if deployment.deleting:
             # A driver that is not installed runs nothing that we could stop.
