@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.handover import serving_of
+from cloudlm.control.leftovers import Leftovers
 from cloudlm.control.lookout import Asker, Lookout
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import Naps, Turner
@@ -32,7 +33,8 @@ from cloudlm.control.status import last_seen, summarise
 from cloudlm.control.versions import FixedVersions
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Demand, Deployment, GroupObservation, ReplicaState
-from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
+from cloudlm.core.errors import CloudlmError, Superseded
+from cloudlm.core.plugins import NotInstalled
 from cloudlm.core.settings import ControlSettings
 from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
@@ -72,6 +74,7 @@ class Reconciler:
         self._published = Published(state, metrics)
         self._scaler = Scaler(state, clock, news)
         self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
+        self._leftovers = Leftovers()
         self._seen = Seen()
         self._born: dict[str, float] = {}
         """When the deployments known were created: what is remembered is remembered of these."""
@@ -123,9 +126,11 @@ class Reconciler:
         demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
         self._keep_only(deployments)
         await self._recall(deployments)
-        drivers = await self._releases.look(deployments)
-        named = {DEFAULT, *drivers, *(d.spec.driver for d in deployments)}
+        ran = await self._releases.look(deployments)
+        asked = {d.spec.name: self._asked_drivers(d) for d in deployments}
+        named = {DEFAULT, *self._leftovers.expect(asked, ran)}
         seen = await self._observer.look(sorted(named))  # in one order: a pass can be played again
+        self._leftovers.note(seen)
         self._seen = seen
         existing = seen.existing
         self._orders.drains.keep_only(existing)
@@ -239,7 +244,7 @@ class Reconciler:
         leaving: Collection[str] = ()
         if fault is not None:
             problem = fault.message  # its groups are unknown: leave everything as it is
-            if not observations and not isinstance(fault, InvalidRequest):
+            if not observations and not isinstance(fault, NotInstalled):
                 before = await self._published.status_of(name)
                 observations, ready, leaving, sleeping = last_seen(deployment, before)
             await self._releases.abort(deployment)
@@ -295,12 +300,18 @@ class Reconciler:
 
     def _fault_of(self, deployment: Deployment, seen: Seen) -> CloudlmError | None:
         """What is wrong with a driver that its groups may be on: they are unknown."""
-        used = (deployment.spec.driver, *self._releases.homes(deployment).values())
+        used = self._asked_drivers(deployment)
+        if deployment.deleting:
+            used += sorted(self._leftovers.of(deployment.spec.name).difference(used))
         faults = [seen.faults[one] for one in used if one in seen.faults]
         if deployment.deleting:
             # A driver that is not installed runs nothing that we could stop.
-            faults = [one for one in faults if not isinstance(one, InvalidRequest)]
+            faults = [one for one in faults if not isinstance(one, NotInstalled)]
         return next(iter(faults), None)
+
+    def _asked_drivers(self, deployment: Deployment) -> list[str]:
+        """The drivers that something is asked of for it."""
+        return [deployment.spec.driver, *self._releases.homes(deployment).values()]
 
     async def _next(
         self,

@@ -56,8 +56,9 @@ class Releases:
         self._judged: dict[str, tuple[float, Rollout, Signals, Signals]] = {}
         self._has_looked = False
 
-    async def look(self, deployments: Iterable[Deployment]) -> set[str]:
-        """Read where all roll-outs stand. Returns the drivers that their revisions run on."""
+    async def look(self, deployments: Iterable[Deployment]) -> dict[str, set[str]]:
+        """Read where all roll-outs stand. Returns by deployment the drivers that its revisions ran
+        on, as far as they were read."""
         self._kept = {one.name: one for one in await self._state.list_rollouts()}
         self._history = {}
         for one in deployments:
@@ -69,7 +70,7 @@ class Releases:
                 self._history[name] = await self._state.list_revisions(name)
         self._judged = {k: v for k, v in self._judged.items() if k in self._kept}
         self._has_looked = True
-        return {one.spec.driver for history in self._history.values() for one in history}
+        return {name: {one.spec.driver for one in of} for name, of in self._history.items()}
 
     def sized(self, deployment: Deployment) -> Deployment:
         """Whose bounds say how many replicas are wanted: the deployment's, or those of its stable
