@@ -592,6 +592,22 @@ class TestJobs:
         assert await state.list_jobs(limit=2) == [jobs[5], jobs[4]]
         assert await state.list_jobs(limit=0) == []
 
+    async def test_unfinished_jobs_are_listed_oldest_first_among_many_that_ended(
+        self, state: State
+    ) -> None:
+        states = list(JobState)
+        jobs = [
+            Job(f"j{n:02}", "import", {}, state=states[n % len(states)], created_at=float(n // 2))
+            for n in range(4 * len(states))
+        ]
+        for job in reversed(jobs):
+            await state.put_job(job)
+        unfinished = [job for job in jobs if not job.state.ended]
+        assert len(unfinished) == 8
+        assert await state.list_unfinished_jobs() == unfinished
+        assert await state.list_unfinished_jobs(limit=3) == unfinished[:3]
+        assert await state.list_unfinished_jobs(limit=0) == []
+
     async def test_what_is_read_is_the_readers_own(self, state: State) -> None:
         arguments = {"source": "a", "tags": ["x"]}
         await state.put_job(Job("j1", "import", arguments))

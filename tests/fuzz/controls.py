@@ -179,7 +179,7 @@ class ControlProcess:
         prober = FleetProber(self._fleet, life, self._loop, self._upstream)
         leadership = Leadership(state, clock, metrics, self.holder, SETTINGS.lease_s)
         observer = Observer(drivers, prober, clock, SETTINGS.stall_timeout_s)
-        standby = Standby(drivers, observer, clock, SETTINGS.drain_timeout_s)
+        standby = Standby(state, drivers, observer, clock, SETTINGS.drain_timeout_s)
         registry: Any = self._registry
         size_bytes = int(self._registry.each_bytes() * (self._fleet.fits + 0.5))
         size_bytes = size_bytes if self._fleet.fits else 0

@@ -136,7 +136,7 @@ async def running(
             )
 
         observer = Observer(drivers, prober, clock, settings.control.stall_timeout_s)
-        standby = Standby(drivers, observer, clock, settings.control.drain_timeout_s)
+        standby = Standby(state, drivers, observer, clock, settings.control.drain_timeout_s)
         interval_s = settings.control.reconcile_interval_s
         terms = Terms(leadership, drivers, jobs, standby, interval_s, reconciler)
         loop = asyncio.create_task(terms.run())

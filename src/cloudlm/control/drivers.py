@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from cloudlm.core.errors import CloudlmError, NotSupported
 from cloudlm.core.plugins import installed, load
 from cloudlm.core.wire import DriverEntry
 from cloudlm.drivers.base import Driver, DriverContext
@@ -26,12 +27,12 @@ class Drivers:
         self._token = 0
 
     def get(self, name: str) -> Driver:
-        """The driver. Raises InvalidRequest if there is none of that name, NotSupported if it
-        cannot be loaded."""
+        """The driver. Raises NotInstalled if there is none of that name, NotSupported if it cannot
+        be loaded or begin, and what it says itself of its settings."""
         if name not in self._built:
             builders = self._build or {}
             builder = builders[name] if name in builders else load(GROUP, name)
-            self._built[name] = builder(self._context)
+            self._built[name] = _begun(name, builder, self._context)
             _fence(self._built[name], self._token)
         return self._built[name]
 
@@ -60,6 +61,16 @@ class Drivers:
         for driver in self._built.values():
             await driver.close()
         self._built.clear()
+
+
+def _begun(name: str, builder: Callable[[DriverContext], Driver], context: DriverContext) -> Driver:
+    try:
+        return builder(context)
+    except CloudlmError:
+        raise
+    except Exception as error:  # a stranger's code: whatever it does, we name it
+        reason = f"{type(error).__name__}: {error}"
+        raise NotSupported(f"driver {name!r} cannot begin: {reason}") from error
 
 
 def _fence(driver: Driver, token: int) -> None:

@@ -25,8 +25,7 @@ _RUNNING_AT_ONCE = 2
 _TELL_INTERVAL_S = 0.5
 _WRITE_ATTEMPTS = 5
 _LOOK_INTERVAL_S = 2.0
-_JOBS_AT_FIRST = 1000
-_JOBS_LATER = 100
+_JOBS_AT_ONCE = 1000
 _log = get_logger(__name__)
 
 Report = Callable[[float, str], None]
@@ -133,12 +132,11 @@ class Jobs:
     async def lead(self, state: State) -> None:
         """Run the jobs of all controls until cancelled, writing to ``state``; what is unfinished
         then is the next leader's."""
-        self._writer, limit = state, _JOBS_AT_FIRST
+        self._writer = state
         try:
             while True:
                 try:
-                    await self.resume(limit)
-                    limit = _JOBS_LATER
+                    await self.resume()
                 except CloudlmError as error:
                     _log.warning("jobs_not_seen", extra={"fields": {"reason": error.message}})
                 await self._clock.sleep(_LOOK_INTERVAL_S)
@@ -148,10 +146,10 @@ class Jobs:
                 running.left = True
                 running.stop.set()
 
-    async def resume(self, limit: int = 1000) -> None:
-        """Go on with what another control was asked for, or left unfinished."""
-        for job in reversed(await self._state.list_jobs(limit=limit)):
-            if job.state.ended or job.id in self._running:
+    async def resume(self) -> None:
+        """Go on with what another control was asked for, or left unfinished, the oldest first."""
+        for job in await self._state.list_unfinished_jobs(limit=_JOBS_AT_ONCE):
+            if job.id in self._running:
                 continue
             attempts = _attempts(job)
             if job.kind not in self._kinds or attempts >= MAX_ATTEMPTS:

@@ -7,7 +7,7 @@ Remembers which replicas leave and which lives were ended. Must not decide what 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import Drivers
@@ -15,6 +15,7 @@ from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
 from cloudlm.control.plan import Action, Apply, Plan
 from cloudlm.core.clock import Clock
+from cloudlm.core.deployment import Replica
 from cloudlm.core.errors import CloudlmError, Superseded
 from cloudlm.drivers.base import Ability
 from cloudlm.drivers.groups import replica_ids
@@ -60,51 +61,69 @@ class Orders:
             now = self._clock.monotonic()
             if not self.drains.done(action.leaving, seen.busy, now, patient=patient):
                 continue
-            try:
-                await self._carry_out(action, drivers.get(name, driver))
-            except Superseded:
-                raise
-            except CloudlmError as error:
-                problem = error.message
-            except TimeoutError:
-                problem = f"driver {drivers.get(name, driver)!r} did not answer"
+            home = drivers.get(name, driver)
+            problem = await refusal_of(self._carry_out(action, home), home) or problem
         return problem
 
     async def _carry_out(self, action: Action, driver: str) -> None:
         group = action.spec.name if isinstance(action, Apply) else action.name
         left = replica_ids(action.spec) if isinstance(action, Apply) else ()
         self._observer.expect(driver, group, left)
-        async with asyncio.timeout(DRIVER_TIMEOUT_S):
-            if isinstance(action, Apply):
-                await self._drivers.get(driver).apply(action.spec)
-            else:
-                await self._drivers.get(driver).delete(action.name)
+        if isinstance(action, Apply):
+            await self._drivers.get(driver).apply(action.spec)
+        else:
+            await self._drivers.get(driver).delete(action.name)
 
     async def stop_stalled(self, seen: Seen) -> None:
-        """Have replicas that stand still started anew, once per life. Raises Superseded."""
-        lives: Mapping[str, object] = {
-            replica.id: (replica.pid, replica.restarts)
-            for group in seen.groups
-            for replica in group.observation.replicas
-        }
-        for group in seen.groups:
-            driver = self._drivers.get(group.driver)
-            for replica in group.observation.replicas:
-                known = self._stopped_stalled.get(replica.id) == lives[replica.id]
-                if replica.id not in seen.stalled or known:
-                    continue
-                if Ability.STOPS_ONE_REPLICA not in driver.abilities:
-                    continue
-                fields = {"replica": replica.id, "deployment": group.deployment}
-                _log.warning("replica_stalled", extra={"fields": fields})
-                self._metrics.stalled()
-                try:
-                    await driver.stop_replica(group.observation.name, replica.id)
-                    self._stopped_stalled[replica.id] = lives[replica.id]
-                except Superseded:
-                    raise
-                except CloudlmError as error:
-                    fields["reason"] = error.message
-                    _log.warning("replica_not_stopped", extra={"fields": fields})
+        """Have replicas that stand still started anew, once per life. One that cannot be stopped
+        hinders nobody; it is tried again. Raises Superseded."""
+        found = list(self._stalled(seen))
+        orders = [self._stop(group, replica) for group, replica in found]
+        for ended in await asyncio.gather(*orders, return_exceptions=True):
+            if ended is not None:
+                raise ended
         for one in [one for one in self._stopped_stalled if one not in seen.existing]:
             del self._stopped_stalled[one]
+
+    def _stalled(self, seen: Seen) -> Iterator[tuple[SeenGroup, Replica]]:
+        """Those that are to be stopped, of drivers that can stop one."""
+        for group in seen.groups:
+            abilities = self._drivers.get(group.driver).abilities
+            for replica in group.observation.replicas:
+                known = self._stopped_stalled.get(replica.id) == _life(replica)
+                stalled = replica.id in seen.stalled and not known
+                if stalled and Ability.STOPS_ONE_REPLICA in abilities:
+                    yield group, replica
+
+    async def _stop(self, group: SeenGroup, replica: Replica) -> None:
+        fields = {"replica": replica.id, "deployment": group.deployment}
+        _log.warning("replica_stalled", extra={"fields": fields})
+        self._metrics.stalled()
+        order = self._drivers.get(group.driver).stop_replica(group.observation.name, replica.id)
+        reason = await refusal_of(order, group.driver)
+        if reason:
+            _log.warning("replica_not_stopped", extra={"fields": fields | {"reason": reason}})
+        else:
+            self._stopped_stalled[replica.id] = _life(replica)
+
+
+async def refusal_of(order: Awaitable[None], driver: str) -> str:
+    """Wait for what a driver was told to do, but not for ever. Returns why it is not done, empty if
+    it is; whatever a stranger's driver raises is such a reason. Raises Superseded."""
+    try:
+        async with asyncio.timeout(DRIVER_TIMEOUT_S):
+            await order
+    except Superseded:
+        raise
+    except CloudlmError as error:
+        return error.message
+    except TimeoutError:
+        return f"driver {driver!r} did not answer"
+    except Exception:
+        _log.exception("order_failed", extra={"fields": {"driver": driver}})
+        return f"driver {driver!r} failed; see control's log"
+    return ""
+
+
+def _life(replica: Replica) -> object:
+    return replica.pid, replica.restarts

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from cloudlm.control.budget import MemoryBudget
 from cloudlm.control.drivers import DEFAULT, Drivers
 from cloudlm.control.handover import serving_of
+from cloudlm.control.leftovers import Leftovers
 from cloudlm.control.lookout import Asker, Lookout
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.naps import Naps, Turner
@@ -32,7 +33,8 @@ from cloudlm.control.status import last_seen, summarise
 from cloudlm.control.versions import FixedVersions
 from cloudlm.core.clock import Clock
 from cloudlm.core.deployment import Demand, Deployment, GroupObservation, ReplicaState
-from cloudlm.core.errors import CloudlmError, InvalidRequest, Superseded
+from cloudlm.core.errors import CloudlmError, Superseded
+from cloudlm.core.plugins import NotInstalled
 from cloudlm.core.settings import ControlSettings
 from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
@@ -72,7 +74,10 @@ class Reconciler:
         self._published = Published(state, metrics)
         self._scaler = Scaler(state, clock, news)
         self._residents = Residents(memory or MemoryBudget(registry), drivers, clock, metrics)
+        self._leftovers = Leftovers()
         self._seen = Seen()
+        self._born: dict[str, float] = {}
+        """When the deployments known were created: what is remembered is remembered of these."""
         self._wake = asyncio.Event()
         self._lookout = None if asker is None else Lookout(asker, clock, self.nudge)
         self.has_looked = False
@@ -119,10 +124,13 @@ class Reconciler:
         """One pass over everything."""
         deployments = await self._state.list_deployments()
         demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
+        self._keep_only(deployments)
         await self._recall(deployments)
-        drivers = await self._releases.look(deployments)
-        named = {DEFAULT, *drivers, *(d.spec.driver for d in deployments)}
+        ran = await self._releases.look(deployments)
+        asked = {d.spec.name: self._asked_drivers(d) for d in deployments}
+        named = {DEFAULT, *self._leftovers.expect(asked, ran)}
         seen = await self._observer.look(sorted(named))  # in one order: a pass can be played again
+        self._leftovers.note(seen)
         self._seen = seen
         existing = seen.existing
         self._orders.drains.keep_only(existing)
@@ -191,6 +199,16 @@ class Reconciler:
             self._observer.recall((self._published.statuses or {}).values(), endpoints, ran)
         await self._scaler.recall()
 
+    def _keep_only(self, deployments: Sequence[Deployment]) -> None:
+        """Forget deployments that are gone, and those in whose place new ones of that name are."""
+        found = {one.spec.name: one.created_at for one in deployments}
+        for name in [one for one, born in self._born.items() if found.get(one) != born]:
+            self._published.forget(name)
+            self._scaler.forget(name)
+            self._metrics.forget(name)
+            self._versions.forget(name)
+        self._born = found
+
     async def _wishes(
         self, deployments: Sequence[Deployment], demand: Sequence[Demand], seen: Seen
     ) -> dict[str, int]:
@@ -218,7 +236,7 @@ class Reconciler:
         name = deployment.spec.name
         groups = seen.of(name)
         observations = [group.observation for group in groups]
-        homes = self._releases.homes(name)
+        homes = self._releases.homes(deployment)
         room = self._residents.room(deployment, wished, seen, homes)
         problem, step, decision = "", Plan(), None
         fault = self._fault_of(deployment, seen)
@@ -226,9 +244,10 @@ class Reconciler:
         leaving: Collection[str] = ()
         if fault is not None:
             problem = fault.message  # its groups are unknown: leave everything as it is
-            if not observations and not isinstance(fault, InvalidRequest):
+            if not observations and not isinstance(fault, NotInstalled):
                 before = await self._published.status_of(name)
                 observations, ready, leaving, sleeping = last_seen(deployment, before)
+            await self._releases.abort(deployment)
         else:
             if not room.granted:
                 self._scaler.unloaded(deployment)
@@ -275,16 +294,24 @@ class Reconciler:
         )
         await self._published.put_status(self._residents.shown(status))
         if deployment.deleting and not groups and fault is None:
-            await self._forget(deployment)
+            # If it was asked for again meanwhile, it stays. What is known of it goes with the next
+            # look, so that it goes even if the answer to this is lost.
+            await self._state.remove_deployment(name, generation=deployment.generation)
 
     def _fault_of(self, deployment: Deployment, seen: Seen) -> CloudlmError | None:
         """What is wrong with a driver that its groups may be on: they are unknown."""
-        used = (deployment.spec.driver, *self._releases.homes(deployment.spec.name).values())
+        used = self._asked_drivers(deployment)
+        if deployment.deleting:
+            used += sorted(self._leftovers.of(deployment.spec.name).difference(used))
         faults = [seen.faults[one] for one in used if one in seen.faults]
         if deployment.deleting:
             # A driver that is not installed runs nothing that we could stop.
-            faults = [one for one in faults if not isinstance(one, InvalidRequest)]
+            faults = [one for one in faults if not isinstance(one, NotInstalled)]
         return next(iter(faults), None)
+
+    def _asked_drivers(self, deployment: Deployment) -> list[str]:
+        """The drivers that something is asked of for it."""
+        return [deployment.spec.driver, *self._releases.homes(deployment).values()]
 
     async def _next(
         self,
@@ -350,15 +377,6 @@ class Reconciler:
         serving |= seen.ready  # the control before us may have taken its endpoint a moment ago
         await self._published.put_endpoints(name, endpoints, carriers_of(adapters, groups))
         self._orders.drains.note(replicas, step.leaving, serving, self._clock.monotonic())
-
-    async def _forget(self, deployment: Deployment) -> None:
-        name = deployment.spec.name
-        if not await self._state.remove_deployment(name, generation=deployment.generation):
-            return  # it was asked for again meanwhile
-        self._published.forget(name)
-        self._scaler.forget(name)
-        self._metrics.forget(name)
-        self._versions.forget(name)
 
     # What belongs to nobody ---------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from cloudlm.core.deployment import (
 )
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.core.health import is_hopeless
-from cloudlm.core.rollout import Revision, Rollout
+from cloudlm.core.rollout import Order, Revision, Rollout
 from cloudlm.security.credentials import Credentials
 from cloudlm.state.base import State
 from cloudlm.telemetry.logs import get_logger
@@ -56,8 +56,9 @@ class Releases:
         self._judged: dict[str, tuple[float, Rollout, Signals, Signals]] = {}
         self._has_looked = False
 
-    async def look(self, deployments: Iterable[Deployment]) -> set[str]:
-        """Read where all roll-outs stand. Returns the drivers that their revisions run on."""
+    async def look(self, deployments: Iterable[Deployment]) -> dict[str, set[str]]:
+        """Read where all roll-outs stand. Returns by deployment the drivers that its revisions ran
+        on, as far as they were read."""
         self._kept = {one.name: one for one in await self._state.list_rollouts()}
         self._history = {}
         for one in deployments:
@@ -69,7 +70,7 @@ class Releases:
                 self._history[name] = await self._state.list_revisions(name)
         self._judged = {k: v for k, v in self._judged.items() if k in self._kept}
         self._has_looked = True
-        return {one.spec.driver for history in self._history.values() for one in history}
+        return {name: {one.spec.driver for one in of} for name, of in self._history.items()}
 
     def sized(self, deployment: Deployment) -> Deployment:
         """Whose bounds say how many replicas are wanted: the deployment's, or those of its stable
@@ -162,12 +163,21 @@ class Releases:
         """A revision runs these versions from now on, whatever its addresses come to mean."""
         await self._state.fix_revision(name, number, model=versions[0], adapters=versions[1])
 
-    def homes(self, name: str) -> dict[str, str]:
-        """The drivers of the groups that a roll-out moves between."""
-        kept = self._kept.get(name)
-        if kept is None or not kept.under_way:
+    async def abort(self, deployment: Deployment) -> None:
+        """Go back if that was ordered, though nobody can see now what runs: where a driver is away
+        for good, there is no other way out. Raises what ``decide`` does."""
+        rollout = self._aligned(deployment)
+        ordered = rollout.order is Order.ABORT and rollout.under_way and rollout.stable
+        if ordered and not deployment.deleting:
+            await self.decide(deployment, (), (), 0)
+
+    def homes(self, deployment: Deployment) -> dict[str, str]:
+        """The drivers of the groups between which a roll-out moves, towards what is asked for
+        now: a driver that nothing is asked of any more hinders nothing."""
+        name, rollout = deployment.spec.name, self._aligned(deployment)
+        if not rollout.under_way:
             return {}
-        moved = (kept.stable, kept.target)
+        moved = (rollout.stable, rollout.target)
         return {
             group_name(name, one.number): one.spec.driver
             for one in self._history.get(name, ())

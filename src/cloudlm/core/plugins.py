@@ -13,6 +13,10 @@ from typing import Any
 from cloudlm.core.errors import InvalidRequest, NotSupported
 
 
+class NotInstalled(InvalidRequest):
+    """There is no plug-in of that name. One that refuses its settings is there all the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plugin:
     """An installed plug-in: its name, where its object is, and the package that brought it."""
@@ -32,7 +36,7 @@ def installed(group: str) -> list[Plugin]:
 
 
 def load(group: str, name: str) -> Any:
-    """Import the plug-in ``name``. Raises InvalidRequest if unknown, NotSupported if broken."""
+    """Import the plug-in ``name``. Raises NotInstalled if unknown, NotSupported if broken."""
     for point in entry_points(group=group):
         if point.name == name:
             try:
@@ -43,4 +47,4 @@ def load(group: str, name: str) -> Any:
                     f"{group} plug-in {name!r} cannot be loaded: {reason}"
                 ) from error
     names = ", ".join(plugin.name for plugin in installed(group)) or "none"
-    raise InvalidRequest(f"unknown {group} plug-in {name!r}; installed: {names}", param="driver")
+    raise NotInstalled(f"unknown {group} plug-in {name!r}; installed: {names}", param="driver")

@@ -120,6 +120,10 @@ class State(AccessState, AuditState, ReleaseState, LeaseState, Protocol):
         """Newest first."""
         ...
 
+    async def list_unfinished_jobs(self, *, limit: int = 100) -> list[Job]:
+        """Oldest first: those that have not ended, however many newer ones have."""
+        ...
+
     # Ledger -------------------------------------------------------------------------------------
 
     async def append_ledger(self, rows: Sequence[LedgerRow]) -> None:

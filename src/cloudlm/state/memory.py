@@ -165,6 +165,11 @@ class MemoryState(MemoryReleases, MemoryLeases, MemoryAccess, MemoryAudit):
         )
         return [plain_job(job) for job in newest_first[: max(limit, 0)]]
 
+    async def list_unfinished_jobs(self, *, limit: int = 100) -> list[Job]:
+        unfinished = [job for job in self._jobs.values() if not job.state.ended]
+        unfinished.sort(key=lambda job: (job.created_at, job.id))
+        return [plain_job(job) for job in unfinished[: max(limit, 0)]]
+
     # Ledger -------------------------------------------------------------------------------------
 
     async def append_ledger(self, rows: Sequence[LedgerRow]) -> None:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloudlm.core.deployment import Demand, Deployment, DeploymentSpec, DeploymentStatus, Endpoint
-from cloudlm.core.job import Job
+from cloudlm.core.job import Job, JobState
 from cloudlm.core.lease import Lease
 from cloudlm.core.pace import Pace
 from cloudlm.core.tenant import LedgerRow
@@ -243,6 +243,13 @@ class SqlState(SqlReleases):
         statement = sa.select(tables.jobs).order_by(
             tables.jobs.c.created_at.desc(), tables.jobs.c.id.desc()
         )
+        found = await self._database.read(statement.limit(max(limit, 0)))
+        return [as_rows.job_of(row) for row in found]
+
+    async def list_unfinished_jobs(self, *, limit: int = 100) -> list[Job]:
+        unfinished = [one.value for one in JobState if not one.ended]
+        statement = sa.select(tables.jobs).where(tables.jobs.c.state.in_(unfinished))
+        statement = statement.order_by(tables.jobs.c.created_at, tables.jobs.c.id)
         found = await self._database.read(statement.limit(max(limit, 0)))
         return [as_rows.job_of(row) for row in found]
 

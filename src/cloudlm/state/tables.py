@@ -292,6 +292,7 @@ jobs = sa.Table(
     _number("created_at"),
     _number("updated_at"),
     sa.Index(None, "created_at", "id"),
+    sa.Index(None, "state", "created_at", "id"),
 )
 
 ledger = sa.Table(

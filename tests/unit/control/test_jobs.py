@@ -233,3 +233,14 @@ async def test_a_cancel_at_another_control_stops_it_and_a_new_leader_goes_on_wit
     lead.cancel()
     await asyncio.gather(lead, return_exceptions=True)
     await other.close()
+
+
+async def test_an_old_job_is_gone_on_with_however_many_newer_ones_have_ended():
+    state = MemoryState()
+    await state.put_job(Job("job-old", "work", {}, created_at=1.0))
+    for number in range(1100):
+        at = 2.0 + number
+        await state.put_job(Job(f"job-{number}", "work", {}, JobState.SUCCEEDED, created_at=at))
+    jobs = jobs_with(lambda arguments, report: {"done": True}, state)
+    await jobs.resume()
+    assert (await ended(jobs, "job-old")).state is JobState.SUCCEEDED

@@ -213,7 +213,7 @@ async def test_who_stands_by_gives_up_what_only_its_machine_knows(plane):
     drivers = Drivers(DriverContext(plane.home, plane.clock, {}, {}), build)
     drivers.get("memory")
     observer = Observer(drivers, plane.prober, plane.clock, 20.0)
-    standby = Standby(drivers, observer, plane.clock, 30.0)
+    standby = Standby(plane.state, drivers, observer, plane.clock, 30.0)
     one = Leadership(plane.state, plane.clock, plane.metrics, "elsewhere", LASTS_S)
     await one.beat()
     await standby.step(one.term.lease)
@@ -231,7 +231,7 @@ async def test_who_stands_by_gives_up_what_only_its_machine_knows(plane):
 async def test_a_control_leads_follows_and_leads_again(plane, services):
     leadership = Leadership(plane.state, plane.clock, plane.metrics, "one", LASTS_S)
     observer = Observer(plane.drivers, plane.prober, plane.clock, 20.0)
-    standby = Standby(plane.drivers, observer, plane.clock, 30.0)
+    standby = Standby(plane.state, plane.drivers, observer, plane.clock, 30.0)
     jobs = Jobs(plane.state, plane.clock, {}, alone=False)
     terms = Terms(leadership, plane.drivers, jobs, standby, 0.01, plane.reconciler_of)
     other = Leadership(plane.state, plane.clock, plane.metrics, "other", LASTS_S)
@@ -304,3 +304,74 @@ def test_homes_differ_and_one_home_is_one_holder(tmp_path):
     other.mkdir()
     assert holder_of(one) == holder_of(one) != holder_of(other)
     assert f":{one}#" in holder_of(one)
+
+
+class AskedHereDriver(HereDriver):
+    """Those that can be asked whether requests are at them, as the process driver's."""
+
+    abilities = HereDriver.abilities | {Ability.PER_REPLICA_ADDRESS}
+
+
+async def standing_by(plane):
+    """A machine whose replica had an endpoint when another began to lead, and what runs there."""
+    await plane.ask()
+    await plane.steps(3)
+    here = MemoryWorld(groups=dict(plane.world.groups), token=1)
+    build = {"process": lambda context: AskedHereDriver(context, here)}
+    drivers = Drivers(DriverContext(plane.home, plane.clock, {}, {}), build)
+    observer = Observer(drivers, plane.prober, plane.clock, 20.0)
+    standby = Standby(plane.state, drivers, observer, plane.clock, 30.0)
+    one = Leadership(plane.state, plane.clock, plane.metrics, "elsewhere", LASTS_S)
+    await one.beat()
+
+    async def steps(count):
+        for _ in range(count):
+            await standby.step(one.term.lease)
+            await plane.clock.advance(0.5)
+
+    return here, drivers, steps
+
+
+async def test_who_stands_by_stops_no_replica_to_which_gateways_may_still_send(plane):
+    here, _, steps = await standing_by(plane)
+    await steps(20)
+    assert here.groups, "its endpoint is not withdrawn yet"
+    (endpoint,) = await plane.state.list_endpoints()
+    await plane.state.put_endpoints("bank", [replace(endpoint, url="http://10.0.0.2:9")])
+    await steps(1)
+    assert here.groups, "gateways need a moment to notice"
+    await steps(3)
+    assert not here.groups, "another replica of this name is the leader's"
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_who_stands_by_waits_no_longer_than_the_time_to_drain(plane, monkeypatch, silent):
+    here, _, steps = await standing_by(plane)
+
+    async def away():
+        raise Unavailable("the database is away")
+
+    if silent:
+        monkeypatch.setattr(plane.state, "list_endpoints", away)
+    await steps(60)
+    assert here.groups
+    await steps(2)
+    assert not here.groups
+
+
+async def test_one_group_that_cannot_be_ended_keeps_no_other_running(plane, monkeypatch):
+    await plane.ask("another")
+    here, drivers, steps = await standing_by(plane)
+    await plane.state.put_endpoints("bank", [])
+    await plane.state.put_endpoints("another", [])
+    driver = drivers.get("process")
+    done = driver.delete
+
+    async def fails(name):
+        if name == "another-r1":
+            raise RuntimeError("a bug")
+        await done(name)
+
+    monkeypatch.setattr(driver, "delete", fails)
+    await steps(5)
+    assert list(here.groups) == ["another-r1"]

@@ -403,3 +403,46 @@ async def test_a_write_whose_answer_was_lost_is_not_taken_for_undone(plane, monk
     await plane.steps(3)
     assert await plane.serving() == ["bank-r1-0"]
     assert (await plane.state.get_status("bank")).phase is before[1].phase
+
+
+def loses_the_answer(plane, monkeypatch, verb):
+    """The state does it once and breaks off before it says so."""
+    done = getattr(plane.state, verb)
+
+    async def lost(*arguments, **named):
+        monkeypatch.undo()
+        await done(*arguments, **named)
+        raise Unavailable("the state broke off")
+
+    monkeypatch.setattr(plane.state, verb, lost)
+
+
+@pytest.mark.parametrize("passes_between", [0, 2])
+async def test_a_new_deployment_runs_its_own_model_though_a_removals_answer_was_lost(
+    plane, monkeypatch, passes_between
+):
+    """Its name and its revision are those of the one that was removed."""
+    await plane.ask()
+    await plane.steps(2)
+    await plane.state.mark_deleting("bank", now=plane.clock.now())
+    loses_the_answer(plane, monkeypatch, "remove_deployment")
+    while await plane.state.list_deployments():
+        await plane.steps(1)
+    await plane.steps(passes_between)
+    await plane.ask(model="models:/bank/2")
+    await plane.steps(3)
+    assert plane.running() == ["bank-r1-0"]
+    assert plane.world.groups["bank-r1"].spec.model == "models:/bank/2"
+
+
+async def test_nothing_is_told_of_a_deployment_whose_removals_answer_was_lost(plane, monkeypatch):
+    await plane.ask(min_replicas=2, max_replicas=2)
+    await plane.steps(2)
+    await plane.state.mark_deleting("bank", now=plane.clock.now())
+    loses_the_answer(plane, monkeypatch, "remove_deployment")
+    await plane.steps(6)
+    assert await plane.state.list_deployments() == []
+    assert b'deployment="bank"' not in plane.metrics.exposition()
+    await plane.ask(min_replicas=0, max_replicas=2)
+    await plane.steps(2)
+    assert (await plane.state.get_status("bank")).wanted_replicas == 0, "nothing was asked yet"

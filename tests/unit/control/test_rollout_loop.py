@@ -294,3 +294,66 @@ async def test_a_canary_at_the_peak_of_the_load_is_scaled_with_what_serves(plane
     assert whole, "what serves grows to the whole load beside the canary"
     assert max(whole) >= wanted // 2, "and the canary to its part of it"
     assert plane.running() == [f"bank-r2-{number}" for number in range(wanted)]
+
+
+# A driver that goes away in the middle of it -----------------------------------------------------
+
+
+async def away_in_the_middle(plane, monkeypatch, kind=Kind.CANARY):
+    """The stable revision runs on one driver, its canary on another that fails for good."""
+    answers = Answers(plane)
+    await ask(plane, 1, kind)
+    await run(plane, answers, 6)
+    await ask(plane, 2, kind, driver="memory")
+    await run(plane, answers, 3)
+
+    async def fails():
+        raise Unavailable("the cluster is away")
+
+    monkeypatch.setattr(plane.drivers.get("memory"), "groups", fails)
+    await plane.steps(3)
+    assert "away" in (await plane.state.get_status("bank")).message
+    return answers
+
+
+async def serves_as_before(plane, monkeypatch, running):
+    """The first driver's replicas are looked after, and the other's end once it is back."""
+    plane.prober.silence("bank-r1-0")
+    await plane.steps(8)
+    assert "bank-r1-0" not in await plane.serving(), "who is dead has no endpoint"
+    del plane.prober.samples["bank-r1-0"]
+    await plane.steps(8)
+    status = await plane.state.get_status("bank")
+    assert (status.phase, "away" in status.message) == (DeploymentPhase.READY, False)
+    assert await plane.serving() == running
+    assert "bank-r2-0" in plane.running(), "nobody could tell it to end"
+    monkeypatch.undo()
+    await plane.steps(80)
+    assert plane.running() == await plane.serving() == running
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+async def test_a_roll_out_is_aborted_though_its_targets_driver_is_away(plane, monkeypatch, kind):
+    await away_in_the_middle(plane, monkeypatch, kind)
+    kept = await plane.state.get_rollout("bank")
+    await plane.state.put_rollout(replace(kept, order=Order.ABORT), replaces=kept)
+    await plane.steps(3)
+    assert (await plane.state.get_deployment("bank")).revision == 1
+    await serves_as_before(plane, monkeypatch, ["bank-r1-0", "bank-r1-1"])
+
+
+async def test_a_roll_out_is_undone_though_its_targets_driver_is_away(plane, monkeypatch):
+    await away_in_the_middle(plane, monkeypatch)
+    await plane.state.return_to("bank", 1, reason="undone", now=plane.clock.now())
+    await serves_as_before(plane, monkeypatch, ["bank-r1-0", "bank-r1-1"])
+
+
+async def test_another_revision_takes_the_place_of_one_whose_driver_is_away(plane, monkeypatch):
+    answers = await away_in_the_middle(plane, monkeypatch)
+    await ask(plane, 1, env={"MARK": "3"})
+    await run(plane, answers, 60)
+    assert await plane.serving() == ["bank-r3-0", "bank-r3-1"]
+    assert "bank-r2-0" in plane.running()
+    monkeypatch.undo()
+    await run(plane, answers, 80)
+    assert plane.running() == ["bank-r3-0", "bank-r3-1"]

@@ -191,6 +191,7 @@ operations = st.one_of(
     calls("put_job", jobs),
     calls("get_job", names),
     calls("list_jobs", limit=st.integers(-1, 3)),
+    calls("list_unfinished_jobs", limit=st.integers(-1, 3)),
     calls("append_ledger", st.lists(rows, max_size=4)),
     calls("list_ledger", since=times, request_id=st.none() | names, limit=st.integers(-1, 4)),
 )
