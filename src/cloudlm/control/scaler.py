@@ -39,7 +39,8 @@ class Scaler:
         self._wanted: dict[str, int] = {}
         self._memory: dict[str, ScaleMemory] = {}
         self._why: dict[str, str] = {}
-        self._paces: dict[tuple[str, str], Pace] | None = None
+        self._paces: dict[tuple[str, str], Pace] = {}
+        self._has_recalled = False
         self._saved: dict[tuple[str, str], tuple[float, Pace]] = {}
         self._starts = Starts()
         self._resting: dict[str, frozenset[str]] = {}  # with the models that each serves
@@ -48,9 +49,10 @@ class Scaler:
 
     async def recall(self) -> None:
         """At the first pass: the paces that an earlier control measured, and what it had serve."""
-        if self._paces is None:
+        if not self._has_recalled:
             self._starts.recall(one.replica for one in await self._state.list_endpoints())
             self._paces = {(p.deployment, p.model): p for p in await self._state.list_paces()}
+            self._has_recalled = True
 
     def why(self, name: str) -> str:
         """How the number wanted last changed, for people; empty if it has not yet."""
@@ -60,9 +62,8 @@ class Scaler:
         """The deployment is gone."""
         for known in (self._wanted, self._memory, self._why):
             known.pop(name, None)
-        for key in [key for key in self._paces or {} if key[0] == name]:
-            assert self._paces is not None
-            del self._paces[key]
+        for key in [key for key in (*self._paces, *self._saved) if key[0] == name]:
+            self._paces.pop(key, None)
             self._saved.pop(key, None)
         self._resting.pop(name, None)
         self._hurried.discard(name)
@@ -192,8 +193,10 @@ class Scaler:
         name = deployment.spec.name
         group = group_name(name, deployment.revision)
         spec = next((one.spec for one in groups if one.name == group and one.spec), None)
-        known = self._paces or {}
+        known = self._paces
         if spec is not None and (pace.deployment, pace.model) != (name, spec.model):
+            if pace.model:  # an undo may come back to it
+                known[pace.deployment, pace.model] = pace
             found = known.get((name, spec.model))
             pace = found or replace(pace, deployment=name, model=spec.model)
         elif spec is None and not pace.deployment:

@@ -157,6 +157,24 @@ async def test_a_version_never_seen_begins_with_the_pace_of_the_one_before(plane
     assert pace.start_s == pytest.approx(40.0, abs=39.9)
 
 
+async def test_a_version_that_comes_back_has_its_own_pace(plane):
+    start_s = await started_once(plane)
+    plane.prober.samples["bank-r2-0"] = Sample(True, ready=False)
+    await plane.ask(model="models:/bank/2")
+    await plane.steps(4, seconds=20.0)
+    plane.prober.samples.clear()
+    await plane.steps(8)
+    paces = {one.model: one.start_s for one in await plane.state.list_paces()}
+    assert paces["models:/bank/2"] >= 60.0
+    plane.prober.samples["bank-r3-0"] = Sample(True, ready=False)
+    await plane.ask(model="models:/bank/1")
+    await plane.steps(3)
+    assert "bank-r3-0" in plane.running()
+    assert {one.model: one.start_s for one in await plane.state.list_paces()} == paces
+    pace = plane.reconciler._scaler._memory["bank"].pace
+    assert (pace.model, pace.start_s) == ("models:/bank/1", start_s)
+
+
 async def test_what_was_learnt_of_answers_is_kept_too(plane):
     await plane.ask(scaling=Scaling(Algorithm.TOKENS))
     await plane.steps(2)
