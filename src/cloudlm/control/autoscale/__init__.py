@@ -58,10 +58,12 @@ def autoscale(
     low, high = bounds_now(spec, fleet, memory.pace.start_s)
     if not demand:
         wanted = max(low, min(high, current))
-        return wanted, replace(memory, why="no gateway reports demand: nothing goes down")
+        why = "no gateway reports demand: nothing goes down"
+        return wanted, replace(memory, why=why, idle_since=None)
     signals = joined(demand)
     gateways, complete = reporting(memory.gateways, demand, now)
-    memory = replace(memory, gateways=gateways, idle_since=_idle_since(signals, memory, now))
+    idle_since = _idle_since(signals, memory, now) if complete else None
+    memory = replace(memory, gateways=gateways, idle_since=idle_since)
     if (low, high) != (spec.min_replicas, spec.max_replicas):
         spec = replace(spec, min_replicas=low, max_replicas=high)
     before = memory
@@ -78,6 +80,7 @@ def autoscale(
 
 
 def _idle_since(signals: TotalDemand, memory: ScaleMemory, now: float) -> float | None:
+    """Since when it is known that nobody asks: what comes while a gateway is silent is not."""
     if signals.busy:
         return None
     return now if memory.idle_since is None else memory.idle_since
