@@ -128,8 +128,9 @@ class Room:
 
     @property
     def patient(self) -> bool:
-        """Whether replicas go to make room for others: they may take their time."""
-        if self.verdict is None or self.claim is None:
+        """Whether replicas go to make room for others: they may take their time. Those of a
+        deployment that wants none any more, as when it is deleted, go for their own sake."""
+        if self.verdict is None or self.claim is None or not self.claim.wanted:
             return False
         return self.verdict.replicas < max(self.wished, self.claim.staying)
 

@@ -7,14 +7,15 @@ replica. Must not decide by itself or touch replicas.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
 from cloudlm.control.observe import Seen
 from cloudlm.control.plan import group_name
+from cloudlm.control.starts import Starts
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import Demand, Deployment, GroupObservation, Replica
+from cloudlm.core.deployment import Demand, Deployment, GroupObservation
 from cloudlm.core.errors import CloudlmError
 from cloudlm.core.pace import Pace
 from cloudlm.state.base import State
@@ -38,17 +39,20 @@ class Scaler:
         self._wanted: dict[str, int] = {}
         self._memory: dict[str, ScaleMemory] = {}
         self._why: dict[str, str] = {}
-        self._paces: dict[tuple[str, str], Pace] | None = None
+        self._paces: dict[tuple[str, str], Pace] = {}
+        self._has_recalled = False
         self._saved: dict[tuple[str, str], tuple[float, Pace]] = {}
-        self._starting: dict[str, float] = {}
+        self._starts = Starts()
         self._resting: dict[str, frozenset[str]] = {}  # with the models that each serves
         self._hurried: set[str] = set()
         self._mark = 0.0
 
     async def recall(self) -> None:
-        """At the first pass: the paces that an earlier control measured."""
-        if self._paces is None:
+        """At the first pass: the paces that an earlier control measured, and what it had serve."""
+        if not self._has_recalled:
+            self._starts.recall(one.replica for one in await self._state.list_endpoints())
             self._paces = {(p.deployment, p.model): p for p in await self._state.list_paces()}
+            self._has_recalled = True
 
     def why(self, name: str) -> str:
         """How the number wanted last changed, for people; empty if it has not yet."""
@@ -58,17 +62,15 @@ class Scaler:
         """The deployment is gone."""
         for known in (self._wanted, self._memory, self._why):
             known.pop(name, None)
-        for key in [key for key in self._paces or {} if key[0] == name]:
-            assert self._paces is not None
-            del self._paces[key]
+        for key in [key for key in (*self._paces, *self._saved) if key[0] == name]:
+            self._paces.pop(key, None)
             self._saved.pop(key, None)
         self._resting.pop(name, None)
         self._hurried.discard(name)
 
     def keep_only(self, existing: Collection[str]) -> None:
         """Forget replicas that exist no longer."""
-        for replica in [one for one in self._starting if one not in existing]:
-            del self._starting[replica]
+        self._starts.keep_only(existing)
 
     def wanted(
         self,
@@ -90,12 +92,14 @@ class Scaler:
             return len(deployment.spec.endpoints)
         foreign = [one for one in groups if one.spec is not None and one.spec.endpoints]
         groups = [one for one in groups if one not in foreign]
-        now = self._clock.monotonic()
+        now, wall_s = self._clock.monotonic(), self._clock.now()
         # Without a replica of ours, what was wanted before were endpoints.
         current = self._wanted.get(name, recalled if groups or not foreign else 0)
         memory = self._memory.get(name, ScaleMemory())
-        memory = replace(memory, pace=self._pace(deployment, groups, seen, memory.pace))
-        fleet = _fleet(groups, seen, current, self._clock.now(), aside)
+        replicas = [one for group in groups for one in group.replicas]
+        ended = self._starts.look(replicas, seen, now, wall_s)
+        memory = replace(memory, pace=self._pace(deployment, groups, memory.pace, ended))
+        fleet = _fleet(groups, seen, current, wall_s, aside)
         wanted, memory = autoscale(deployment.spec, demand, current, memory, now, fleet)
         if wanted != current and name in self._wanted:
             self._why[name] = f"{current} → {wanted} replicas; {memory.why}"
@@ -177,33 +181,31 @@ class Scaler:
         return any(d.model in served and (d.ongoing or d.requests_per_s) for d in found)
 
     def _pace(
-        self, deployment: Deployment, groups: Sequence[GroupObservation], seen: Seen, pace: Pace
+        self,
+        deployment: Deployment,
+        groups: Sequence[GroupObservation],
+        pace: Pace,
+        ended: Mapping[str, float],
     ) -> Pace:
-        """The pace of the version that the newest revision runs. One never seen begins with that of
-        the version before, which is likely to be like it."""
+        """The pace of the version that the newest revision runs, with its starts that ``ended``
+        just now. One never seen begins with that of the version before, which is likely to be like
+        it."""
         name = deployment.spec.name
         group = group_name(name, deployment.revision)
         spec = next((one.spec for one in groups if one.name == group and one.spec), None)
-        known = self._paces or {}
+        known = self._paces
         if spec is not None and (pace.deployment, pace.model) != (name, spec.model):
+            if pace.model:  # an undo may come back to it
+                known[pace.deployment, pace.model] = pace
             found = known.get((name, spec.model))
             pace = found or replace(pace, deployment=name, model=spec.model)
         elif spec is None and not pace.deployment:
             like = [one for one in known.values() if one.deployment == name]
             own = [one for one in like if one.model == deployment.spec.model]
             pace = next(iter((*own, *like)), pace)
-        replicas = next((one.replicas for one in groups if one.name == group), ())
-        return self._started(replicas, seen, pace)
-
-    def _started(self, replicas: Sequence[Replica], seen: Seen, pace: Pace) -> Pace:
-        """With the starts of replicas that were seen starting and answer now."""
-        for replica in replicas:
-            if replica.id not in seen.ready:
-                self._starting[replica.id] = replica.started_at
-                continue
-            began = self._starting.pop(replica.id, 0.0)
-            if began and began == replica.started_at and not replica.restarts:
-                pace = pace.started(max(self._clock.now() - began, 0.001))
+        for replica in next((one.replicas for one in groups if one.name == group), ()):
+            if replica.id in ended:
+                pace = pace.started(max(ended[replica.id], 0.001))
         return pace
 
 

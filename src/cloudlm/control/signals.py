@@ -1,8 +1,10 @@
 """What is known of a revision's answers, and whether they are worse than may be: pure functions.
 
 Counted are attempts out of the ledger. One that its client cancelled says nothing; one that the
-replica failed or refused (429 apart, which says that there is much to do) is an error: clients'
-own faults meet both revisions alike, and only what goes beyond the stable one's errors counts.
+replica failed or refused is an error: clients' own faults meet both revisions alike, and only what
+goes beyond the stable one's errors counts. 429 is none, by which other services say that there is
+much to do. Our own workers say 503 then, as they do while they stop or sleep: the ledger does not
+tell these apart, so all of them count.
 Must not read a clock or a store.
 """
 

@@ -105,6 +105,7 @@ class SimControl:
             self._fleet.crash(unit)  # control has it stopped; its driver starts it again
         demand = self._state.list_demand(self.clock.now() - DEMAND_FRESH_S)
         at_once(self._scaler.recall())
+        self._scaler.keep_only({one.id for group in groups for one in group.replicas})
         seen = Seen(ready=frozenset(ready), busy=busy)
         aside = {one.replica for one in self._state.endpoints if one.share == 0.0}
         recalled = self._state.wanted

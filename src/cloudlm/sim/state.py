@@ -149,6 +149,10 @@ class ScalerState:
         self._state.check()
         return max((one.measured_at for one in self._state.list_demand(0.0)), default=0.0)
 
+    async def list_endpoints(self) -> list[Endpoint]:
+        self._state.check()
+        return list(self._state.endpoints)
+
     async def put_pace(self, pace: Pace) -> None:
         self._state.check()
         self._state.paces[pace.deployment, pace.model] = pace

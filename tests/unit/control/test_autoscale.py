@@ -299,3 +299,17 @@ def test_a_gateway_that_falls_silent_keeps_the_last_replica(algorithm):
     for second in range(10, 60):
         current, memory = autoscale(spec, load(0, gateway="g2"), current, memory, float(second))
         assert current == 1
+
+
+@EVERY
+@pytest.mark.parametrize("others", [[], ["g2"]])
+def test_idleness_is_measured_and_not_merely_silent(algorithm, others):
+    """What came and ended while a gateway was not heard is not known: idle time begins anew."""
+    spec = by(algorithm, ZERO, idle_s=60.0)
+    memory, current = ScaleMemory(), 1
+    for second in range(300):
+        is_heard = second < 30 or second >= 50
+        gateways = ["g1", *others] if is_heard else others
+        reports = [one for gateway in gateways for one in load(0, gateway=gateway)]
+        current, memory = autoscale(spec, reports, current, memory, float(second))
+        assert current == (second < 50 + 60)

@@ -216,3 +216,21 @@ async def test_memory_of_what_is_being_removed_counts_until_it_is_gone(crowd):
         await clients.second()
         assert len(present(crowd)) <= 3
     assert present(crowd) == {"m1", "m2", "new"}
+
+
+async def test_a_deletion_keeps_to_the_drain_timeout(crowd):
+    """Under a budget too: only what goes to make room for others may take its time."""
+    await crowd.ask("m0", memory_mb=SIZE_MB)
+    await crowd.steps(3)
+    crowd.prober.samples["m0-r1-0"] = Sample(True, ready=True, running=1, steps=1)
+    await crowd.steps(1)
+    await crowd.state.mark_deleting("m0", now=crowd.clock.now())
+    for step in range(20):  # its steps go on: it is at work, and does not stand still
+        crowd.prober.samples["m0-r1-0"] = Sample(True, ready=True, running=1, steps=step + 2)
+        await crowd.steps(1, seconds=1.0)
+    assert crowd.running() == ["m0-r1-0"]
+    for step in range(20, 40):
+        crowd.prober.samples["m0-r1-0"] = Sample(True, ready=True, running=1, steps=step + 2)
+        await crowd.steps(1, seconds=1.0)
+    assert crowd.running() == []
+    assert await crowd.state.get_deployment("m0") is None

@@ -111,6 +111,8 @@ def test_what_goes_for_others_may_take_its_time():
     assert room(1, group(1, 2)).patient
     assert not room(2, group(1, 2)).patient
     assert room(2, group(1, 2), group(2, 1)).patient, "the target goes"
+    leaving = replace(room(0, group(1, 2)), claim=Claim("bank", 1, 0, present=2, held_bytes=2))
+    assert not leaving.patient, "none is wanted: it goes for nobody else"
 
 
 @st.composite

@@ -108,6 +108,48 @@ async def test_a_start_is_measured_and_a_restart_of_control_keeps_it(plane):
     assert plane.reconciler._scaler._memory["bank"].pace == pace
 
 
+async def started_once(plane, **changes):
+    """A replica that took 12 s to start and served for a day; returns its start as measured."""
+    plane.prober.default = Sample(True, ready=False)
+    await plane.ask(**changes)
+    await plane.steps(12, seconds=1.0)
+    plane.prober.default = Sample(True, ready=True)
+    await plane.steps(2)
+    await plane.steps(24, seconds=3600.0)
+    await plane.steps(2)
+    (pace,) = await plane.state.list_paces()
+    return pace.start_s
+
+
+async def test_waking_is_no_start(plane):
+    start_s = await started_once(plane)
+    await plane.ask(asleep=True)
+    await plane.steps(4)
+    await plane.steps(4, seconds=3600.0)
+    assert plane.turner.asked == [("bank-r1-0", True)]
+    await plane.ask(asleep=False)
+    await plane.steps(6)
+    assert plane.turner.asked[-1] == ("bank-r1-0", False)
+    assert await plane.serving() == ["bank-r1-0"]
+    (pace,) = await plane.state.list_paces()
+    assert pace.start_s == start_s
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_a_silent_patch_is_no_start(plane, is_restarted):
+    start_s = await started_once(plane)
+    plane.prober.silence("bank-r1-0")
+    if is_restarted:
+        plane.restart()
+    await plane.steps(15, seconds=1.0)  # for a while all silent at once are believed to serve
+    assert await plane.serving() == []
+    plane.prober.samples.clear()
+    await plane.steps(4)
+    assert await plane.serving() == ["bank-r1-0"]
+    (pace,) = await plane.state.list_paces()
+    assert pace.start_s == start_s
+
+
 async def test_nothing_is_kept_of_what_was_not_measured(plane):
     await plane.ask()
     await plane.steps(1, seconds=0.0)
@@ -124,6 +166,24 @@ async def test_a_version_never_seen_begins_with_the_pace_of_the_one_before(plane
     pace = plane.reconciler._scaler._memory["bank"].pace
     assert pace.model == "models:/bank/2"
     assert pace.start_s == pytest.approx(40.0, abs=39.9)
+
+
+async def test_a_version_that_comes_back_has_its_own_pace(plane):
+    start_s = await started_once(plane)
+    plane.prober.samples["bank-r2-0"] = Sample(True, ready=False)
+    await plane.ask(model="models:/bank/2")
+    await plane.steps(4, seconds=20.0)
+    plane.prober.samples.clear()
+    await plane.steps(8)
+    paces = {one.model: one.start_s for one in await plane.state.list_paces()}
+    assert paces["models:/bank/2"] >= 60.0
+    plane.prober.samples["bank-r3-0"] = Sample(True, ready=False)
+    await plane.ask(model="models:/bank/1")
+    await plane.steps(3)
+    assert "bank-r3-0" in plane.running()
+    assert {one.model: one.start_s for one in await plane.state.list_paces()} == paces
+    pace = plane.reconciler._scaler._memory["bank"].pace
+    assert (pace.model, pace.start_s) == ("models:/bank/1", start_s)
 
 
 async def test_what_was_learnt_of_answers_is_kept_too(plane):
@@ -194,10 +254,10 @@ async def test_of_replicas_that_are_gone_nothing_is_remembered(plane):
     plane.prober.default = Sample(True, ready=False)
     await plane.ask(min_replicas=3, max_replicas=3)
     await plane.steps(3)
-    assert len(plane.reconciler._scaler._starting) == 3
+    assert len(plane.reconciler._scaler._starts._known) == 3
     await plane.ask(min_replicas=1, max_replicas=1)
     await plane.steps(4)
-    assert list(plane.reconciler._scaler._starting) == ["bank-r1-0"]
+    assert list(plane.reconciler._scaler._starts._known) == ["bank-r1-0"]
     await plane.state.mark_deleting("bank", now=plane.clock.now())
     await plane.steps(4)
-    assert plane.reconciler._scaler._starting == {}
+    assert plane.reconciler._scaler._starts._known == {}

@@ -63,7 +63,8 @@ def autoscale(
         wanted, memory = _by_load(within, demand, current, memory, now, fleet)
     else:
         wanted = current
-        memory = replace(memory, why="no gateway reports demand: nothing goes down")
+        why = "no gateway reports demand: nothing goes down"
+        memory = replace(memory, why=why, idle_since=None)
     wanted = max(low, min(high, wanted))
     why = moved_by(spec, bounds, current, wanted)
     return wanted, replace(memory, why=why) if why else memory
@@ -80,7 +81,8 @@ def _by_load(
     """What the load asks for, which may be outside of the bounds that ``spec`` says."""
     signals = joined(demand)
     gateways, complete = reporting(memory.gateways, demand, now)
-    memory = replace(memory, gateways=gateways, idle_since=_idle_since(signals, memory, now))
+    idle_since = _idle_since(signals, memory, now) if complete else None
+    memory = replace(memory, gateways=gateways, idle_since=idle_since)
     before = memory
     wanted, memory = RULES[spec.scaling.algorithm](spec, signals, fleet, current, memory, now)
     if not complete:  # what the silent one serves goes on unseen: it is not remembered as a fall
@@ -95,6 +97,7 @@ def _by_load(
 
 
 def _idle_since(signals: TotalDemand, memory: ScaleMemory, now: float) -> float | None:
+    """Since when it is known that nobody asks: what comes while a gateway is silent is not."""
     if signals.busy:
         return None
     return now if memory.idle_since is None else memory.idle_since
