@@ -19,6 +19,7 @@ import pytest
 
 from cloudlm.core.cache_folder import UNUSED_S, native_folder
 from cloudlm.engine.native import build, load_kernels
+from cloudlm.engine.native.cache import MAX_HEAD_DIM
 from cloudlm.engine.native.plan import MAX_KEYS, Query, plan_attention
 
 if TYPE_CHECKING:
@@ -370,7 +371,10 @@ def rotary_of(heads: int, kv_heads: int, dim: int, tokens: int, *, normed: bool)
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(4, 2, 128, 32), (3, 3, 96, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "size"),
+    [(4, 2, 128, 32), (3, 3, 96, 64), (2, 1, MAX_HEAD_DIM, 32)],
+)
 def test_rope_store_agrees_and_puts_keys_where_they_belong(
     kernels: Kernels,
     reference: Kernels,
@@ -404,6 +408,40 @@ def test_rope_store_agrees_and_puts_keys_where_they_belong(
         lengths = unpack_keys(own.keys, dim).flatten(0, 1)[slots[kept]].float().norm(dim=-1)
         before = qkv.unflatten(1, (-1, dim))[:, heads : heads + kv_heads][kept].float()
         assert off(lengths, before.norm(dim=-1)) < UNIT
+
+
+@pytest.mark.parametrize("dim", [48, MAX_HEAD_DIM + 32])
+def test_heads_that_the_library_has_no_room_for_are_refused(kernels: Kernels, dim: int) -> None:
+    """It computes a head on its stack: a longer one would be written over what stands behind."""
+    from cloudlm.engine.native.contract import StackLayer
+
+    cache, rotary = layer_cache(2, 1, dim, 32), rotary_of(1, 1, dim, 1, normed=False)
+    plan = plan_attention([Query(1100, 1, [0] * 35)], 32)
+    query, words = torch.randn(1, dim).bfloat16(), "multiple of 32 up to 512"
+    with pytest.raises(ValueError, match=words):
+        qkv = torch.randn(1, 3 * dim).bfloat16()
+        kernels.rope_store(qkv, rotary, torch.tensor([0]), cache)
+    with pytest.raises(ValueError, match=words):
+        kernels.attention(query, cache, plan, torch.empty_like(query), 1.0)
+    layer = StackLayer(
+        qkv=kernels.pack(torch.randn(3 * dim, 64).bfloat16()),
+        out=kernels.pack(torch.randn(64, dim).bfloat16()),
+        gate_up=kernels.pack(torch.randn(64, 64).bfloat16(), gated=True),
+        down=kernels.pack(torch.randn(64, 32).bfloat16()),
+        input_norm=torch.ones(64),
+        post_norm=torch.ones(64),
+        cache=cache,
+    )
+    stack, hidden = kernels.stack([layer]), torch.randn(1, 64)
+    with pytest.raises(ValueError, match=words):
+        kernels.run_stack(stack, hidden, rotary, torch.tensor([0]), [plan], 1.0)
+
+
+def test_the_sources_have_room_for_the_longest_head() -> None:
+    header = (build.SOURCES / "kernels.h").read_text("utf-8")
+    assert f"constexpr int MAX_HEAD_DIM = {MAX_HEAD_DIM};" in header
+    sources = "".join(path.read_text("utf-8") for path in build.SOURCES.glob("*.cpp"))
+    assert sources.count("[MAX_HEAD_DIM]") == 2
 
 
 # ---- attention --------------------------------------------------------------------------------
@@ -453,7 +491,8 @@ def batches(size: int, blocks: int) -> dict[str, tuple[list[Query], int | None]]
 
 @pytest.mark.parametrize("case", ["decode", "window", "prefill", "shared"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "size"), [(4, 2, 128, 32), (4, 1, 64, 64), (6, 2, 96, 32)]
+    ("heads", "kv_heads", "dim", "size"),
+    [(4, 2, 128, 32), (4, 1, 64, 64), (6, 2, 96, 32), (2, 1, MAX_HEAD_DIM, 32)],
 )
 def test_attention_agrees(
     kernels: Kernels,

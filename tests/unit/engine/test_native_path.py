@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.api import GenerateRequest
 from cloudlm.engine.architectures.base import Decoder
 from cloudlm.engine.engine import LocalEngine
+from cloudlm.engine.load import build_network
 from cloudlm.engine.native.fallback import TorchKernels
 from cloudlm.engine.paths import choice
 from cloudlm.engine.paths.choice import choose_path
@@ -277,6 +280,28 @@ def test_the_families_that_the_kernels_run(network: Any, name: str) -> None:
 )
 def test_the_families_that_they_do_not(network: Any, name: str) -> None:
     assert why_not(network(name)) is not None
+
+
+@pytest.mark.parametrize(("head_dim", "runs"), [(32, True), (48, False), (512, True), (544, False)])
+def test_heads_that_the_kernels_have_room_for(tmp_path: Path, head_dim: int, runs: bool) -> None:
+    """A file may say what it likes: a longer head would be written over what stands behind."""
+    values = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": head_dim,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 307,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    obstacle = why_not(build_network(tmp_path)[2])
+    assert (obstacle is None) == runs, obstacle
+    if not runs:
+        assert (
+            obstacle == f"the kernels lack its head size ({head_dim}; a multiple of 32 up to 512)"
+        )
 
 
 def test_blocks_are_whole_tiles() -> None:

@@ -240,4 +240,4 @@ def _keeps(one: _Matrix) -> bool:
     regular = bool((one.groups == integers.in_order(inputs, one.size)).all())
     if one.bits == 8:
         return regular and one.zeros is None and one.size >= inputs
-    return regular and one.scale.dtype != "F32" and integers.runs_in_kernels(inputs, one.size)
+    return regular and one.scale.dtype != "F32" and integers.runs_in_kernels(one.size)

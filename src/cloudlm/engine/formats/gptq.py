@@ -134,7 +134,7 @@ def _matrix(tensors: Tensors, base: str, scheme: _Scheme) -> Iterator[Entry]:
     weight = tensors.part(f"{base}.qweight", ("I32",), shape)
     inputs = weight.shape[0] * (1 if scheme.awq else each)
     zeros = tensors.part(f"{base}.qzeros", ("I32",), (groups, -(-outputs // each)))
-    size = scheme.group or inputs
+    size = integers.group_size(scheme.group, inputs)
     if inputs == 0 or outputs % each or groups != -(-inputs // size):
         raise BrokenModel(
             f"{weight.where} of {inputs} inputs and {outputs} outputs does not fit {groups} groups "
@@ -145,7 +145,7 @@ def _matrix(tensors: Tensors, base: str, scheme: _Scheme) -> Iterator[Entry]:
         found = tensors.part(f"{base}.g_idx", ("I32", "I64"), (inputs,))
         order, regular = _order(tensors, found, groups, order)
     one = _Matrix(tensors, scheme, weight, zeros, scale, outputs, inputs, size, order, regular)
-    kept = regular and scale.dtype != "F32" and integers.runs_in_kernels(inputs, size)
+    kept = regular and scale.dtype != "F32" and integers.runs_in_kernels(size)
     if scheme.bits == 8:
         kept = regular and groups == 1 and _centred(one)
     yield Entry(

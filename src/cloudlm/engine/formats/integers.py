@@ -39,9 +39,16 @@ def in_order(inputs: int, size: int) -> Tensor:
     return torch.arange(inputs) // size
 
 
-def runs_in_kernels(inputs: int, size: int) -> bool:
-    """Whether the kernels can take groups of this size as they are."""
-    return size == 32 or size % 64 == 0 or (size >= inputs and inputs % 64 == 0)
+def group_size(asked: int, inputs: int) -> int:
+    """Inputs in a group where a file asks for groups of ``asked``; 0: one group of all. A size
+    beyond the inputs says no more than that, and the kernels would fill the matrix up to it: it is
+    at most the inputs with what fills their step of 64."""
+    return min(asked or inputs, -(-inputs // 64) * 64)
+
+
+def runs_in_kernels(size: int) -> bool:
+    """Whether the kernels can take groups of this size, as ``group_size`` bounds it."""
+    return size == 32 or size % 64 == 0
 
 
 def int4_weight(codes: Tensor, scale: Tensor, zeros: Tensor | None, size: int) -> Int4Weight:

@@ -10,6 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 
 SLOT_UNIT = 32  # a block's size is a multiple of this
+HEAD_UNIT = 32  # and so is the size of a head,
+MAX_HEAD_DIM = 512  # which the library computes in room of a fixed size: see src/kernels.h
+
+
+def runs_heads(head_dim: int) -> bool:
+    """Whether the kernels have room for heads of so many numbers."""
+    return 0 < head_dim <= MAX_HEAD_DIM and head_dim % HEAD_UNIT == 0
 
 
 def unpack_keys(keys: Tensor, head_dim: int) -> Tensor:

@@ -36,7 +36,8 @@ class Packed:
 @dataclass(frozen=True, slots=True)
 class Rotary:
     """How queries and keys are turned: cos and sin float32 [tokens, head_dim / 2] (two halves of a
-    head make the pairs), norms float32 [head_dim] or None."""
+    head make the pairs), norms float32 [head_dim] or None.
+    ``head_dim``: one that ``cache.runs_heads``."""
 
     heads: int
     kv_heads: int

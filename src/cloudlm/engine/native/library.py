@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cloudlm.engine.native import structures as c
+from cloudlm.engine.native.cache import HEAD_UNIT, MAX_HEAD_DIM, SLOT_UNIT, runs_heads
 from cloudlm.engine.native.contract import LayerCache, Packed, Path, Rotary, StackLayer, Weight
 from cloudlm.engine.native.packing import (
     PANEL,
@@ -173,8 +174,9 @@ class NativeKernels:
         """See ``Kernels``."""
         dim, width = rotary.head_dim, rotary.heads * rotary.head_dim
         tokens = _expect(qkv, width + 2 * rotary.kv_heads * dim, "qkv")
-        if dim % 32 or qkv.dtype != torch.bfloat16:
-            raise ValueError(f"expected bfloat16 and heads of a multiple of 32, got {dim}")
+        _expect_heads(dim)
+        if qkv.dtype != torch.bfloat16:
+            raise ValueError(f"qkv is {qkv.dtype}, expected bfloat16")
         for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
             _expect(table, dim // 2, name, tokens)
         struct = c.RopeStruct(
@@ -191,10 +193,11 @@ class NativeKernels:
         """See ``Kernels``."""
         dim = cache.keys.shape[2] // cache.block_size
         tokens = _expect(out, query.shape[1], "out", _expect(query, query.shape[1], "query"))
-        if tokens != plan.tokens or dim % 32 or cache.block_size % 32:
+        _expect_heads(dim)
+        if tokens != plan.tokens or cache.block_size % SLOT_UNIT:
             raise ValueError(
-                f"{tokens} tokens, heads of {dim}, blocks of {cache.block_size}: expected "
-                f"{plan.tokens} tokens, heads and blocks of a multiple of 32"
+                f"{tokens} tokens, blocks of {cache.block_size}: expected {plan.tokens} tokens and "
+                f"blocks of a multiple of {SLOT_UNIT}"
             )
         struct = _attention_struct(plan, cache, query.shape[1] // dim, scale)
         struct.q, struct.q_stride = query.data_ptr(), query.stride(0)
@@ -231,6 +234,7 @@ class NativeKernels:
         """See ``Kernels``."""
         first = stack.layers[0]
         dim, cache = rotary.head_dim, first.cache
+        _expect_heads(dim)
         tokens = _expect(hidden, first.qkv.inputs, "hidden")
         _expect(rotary.cos, dim // 2, "cos", tokens)
         _expect(rotary.sin, dim // 2, "sin", tokens)
@@ -304,6 +308,12 @@ def _expect(rows: Tensor, size: int, name: str, tokens: int | None = None) -> in
     if rows.dim() != 2 or rows.shape != (count, size):
         raise ValueError(f"{name} is {tuple(rows.shape)}, expected ({count}, {size})")
     return count
+
+
+def _expect_heads(dim: int) -> None:
+    """Raises ValueError: longer ones would be written over the stack of the library."""
+    if not runs_heads(dim):
+        raise ValueError(f"heads of {dim}: expected a multiple of {HEAD_UNIT} up to {MAX_HEAD_DIM}")
 
 
 def _kind(weight: Weight) -> tuple[int, int]:

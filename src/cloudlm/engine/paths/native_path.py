@@ -31,7 +31,7 @@ from cloudlm.engine.architectures.transformer_config import (
 )
 from cloudlm.engine.formats.base import Codes, StoredLinear
 from cloudlm.engine.memory import forget_mapped, give_back
-from cloudlm.engine.native.cache import SLOT_UNIT
+from cloudlm.engine.native.cache import HEAD_UNIT, MAX_HEAD_DIM, SLOT_UNIT, runs_heads
 from cloudlm.engine.native.contract import Kernels, LayerCache, Packed, Rotary, StackLayer, Weight
 from cloudlm.engine.native.contract import Path as Way
 from cloudlm.engine.native.fallback import run_layers
@@ -69,7 +69,9 @@ def why_not(model: Decoder) -> str | None:
         "its softcap": config.attention_softcap is None and config.logit_softcap is None,
         "its scaled embeddings": config.embedding_scale is None,
         "its rotation": len(set(config.ropes)) == 1 and config.ropes[0].dim == config.head_dim,
-        "its head size (not a multiple of 32)": config.head_dim % 32 == 0,
+        f"its head size ({config.head_dim}; a multiple of {HEAD_UNIT} up to {MAX_HEAD_DIM})": (
+            runs_heads(config.head_dim)
+        ),
     }
     return next((f"the kernels lack {name}" for name, yes in can.items() if not yes), None)
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from quantised_models import Quantiser, write_awq, write_compressed, write_gptq
 from safetensors.torch import load_file, save_file
 
 from cloudlm.core.errors import BrokenModel, UnsupportedModel
 from cloudlm.core.settings import EngineSettings
+from cloudlm.engine.formats import integers
 from cloudlm.engine.formats.base import StoredLinear
 from cloudlm.engine.formats.opening import open_checkpoint
 from cloudlm.engine.load import load_runner
@@ -151,6 +154,36 @@ def test_kernels_take_the_codes_as_they_are(
     share = 4.0 if name == "ct-w8a8" else 1.2  # inputs of 8 bits
     assert float(off.square().mean().sqrt()) < share * float(usual.square().mean().sqrt())
     assert not any(isinstance(one, StoredLinear) for one in runner.model.modules())
+
+
+@pytest.mark.parametrize("group_size", [100, 128, 2**24])
+def test_a_group_is_no_longer_than_its_matrix(
+    group_size: int, written: Any, tmp_path: Path
+) -> None:
+    """One group of all inputs by another name: the kernels fill a matrix up to whole groups, so
+    that a size out of nowhere would be asked of the memory."""
+    folder = spoil(
+        written("gptq-one-group"), tmp_path, lambda t, c: c.update(group_size=group_size)
+    )
+    checkpoint = open_checkpoint(folder)
+    plain = load_file(written("gptq-one-group").plain / "model.safetensors")
+    kept = [entry for entry in checkpoint.entries if entry.codes is not None]
+    assert len(kept) >= 6 * 3  # those of 64 inputs
+    for entry in kept:
+        weight = entry.codes()
+        assert weight.group in (64, 128), entry.name
+        assert weight.group <= entry.shape[1] + 63
+        zeros = weight.zeros.float()
+        assert torch.equal((weight.codes.float() - zeros) * weight.scale, plain[entry.name])
+
+
+@given(inputs=st.integers(1, 5000), asked=st.integers(1, 2**24))
+def test_a_size_of_groups_is_bounded_and_cuts_alike(inputs: int, asked: int) -> None:
+    size = integers.group_size(asked, inputs)
+    assert size <= min(asked, inputs + 63)
+    assert torch.equal(integers.in_order(inputs, size), integers.in_order(inputs, asked))
+    if asked % 64 == 0 or asked == 32 or (inputs % 64 == 0 and asked >= inputs):
+        assert integers.runs_in_kernels(size)
 
 
 def test_an_explicit_precision_of_other_bits_wins(written: Any) -> None:

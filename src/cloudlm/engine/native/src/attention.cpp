@@ -246,7 +246,7 @@ void merge(const Attention& a, int token, const float* parts) {
   for (int head = 0; head < a.heads; head++) {
     auto part = [&](int i) { return parts + (size_t(a.merge_parts[i]) * a.heads + head) * (dim + 16); };
     float top = -__builtin_inff(), weight = 0;
-    float sums[512] = {};
+    float sums[MAX_HEAD_DIM] = {};
     for (int i = first; i < last; i++) top = part(i)[dim] > top ? part(i)[dim] : top;
     for (int i = first; i < last; i++) {
       const float factor = exp2(splat(part(i)[dim] - top))[0];

@@ -5,6 +5,8 @@
 
 #include "team.h"
 
+constexpr int MAX_HEAD_DIM = 512;  // as cache.py, whose callers see to it
+
 enum Kind : int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
 enum Type : int32_t { TYPE_BF16 = 0, TYPE_F32 = 1, TYPE_ADD_F32 = 2 };  // the last: added to f32
 enum Path : int32_t { PATH_AUTO = 0, PATH_VECTOR = 1, PATH_TILES = 2 };
@@ -55,7 +57,7 @@ void silu_mul(Team& team, int me, const Input& gate_up, const Output& out, int t
 // writing of k and v into the cache's slots. qkv: bf16 rows of [q | k | v].
 struct Rope {
   uint16_t* qkv;                 // q is changed in place
-  int32_t stride, heads, kv_heads, dim;
+  int32_t stride, heads, kv_heads, dim;  // dim: up to MAX_HEAD_DIM
   const float *cos, *sin;        // [tokens][dim / 2]
   const float *q_norm, *k_norm;  // [dim] or null
   float eps;

@@ -100,7 +100,7 @@ void silu_mul(Team& team, int, const Input& gate_up, const Output& out, int toke
 void rope_store(Team& team, int, const Rope& r, int tokens) {
   const int dim = r.dim;
   for_rows(team, tokens, [&](int t) {
-    float head[512];
+    float head[MAX_HEAD_DIM];
     const float *cos = r.cos + size_t(t) * dim / 2, *sin = r.sin + size_t(t) * dim / 2;
     bf16* row = r.qkv + size_t(t) * r.stride;
     for (int h = 0; h < r.heads; h++) {
