@@ -79,7 +79,12 @@ class Admission:
         self.open = self.open and len(self._unfit) < _WHOLE_SCAN_WINDOW
 
     def _close(self) -> None:
-        """Let nobody pass those that were passed often enough."""
-        self._closed.update(one.tenant for one in self._unfit if one.bypasses >= MAX_BYPASSES)
-        overdue = any(self._waiting.overdue(one) for one in self._unfit)
-        self.open = self._has_room() and not overdue
+        """Let nobody pass those that were passed often enough, unless they held others up for as
+        long as they may."""
+        shut = False
+        for one in self._unfit:
+            bypassed, overdue = one.bypasses >= MAX_BYPASSES, self._waiting.overdue(one)
+            if (bypassed or overdue) and self._waiting.hold(one):
+                self._closed.update([one.tenant] if bypassed else [])
+                shut = shut or overdue
+        self.open = self._has_room() and not shut

@@ -32,17 +32,25 @@ PROMOTION_STEPS = 64
 MAX_BYPASSES = 16
 """Later sequences that may be admitted while an earlier one does not fit; then they wait for it."""
 
+HOLD_STEPS = 64
+"""Steps in which others wait for a tenant's sequences that do not fit, until one of those starts.
+Then they go on passing it, and give way to it as soon as that is enough."""
+
 _MANY_TENANTS = 1024  # counters kept before those that say nothing any more are dropped
 
 
 @dataclass(slots=True)
 class _Tenant:
-    """``waiting`` is in the order of ``_place``; ``stuck`` is the first that did not fit."""
+    """``waiting`` is in the order of ``_place``; ``stuck`` is the first that did not fit, of those
+    of the highest level. Others were ``held`` up for so many steps, at last in step ``held_at``,
+    since a stuck one started."""
 
     counter: float = 0.0
     sequences: int = 0
     waiting: list[Sequence] = field(default_factory=list)
     stuck: Sequence | None = None
+    held: int = 0
+    held_at: int = 0
 
 
 class Lines:
@@ -98,6 +106,11 @@ class Lines:
     def start(self, sequence: Sequence) -> None:
         """The sequence waits no longer, it runs."""
         tenant = self._tenants[sequence.tenant]
+        if tenant.stuck is sequence:
+            tenant.held = 0
+        self._take_out(sequence, tenant)
+
+    def _take_out(self, sequence: Sequence, tenant: _Tenant) -> None:
         self._level = max(self._level, self._least())
         tenant.waiting.remove(sequence)
         self._waiting -= 1
@@ -107,9 +120,10 @@ class Lines:
 
     def leave(self, sequence: Sequence, waiting: bool) -> None:
         """The sequence has ended."""
+        tenant = self._tenants[sequence.tenant]
         if waiting:
-            self.start(sequence)
-        self._tenants[sequence.tenant].sequences -= 1
+            self._take_out(sequence, tenant)
+        tenant.sequences -= 1
         self._present -= 1
 
     def charge(self, sequence: Sequence, cost: float) -> None:
@@ -120,6 +134,9 @@ class Lines:
         """A step begins. Lift the sequence that waited longest to the best class there is, if it
         waited too long behind others and none was lifted lately."""
         self._step += 1
+        for tenant in self._lines():
+            if tenant.stuck is not None and self.overdue(tenant.stuck):
+                self.hold(tenant.stuck)
         if self._waiting == 0 or self._step - self._promoted_at < PROMOTION_STEPS:
             return
         self._promoted_at = self._step
@@ -134,15 +151,23 @@ class Lines:
             oldest.level, oldest.resumed = -level, oldest.resumed or not begun_here
             insort(line, oldest, key=_place)
 
-    def first(self) -> Sequence | None:
-        """Who comes next."""
-        return min((t.waiting[0] for t in self._lines()), key=self._rank, default=None)
+    def asking(self) -> Iterator[Sequence]:
+        """Those for whom others may have to give way, next first: the next one, and behind such as
+        are overdue the next that is not. Nobody passes an overdue one that may still hold them up.
+        """
+        overdue = [t.stuck for t in self._lines() if t.stuck and self.overdue(t.stuck)]
+        plain = (s for t in self._lines() for s in t.waiting[:2] if not self.overdue(s))
+        first = min(plain, key=self._rank, default=None)
+        for sequence in sorted(overdue if first is None else [*overdue, first], key=self._rank):
+            yield sequence
+            if self.overdue(sequence) and not self.insists(sequence):
+                return
 
     def ranked(self, prefilling: list[Sequence], admitting: bool) -> Iterator[Sequence]:
         """Who gets prompt tokens computed, next first: those that are at it and, if ``admitting``,
         those that wait. What is charged meanwhile changes who comes later."""
         lines: dict[str, Iterator[Sequence]] = {}
-        heap: list[tuple[tuple[bool, int, bool, float, int], Sequence]] = []
+        heap: list[tuple[tuple[int, bool, bool, float, int], Sequence]] = []
         names = {one.tenant for one in prefilling}
         if admitting:
             names.update(name for name, tenant in self._tenants.items() if tenant.waiting)
@@ -168,9 +193,25 @@ class Lines:
             yield sequence
 
     def overdue(self, sequence: Sequence) -> bool:
-        """Whether everybody must wait until this sequence fits."""
+        """Whether this sequence was passed too often."""
         stuck = self._tenants[sequence.tenant].stuck
         return stuck is sequence and sequence.overtaken >= MAX_BYPASSES
+
+    def insists(self, sequence: Sequence) -> bool:
+        """Whether it is overdue and has held others up for as long as it may: from now on those
+        that came after it give way to it."""
+        return self.overdue(sequence) and self._tenants[sequence.tenant].held >= HOLD_STEPS
+
+    def hold(self, sequence: Sequence) -> bool:
+        """Count a step in which others wait for this sequence, which does not fit. False if they
+        did so for ``HOLD_STEPS`` steps: then they need not."""
+        tenant = self._tenants[sequence.tenant]
+        if tenant.held_at != self._step:
+            if tenant.held >= HOLD_STEPS:
+                return False
+            tenant.held += 1
+            tenant.held_at = self._step
+        return True
 
     def passed(self, by: Sequence, unfit: list[Sequence]) -> None:
         """``by`` is admitted and these, ranked before it, do not fit. Who is stuck for longer
@@ -179,16 +220,18 @@ class Lines:
             tenant = self._tenants[sequence.tenant]
             if sequence.tenant == by.tenant:
                 sequence.bypasses += 1
-            if tenant.stuck is None:
+            if tenant.stuck is None or tenant.stuck.level < sequence.level:
                 tenant.stuck = sequence
         for tenant in self._tenants.values():
             stuck = tenant.stuck
             if stuck is not None and stuck.arrival < by.arrival and stuck.level >= by.level:
                 stuck.overtaken += 1
 
-    def _rank(self, sequence: Sequence) -> tuple[bool, int, bool, float, int]:
+    def _rank(self, sequence: Sequence) -> tuple[int, bool, bool, float, int]:
         tenant = self._tenants[sequence.tenant]
-        return not self.overdue(sequence), *_class(sequence), tenant.counter, sequence.arrival
+        level, begun_here = _class(sequence)
+        overdue = self.overdue(sequence)
+        return level, not overdue, begun_here, tenant.counter, sequence.arrival
 
     def _lines(self) -> Iterator[_Tenant]:
         return (tenant for tenant in self._tenants.values() if tenant.waiting)
