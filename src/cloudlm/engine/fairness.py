@@ -5,9 +5,10 @@ one with the least counter is served next. A tenant that comes back does so at t
 who wait: to have been away saves nothing up. Source: virtual token counters, Sheng et al.,
 "Fairness in Serving Large Language Models", OSDI 2024 (arXiv 2401.00588), which is start-time fair
 queueing with tokens for packets. Higher priorities come first whatever the counters say, but from
-time to time the sequence that waited longest is lifted to them, so that nothing starves. Among
-equal priorities an answer that another engine began goes before those that nobody has begun: its
-client has seen its first tokens and waits for the next, and its tenant was served for it there.
+time to time the sequence that got nothing for longest, in line or in the midst of its prompt, is
+lifted to them, so that nothing starves. Among equal priorities an answer that another engine began
+goes before those that nobody has begun: its client has seen its first tokens and waits for the
+next, and its tenant was served for it there.
 
 A pure decider's part: must not import torch, asyncio, time, logging or threading.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace, merge
 from itertools import chain
 
-from cloudlm.engine.sequence import Sequence
+from cloudlm.engine.sequence import Sequence, Status
 
 PROMPT_TOKEN_COST = 1.0
 ANSWER_TOKEN_COST = 2.0
@@ -99,7 +100,7 @@ class Lines:
 
     def _queue(self, sequence: Sequence) -> None:
         """Put a sequence of a known tenant into its line."""
-        sequence.queued_at = self._step
+        sequence.idle_since = self._step
         insort(self._tenants[sequence.tenant].waiting, sequence, key=_place)
         self._waiting += 1
 
@@ -126,30 +127,48 @@ class Lines:
         tenant.sequences -= 1
         self._present -= 1
 
+    def computes(self, sequence: Sequence) -> None:
+        """More of its prompt is computed in this step."""
+        sequence.idle_since = self._step
+
     def charge(self, sequence: Sequence, cost: float) -> None:
         """Count what is computed for a sequence, in prompt tokens."""
         self._tenants[sequence.tenant].counter += cost / sequence.weight
 
     def tick(self, running: Iterable[Sequence]) -> None:
-        """A step begins. Lift the sequence that waited longest to the best class there is, if it
-        waited too long behind others and none was lifted lately."""
+        """A step begins. Lift the sequence that waited longest, in line or for more of its prompt
+        to be computed, to the best standing there is, if it waited too long behind others and none
+        was lifted lately."""
         self._step += 1
         for tenant in self._lines():
             if tenant.stuck is not None and self.overdue(tenant.stuck):
                 self.hold(tenant.stuck)
-        if self._waiting == 0 or self._step - self._promoted_at < PROMOTION_STEPS:
+        if self._step - self._promoted_at < PROMOTION_STEPS:
             return
         self._promoted_at = self._step
+        behind = [one for one in chain(self, running) if self._idle(one)]
+        if not behind:
+            return
         heads = (tenant.waiting[0] for tenant in self._lines())
-        best = min(map(_class, chain(running, heads)))
-        low = [s for s in self if _class(s) > best and self._step - s.queued_at >= PROMOTION_STEPS]
+        best = min(map(standing, chain(running, heads)))
+        low = [one for one in behind if standing(one) > best]
         if low:
-            oldest = min(low, key=lambda sequence: (sequence.queued_at, sequence.arrival))
-            line = self._tenants[oldest.tenant].waiting
-            line.remove(oldest)
-            level, begun_here = best
-            oldest.level, oldest.resumed = -level, oldest.resumed or not begun_here
-            insort(line, oldest, key=_place)
+            self._lift(min(low, key=lambda one: (one.idle_since, one.arrival)), best)
+
+    def _idle(self, sequence: Sequence) -> bool:
+        """Whether it got nothing for too long. What decodes gets a token in every step."""
+        decodes = sequence.status is Status.RUNNING and sequence.remaining == 1
+        return not decodes and self._step - sequence.idle_since >= PROMOTION_STEPS
+
+    def _lift(self, sequence: Sequence, best: tuple[int, bool]) -> None:
+        line = self._tenants[sequence.tenant].waiting
+        waits = sequence.status is Status.WAITING
+        if waits:
+            line.remove(sequence)
+        level, begun_here = best
+        sequence.level, sequence.resumed = -level, sequence.resumed or not begun_here
+        if waits:
+            insort(line, sequence, key=_place)
 
     def asking(self) -> Iterator[Sequence]:
         """Those for whom others may have to give way, next first: the next one, and behind such as
@@ -175,7 +194,7 @@ class Lines:
             begun = sorted((s for s in prefilling if s.tenant == name), key=_place)
             waiting = self._tenants[name].waiting[:] if admitting else []
             # Merging is stable: what has begun stays before what waits in the same class.
-            lines[name] = merge(begun, waiting, key=_class)
+            lines[name] = merge(begun, waiting, key=standing)
             head = next(lines[name])
             heap.append((self._rank(head), head))
         heapify(heap)
@@ -229,7 +248,7 @@ class Lines:
 
     def _rank(self, sequence: Sequence) -> tuple[int, bool, bool, float, int]:
         tenant = self._tenants[sequence.tenant]
-        level, begun_here = _class(sequence)
+        level, begun_here = standing(sequence)
         overdue = self.overdue(sequence)
         return level, not overdue, begun_here, tenant.counter, sequence.arrival
 
@@ -251,9 +270,9 @@ class Lines:
 
 
 def _place(sequence: Sequence) -> tuple[int, bool, int]:
-    return *_class(sequence), sequence.arrival
+    return *standing(sequence), sequence.arrival
 
 
-def _class(sequence: Sequence) -> tuple[int, bool]:
-    """What decides before tenants do."""
+def standing(sequence: Sequence) -> tuple[int, bool]:
+    """What decides before tenants do: the less, the sooner."""
     return -sequence.level, not sequence.resumed

@@ -111,8 +111,8 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step; empty only when there is no work."""
+        self.waiting.tick(self.running)
         if self.waiting:
-            self.waiting.tick(self.running)
             for victim in self._yielding.victims(self.running):
                 self._preempt(victim)
         decoding = self._decoding()
@@ -223,6 +223,7 @@ class Scheduler:
         for sequence in self.waiting.ranked(prefilling, admission.open):
             if sequence.status is Status.WAITING and not admission.admit(sequence):
                 continue
+            self.waiting.computes(sequence)
             chunks.append(self._chunk(sequence, min(sequence.remaining, budget)))
             budget -= len(chunks[-1].token_ids)
             if budget <= 0:

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Listing
 
 from cloudlm.engine.blocks import BlockPool
 from cloudlm.engine.fairness import PROMPT_TOKEN_COST, Lines
-from cloudlm.engine.prefixes import Prefixes, awaits
+from cloudlm.engine.prefixes import Prefixes
 from cloudlm.engine.sequence import Sequence
 
 FAIRNESS_LAG_STEPS = 1
@@ -74,7 +74,7 @@ class Yielding:
         """The first of the outranked ones to give way without whom the sequence fits. None if it
         waits for a prefix or would not fit without all of them."""
         wanted, matched = self._prefixes.found(sequence)
-        if awaits(wanted, matched, self._prefixes.underway(running)):
+        if self._prefixes.underway(running).awaited(sequence, wanted, matched):
             return None
         cost = self._prefixes.cost(sequence, matched)
         growing = sum(self._grows(one) for one in running)
