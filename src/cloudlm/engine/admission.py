@@ -8,7 +8,7 @@ from collections.abc import Sequence as Listing
 
 from cloudlm.engine.blocks import BlockPool
 from cloudlm.engine.fairness import MAX_BYPASSES, Lines
-from cloudlm.engine.prefixes import Prefixes, awaits
+from cloudlm.engine.prefixes import Prefixes, Underway
 from cloudlm.engine.sequence import Sequence
 
 # Sequences of a tenant, and of all, that do not fit and are looked past in one step: bounds its
@@ -42,7 +42,7 @@ class Admission:
         self._headroom_blocks = headroom_blocks
         self._start = start
         self.open = bool(waiting) and self._has_room()
-        self._underway = prefixes.underway(running) if self.open else set()
+        self._underway = prefixes.underway(running) if self.open else Underway()
         self._unfit: list[Sequence] = []
         self._unfit_of: Counter[str] = Counter()
         self._closed: set[str] = set()  # tenants whose next ones wait for an earlier one
@@ -52,14 +52,14 @@ class Admission:
         if not self.open or sequence.tenant in self._closed:
             return False
         wanted, matched = self._prefixes.found(sequence)
-        if awaits(wanted, matched, self._underway):
+        if self._underway.awaited(sequence, wanted, matched):
             return False
         if not self._fits(sequence, matched):
             self._look_past(sequence)
             return False
         self._waiting.passed(sequence, self._unfit)
         self._start(sequence, matched)
-        self._underway.update(self._prefixes.full(sequence)[len(matched) :])
+        self._underway.add(sequence, self._prefixes.full(sequence)[len(matched) :])
         self._close()
         return True
 
@@ -79,7 +79,12 @@ class Admission:
         self.open = self.open and len(self._unfit) < _WHOLE_SCAN_WINDOW
 
     def _close(self) -> None:
-        """Let nobody pass those that were passed often enough."""
-        self._closed.update(one.tenant for one in self._unfit if one.bypasses >= MAX_BYPASSES)
-        overdue = any(self._waiting.overdue(one) for one in self._unfit)
-        self.open = self._has_room() and not overdue
+        """Let nobody pass those that were passed often enough, unless they held others up for as
+        long as they may."""
+        shut = False
+        for one in self._unfit:
+            bypassed, overdue = one.bypasses >= MAX_BYPASSES, self._waiting.overdue(one)
+            if (bypassed or overdue) and self._waiting.hold(one):
+                self._closed.update([one.tenant] if bypassed else [])
+                shut = shut or overdue
+        self.open = self._has_room() and not shut

@@ -57,13 +57,16 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """One prompt to embed; ``prompt_token_ids`` must not be empty. ``cache_salt`` and
-    ``adapter`` as above."""
+    """One prompt to embed; ``prompt_token_ids`` must not be empty. The other
+    fields are those of ``GenerateRequest``."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     cache_salt: str = ""
     adapter: str = ""
+    tenant: str = ""
+    priority: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

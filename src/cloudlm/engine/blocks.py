@@ -8,7 +8,7 @@ stands for a block and everything before it. Must not import torch, asyncio, tim
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -81,9 +81,11 @@ class BlockPool:
         """Free blocks that ``allocate`` would use up: matched blocks held by others cost none."""
         return fresh + sum(1 for block in matched if self._references[block] == 0)
 
-    def only_by(self, table: Sequence[int]) -> int:
-        """Blocks of this table that nobody else holds: what freeing it would give back."""
-        return sum(1 for block in table if self._references[block] == 1)
+    def freed(self, table: Sequence[int], dropped: Counter[int]) -> int:
+        """Blocks that freeing this table would give back, after so many references to each block
+        were ``dropped``; adds the table's own to them."""
+        dropped.update(table)
+        return sum(1 for block in table if self._references[block] == dropped[block])
 
     def allocate(self, matched: Sequence[int], fresh: int) -> list[int]:
         """A block table: the matched blocks, referenced once more, then ``fresh`` empty ones.

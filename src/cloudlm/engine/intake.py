@@ -42,10 +42,7 @@ def sequence_for(
             "this model's tokens",
             param="logprobs",
         )
-    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:
-        raise InvalidRequest(
-            f"weight = {request.weight} must be from {MIN_WEIGHT} to {MAX_WEIGHT}", param="weight"
-        )
+    _check_weight(request.weight)
     total_tokens = limits.total_tokens(len(request.prompt_token_ids), sampling.max_tokens)
     room = total_tokens - len(request.prompt_token_ids)
     if len(request.output_token_ids) > room:
@@ -85,11 +82,13 @@ def sequence_to_embed(
 ) -> Sequence:
     """The sequence that computes the prompt and nothing more.
 
-    Raises InvalidRequest (empty input, unknown token id) and ContextLengthExceeded.
+    Raises InvalidRequest (empty input, unknown token id, a weight that is none) and
+    ContextLengthExceeded.
     """
     if not request.prompt_token_ids:
         raise InvalidRequest("the input is empty: it needs at least one token", param="input")
     check_token_ids(request.prompt_token_ids, info.vocab_size, "input")
+    _check_weight(request.weight)
     total_tokens = limits.total_tokens(len(request.prompt_token_ids), 0)
     return Sequence(
         sequence_id=sequence_id,
@@ -100,7 +99,17 @@ def sequence_to_embed(
         salt=request.cache_salt,
         pooling=pooling,
         adapter=adapter,
+        tenant=request.tenant,
+        priority=request.priority,
+        weight=request.weight,
     )
+
+
+def _check_weight(weight: float) -> None:
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise InvalidRequest(
+            f"weight = {weight} must be from {MIN_WEIGHT} to {MAX_WEIGHT}", param="weight"
+        )
 
 
 def check_token_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:

@@ -8,7 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cloudlm.engine.blocks import BlockPool
+from cloudlm.engine.fairness import standing
 from cloudlm.engine.sequence import Sequence
+
+
+class Underway:
+    """Blocks that are about to be computed, by their hashes, each with the best standing of those
+    who compute it."""
+
+    def __init__(self) -> None:
+        self._standings: dict[bytes, tuple[int, bool]] = {}
+
+    def add(self, sequence: Sequence, hashes: Iterable[bytes]) -> None:
+        """The sequence is about to compute these."""
+        own = standing(sequence)
+        for one in hashes:
+            self._standings[one] = min(own, self._standings.get(one, own))
+
+    def awaited(self, sequence: Sequence, wanted: list[bytes], matched: list[int]) -> bool:
+        """Whether another sequence is computing the very block that this one needs next: it then
+        waits for it and shares it. Not for one of lower standing, which others may keep waiting."""
+        if len(matched) == len(wanted):
+            return False
+        theirs = self._standings.get(wanted[len(matched)])
+        return theirs is not None and theirs <= standing(sequence)
 
 
 class Prefixes:
@@ -31,13 +54,13 @@ class Prefixes:
         """Hashes of all blocks that are full of known tokens."""
         return sequence.block_hashes(len(sequence.tokens) // self._block_size, self._block_size)
 
-    def underway(self, running: Iterable[Sequence]) -> set[bytes]:
-        """Hashes of the blocks that running sequences are about to compute."""
-        underway: set[bytes] = set()
+    def underway(self, running: Iterable[Sequence]) -> Underway:
+        """What running sequences are about to compute."""
+        underway = Underway()
         for sequence in running:
             if sequence.remaining > 1:
                 done = sequence.computed // self._block_size
-                underway.update(self.full(sequence)[done:])
+                underway.add(sequence, self.full(sequence)[done:])
         return underway
 
     def fresh(self, sequence: Sequence, matched: list[int]) -> int:
@@ -58,9 +81,3 @@ class Prefixes:
             hashes = sequence.block_hashes(after, size)
             for position in range(before, after):
                 self._pool.publish(sequence.block_table[position], hashes[position])
-
-
-def awaits(wanted: list[bytes], matched: list[int], underway: set[bytes]) -> bool:
-    """Whether another sequence is computing the very block that this one needs next: it then waits
-    for it and shares it."""
-    return len(matched) < len(wanted) and wanted[len(matched)] in underway

@@ -8,15 +8,18 @@ torch, asyncio, time, logging or threading.
 
 Who gives way: if no block is free for a decoding token, the last by rank: least priority, then the
 tenant that was served most, then the latest. Before that, one sequence per step that cannot be
-admitted takes the place of such as have less priority, or whose tenant is far ahead of its own (see
-``FAIRNESS_LAG_STEPS``). What was computed is computed again later, or found in the
-prefix cache.
+admitted takes the place of others (``yielding``). What was computed is computed again later, or
+found in the prefix cache.
 
 Why it cannot stall: admission reserves blocks for all known tokens, so only decoding asks for
 more. The first by rank never gives way and alone always fits (``Limits.total_tokens``); ranks
 change only when tokens are computed that never were before, and generated tokens are kept, so work
 is lost finitely often. A waiting sequence that does not fit is passed by at most ``MAX_BYPASSES``
-later ones of its own tenant, and while it is its tenant's next one, of all tenants.
+later ones of its own tenant, and while it is its tenant's next one, of all tenants, for
+``HOLD_STEPS`` steps. Long answers may keep it out for longer, and then to hold others up would help
+nobody: they pass it, but from now on those that came after it and are not above it give way to it
+as soon as it fits without them. So it starts no later than if none of them had passed it, unless
+its tenant was served so much more than theirs that the place is theirs by their share.
 """
 
 from __future__ import annotations
@@ -31,14 +34,11 @@ from cloudlm.engine.blocks import BlockPool
 from cloudlm.engine.drafts import Drafts
 from cloudlm.engine.fairness import ANSWER_TOKEN_COST, PROMPT_TOKEN_COST, Lines
 from cloudlm.engine.limits import Limits
-from cloudlm.engine.prefixes import Prefixes, awaits
+from cloudlm.engine.prefixes import Prefixes
 from cloudlm.engine.sequence import Sequence, Status
 from cloudlm.engine.speculate import Lookup
 from cloudlm.engine.step import Chunk, Sampled, Step
-
-FAIRNESS_LAG_STEPS = 1
-"""How far a tenant may be ahead before its sequences give way to one that waits for a place: so
-many full steps, and all that may be lost by it."""
+from cloudlm.engine.yielding import FAIRNESS_LAG_STEPS, Yielding
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,14 @@ class Scheduler:
         self.drafts = Drafts(lookup, self.pool, self._headroom_blocks)
         # No more than the budget, so that decoding always fits a step.
         self._max_running = min(limits.max_batch_sequences, limits.max_batch_tokens)
+        self._yielding = Yielding(
+            self.waiting,
+            self.pool,
+            self.prefixes,
+            FAIRNESS_LAG_STEPS * limits.max_batch_tokens,
+            self._max_running,
+            self._headroom_blocks,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -103,9 +111,10 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step; empty only when there is no work."""
+        self.waiting.tick(self.running)
         if self.waiting:
-            self.waiting.tick(self.running)
-            self._make_way()
+            for victim in self._yielding.victims(self.running):
+                self._preempt(victim)
         decoding = self._decoding()
         chunks = [self._chunk(sequence, 1) for sequence in decoding]
         left = self._fill(self.limits.max_batch_tokens - len(chunks), chunks)
@@ -179,7 +188,7 @@ class Scheduler:
                 continue
             needed = self.pool.blocks_for(len(sequence.tokens))
             while len(sequence.block_table) < needed and not self.pool.append(sequence.block_table):
-                victim = max(self.running, key=self._yielding)
+                victim = max(self.running, key=self._yielding.rank)
                 self._preempt(victim)
                 if victim is sequence:
                     break
@@ -195,52 +204,6 @@ class Scheduler:
         victim.status = Status.WAITING
         self.preemptions += 1
         self.waiting.wait(victim)
-
-    def _yielding(self, sequence: Sequence) -> tuple[int, float, int]:
-        """The greater, the sooner it gives way."""
-        return -sequence.level, self.waiting.counter(sequence.tenant), sequence.arrival
-
-    def _make_way(self) -> None:
-        """Preempt running sequences for the next waiting one if it outranks enough of them."""
-        sequence = self.waiting.first()
-        outranked = [] if sequence is None else self._outranked(sequence)
-        if sequence is None or not outranked:
-            return  # the usual case
-        wanted, matched = self.prefixes.found(sequence)
-        if awaits(wanted, matched, self.prefixes.underway(self.running)):
-            return
-        growing = sum(self._grows(one) for one in self.running)
-        needed = self.prefixes.cost(sequence, matched) + self._headroom_blocks + growing
-        places, free = self._max_running - len(self.running), self.pool.free_blocks
-        victims: list[Sequence] = []
-        for victim in sorted(outranked, key=self._yielding, reverse=True):
-            if places + len(victims) > 0 and free >= needed:
-                break
-            victims.append(victim)
-            free += self.pool.only_by(victim.block_table)
-        if places + len(victims) > 0 and free >= needed:
-            for victim in victims:
-                self._preempt(victim)
-
-    def _outranked(self, sequence: Sequence) -> list[Sequence]:
-        """The running sequences that may give way to this waiting one. What is lost by it has to
-        be less than what the other tenant is ahead."""
-        lag = FAIRNESS_LAG_STEPS * self.limits.max_batch_tokens + len(sequence.tokens)
-        least = self.waiting.counter(sequence.tenant)
-        return [
-            one
-            for one in self.running
-            if one.level < sequence.level
-            or (
-                one.level == sequence.level
-                and (self.waiting.counter(one.tenant) - least) * one.weight
-                > (lag + len(one.tokens)) * PROMPT_TOKEN_COST
-            )
-        ]
-
-    def _grows(self, sequence: Sequence) -> bool:
-        """Whether its next token needs one more block."""
-        return len(sequence.block_table) < self.pool.blocks_for(len(sequence.tokens))
 
     def _fill(self, budget: int, chunks: list[Chunk]) -> int:
         """Spend the budget on prompts by rank; see the module's text for who may pass whom. What
@@ -260,6 +223,7 @@ class Scheduler:
         for sequence in self.waiting.ranked(prefilling, admission.open):
             if sequence.status is Status.WAITING and not admission.admit(sequence):
                 continue
+            self.waiting.computes(sequence)
             chunks.append(self._chunk(sequence, min(sequence.remaining, budget)))
             budget -= len(chunks[-1].token_ids)
             if budget <= 0:

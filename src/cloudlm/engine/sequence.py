@@ -31,7 +31,8 @@ class Sequence:
     in the blocks of ``block_table``. ``end_token_ids`` end the sequence when they are generated.
     ``arrival`` orders sequences (set by the scheduler; a preempted one keeps its own).
     Sequences of a higher ``priority`` go first; ``level`` is the priority that the scheduler goes
-    by, which grows with long waiting. ``tenant`` shares the engine with others by ``weight``.
+    by, which grows with long waiting: nothing was computed for it since step ``idle_since``, unless
+    it decodes. ``tenant`` shares the engine with others by ``weight``.
     One that is ``resumed`` came with the beginning of its answer, from another engine, or waited
     for long behind such.
     ``given`` tokens came with the request; those before ``charged`` were counted for the tenant.
@@ -61,7 +62,7 @@ class Sequence:
     arrival: int = -1
     computed: int = 0
     level: int = 0
-    queued_at: int = 0
+    idle_since: int = 0
     charged: int = 0
     bypasses: int = 0
     overtaken: int = 0

@@ -19,15 +19,16 @@ from cloudlm.core.errors import ContextLengthExceeded, InvalidRequest
 from cloudlm.engine.api import Embedding, EmbedRequest
 from cloudlm.worker.prepare import prompt_token_ids
 from cloudlm.worker.serving import Serving, new_id
+from cloudlm.worker.sharing import Share
 
 MAX_NUMBERS_AS_TEXT = 2_500_000
 MAX_NUMBERS_AS_BASE64 = 10_000_000  # either is an answer of some 50 MB
 
 
 def prepare_embedding(
-    serving: Serving, request: EmbeddingRequest, salt: str
+    serving: Serving, request: EmbeddingRequest, salt: str, share: Share
 ) -> tuple[EmbedRequest, ...]:
-    """One request per input. Raises InvalidRequest and ContextLengthExceeded."""
+    """One request per input, all of one share. Raises InvalidRequest and ContextLengthExceeded."""
     adapter = serving.check_model(request.model)
     _check_size(request, serving.info.hidden_size)
     request_id = new_id("embd")
@@ -41,7 +42,17 @@ def prepare_embedding(
                 f"{longest}; shorten it",
                 param="input",
             )
-        made.append(EmbedRequest(request_id, token_ids, salt, adapter))
+        made.append(
+            EmbedRequest(
+                request_id,
+                token_ids,
+                salt,
+                adapter,
+                tenant=share.tenant,
+                priority=share.priority,
+                weight=share.weight,
+            )
+        )
     return tuple(made)
 
 

@@ -92,9 +92,12 @@ async def embeddings(request: Request) -> Response:
     """POST /v1/embeddings: texts to vectors."""
     replica = replica_of(request)
     serving = replica.serving
-    asked, salt = await _read(request, lambda body: (parse_embedding(body), cache_salt(body)))
+    asked, salt, share = await _read(
+        request,
+        lambda body: (parse_embedding(body), cache_salt(body), share_of(request.headers, body)),
+    )
     size = sum(len(one) for one in asked.inputs)
-    prompts = await replica.offload.sized(size, prepare_embedding, serving, asked, salt)
+    prompts = await replica.offload.sized(size, prepare_embedding, serving, asked, salt, share)
     found = await unless_gone(request.receive, _embed(request, serving, prompts))
     numbers = sum(len(one.values) for one in found)
     answer = await replica.offload.sized(numbers, embedding_answer, asked, found)

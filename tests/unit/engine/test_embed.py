@@ -12,8 +12,12 @@ from paged_fake_runner import PagedFakeRunner
 
 from cloudlm.core.chat import Sampling
 from cloudlm.core.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
-from cloudlm.engine.api import EmbedRequest, GenerateRequest
+from cloudlm.engine.api import EmbedRequest, EngineInfo, GenerateRequest
 from cloudlm.engine.engine import LocalEngine
+from cloudlm.engine.intake import sequence_to_embed
+from cloudlm.engine.limits import Limits
+from cloudlm.engine.scheduler import Scheduler
+from cloudlm.engine.sequence import Sequence, Status
 from cloudlm.engine.step import Pooling
 
 
@@ -132,6 +136,37 @@ async def test_bad_prompts_are_refused_before_any_is_computed() -> None:
         assert runner.computed_tokens == 128
     finally:
         await engine.close()
+
+
+async def test_a_weight_that_is_none_is_refused() -> None:
+    engine = started(PagedFakeRunner(), Pooling.LAST)
+    try:
+        with pytest.raises(InvalidRequest, match="weight = 0"):
+            await engine.embed([EmbedRequest("e", (1,), weight=0.0)])
+    finally:
+        await engine.close()
+
+
+def test_one_tenants_inputs_do_not_hold_up_anothers() -> None:
+    limits = Limits(64, 4, 64, max_batch_tokens=16, max_batch_sequences=4)
+    info = EngineInfo("fake", 0, "float32", "cpu", 32, 64, 4, 64, ())
+    scheduler = Scheduler(limits)
+
+    def add(number: int, tenant: str, priority: int = 0) -> Sequence:
+        asked = EmbedRequest("e", (1,) * 12, str(number), tenant=tenant, priority=priority)
+        sequence = sequence_to_embed(asked, number, Pooling.LAST, info, limits)
+        scheduler.add(sequence)
+        return sequence
+
+    for number in range(100):
+        add(number, "loud")
+    scheduler.schedule()
+    scheduler.apply([])
+    quiet, urgent = add(200, "quiet"), add(201, "loud", priority=1)
+    for _ in range(4):
+        scheduler.schedule()
+        scheduler.apply([])
+    assert quiet.status is urgent.status is Status.FINISHED
 
 
 async def test_a_full_queue_refuses() -> None:
