@@ -51,8 +51,9 @@ class Compiling:
         """Those that wait to be begun, and the one whose work has not ended, wanted or not."""
         return len(self._line) + self._working
 
-    async def run(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the thread, or raises.
+    async def run(self, make: Callable[[], T], *, limited: bool = True) -> T:
+        """What ``make`` returns in the thread, or raises. What is not ``limited`` is waited for as
+        long as it takes: work of our own, at which no constraint is looked at.
 
         Raises Overloaded (too many, or too slow ones, come before it), InvalidRequest (it took too
         long), InternalError (closed, before or meanwhile). What nobody waits for any more is not
@@ -67,8 +68,8 @@ class Compiling:
         work = self._enter(told)
         work.add_done_callback(lambda _: _tell(loop, begun.set))  # it may end without
         try:
-            await self._turn(work, begun)
-            async with asyncio.timeout(self.timeout_s):
+            await self._turn(work, begun, self.turn_timeout_s if limited else None)
+            async with asyncio.timeout(self.timeout_s if limited else None):
                 return await asyncio.wrap_future(work)
         except asyncio.CancelledError:
             work.cancel()
@@ -89,10 +90,10 @@ class Compiling:
         for work in given_up:
             work.cancel()
 
-    async def _turn(self, work: Future[T], begun: asyncio.Event) -> None:
+    async def _turn(self, work: Future[T], begun: asyncio.Event, timeout_s: float | None) -> None:
         """Wait until ``work`` is begun or will never be."""
         try:
-            async with asyncio.timeout(self.turn_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await begun.wait()
         except TimeoutError:
             if work.cancel():

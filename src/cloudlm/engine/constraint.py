@@ -27,9 +27,9 @@ from cloudlm.engine.compiling import Compiling
 from cloudlm.engine.lark import lark_of
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
-_KEPT = 64  # compiled constraints that are kept for the next request
+_KEPT = 64  # constraints that are kept for the next request, compiled or refused
 _REPLAY_TOKENS = 256  # tokens given to the matcher at once on resume
 _SOURCE = re.compile(r"\n\s*\d+ \| .*", re.DOTALL)  # llguidance shows where in our own text
 
@@ -135,8 +135,7 @@ class Constrainer:
         self._compiling = compiling or Compiling()
         # The compiling thread's own:
         self._tokenizer: LLTokenizer | None = None
-        self._limits: LLParserLimits | None = None
-        self._compiled: OrderedDict[Constraint, TokenGuide] = OrderedDict()
+        self._compiled: OrderedDict[Constraint, TokenGuide | InvalidRequest] = OrderedDict()
 
     async def guide(self, constraint: Constraint, output_token_ids: Sequence[int]) -> TokenGuide:
         """A guide that has gone by ``output_token_ids`` already.
@@ -145,6 +144,8 @@ class Constrainer:
         begin it; the tokens do not follow it), NotSupported, MissingExtra, and as
         ``Compiling.run``.
         """
+        if self._tokenizer is None:  # takes seconds for a large vocabulary, and is nobody's fault
+            await self._compiling.run(self._load, limited=False)
         return await self._compiling.run(lambda: self._make(constraint, tuple(output_token_ids)))
 
     def close(self) -> None:
@@ -152,12 +153,9 @@ class Constrainer:
         self._compiling.close()
 
     def _make(self, constraint: Constraint, output_token_ids: tuple[int, ...]) -> TokenGuide:
-        known = self._compiled.get(constraint)
-        if known is None:
-            known = self._compiled[constraint] = self._compile(constraint)
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(constraint)
+        known = self._known(constraint)
+        if isinstance(known, InvalidRequest):
+            raise InvalidRequest(known.message, param=known.param)  # each with its own traceback
         guide = known.copy()
         for begin in range(0, len(output_token_ids), _REPLAY_TOKENS):
             guide.accept(output_token_ids[begin : begin + _REPLAY_TOKENS])
@@ -168,23 +166,35 @@ class Constrainer:
             )
         return guide
 
+    def _known(self, constraint: Constraint) -> TokenGuide | InvalidRequest:
+        """The guide at its beginning, or why there is none: what was refused costs once, too."""
+        known = self._compiled.get(constraint)
+        if known is None:
+            try:
+                known = self._compile(constraint)
+            except InvalidRequest as error:
+                known = InvalidRequest(error.message, param=error.param)
+            self._compiled[constraint] = known
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint)
+        return known
+
     def _compile(self, constraint: Constraint) -> TokenGuide:
         """Compile and try the first token, so that what can never work is refused now."""
         library = _llguidance()
-        if self._tokenizer is None:
-            self._tokenizer = self._load(library)
-            # Speeds are llguidance's own figures: what one token may cost is about 10 ms.
-            self._limits = library.LLParserLimits(
-                initial_lexer_fuel=1_000_000,
-                step_lexer_fuel=100_000,
-                step_max_items=50_000,
-                max_lexer_states=50_000,
-                max_grammar_size=200_000,
-                verbose_errors=False,
-            )
+        # Speeds are llguidance's own figures: what one token may cost is about 10 ms.
+        limits = library.LLParserLimits(
+            initial_lexer_fuel=1_000_000,
+            step_lexer_fuel=100_000,
+            step_max_items=50_000,
+            max_lexer_states=50_000,
+            max_grammar_size=200_000,
+            verbose_errors=False,
+        )
         try:
             text = lark_of(constraint)
-            matcher = library.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
+            matcher = library.LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         except RecursionError:
             raise InvalidRequest("the constraint is nested too deeply") from None
         guide = TokenGuide(matcher, self._vocab_size)
@@ -198,7 +208,11 @@ class Constrainer:
             )
         return guide
 
-    def _load(self, library: Any) -> LLTokenizer:
+    def _load(self) -> None:
+        """Raises NotSupported, MissingExtra."""
+        if self._tokenizer is not None:
+            return
+        library = _llguidance()
         tokens = self._vocabulary.vocabulary(self._vocab_size)
         if tokens is None:
             raise NotSupported(
@@ -208,9 +222,8 @@ class Constrainer:
         # One more than there are: ends the answers of a model that has no end token of its own. It
         # is beyond every mask, since a guide that allows nothing else is finished.
         ends = self._eos or [self._vocab_size]
-        return library.LLTokenizer(  # type: ignore[no-any-return]
-            _Wrapper([*tokens, b""], ends, self._vocabulary), eos_token=ends
-        )
+        wrapper = _Wrapper([*tokens, b""], ends, self._vocabulary)
+        self._tokenizer = library.LLTokenizer(wrapper, eos_token=ends)
 
 
 class _Wrapper:

@@ -188,23 +188,23 @@ class EngineLoop:
             return
         if job.queued_s is not None:
             event, job.queued_s = replace(event, queued_s=job.queued_s), None
-        if event.finish_reason is not None:
-            self._end(job, event)
-            return
-        fault = self._guided(job, event.token_ids)
+        fault = self._guided(job, event)  # first: behind a fault any token may have ended it
         if fault is not None:
             self._fail(job, fault)
+            return
+        if event.finish_reason is not None:
+            self._end(job, event)
             return
         self._outbox.post(job.mailbox, event)
         if isinstance(job.answer, Answer) and job.guide is not None and job.guide.finished:
             self._end(job, job.answer.conclude())
 
-    def _guided(self, job: Job, token_ids: tuple[int, ...]) -> CloudlmError | None:
-        """Tell the guide what was sampled; what is wrong if the answer cannot go on."""
+    def _guided(self, job: Job, event: TokenEvent) -> CloudlmError | None:
+        """Tell the guide what was sampled, if the answer goes on; what is wrong if it is none."""
         if job.guide is None:
             return None
-        if job.guide.fault is None and token_ids:
-            job.guide.accept(token_ids)
+        if job.guide.fault is None and event.token_ids and event.finish_reason is None:
+            job.guide.accept(event.token_ids)
         if job.guide.fault is None:
             return None
         return InvalidRequest(f"the answer cannot follow its constraint: {job.guide.fault}")

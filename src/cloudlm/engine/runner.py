@@ -194,9 +194,9 @@ class Runner:
             raise NotSupported(
                 "adapters with deterministic = true need the native kernels (kernels = native)"
             )
-        self._loaded[key] = adapter
         if self._adapters is not None:  # or the model sleeps
             self._adapters.add(key, adapter)
+        self._loaded[key] = adapter  # last: what could not be added is not to be added at a wake
 
     def remove_adapter(self, key: str) -> None:
         """No chunk names ``key`` any more."""

@@ -108,17 +108,18 @@ class Tokenizer:
             marks = {token_id: self.token_text(token_id) for token_id in shown}
             return _WindowDetokenizer(self.decode, prompt[-_LONGEST_CHARACTER:], marks)
         at_start = all(token_id in self._special for token_id in prompt)
-        bytes_of = self.visible_bytes if not shown else partial(self._shown_bytes, shown)
+        bytes_of: Callable[[int], bytes] = self.visible_bytes
+        if shown:
+            bytes_of = partial(self.visible_bytes, shown=shown)
         decoder = _ByteDetokenizer(bytes_of, self._strips_space() and at_start)
         decoder.push(prompt[-_LONGEST_CHARACTER:])  # the prompt may end inside a character
         return decoder
 
-    def visible_bytes(self, token_id: int) -> bytes:
-        """The bytes that this token adds to an answer's text: b"" for a special token."""
-        return b"" if token_id in self._special else self.token_bytes(token_id)
-
-    def _shown_bytes(self, shown: frozenset[int], token_id: int) -> bytes:
-        return self.token_bytes(token_id) if token_id in shown else self.visible_bytes(token_id)
+    def visible_bytes(self, token_id: int, shown: frozenset[int] = frozenset()) -> bytes:
+        """The bytes that this token adds to an answer's text: b"" for a special token that is not
+        ``shown``."""
+        hidden = token_id in self._special and token_id not in shown
+        return b"" if hidden else self.token_bytes(token_id)
 
     def _strips_space(self) -> bool:
         return self._bytes_of is _sentencepiece_bytes

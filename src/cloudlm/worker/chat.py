@@ -26,7 +26,7 @@ async def whole_chat(
     """The ``chat.completion`` object; ``created`` is Unix time, seconds."""
     readers = [prepared.make_reader() for _ in range(request.n)]
     speeches = [Speech() for _ in range(request.n)]
-    gates = [LogprobGate(serving.tokenizer) for _ in range(request.n)]
+    gates = [LogprobGate(serving.tokenizer, one.shown_token_ids) for one in prepared.requests]
     entries: list[list[Any]] = [[] for _ in range(request.n)]
     reasons: list[str | None] = [None] * request.n
     stops: list[dict[str, Any]] = [{}] * request.n
@@ -99,7 +99,9 @@ class _Chunks:
         self._head = head
         self._wants_logprobs = request.sampling.logprobs is not None
         self._says_usage = request.stream_options.include_usage
-        self._gates = [LogprobGate(serving.tokenizer) for _ in range(request.n)]
+        self._gates = [
+            LogprobGate(serving.tokenizer, one.shown_token_ids) for one in prepared.requests
+        ]
         self._readers = [prepared.make_reader() for _ in range(request.n)]
         self._calls_tools = [False] * request.n
 

@@ -22,7 +22,8 @@ class _Choice:
         self, serving: Serving, request: CompletionRequest, prepared: Prepared, number: int
     ) -> None:
         self._wants_logprobs = request.sampling.logprobs is not None
-        self._gate = LogprobGate(serving.tokenizer)
+        shown = prepared.requests[number].shown_token_ids
+        self._gate = LogprobGate(serving.tokenizer, shown)
         self._shape = CompletionLogprobs(serving.tokenizer)
         self._prompt = prepared.requests[number].prompt_token_ids
         self._echo = prepared.prompt_texts[number // request.n] if request.echo else None

@@ -16,10 +16,12 @@ from cloudlm.worker.serving import Tokenizer
 
 
 class LogprobGate:
-    """The entries of one choice on their way out."""
+    """The entries of one choice on their way out. ``shown`` are the special tokens that have a text
+    in it (``GenerateRequest.shown_token_ids``)."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._held: list[tuple[int, TokenLogprob]] = []
         self._token_bytes = 0
         self._text_bytes = 0
@@ -38,7 +40,7 @@ class LogprobGate:
             entries.pop()  # the token that ended the answer has no text
         for entry in entries:
             self._held.append((self._token_bytes, entry))
-            self._token_bytes += len(self._tokenizer.visible_bytes(entry.token_id))
+            self._token_bytes += len(self._tokenizer.visible_bytes(entry.token_id, self._shown))
         if event.finish_reason is not None and not cut_by_text:
             ready, self._held = self._held, []
         else:

@@ -262,7 +262,8 @@ def replay(
     log probabilities asked for, only up to the last token before which all were shown."""
     prompt, stop = list(request.prompt_token_ids), request.sampling.stop
     text_of, stops = tokenizer.detokenizer(prompt, request.shown_token_ids), StopChecker(stop)
-    gate = LogprobGate(tokenizer) if request.sampling.logprobs is not None else None
+    scored = request.sampling.logprobs is not None
+    gate = LogprobGate(tokenizer, request.shown_token_ids) if scored else None
     events: list[TokenEvent] = []
     settled = 0
     for token_id in given:

@@ -217,3 +217,50 @@ async def test_what_turns_out_too_complex_ends_that_answer_alone(engine: Any) ->
     for answer in await good:
         jsonschema.validate(json.loads(text_of(answer)), SCHEMA)
     assert engine.stats().alive
+
+
+TOO_COMPLEX_SOON = 'start: "x" A "z"\nA: /[a-z]*/ & ' + " & ".join(
+    f"~/(.*){'a' * count}b(.*)/" for count in range(1, 60)
+)
+
+
+@pytest.mark.parametrize("end", ["end token", "stop string", "limit"])
+async def test_what_the_constraint_gave_up_on_is_no_answer_whatever_ends_it(
+    engine: Any, end: str
+) -> None:
+    """The token behind the last mask is free, and may be one that ends the answer."""
+    (a,) = engine.tokenizer.encode("a")
+    constraint = Constraint(ConstraintKind.GRAMMAR, TOO_COMPLEX_SOON)
+    tokens = await allowed_before_the_fault(engine, constraint)
+    sampling = Sampling(
+        temperature=0.0, max_tokens=100, constraint=constraint, logit_bias={a: 1000.0}
+    )
+    if end == "end token":
+        ends = dict.fromkeys(engine.info.eos_token_ids, 2000.0)
+        sampling = replace(sampling, logit_bias={a: 1000.0, **ends})
+    elif end == "stop string":
+        sampling = replace(sampling, stop=("a" * tokens,))
+    else:
+        sampling = replace(sampling, max_tokens=tokens + 1)
+    with pytest.raises(InvalidRequest, match="cannot follow its constraint: lexer error"):
+        await ask(engine, sampling)
+    assert engine.stats().finished == {"error": 1}
+
+
+async def allowed_before_the_fault(engine: Any, constraint: Constraint) -> int:
+    """Tokens of "xaaa…" that have a mask; found apart, since one constraint's guides share work."""
+    from cloudlm.engine.constraint import Constrainer
+
+    (x,), (a,) = engine.tokenizer.encode("x"), engine.tokenizer.encode("a")
+    apart = Constrainer(engine.tokenizer, engine.info.vocab_size, engine.info.eos_token_ids)
+    try:
+        guide = await apart.guide(constraint, ())
+    finally:
+        apart.close()
+    tokens = 0
+    while guide.mask().any() and guide.fault is None:
+        guide.accept([a if tokens else x])
+        assert guide.fault is None
+        tokens += 1
+    assert tokens
+    return tokens

@@ -26,6 +26,7 @@ from cloudlm.engine import constraint as module
 from cloudlm.engine.api import GenerateRequest
 from cloudlm.engine.compiling import MAX_COMPILING, Compiling
 from cloudlm.engine.constraint import Constrainer, TokenGuide, guide_of
+from cloudlm.engine.lark import lark_of
 
 EOS = 256
 SIZE = 260
@@ -399,6 +400,57 @@ async def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         made.close()
     assert [one.text for one in made._compiled] == ["c", "d"]
+
+
+async def test_what_was_refused_is_refused_again_without_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[str] = []
+
+    def counted(constraint: Constraint) -> str:
+        compiled.append(constraint.text)
+        return lark_of(constraint)
+
+    monkeypatch.setattr(module, "lark_of", counted)
+    monkeypatch.setattr(module, "_KEPT", 2)
+    made = Constrainer(Bytes(), SIZE, (EOS,))
+    said: list[str] = []
+    try:
+        for text in ("(a", "(a", "(b", "(c", "(a"):
+            with pytest.raises(InvalidRequest, match="regex cannot be followed") as caught:
+                await made.guide(of("regex", text), ())
+            said.append(caught.value.message)
+    finally:
+        made.close()
+    assert compiled == ["(a", "(b", "(c", "(a"]
+    assert said[0] == said[1] == said[4]
+
+
+async def test_the_vocabulary_is_read_outside_of_every_limit() -> None:
+    """The first constraints are neither too complex nor too many because a machine is slow."""
+    begun, release = threading.Event(), threading.Event()
+
+    class Slow(Bytes):
+        def vocabulary(self, size: int) -> list[bytes] | None:
+            begun.set()
+            release.wait(600)
+            return super().vocabulary(size)
+
+    line = Compiling(timeout_s=0.0, turn_timeout_s=0.0)
+    made = Constrainer(Slow(), SIZE, (EOS,), compiling=line)
+    try:
+        asked = [asyncio.ensure_future(made.guide(of("regex", text), ())) for text in "ab"]
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not any(one.done() for one in asked)
+        line.timeout_s = line.turn_timeout_s = 600.0
+        release.set()
+        assert [allowed(one) for one in await asyncio.gather(*asked)] == [{97}, {98}]
+    finally:
+        release.set()
+        made.close()
 
 
 async def test_tokens_to_resume_from_must_follow() -> None:

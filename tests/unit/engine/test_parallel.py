@@ -18,7 +18,7 @@ from quantised_models import write_gptq
 from thread_ranks import thread_runner
 
 from cloudlm.core.chat import Sampling
-from cloudlm.core.errors import BadSetting, BrokenModel
+from cloudlm.core.errors import BadSetting, BrokenModel, InternalError
 from cloudlm.engine.parallel.layout import Layout, micro_batches
 from cloudlm.engine.step import Chunk, Pooling, Step
 
@@ -256,6 +256,33 @@ def test_an_adapter_that_another_rank_cannot_read_is_nowhere(
         runner.add_adapter("tuned/1", adapter)
     save_adapter(tmp_path)
     runner.add_adapter("tuned/1", adapter)  # nothing is left of the first try
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_adapter_that_one_rank_has_no_memory_for_is_nowhere(
+    saved_model: Any,
+    over_threads: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+) -> None:
+    runner = over_threads(saved_model("llama-biased").folder, 2)
+    parts = [runner, runner.team.peers[1].runner]
+    save_adapter(tmp_path)
+    adapter = runner.read_adapter(tmp_path)
+
+    def full(*args: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts[rank]._adapters, "add", full)
+        with pytest.raises(MemoryError if rank == 0 else InternalError):
+            runner.add_adapter("tuned/1", adapter)
+    runner.sleep(1)
+    runner.wake()  # adds what there is
+    assert [one._adapters._adapters for one in parts] == [{}, {}]
+    runner.add_adapter("tuned/1", adapter)
+    runner.remove_adapter("tuned/1")
 
 
 def test_all_ranks_sleep_and_wake_and_sleep_on_if_one_cannot(

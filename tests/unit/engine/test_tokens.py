@@ -182,6 +182,7 @@ def test_special_tokens_have_no_text_but_names(kinds: dict[str, Tokenizer]) -> N
     assert tokenizer.detokenizer([5]).push(ids) == "Hi"
     assert tokenizer.token_text(1) == "<|end|>"
     assert tokenizer.visible_bytes(1) == b""
+    assert tokenizer.visible_bytes(1, frozenset({1})) == b"<|end|>"
     assert tokenizer.control_tokens == ("<|start|>", "<|end|>")
 
 

@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ CONTEXT = 256
 class ByteDetokenizer:
     """Bytes to text, characters held back until they are whole."""
 
-    def __init__(self, tokenizer: ByteTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: ByteTokenizer, shown: frozenset[int] = frozenset()) -> None:
+        self._bytes_of = partial(tokenizer.visible_bytes, shown=shown)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
-        return self._decoder.decode(b"".join(map(self._tokenizer.visible_bytes, token_ids)))
+        return self._decoder.decode(b"".join(map(self._bytes_of, token_ids)))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", True)
@@ -80,13 +81,13 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else CONTROL[token_id - 256].encode()
 
-    def visible_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if token_id < 256 else b""
+    def visible_bytes(self, token_id: int, shown: frozenset[int] = frozenset()) -> bytes:
+        return self.token_bytes(token_id) if token_id < 256 or token_id in shown else b""
 
     def detokenizer(
         self, prompt_ids: Iterable[int], shown: frozenset[int] = frozenset()
     ) -> ByteDetokenizer:
-        return ByteDetokenizer(self)
+        return ByteDetokenizer(self, shown)
 
 
 class PlainRenderer:

@@ -57,6 +57,13 @@ def test_a_stop_string_takes_its_entries_along(tokenizer: Tokenizer) -> None:
     assert ids_of(gate.admit(end)) == []
 
 
+def test_nothing_comes_early_behind_a_special_token_that_is_shown(tokenizer: Tokenizer) -> None:
+    gate = LogprobGate(tokenizer, frozenset({256}))
+    assert ids_of(gate.admit(event("<|start|>", 256))) == [256]
+    assert ids_of(gate.admit(event("", 97))) == []  # held: "a" may begin the stop string "ab"
+    assert ids_of(gate.admit(event("ac", 99))) == [97, 99]
+
+
 def test_held_entries_come_out_when_the_limit_ends_the_answer(tokenizer: Tokenizer) -> None:
     gate = LogprobGate(tokenizer)
     assert ids_of(gate.admit(event("", 98))) == []

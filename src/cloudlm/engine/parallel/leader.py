@@ -100,13 +100,13 @@ class LeaderRunner(PartRunner):
         return AdapterFolder(folder.absolute(), super().read_adapter(folder))
 
     def add_adapter(self, key: str, adapter: AdapterFolder) -> None:  # type: ignore[override]
-        """See ``Runner``. Raises what reading it raises on any rank."""
+        """See ``Runner``. Raises what reading or adding it raises on any rank; none has it then."""
         try:
             self.team.ask(AddAdapter(key, str(adapter.folder)))
+            super().add_adapter(key, adapter.own)
         except Exception:
             self.team.tell(RemoveAdapter(key))
             raise
-        super().add_adapter(key, adapter.own)
 
     def remove_adapter(self, key: str) -> None:
         """See ``Runner``."""
