@@ -69,11 +69,17 @@ class SimControl:
         self._state = state
         self._fleet = fleet
         self.clock = WallClock(timeline)
-        self.down = False
+        self.crashes = 0
+        """How many crashes last."""
         self.wanted = 0
         self.ready = 0
         self.passes = 0
         self.forget()
+
+    @property
+    def down(self) -> bool:
+        """Whether there is no process."""
+        return self.crashes > 0
 
     def forget(self) -> None:
         """The process was lost, and with it all that it remembered."""
