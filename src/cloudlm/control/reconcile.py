@@ -27,7 +27,7 @@ from cloudlm.control.releases import Releases
 from cloudlm.control.residents import Residents
 from cloudlm.control.rollout import Decision
 from cloudlm.control.room import Room, Wish
-from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
+from cloudlm.control.scaler import Scaler
 from cloudlm.control.status import last_seen, summarise
 from cloudlm.control.versions import FixedVersions
 from cloudlm.core.clock import Clock
@@ -118,7 +118,7 @@ class Reconciler:
     async def step(self) -> None:
         """One pass over everything."""
         deployments = await self._state.list_deployments()
-        demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
+        demand = await self._scaler.ear.fresh()
         await self._recall(deployments)
         drivers = await self._releases.look(deployments)
         named = {DEFAULT, *drivers, *(d.spec.driver for d in deployments)}

@@ -20,7 +20,7 @@ from cloudlm.control.plan import Action, Apply, Plan
 from cloudlm.control.probe import UNREACHABLE, ProbeRecord, Sample, Verdict, judge
 from cloudlm.control.releases import Releases, split_of
 from cloudlm.control.rollout import Decision
-from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
+from cloudlm.control.scaler import Scaler
 from cloudlm.core.deployment import (
     DeploymentSpec,
     Endpoint,
@@ -109,7 +109,7 @@ class SimControl:
         ready, busy, stalled = self._look(groups)
         for unit in stalled:
             self._fleet.crash(unit)  # control has it stopped; its driver starts it again
-        demand = self._state.list_demand(self.clock.now() - DEMAND_FRESH_S)
+        demand = at_once(self._scaler.ear.fresh())
         at_once(self._scaler.recall())
         seen = Seen(ready=frozenset(ready), busy=busy)
         aside = {one.replica for one in self._state.endpoints if one.share == 0.0}

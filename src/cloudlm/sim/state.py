@@ -136,9 +136,16 @@ class SimState:
         if not self.down:
             self.revisions.score(revision, good)
 
-    def list_demand(self, since: float) -> list[Demand]:
-        """Reports not older than ``since`` (wall time)."""
-        return [one for one in self._demand.values() if one.measured_at >= since]
+    def list_demand(self) -> list[Demand]:
+        """What every gateway reported last."""
+        return list(self._demand.values())
+
+    def drop_demand(self, demand: Sequence[Demand]) -> None:
+        """Forget reports, unless they were replaced."""
+        for one in demand:
+            key = one.model, one.gateway
+            if self._demand.get(key) == one:
+                del self._demand[key]
 
     def check(self) -> None:
         """Raises StorageFailed while the store is down."""
@@ -168,11 +175,15 @@ class ScalerState:
 
     async def list_demand(self, *, since: float) -> list[Demand]:
         self._state.check()
-        return self._state.list_demand(since)
+        return [one for one in self._state.list_demand() if one.measured_at >= since]
+
+    async def drop_demand(self, demand: Sequence[Demand]) -> None:
+        self._state.check()
+        self._state.drop_demand(demand)
 
     async def demand_mark(self) -> float:
         self._state.check()
-        return max((one.measured_at for one in self._state.list_demand(0.0)), default=0.0)
+        return max((one.measured_at for one in self._state.list_demand()), default=0.0)
 
     async def put_pace(self, pace: Pace) -> None:
         self._state.check()

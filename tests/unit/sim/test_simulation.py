@@ -265,7 +265,7 @@ def test_slow_starts_take_longer_for_a_while() -> None:
 
 
 def reports(world: World) -> list[Demand]:
-    return world.state.list_demand(0.0)
+    return world.state.list_demand()
 
 
 @pytest.mark.promise(29)
