@@ -304,10 +304,22 @@ class TestEndpointsAndDemand:
         await state.remove_deployment("bank", generation=marked.generation)
         assert await state.list_paces() == [other]
 
-    async def test_reports_of_gateways_long_gone_are_dropped(self, state: State) -> None:
-        await state.put_demand([Demand("bank", "gone", 1, 0, 0.0, 100.0)])
-        await state.put_demand([Demand("bank", "here", 1, 0, 0.0, 100.0 + 2 * 3600)])
-        assert [one.gateway for one in await state.list_demand(since=0.0)] == ["here"]
+    async def test_a_gateway_s_clock_drops_nobody_s_reports(self, state: State) -> None:
+        await state.put_demand([Demand("bank", "right", 1, 0, 0.0, 100.0)])
+        await state.put_demand([Demand("bank", "ahead", 1, 0, 0.0, 100.0 + 2 * 3600)])
+        gateways = [one.gateway for one in await state.list_demand(since=0.0)]
+        assert gateways == ["ahead", "right"]
+
+    async def test_reports_are_dropped_unless_they_were_replaced(self, state: State) -> None:
+        gone = Demand("bank", "gone", 1, 0, 0.0, 100.5)
+        late = Demand("bank", "late", 1, 0, 0.0, 100.5)
+        other = Demand("atlas", "gone", 1, 0, 0.0, 100.5)
+        again = replace(late, measured_at=200.5)
+        await state.put_demand([gone, late, other])
+        await state.put_demand([again])
+        await state.drop_demand([])
+        await state.drop_demand([late, gone, Demand("bank", "unknown", 1, 0, 0.0, 100.5)])
+        assert await state.list_demand(since=0.0) == [other, again]
 
 
 class TestVersion:

@@ -28,7 +28,7 @@ from cloudlm.control.releases import Releases
 from cloudlm.control.residents import Residents
 from cloudlm.control.rollout import Decision
 from cloudlm.control.room import Room, Wish
-from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
+from cloudlm.control.scaler import Scaler
 from cloudlm.control.status import last_seen, summarise
 from cloudlm.control.versions import FixedVersions
 from cloudlm.core.clock import Clock
@@ -123,7 +123,7 @@ class Reconciler:
     async def step(self) -> None:
         """One pass over everything."""
         deployments = await self._state.list_deployments()
-        demand = await self._state.list_demand(since=self._clock.now() - DEMAND_FRESH_S)
+        demand = await self._scaler.ear.fresh()
         self._keep_only(deployments)
         await self._recall(deployments)
         ran = await self._releases.look(deployments)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cloudlm.control.external import check_secrets
+from cloudlm.control.jumps import Jumps
 from cloudlm.control.plan import Plan, desired_group, group_name, plan, plan_hold, plan_target
 from cloudlm.control.rollout import Decision, Facts, aligned, decide, is_staged
 from cloudlm.control.room import Moving, beside
@@ -54,11 +55,13 @@ class Releases:
         self._kept: dict[str, Rollout] = {}
         self._history: dict[str, list[Revision]] = {}
         self._judged: dict[str, tuple[float, Rollout, Signals, Signals]] = {}
+        self._jumps = Jumps(clock)
         self._has_looked = False
 
     async def look(self, deployments: Iterable[Deployment]) -> dict[str, set[str]]:
         """Read where all roll-outs stand. Returns by deployment the drivers that its revisions ran
         on, as far as they were read."""
+        self._jumps.look([name for name, one in self._kept.items() if one.under_way])
         self._kept = {one.name: one for one in await self._state.list_rollouts()}
         self._history = {}
         for one in deployments:
@@ -111,12 +114,13 @@ class Releases:
         moved it at this moment."""
         name, now = deployment.spec.name, self._clock.now()
         before = self._kept.get(name)
+        stood = self._jumps.moved(before)
         facts = _facts(deployment, groups, answering, wanted, self._history.get(name, ()))
         facts = replace(facts, no_room=no_room, never=never)
-        if before is not None:
-            new, old = await self._signals(deployment, before)
+        if stood is not None:
+            new, old = await self._signals(deployment, stood)
             facts = replace(facts, new=new, old=old)
-        decision = decide(deployment, before, facts, now)
+        decision = decide(deployment, stood, facts, now)
         for number, outcome, reason in decision.ended:
             await self._state.end_revision(name, number, outcome, reason=reason, now=now)
             fields = {"deployment": name, "revision": number, "outcome": outcome.value}
@@ -124,6 +128,7 @@ class Releases:
         if decision.rollout != before:
             await self._state.put_rollout(decision.rollout, replaces=before)
             self._kept[name] = decision.rollout
+        self._jumps.settle(name)
         if decision.back:
             return await self._go_back(deployment, decision)
         return decision

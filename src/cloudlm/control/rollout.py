@@ -80,6 +80,8 @@ def decide(deployment: Deployment, before: Rollout | None, facts: Facts, now: fl
     ``now`` Unix seconds."""
     strategy = deployment.spec.rollout
     rollout = aligned(deployment, before, facts.outcomes, now)
+    if rollout.began_at > now:  # noted while the clock was ahead: it could not be late until then
+        rollout = replace(rollout, began_at=now)
     if before is not None and rollout.since != before.since:
         facts = replace(facts, new=NOTHING_KNOWN)  # it was seen in a stage that is no more
     if not rollout.under_way:

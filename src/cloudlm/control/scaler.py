@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
+from cloudlm.control.heard import Ear
 from cloudlm.control.observe import Seen
 from cloudlm.control.plan import group_name
 from cloudlm.control.starts import Starts
@@ -24,7 +25,6 @@ from cloudlm.telemetry.logs import get_logger
 
 HURRY_S = 0.1
 SAVE_EVERY_S = 60.0
-DEMAND_FRESH_S = 10.0
 _log = get_logger(__name__)
 
 
@@ -45,7 +45,7 @@ class Scaler:
         self._starts = Starts()
         self._resting: dict[str, frozenset[str]] = {}  # with the models that each serves
         self._hurried: set[str] = set()
-        self._mark = 0.0
+        self.ear = Ear(state, clock)
 
     async def recall(self) -> None:
         """At the first pass: the paces that an earlier control measured, and what it had serve."""
@@ -109,7 +109,6 @@ class Scaler:
         busy = any(one.ongoing or one.requests_per_s for one in demand)
         answering = fleet.ready or _ready(foreign, seen, aside)
         self._note(deployment, at_rest=wanted == 0, hurried=busy and wanted > 0 and not answering)
-        self._mark = max([self._mark, *(one.measured_at for one in demand)])
         return wanted
 
     def unloaded(self, deployment: Deployment) -> None:
@@ -169,12 +168,9 @@ class Scaler:
     async def _is_called(self) -> bool:
         """Whether there is news of anybody who asks for a deployment at rest."""
         try:
-            mark = await self._state.demand_mark()
-            if mark <= self._mark:
+            if await self._state.demand_mark() == self.ear.mark:
                 return False
-            self._mark = mark
-            since = self._clock.now() - DEMAND_FRESH_S
-            found = await self._state.list_demand(since=since)
+            found = await self.ear.fresh()
         except CloudlmError:
             return False  # the next pass will say what is wrong
         served = frozenset[str]().union(*self._resting.values())

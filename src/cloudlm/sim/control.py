@@ -20,7 +20,7 @@ from cloudlm.control.plan import Action, Apply, Plan
 from cloudlm.control.probe import UNREACHABLE, ProbeRecord, Sample, Verdict, judge
 from cloudlm.control.releases import Releases, split_of
 from cloudlm.control.rollout import Decision
-from cloudlm.control.scaler import DEMAND_FRESH_S, Scaler
+from cloudlm.control.scaler import Scaler
 from cloudlm.core.deployment import (
     DeploymentSpec,
     Endpoint,
@@ -69,11 +69,17 @@ class SimControl:
         self._state = state
         self._fleet = fleet
         self.clock = WallClock(timeline)
-        self.down = False
+        self.crashes = 0
+        """How many crashes last."""
         self.wanted = 0
         self.ready = 0
         self.passes = 0
         self.forget()
+
+    @property
+    def down(self) -> bool:
+        """Whether there is no process."""
+        return self.crashes > 0
 
     def forget(self) -> None:
         """The process was lost, and with it all that it remembered."""
@@ -103,7 +109,7 @@ class SimControl:
         ready, busy, stalled = self._look(groups)
         for unit in stalled:
             self._fleet.crash(unit)  # control has it stopped; its driver starts it again
-        demand = self._state.list_demand(self.clock.now() - DEMAND_FRESH_S)
+        demand = at_once(self._scaler.ear.fresh())
         at_once(self._scaler.recall())
         self._scaler.keep_only({one.id for group in groups for one in group.replicas})
         seen = Seen(ready=frozenset(ready), busy=busy)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cloudlm.core.errors import InvalidRequest
 from cloudlm.sim.fleet import Unit
+from cloudlm.sim.state import Trouble
 
 if TYPE_CHECKING:
     from cloudlm.sim.simulation import World
@@ -202,22 +203,18 @@ class Faults:
             self._world.silent([(work, unit.serving.produced(work)) for work in unit.open])
 
     def _reports(self, fault: Fault) -> None:
-        trouble = self._world.state.trouble
-        trouble.lost, trouble.late, trouble.doubled = fault.lost, fault.late, fault.doubled
-        trouble.delay_s = fault.delay_s
-
-        def back() -> None:
-            trouble.lost = trouble.late = trouble.doubled = 0.0
-
-        self._after(fault, back)
+        troubles = self._world.state.troubles
+        trouble = Trouble(fault.lost, fault.late, fault.doubled, fault.delay_s)
+        troubles.append(trouble)
+        self._after(fault, lambda: troubles.remove(trouble))
 
     def _control_crash(self, fault: Fault) -> None:
         control = self._world.control
-        control.down = True
+        control.crashes += 1
         control.forget()
 
         def back() -> None:
-            control.down = False
+            control.crashes -= 1
 
         self._after(fault, back)
 
@@ -237,10 +234,10 @@ class Faults:
 
     def _state_down(self, fault: Fault) -> None:
         state = self._world.state
-        state.down = True
+        state.outages += 1
 
         def back() -> None:
-            state.down = False
+            state.outages -= 1
             state.tell_again()
 
         self._after(fault, back)

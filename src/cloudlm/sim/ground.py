@@ -73,7 +73,7 @@ class Zones:
 
     def __init__(self, zones: Sequence[Zone]) -> None:
         self._zones = tuple(zones)
-        self._closed: set[str] = set()
+        self._closed: Counter[str] = Counter()  # how many losses of each last
         self._counts: Counter[str] = Counter()
 
     def take(self, unit: Unit, slower: float) -> Berth | None:
@@ -93,11 +93,11 @@ class Zones:
         """Nothing is decided here."""
 
     def close(self, zone: str) -> None:
-        self._closed.add(zone)
+        self._closed[zone] += 1
 
     def open(self, zone: str) -> None:
-        self._closed.discard(zone)
+        self._closed[zone] -= 1
 
     def _has_room(self, zone: Zone) -> bool:
         full = zone.most and self._counts[zone.name] >= zone.most
-        return not full and zone.name not in self._closed
+        return not full and self._closed[zone.name] == 0

@@ -93,7 +93,7 @@ class SimReplica:
         self._run_at = -1.0  # when it began; negative: there is none
         self._run_steps = 0
         self.steps = 0
-        self.paused = False
+        self._pauses = 0
         self.busy_s = 0.0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -148,11 +148,17 @@ class SimReplica:
             return work.output_tokens if work.state == ENDED else 0
         return min(self.steps + self._steps_done() - work.at_step + 1, work.output_tokens)
 
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still."""
+        return self._pauses > 0
+
     def pause(self) -> None:
-        """Stand still: the step under way and all later ones wait for ``resume``."""
-        if not self.paused:
+        """Stand still: the step under way and all later ones wait until each ``pause`` has had its
+        ``resume``."""
+        if not self._pauses:
             self._give_up()
-            self.paused = True
+        self._pauses += 1
 
     def _give_up(self) -> None:
         """Forget the step under way; those before it count."""
@@ -164,15 +170,15 @@ class SimReplica:
                 self._advance(done)
 
     def resume(self) -> None:
-        if self.paused:
-            self.paused = False
+        self._pauses -= 1
+        if not self._pauses:
             self._begin()
 
     # Steps ---------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Begin the next step, or several, if there is work."""
-        if self.paused:
+        if self._pauses:
             return
         if self._gone:
             self._clear()

@@ -24,7 +24,7 @@ Follower = Callable[[tuple[Endpoint, ...]], None]
 """A gateway that looks at the endpoints."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Trouble:
     """What happens to messages on their way: shares from 0 to 1, and how late the late ones are."""
 
@@ -34,8 +34,23 @@ class Trouble:
     delay_s: float = 5.0
 
 
+NO_TROUBLE = Trouble()
+
+
+def worst_of(troubles: Sequence[Trouble]) -> Trouble:
+    """The worst of each kind; one that delays nothing says nothing of how late."""
+    delays = [one.delay_s for one in troubles if one.late or one.doubled]
+    return Trouble(
+        max(one.lost for one in troubles),
+        max(one.late for one in troubles),
+        max(one.doubled for one in troubles),
+        max(delays, default=NO_TROUBLE.delay_s),
+    )
+
+
 class SimState:
-    """``down`` while the store cannot be reached. ``wanted`` is what the last control recorded in
+    """``down`` while the store cannot be reached, for as long as one of ``outages`` lasts;
+    ``troubles`` are all that befall messages now. ``wanted`` is what the last control recorded in
     the deployment's status."""
 
     def __init__(self, timeline: Timeline, chance: Random, revisions: SimRevisions) -> None:
@@ -50,8 +65,18 @@ class SimState:
         self.endpoints: tuple[Endpoint, ...] = ()
         self.wanted = 0
         self.paces: dict[tuple[str, str], Pace] = {}
-        self.down = False
-        self.trouble = Trouble()
+        self.outages = 0
+        self.troubles: list[Trouble] = []
+
+    @property
+    def down(self) -> bool:
+        """Whether nothing is read or written."""
+        return self.outages > 0
+
+    @property
+    def trouble(self) -> Trouble:
+        """What happens to messages now: of several troubles the worst of each kind counts."""
+        return worst_of(self.troubles) if self.troubles else NO_TROUBLE
 
     def follow(self, follower: Follower) -> None:
         """Have somebody told of new endpoints, as gateways notice them (``gateway.view``)."""
@@ -111,9 +136,16 @@ class SimState:
         if not self.down:
             self.revisions.score(revision, good)
 
-    def list_demand(self, since: float) -> list[Demand]:
-        """Reports not older than ``since`` (wall time)."""
-        return [one for one in self._demand.values() if one.measured_at >= since]
+    def list_demand(self) -> list[Demand]:
+        """What every gateway reported last."""
+        return list(self._demand.values())
+
+    def drop_demand(self, demand: Sequence[Demand]) -> None:
+        """Forget reports, unless they were replaced."""
+        for one in demand:
+            key = one.model, one.gateway
+            if self._demand.get(key) == one:
+                del self._demand[key]
 
     def check(self) -> None:
         """Raises StorageFailed while the store is down."""
@@ -143,11 +175,15 @@ class ScalerState:
 
     async def list_demand(self, *, since: float) -> list[Demand]:
         self._state.check()
-        return self._state.list_demand(since)
+        return [one for one in self._state.list_demand() if one.measured_at >= since]
+
+    async def drop_demand(self, demand: Sequence[Demand]) -> None:
+        self._state.check()
+        self._state.drop_demand(demand)
 
     async def demand_mark(self) -> float:
         self._state.check()
-        return max((one.measured_at for one in self._state.list_demand(0.0)), default=0.0)
+        return max((one.measured_at for one in self._state.list_demand()), default=0.0)
 
     async def list_endpoints(self) -> list[Endpoint]:
         self._state.check()

@@ -91,12 +91,17 @@ class State(AccessState, AuditState, ReleaseState, LeaseState, Protocol):
         ...
 
     async def list_demand(self, *, since: float) -> list[Demand]:
-        """Reports not older than ``since`` (wall time)."""
+        """Reports dated ``since`` (wall time of their gateways, which nobody checks) or later."""
+        ...
+
+    async def drop_demand(self, demand: Sequence[Demand]) -> None:
+        """Forget reports, unless their gateways replaced them meanwhile."""
         ...
 
     async def demand_mark(self) -> float:
-        """When the newest report was measured (wall time), 0 without any. Cheap: control asks many
-        times a second, so that a request for a model without a replica is noticed at once."""
+        """The highest date of a report, 0 without any; another one says that somebody reported.
+        Cheap: control asks many times a second, so that a request for a model without a replica is
+        noticed at once."""
         ...
 
     async def put_pace(self, pace: Pace) -> None:

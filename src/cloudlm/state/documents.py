@@ -52,8 +52,6 @@ _IN_PLACEMENT = {
     "figures": ModelFigures,
 }
 _LISTED_IN_PLACEMENT = {"users": Users, "latencies": Latency, "measured": Measured}
-DEMAND_KEPT_S = 3600.0
-"""Reports this much older than the newest are dropped: their gateways are gone."""
 
 
 def dump(value: Any) -> str:

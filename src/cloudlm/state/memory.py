@@ -29,7 +29,6 @@ from cloudlm.state.decide import (
     deleting_deployment,
 )
 from cloudlm.state.documents import (
-    DEMAND_KEPT_S,
     check_endpoints,
     dump_spec,
     load_spec,
@@ -126,18 +125,19 @@ class MemoryState(MemoryReleases, MemoryLeases, MemoryAccess, MemoryAudit):
         return self._version
 
     async def put_demand(self, demand: Sequence[Demand]) -> None:
-        """Reports far older than the newest given are dropped (``DEMAND_KEPT_S``)."""
-        if not demand:
-            return
         self._demand.update({(one.model, one.gateway): one for one in demand})
-        oldest = max(one.measured_at for one in demand) - DEMAND_KEPT_S
-        self._demand = {k: one for k, one in self._demand.items() if one.measured_at >= oldest}
 
     async def list_demand(self, *, since: float) -> list[Demand]:
         """Sorted by model, then gateway."""
         return [
             self._demand[k] for k in sorted(self._demand) if self._demand[k].measured_at >= since
         ]
+
+    async def drop_demand(self, demand: Sequence[Demand]) -> None:
+        for one in demand:
+            stored = self._demand.get((one.model, one.gateway))
+            if stored is not None and stored.measured_at == one.measured_at:
+                del self._demand[one.model, one.gateway]
 
     async def demand_mark(self) -> float:
         return max((one.measured_at for one in self._demand.values()), default=0.0)

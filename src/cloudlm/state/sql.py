@@ -30,7 +30,6 @@ from cloudlm.state.decide import (
     deleting_deployment,
 )
 from cloudlm.state.documents import (
-    DEMAND_KEPT_S,
     check_endpoints,
     dump_spec,
     load_pace,
@@ -181,18 +180,13 @@ class SqlState(SqlReleases):
         return int(rows[0].value)
 
     async def put_demand(self, demand: Sequence[Demand]) -> None:
-        """Reports far older than the newest given are dropped (``DEMAND_KEPT_S``)."""
         if not demand:
             return
         newest = {(one.model, one.gateway): as_rows.demand_values(one) for one in demand}
-        oldest = max(one.measured_at for one in demand) - DEMAND_KEPT_S
 
         async def work(connection: AsyncConnection) -> None:
             # In one order, so that two gateways cannot wait for each other.
             await self._upsert(connection, tables.demand, [newest[key] for key in sorted(newest)])
-            await connection.execute(
-                sa.delete(tables.demand).where(tables.demand.c.measured_at < oldest)
-            )
 
         await self._database.write(work, alone=False)
 
@@ -204,6 +198,25 @@ class SqlState(SqlReleases):
             .order_by(tables.demand.c.model, tables.demand.c.gateway)
         )
         return [as_rows.demand_of(row) for row in found]
+
+    async def drop_demand(self, demand: Sequence[Demand]) -> None:
+        if not demand:
+            return
+        table = tables.demand
+        # In one order, as reports are written.
+        gone = sorted((one.model, one.gateway, one.measured_at) for one in demand)
+
+        async def work(connection: AsyncConnection) -> None:
+            for model, gateway, measured_at in gone:
+                await connection.execute(
+                    sa.delete(table).where(
+                        table.c.model == model,
+                        table.c.gateway == gateway,
+                        table.c.measured_at == measured_at,
+                    )
+                )
+
+        await self._database.write(work, alone=False)
 
     async def demand_mark(self) -> float:
         found = await self._database.read(sa.select(sa.func.max(tables.demand.c.measured_at)))

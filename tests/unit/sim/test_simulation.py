@@ -26,6 +26,7 @@ from cloudlm.sim.ground import Zone
 from cloudlm.sim.measure import spread_of
 from cloudlm.sim.report import result_body
 from cloudlm.sim.simulation import Policy, Result, Setting, World, simulate
+from cloudlm.sim.state import Trouble
 from cloudlm.sim.traffic import PATTERNS, Arrival, Lengths, drawn, poisson
 
 FIGURES = Figures(
@@ -264,7 +265,7 @@ def test_slow_starts_take_longer_for_a_while() -> None:
 
 
 def reports(world: World) -> list[Demand]:
-    return world.state.list_demand(0.0)
+    return world.state.list_demand()
 
 
 @pytest.mark.promise(29)
@@ -343,6 +344,63 @@ def test_a_clock_that_jumps_scales_nothing_down(process: str, jump_s: float) -> 
     wanted = world.control.wanted
     run_until(world, 85.0)
     assert world.control.wanted >= wanted
+
+
+# Faults that overlap -----------------------------------------------------------------------------
+
+
+def overlapping(kind: FaultKind, **more: Any) -> tuple[Fault, Fault]:
+    """Two of a kind: from 30 to 50 s, and from 40 to 70 s."""
+    return (
+        Fault(kind, 30.0, duration_s=20.0, **more),
+        Fault(kind, 40.0, duration_s=30.0, **more),
+    )
+
+
+@pytest.mark.parametrize("kind", [FaultKind.STATE_DOWN, FaultKind.CONTROL_CRASH])
+def test_what_is_down_twice_is_back_when_both_are_over(kind: FaultKind) -> None:
+    world = begun(*overlapping(kind))
+    who = world.state if kind is FaultKind.STATE_DOWN else world.control
+    for at, down in ((29.0, False), (31.0, True), (51.0, True), (69.0, True), (71.0, False)):
+        run_until(world, at)
+        assert who.down is down, at
+
+
+def test_a_zone_that_is_lost_twice_is_back_when_both_losses_are_over() -> None:
+    world = begun(*overlapping(FaultKind.ZONE_LOSS, zone="a"))
+    run_until(world, 60.0)
+    world.fleet.crash(next(iter(world.fleet.units.values())))
+    run_until(world, 69.0)
+    assert {u.zone.name for u in world.fleet.units.values() if u.zone is not None} == {"b"}
+
+
+def test_of_reports_that_go_astray_twice_the_worse_counts() -> None:
+    first, second = overlapping(FaultKind.REPORTS, lost=1.0)
+    world = begun(replace(first, late=0.5, delay_s=2.0), replace(second, lost=0.25, doubled=0.5))
+    run_until(world, 45.0)
+    assert world.state.trouble == Trouble(lost=1.0, late=0.5, doubled=0.5, delay_s=5.0)
+    run_until(world, 51.0)
+    assert world.state.trouble == Trouble(lost=0.25, doubled=0.5, delay_s=5.0)
+    run_until(world, 71.0)
+    assert world.state.trouble == Trouble()
+
+
+def test_who_stands_still_twice_goes_on_when_both_are_over() -> None:
+    patient = ControlSettings(stall_timeout_s=1000.0)
+    world = begun(*overlapping(FaultKind.STALL, replicas=3), control=patient)
+    for at, still in ((31.0, 3), (51.0, 3), (69.0, 3), (71.0, 0)):
+        run_until(world, at)
+        standing = [u for u in world.fleet.units.values() if u.serving and u.serving.paused]
+        assert len(standing) == still, at
+
+
+def test_what_died_while_it_stood_still_does_not_go_on() -> None:
+    stall = Fault(FaultKind.STALL, 30.0, duration_s=20.0, replicas=3)
+    world = begun(stall, Fault(FaultKind.CRASH, 40.0, replicas=3))
+    run_until(world, 31.0)
+    dead = [unit.serving for unit in world.fleet.units.values() if unit.serving is not None]
+    run_until(world, 55.0)
+    assert [one.paused for one in dead] == [True] * 3
 
 
 def test_percentiles_are_by_nearest_rank() -> None:

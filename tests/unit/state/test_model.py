@@ -176,6 +176,7 @@ operations = st.one_of(
     endpoint_calls(),
     calls("put_demand", st.lists(demands, max_size=3)),
     calls("list_demand", since=times),
+    calls("drop_demand", st.lists(demands, max_size=3)),
     calls("demand_mark"),
     calls("put_pace", paces),
     calls("list_paces"),

@@ -173,7 +173,7 @@ def resumed(rollout: Rollout, now: float) -> Rollout:
     """The roll-out after its pause, which counts for no time limit."""
     if not rollout.paused_at:
         return rollout
-    rested_s = now - rollout.paused_at
+    rested_s = max(now - rollout.paused_at, 0.0)  # the clock may have gone back
     return replace(
         rollout,
         paused_at=0.0,

@@ -181,11 +181,11 @@ def _learned(
     """With what a fresh report says of the version's pace. At replicas that are far beyond their
     target requests wait for each other, which says nothing of the pace."""
     ready = fleet.answering(current)
-    fresh = signals.measured_at > memory.measured_at
+    fresh = signals.measured_at != memory.measured_at  # by gateways' clocks, which may jump
     if fresh:
         memory = replace(memory, stay=stayed(memory.stay, signals, memory.pace, ready))
     if not fresh or not signals.finished_per_s or not signals.tpot_s or ready <= 0:
-        return replace(memory, measured_at=max(signals.measured_at, memory.measured_at))
+        return replace(memory, measured_at=signals.measured_at)
     ongoing = max(signals.ongoing - signals.queued, 0.0) / ready
     pace = memory.pace
     if ongoing <= _OVERLOADED * spec.target_ongoing_requests:
