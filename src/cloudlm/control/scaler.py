@@ -7,6 +7,7 @@ replica. Must not decide by itself or touch replicas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,10 +15,11 @@ from cloudlm.control.autoscale import Fleet, ScaleMemory, autoscale
 from cloudlm.control.heard import Ear
 from cloudlm.control.observe import Seen
 from cloudlm.control.plan import group_name
-from cloudlm.control.starts import Starts
+from cloudlm.control.starts import Starts, awaited_s
 from cloudlm.core.clock import Clock
-from cloudlm.core.deployment import Demand, Deployment, GroupObservation
+from cloudlm.core.deployment import Demand, Deployment, GroupObservation, Replica
 from cloudlm.core.errors import CloudlmError
+from cloudlm.core.health import is_hopeless
 from cloudlm.core.pace import Pace
 from cloudlm.state.base import State
 from cloudlm.state.news import News, PolledNews
@@ -99,7 +101,9 @@ class Scaler:
         replicas = [one for group in groups for one in group.replicas]
         ended = self._starts.look(replicas, seen, now, wall_s)
         memory = replace(memory, pace=self._pace(deployment, groups, memory.pace, ended))
-        fleet = _fleet(groups, seen, current, wall_s, aside)
+        known_s = self._starts.ages_s(now)
+        ages_s = _awaited(replicas, known_s, memory.pace.start_s)
+        fleet = replace(_fleet(groups, seen, current, ages_s, aside), wall_s=wall_s)
         wanted, memory = autoscale(deployment.spec, demand, current, memory, now, fleet)
         if wanted != current and name in self._wanted:
             self._why[name] = f"{current} → {wanted} replicas; {memory.why}"
@@ -211,23 +215,32 @@ def _ready(groups: Sequence[GroupObservation], seen: Seen, aside: Collection[str
     return sum(one in seen.ready and one not in aside for one in ids)
 
 
+def _awaited(
+    replicas: Sequence[Replica], ages_s: Mapping[str, float], start_s: float
+) -> dict[str, float]:
+    """Of the ages of replicas that are starting those of which an answer is still expected: not of
+    one that crashes again and again, nor of one that takes far longer than others did."""
+    hopeful = [one.id for one in replicas if not is_hopeless(one)]
+    limit_s = awaited_s(start_s)
+    return {one: ages_s[one] for one in hopeful if ages_s.get(one, math.inf) <= limit_s}
+
+
 def _fleet(
     groups: Sequence[GroupObservation],
     seen: Seen,
     current: int,
-    wall_s: float,
+    ages_s: Mapping[str, float],
     aside: Collection[str],
 ) -> Fleet:
     """What is known of the replicas, those of older revisions that still answer included, as long
-    as they get requests."""
-    replicas = [one for group in groups for one in group.replicas if one.id not in aside]
-    ready = [one.id for one in replicas if one.id in seen.ready]
-    known = seen.ready | seen.sleeping
-    starting = [one for one in replicas if one.id not in known]
-    ages = [max(wall_s - one.started_at, 0.0) if one.started_at else 0.0 for one in starting]
+    as they get requests. ``ages_s`` are those of all that are expected to answer soon."""
+    replicas = [one.id for group in groups for one in group.replicas if one.id not in aside]
+    ready = [one for one in replicas if one in seen.ready]
+    silent = [one for one in replicas if one not in seen.ready and one not in seen.sleeping]
     expected = max(current - len(ready), 0)
-    ages = sorted(ages, reverse=True)[:expected]
-    ages += [0.0] * (expected - len(ages))  # asked for, and not seen yet
+    ages = sorted((ages_s[one] for one in silent if one in ages_s), reverse=True)[:expected]
+    lost = min(sum(one not in ages_s for one in silent), expected - len(ages))
+    ages += [0.0] * (expected - len(ages) - lost)  # asked for, and not seen yet
     heard = sum(one in seen.busy for one in ready)
     missing = len(ready) - heard if heard else 0  # drivers that answer for replicas say nothing
-    return Fleet(len(ready), tuple(ages), missing, wall_s)
+    return Fleet(len(ready), tuple(ages), missing, lost=lost)

@@ -15,9 +15,16 @@ from cloudlm.control.observe import Seen
 from cloudlm.control.probe import START_TIMEOUT_S
 from cloudlm.core.deployment import Replica
 
+STARTS_AWAITED, LEAST_AWAITED_S = 3.0, 60.0
 LONGEST_UNSEEN_S = START_TIMEOUT_S
 """How old a replica may be when it is first seen for its start to be measured: of an older one that
 is silent it is not known whether it served before."""
+
+
+def awaited_s(start_s: float) -> float:
+    """For how long a replica is expected to come up whose version takes ``start_s`` (0: unknown)
+    to start."""
+    return max(STARTS_AWAITED * start_s, LEAST_AWAITED_S) if start_s else START_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,11 @@ class Starts:
                 start = replace(start, ended=True)
             self._known[replica.id] = start
         return ended
+
+    def ages_s(self, now: float) -> dict[str, float]:
+        """By replica how long its start lasts until now, of all whose start has not ended."""
+        known = self._known.items()
+        return {one: start.age_s + now - start.seen_at for one, start in known if not start.ended}
 
     def _first_seen(self, replica: Replica, now: float, wall_s: float) -> _Start:
         age_s = max(wall_s - replica.started_at, 0.0) if replica.started_at else 0.0

@@ -1,7 +1,8 @@
 """When a replica that does not answer is not waited for any more. Pure: facts in, a verdict out.
 
-The plan gives its place to another, a roll-out is blamed for it, and people are told that it
-failed: all by this one rule. Must not know who asks, or whether the replica answers.
+The plan gives its place to another, a roll-out is blamed for it, the autoscaler counts on others,
+and people are told that it failed: all by this one rule. Must not know who asks, or whether the
+replica answers.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from cloudlm.control.autoscale import autoscale
 from cloudlm.control.observe import Seen
 from cloudlm.control.probe import Sample
 from cloudlm.control.scaler import _fleet
@@ -246,8 +247,8 @@ def test_replicas_that_get_no_requests_are_no_capacity():
     ]
     ready = frozenset(r.id for group in groups for r in group.replicas)
     seen = Seen(ready=ready)
-    assert _fleet(groups, seen, 2, 0.0, ()).ready == 4
-    assert _fleet(groups, seen, 2, 0.0, {"bank-r2-0", "bank-r2-1"}).ready == 2
+    assert _fleet(groups, seen, 2, {}, ()).ready == 4
+    assert _fleet(groups, seen, 2, {}, {"bank-r2-0", "bank-r2-1"}).ready == 2
 
 
 async def test_of_replicas_that_are_gone_nothing_is_remembered(plane):
@@ -261,3 +262,42 @@ async def test_of_replicas_that_are_gone_nothing_is_remembered(plane):
     await plane.state.mark_deleting("bank", now=plane.clock.now())
     await plane.steps(4)
     assert plane.reconciler._scaler._starts._known == {}
+
+
+@pytest.fixture
+def watched(plane, monkeypatch):
+    """A plane whose autoscaler's facts are kept."""
+    plane.fleets = []
+
+    def kept(spec, demand, current, memory, now, fleet):
+        plane.fleets.append(fleet)
+        return autoscale(spec, demand, current, memory, now, fleet)
+
+    monkeypatch.setattr("cloudlm.control.scaler.autoscale", kept)
+    return plane
+
+
+async def test_what_does_not_come_up_is_neither_starting_nor_capacity(watched):
+    await watched.state.put_pace(Pace("bank", "models:/bank/1", start_s=40.0))
+    watched.prober.samples["bank-r1-1"] = Sample(True, ready=False)
+    await watched.ask(min_replicas=2, max_replicas=4)
+    await watched.steps(2)
+    for _ in range(8):
+        await watched.steps(1, seconds=10.0)
+        assert (len(watched.fleets[-1].starting_s), watched.fleets[-1].lost) == (1, 0)
+    await watched.steps(6, seconds=10.0)
+    assert (watched.fleets[-1].ready, watched.fleets[-1].starting_s) == (1, ())
+    assert watched.fleets[-1].lost == 1
+    watched.prober.samples.clear()
+    await watched.steps(2)
+    assert (watched.fleets[-1].ready, watched.fleets[-1].lost) == (2, 0)
+
+
+async def test_a_crash_loop_is_not_waited_for(watched):
+    watched.world.broken["models:/bank/1"] = "no memory"
+    await watched.ask(min_replicas=2, max_replicas=4)
+    await watched.steps(2)
+    assert len(watched.fleets[-1].starting_s) == 2
+    await watched.steps(20, seconds=1.0)
+    assert (watched.fleets[-1].ready, watched.fleets[-1].starting_s) == (0, ())
+    assert watched.fleets[-1].lost == 2

@@ -248,6 +248,36 @@ def test_answers_slower_than_asked_bring_more_once_those_starting_have_helped():
     assert same[-1] == 12
 
 
+def test_a_replica_that_never_comes_up_hinders_no_others():
+    spec = replace(SPEC, scaling=Scaling(target_ttft_ms=50.0))
+    slow, memory = demand(0.2), ScaleMemory(pace=measured(), ttft_s=0.1)
+    for ready, lost, wanted in ((1, 0, 2), (1, 1, 3), (6, 2, 14), (1, 5, 6), (0, 3, 3)):
+        fleet = Fleet(ready, lost=lost)
+        found, _ = follow([slow], ready + lost, memory, spec=spec, fleet=fleet)
+        assert found == [wanted]
+
+
+@given(st.integers(1, 8), st.integers(0, 12))
+def test_where_nothing_comes_up_not_all_is_started(ready, steps):
+    """Of all that are started besides, none answers."""
+    spec = replace(SPEC, max_replicas=1000, scaling=Scaling(target_ttft_ms=50.0))
+    memory, current = ScaleMemory(pace=measured(), ttft_s=10.0), ready
+    for second in range(steps):
+        fleet = Fleet(ready, lost=current - ready)
+        slow = [replace(one, ttft_s=1.0, measured_at=float(second)) for one in demand(0.5)]
+        current, memory = autoscale(spec, slow, current, memory, float(second), fleet)
+    assert current <= 3 * ready + 1
+
+
+def test_what_never_comes_up_works_nothing_off():
+    waiting, memory = demand(4.0, queued=300), follow([demand(4.0)] * 60, 6, fleet=Fleet(6))[1]
+    coming, lost = (
+        autoscale(SPEC, waiting, 12, memory, 60.0, fleet)[0]
+        for fleet in (Fleet(6, (1000.0,) * 6), Fleet(6, lost=6))
+    )
+    assert lost > coming
+
+
 def test_answers_about_as_quick_as_asked_keep_what_is_there():
     spec = replace(SPEC, scaling=Scaling(target_tpot_ms=30.0))
     kept, _ = follow([demand(0.2)] * 900, 5, spec=spec)

@@ -15,12 +15,14 @@ GATEWAY_MISSED_S = 60.0
 class Fleet:
     """The replicas at this moment. ``ready`` answer (None: all that are wanted), ``starting_s``
     are the ages of those that have not answered yet, seconds, ``missing`` of the ready ones did not
-    say how they are. ``wall_s`` is Unix time, for schedules (None: there are none)."""
+    say how they are. ``wall_s`` is Unix time, for schedules (None: there are none). ``lost`` are
+    wanted and there, but nobody waits for their answer any more."""
 
     ready: int | None = None
     starting_s: tuple[float, ...] = ()
     missing: int = 0
     wall_s: float | None = None
+    lost: int = 0
 
     def answering(self, current: int) -> int:
         """Replicas that answer, of ``current`` wanted."""

@@ -64,7 +64,7 @@ def replicas(load: float, target: float, current: int, fleet: Fleet) -> int:
     """``calcPlainMetricReplicas``: ``load`` is the sum of the metric over the replicas that answer
     and said how they are."""
     ready, missing = fleet.answering(current), fleet.missing
-    unready = len(fleet.starting_s)
+    unready = len(fleet.starting_s) + fleet.lost
     if current == 0 or ready <= 0:
         return max(math.ceil(load / target), current)
     known = max(ready - missing, 1)

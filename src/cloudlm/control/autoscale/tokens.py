@@ -205,7 +205,9 @@ def _in_time(
     spec: DeploymentSpec, fleet: Fleet, current: int, memory: ScaleMemory, wanted: int
 ) -> tuple[int, str]:
     """More while answers take longer than asked for, once those that are starting have begun to
-    help; no fewer until they are well within it."""
+    help; no fewer until they are well within it. The more are to answer: they come beside those
+    that are lost, but not beside more of these than answer, or where nothing comes up all that may
+    be would be started for nothing."""
     scaling = spec.scaling
     ratios = [
         measured_s * 1000.0 / asked_ms
@@ -216,9 +218,11 @@ def _in_time(
         if asked_ms and measured_s
     ]
     worst = max(ratios, default=0.0)
-    if worst > 1.0 + TOLERANCE and not fleet.starting_s:
-        more = math.ceil(max(fleet.answering(current), 1) * min(worst, 2.0))
-        return max(wanted, more), f"; answers take {worst:.2g} times what is asked"
+    answering = fleet.answering(current)
+    helpless = fleet.lost and not answering
+    if worst > 1.0 + TOLERANCE and not fleet.starting_s and not helpless:
+        more = math.ceil(max(answering, 1) * min(worst, 2.0)) + min(fleet.lost, answering)
+        return max(wanted, current, more), f"; answers take {worst:.2g} times what is asked"
     if worst > 1.0 - TOLERANCE:
         return max(wanted, current), "; answers take about what is asked"
     return wanted, ""
