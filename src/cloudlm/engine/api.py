@@ -140,7 +140,9 @@ class EngineStats:
 class EngineInfo:
     """Facts of the loaded model. ``max_model_len`` is the longest prompt plus answer, tokens;
     ``hidden_size`` the length of an embedding; ``tensor_parallel`` processes share every layer in
-    each of ``pipeline_parallel`` stages."""
+    each of ``pipeline_parallel`` stages. ``dtype`` names what most weights are held in, ``weights``
+    how exactly all of them are; ``kernels`` says what computes, with which instructions;
+    ``deterministic``: as the setting."""
 
     architecture: str
     parameters: int
@@ -154,6 +156,9 @@ class EngineInfo:
     hidden_size: int = 0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    weights: str = ""
+    kernels: str = ""
+    deterministic: bool = False
 
 
 class Engine(Protocol):

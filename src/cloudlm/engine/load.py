@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from cloudlm.core.cache_folder import cache_root
 from cloudlm.core.errors import BadSetting, UnsafeModel, UnsupportedModel
 from cloudlm.core.settings import EngineSettings
 from cloudlm.engine.architectures import find_architecture
@@ -21,11 +19,8 @@ from cloudlm.engine.architectures.base import Decoder, Shape
 from cloudlm.engine.architectures.config import ModelConfig, read_json
 from cloudlm.engine.formats.base import Checkpoint
 from cloudlm.engine.formats.opening import open_checkpoint
-from cloudlm.engine.native import packing
-from cloudlm.engine.native.library import NativeKernels
-from cloudlm.engine.native.packed_files import PackedFile, packed_key
+from cloudlm.engine.kept_weights import packed_file
 from cloudlm.engine.ops.cache import block_size_bytes
-from cloudlm.engine.paths import native_path
 from cloudlm.engine.paths.base import ComputePath
 from cloudlm.engine.paths.choice import Choice, choose_path
 from cloudlm.engine.paths.gpu_choice import cuda_obstacle
@@ -158,7 +153,7 @@ def load_runner(
             settings.block_size,
             progress=lambda share: tell(0.6 + 0.3 * share, "packing the weights"),
             stored=choice.stored,
-            kept=_packed_file(folder, checkpoint, choice, settings.packed_cache_mb),
+            kept=packed_file(folder, checkpoint, choice, settings.packed_cache_mb),
             deterministic=settings.deterministic,
         )
 
@@ -174,7 +169,7 @@ def load_runner(
     def again() -> Decoder:
         return read(build_network(folder)[2], open_checkpoint(folder), lambda share, what: None)
 
-    kept = _packed_file(folder, checkpoint, choice, settings.packed_cache_mb)
+    kept = packed_file(folder, checkpoint, choice, settings.packed_cache_mb)
     source = Source(again, (*checkpoint.files, *([] if kept is None else [kept.path])))
     runner = Runner(model, facts, source, on_kernels if packed else None)
     tell(0.9, "trying the model out")
@@ -208,27 +203,6 @@ class _NoValues(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
-
-
-def _packed_file(
-    folder: Path, checkpoint: Checkpoint, choice: Choice, limit_mb: int
-) -> PackedFile | None:
-    """Where the packed weights of this model are kept; None if they are not."""
-    if not limit_mb or not isinstance(choice.kernels, NativeKernels):
-        return None
-    try:
-        key = packed_key(
-            (*checkpoint.files, folder / "config.json"),
-            choice.kernels.build,
-            choice.precision,
-            choice.stored,
-            *(inspect.getsource(module) for module in (packing, native_path)),
-        )
-        return PackedFile(cache_root() / "packed", key, limit_mb << 20)
-    except (OSError, RuntimeError) as error:
-        fields = {"reason": str(error)}
-        _logger.warning("packed_file_refused", extra={"fields": fields})
-        return None
 
 
 def _tell_of_quantisation(checkpoint: Checkpoint, kept: int, dtype: torch.dtype) -> None:

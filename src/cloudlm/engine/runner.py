@@ -97,10 +97,11 @@ class Runner:
         self._device = self._pool.blocks.device  # a path may have moved the network
         self._loaded: dict[str, Adapter] = {}
         self._adapters = self._make_adapters()
+        dtype = str(first.dtype).removeprefix("torch.")
         self.info = EngineInfo(
             architecture=facts.architecture,
             parameters=parameters,
-            dtype=self._path.precision if self._path else str(first.dtype).removeprefix("torch."),
+            dtype=self._path.precision if self._path else dtype,
             device=str(self._device),
             vocab_size=shape.vocab_size,
             max_model_len=facts.max_model_len,
@@ -108,6 +109,9 @@ class Runner:
             blocks_total=facts.num_blocks,
             eos_token_ids=facts.eos_token_ids,
             hidden_size=shape.hidden_size,
+            weights=self._path.weights if self._path else dtype,
+            kernels=self._path.kernels if self._path else _pytorch(self._device),
+            deterministic=facts.deterministic,
         )
 
     def _make_pool(self) -> BlockPool:
@@ -331,6 +335,13 @@ class Runner:
             logits = self.logits(hidden[part])
             scores += token_logprobs(logits, token_ids[part], chunk.sampling.logprobs or 0)
         return tuple(scores)
+
+
+def _pytorch(device: torch.device) -> str:
+    """What computes where PyTorch's own modules do."""
+    if device.type == "cuda":
+        return f"PyTorch on {torch.cuda.get_device_name(device)}"
+    return f"PyTorch with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _by_draft(chunk: Chunk) -> list[Chunk]:

@@ -106,10 +106,14 @@ class Serving:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when anything changes that could change an answer."""
+        """Changes when anything changes that could change an answer. What computes is part of it
+        where answers are to be the same to the bit; else replicas on unlike machines may go on
+        with each other's streams."""
         info = self.info
         ranks = (info.tensor_parallel, info.pipeline_parallel)
-        facts = (__version__, self.root, info.architecture, info.parameters, info.dtype, ranks)
+        held = (info.parameters, info.dtype, info.weights)
+        kernels = info.kernels if info.deterministic else ""
+        facts = (__version__, self.root, info.architecture, *held, ranks, kernels)
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def check_model(self, asked: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -207,19 +208,87 @@ def test_another_file_or_precision_is_another_key(tmp_path: Path) -> None:
     assert packed_key([file], "bfloat16") != first
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("formats/gptq.py", True),
+        ("formats/gguf_blocks.py", True),
+        ("native/library.py", True),
+        ("native/structures.py", True),
+        ("native/packing.py", True),
+        ("paths/native_path.py", True),
+        ("architectures/llama.py", True),
+        ("weights.py", True),
+        ("loop.py", False),
+    ],
+)
+def test_what_other_code_packed_is_packed_again(tmp_path: Path, name: str, counts: bool) -> None:
+    from cloudlm.engine import kept_weights
+
+    engine = tmp_path / "engine"
+    shutil.copytree(Path(kept_weights.__file__).parent, engine)
+    before = kept_weights.code_digest(engine)
+    with (engine / name).open("a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    assert (kept_weights.code_digest(engine) != before) == counts
+
+
+def test_without_sources_nothing_is_kept(tmp_path: Path) -> None:
+    from cloudlm.engine import kept_weights
+
+    with pytest.raises(FileNotFoundError, match="no sources"):
+        kept_weights.code_digest(tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["version", "code", "precision", "kernels"])
+def test_the_file_is_named_by_all_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    import cloudlm
+    from cloudlm.engine import kept_weights
+    from cloudlm.engine.formats.base import Checkpoint
+    from cloudlm.engine.native.library import NativeKernels
+    from cloudlm.engine.paths.choice import Choice
+
+    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    kernels = object.__new__(NativeKernels)  # of which nothing but its build is asked
+    kernels.build = "cloudlm-avx2-1"
+    choice = Choice(torch.bfloat16, "bfloat16", kernels)
+
+    def path() -> Path:
+        checkpoint = Checkpoint((tmp_path / "model.safetensors",), ())
+        found = kept_weights.packed_file(tmp_path, checkpoint, choice, 1)
+        assert found is not None
+        return found.path
+
+    before = path()
+    assert path() == before
+    if changed == "version":
+        monkeypatch.setattr(cloudlm, "__version__", "0.0.0")
+    elif changed == "code":
+        monkeypatch.setattr(kept_weights, "code_digest", lambda engine: "other")
+    elif changed == "kernels":
+        kernels.build = "cloudlm-avx2-2"
+    else:
+        choice = replace(choice, precision="int8")
+    assert path() != before
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "int4"])
 def test_a_restart_maps_what_the_first_start_packed(
     saved_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     from cloudlm.core.chat import Sampling
-    from cloudlm.engine import load
+    from cloudlm.engine import kept_weights, load
     from cloudlm.engine.native import library
     from cloudlm.engine.native.packed_files import PackedFile
     from cloudlm.engine.step import Chunk
 
     monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
     monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
-    monkeypatch.setattr(load, "PackedFile", partial(PackedFile, least_bytes=0))
+    monkeypatch.setattr(kept_weights, "PackedFile", partial(PackedFile, least_bytes=0))
     settings = EngineSettings(kernels="native", precision=precision, kv_cache_mb=1)
     folder = saved_model("qwen3").folder
     packs = []

@@ -26,6 +26,8 @@ def test_facts_are_those_of_the_model(runner: Any, saved_model: Any) -> None:
     assert info.architecture == "LlamaForCausalLM"
     assert info.parameters == sum(p.numel() for p in reference.parameters())
     assert (info.dtype, info.device, info.vocab_size) == ("float32", "cpu", 307)
+    assert (info.weights, info.deterministic) == ("float32", False)
+    assert info.kernels == f"PyTorch with {torch.backends.cpu.get_cpu_capability()}"
     assert (info.block_size, info.blocks_total) == (4, runner.num_blocks)
     # 2 MiB of keys and values: 3 layers × 2 × 2 heads × 16 numbers × 4 bytes per token.
     assert runner.num_blocks == 2 * 2**20 // (4 * 3 * 2 * 2 * 16 * 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -216,3 +217,36 @@ async def test_the_door_is_locked(make_bench: Any) -> None:
         "/internal/v1/resume", json={}, headers={"authorization": "Bearer other"}
     )
     assert answer.status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("change", "goes_on"),
+    [
+        ({}, True),
+        ({"kernels": "avx2"}, True),  # unlike machines, where no equal bits were asked for
+        ({"weights": "int8"}, False),
+        ({"deterministic": True}, False),
+    ],
+)
+async def test_who_goes_on_with_a_stream(make_bench: Any, change: Any, goes_on: bool) -> None:
+    bench, _ = bench_of(make_bench, "Hello")
+    alike = replace(bench.serving.info, kernels="amx", weights="int8 as stored, bfloat16")
+    await check_who_goes_on(bench, alike, replace(alike, **change), goes_on)
+
+
+@pytest.mark.parametrize(("change", "goes_on"), [({}, True), ({"kernels": "avx2"}, False)])
+async def test_who_goes_on_to_the_bit(make_bench: Any, change: Any, goes_on: bool) -> None:
+    """Deterministic answers are promised to the last bit, which other instructions cannot keep."""
+    bench, _ = bench_of(make_bench, "Hello")
+    alike = replace(bench.serving.info, kernels="amx", deterministic=True)
+    await check_who_goes_on(bench, alike, replace(alike, **change), goes_on)
+
+
+async def check_who_goes_on(bench: Any, began: Any, here: Any, goes_on: bool) -> None:
+    """Whether a replica of facts ``here`` takes up what one of facts ``began`` has begun."""
+    bench.engine.info = began
+    begun = {**BEGUN, "fingerprint": bench.serving.fingerprint}
+    bench.engine.info = here
+    body = {"path": CHAT, "request": body_of(CHAT, {}), "begun": begun}
+    answer = await bench.post("/internal/v1/resume", body)
+    assert answer.status_code == (200 if goes_on else 409)

@@ -15,12 +15,15 @@ from cloudlm.engine.step import Chunk
 class ComputePath(Protocol):
     """A loaded network with its block pool; used by one thread at a time.
 
-    ``precision`` names the numbers that the weights are held in. ``adapters`` takes LoRA adapters
-    for ``hidden`` to apply; None if it applies none.
+    ``precision`` names the numbers that most weights are held in, ``weights`` those of all, what
+    stayed as it is stored apart from the rest; ``kernels`` what computes. ``adapters`` takes LoRA
+    adapters for ``hidden`` to apply; None if it applies none.
     """
 
     pool: BlockPool
     precision: str
+    weights: str
+    kernels: str
     adapters: Adapting | None
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -88,7 +88,8 @@ class GpuPath:
         facts: GpuFacts,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        self.precision = facts.precision
+        self.precision = self.weights = facts.precision
+        self.kernels = type(operations).__name__
         self.adapters: Adapting | None = None
         self._model = model
         self._operations = operations

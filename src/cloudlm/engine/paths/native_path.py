@@ -108,6 +108,8 @@ class NativePath:
         config = model.model.config
         self.shape = model.shape
         self.precision = stored or precision
+        self.weights = f"{stored} as stored, {precision}" if stored else precision
+        self.kernels = kernels.name
         self.pool = BlockPool(
             self.shape.layers,
             num_blocks,

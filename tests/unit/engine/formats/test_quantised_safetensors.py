@@ -146,6 +146,8 @@ def test_kernels_take_the_codes_as_they_are(
     with caplog.at_level("INFO"):
         runner = load_runner(made.folder, settings, (), lambda share, what: None)
     assert runner.info.dtype == FORMATS[name][2]
+    assert runner.info.weights == f"{FORMATS[name][2]} as stored, bfloat16"
+    assert (runner.info.kernels == "twin") == (kernels == "torch")
     fields = [getattr(record, "fields", {}) for record in caplog.records]
     assert {"kept": 21}.items() <= next(one for one in fields if "kept" in one).items()
     expected = reference_logits(made.plain, tokens())
@@ -189,7 +191,7 @@ def test_a_size_of_groups_is_bounded_and_cuts_alike(inputs: int, asked: int) -> 
 def test_an_explicit_precision_of_other_bits_wins(written: Any) -> None:
     settings = EngineSettings(device="cpu", kv_cache_mb=2, threads=1, precision="int8")
     runner = load_runner(written("gptq").folder, settings, (), lambda share, what: None)
-    assert runner.info.dtype == "int8"
+    assert (runner.info.dtype, runner.info.weights) == ("int8", "int8")
 
 
 def spoil(
