@@ -9,6 +9,7 @@ Needs: cloudlm.
 
 import asyncio
 import time
+from pathlib import Path
 
 import common
 
@@ -25,8 +26,6 @@ def main():
     a = common.args("bf16", list(PRECISIONS))
     rss = common.PeakRSS()
     began = time.perf_counter()
-    from pathlib import Path
-
     from cloudlm.engine.importing import unsearched
 
     with unsearched("cloudlm.engine.load"):  # as the worker does
@@ -82,7 +81,7 @@ def main():
 def _resident_mb(cache_mb):
     """How much of the cache's memory was touched until now: it is the one mapping of its size."""
     found, size_kb = 0, 0
-    with open("/proc/self/smaps") as file:
+    with Path("/proc/self/smaps").open() as file:
         for line in file:
             if line.startswith("Size:"):
                 size_kb = int(line.split()[1])
