@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from cloudlm.core.rollout import Strategy
 from cloudlm.core.tenant import LedgerRow, Outcome
@@ -74,10 +75,12 @@ def breach(strategy: Strategy, new: Signals, stable: Signals) -> str:
     Times: the 95th percentile is longer than the ratio allows beyond chance (``quantile_bounds``),
     once both have ``min_requests``. Score: its mean, once there are ``min_scores``.
     """
-    allowed = stable.error_rate + strategy.max_error_rate
+    # Exactly, in the decimals of the limit: 1 of 49 is not more than 1 of 49.
+    beside = Fraction(stable.failed, stable.attempts or 1)
+    allowed = beside + Fraction(str(strategy.max_error_rate))
     if new.failed > allowed * max(new.attempts, strategy.min_requests):
         return (
-            f"{new.failed} of {new.attempts} attempts failed, more than {allowed:.1%} "
+            f"{new.failed} of {new.attempts} attempts failed, more than {float(allowed):.1%} "
             f"(stable revision {stable.error_rate:.1%}, max_error_rate {strategy.max_error_rate:g})"
         )
     for what, ratio, ours, theirs in (

@@ -81,7 +81,7 @@ async def control(tmp_path, plane):
 
 
 async def ready(state, generation):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             status = await state.get_status("bank")
             seen = status is not None and status.observed_generation == generation

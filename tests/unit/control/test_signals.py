@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -58,7 +59,7 @@ def test_errors_count_beyond_the_stable_share_alone(failed, more, rate, least):
     strategy = Strategy(max_error_rate=rate, min_requests=least)
     new = Signals(failed + more, failed)
     told = breach(strategy, new, good(50))
-    assert bool(told) == (failed > rate * max(failed + more, least))
+    assert bool(told) == (failed > Fraction(str(rate)) * max(failed + more, least))
     assert not breach(strategy, new, new)  # trouble on both sides is not the revision's
 
 

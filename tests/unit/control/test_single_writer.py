@@ -30,9 +30,9 @@ def callers(verb: str) -> list[str]:
 
 
 def giving_orders() -> list[str]:
-    """The modules that import those that call drivers."""
+    """The modules that have a plan's orders carried out."""
     paths = (path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))
-    found = (p for p in paths if "cloudlm.control.orders import" in p.read_text("utf-8"))
+    found = (p for p in paths if "Orders(" in p.read_text("utf-8"))
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
