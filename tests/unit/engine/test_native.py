@@ -109,6 +109,34 @@ def test_linear_agrees_for_all_shapes_and_paths(
                     assert off(answer, expected) < allowed, (rows, planes, tokens, path)
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (45, 70), (96, 32), (130, 200)])
+def test_rows_of_a_plain_matrix_come_out_as_they_went_in(
+    kernels: Kernels, reference: Kernels, shape: tuple[int, int]
+) -> None:
+    matrix = torch.randn(shape).bfloat16()
+    numbers = torch.tensor([0, shape[0] - 1, *range(0, shape[0], 7), 0])
+    for made in (kernels, reference):
+        packed = made.pack(matrix)
+        found = made.rows(packed, numbers)
+        assert found is not None and torch.equal(found, matrix[numbers])
+        assert torch.equal(made.rows(packed, numbers[:0]), matrix[:0])
+        for outside in (shape[0], -shape[0] - 1):
+            with pytest.raises(IndexError):
+                made.rows(packed, torch.tensor([outside]))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_rows_that_packing_changed_are_not_had(
+    kernels: Kernels, reference: Kernels, precision: str
+) -> None:
+    matrix = torch.randn(64, 192).bfloat16()
+    one = torch.tensor([1])
+    for made in (kernels, reference):
+        assert made.rows(made.pack(weight_of(precision, matrix)), one) is None
+        assert made.rows(made.pack(matrix, gated=True), one) is None
+        assert made.rows(made.pack(matrix, bias=torch.ones(64)), one) is None
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("path", ["vector", "tiles"])
 def test_a_row_does_not_depend_on_the_other_rows(

@@ -340,6 +340,31 @@ def test_the_files_pages_of_every_matrix_are_given_back(
     assert matrices <= {tuple(shape) for shape in given}
 
 
+@pytest.mark.parametrize(
+    ("family", "precision", "once"),
+    [
+        ("qwen3", "bfloat16", True),
+        ("qwen3", "int8", False),
+        ("llama-heads-32-plain", "bfloat16", False),
+    ],
+)
+def test_tied_embeddings_are_in_memory_once_where_that_changes_nothing(
+    saved_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, precision: str,
+    once: bool,
+) -> None:  # fmt: skip
+    from cloudlm.engine import load
+
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
+    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
+    found = saved_model(family)
+    settings = EngineSettings(kernels="native", precision=precision, kv_cache_mb=1)
+    path: Any = load.load_runner(found.folder, settings, (), lambda share, what: None)._path
+    assert (path._embeddings is None) is once
+    ids = torch.tensor([3, 0, 95, 3])
+    stored = found.reference.get_input_embeddings().weight.detach()
+    assert torch.equal(path._embedded(ids), stored[ids].bfloat16())
+
+
 def test_a_network_is_built_without_drawing_first_values(
     saved_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

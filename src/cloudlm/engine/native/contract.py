@@ -104,6 +104,12 @@ class Kernels(Protocol):
         """``packing.quantize_int4`` of a bf16 ``weight``, to the bit."""
         ...
 
+    def rows(self, weight: Packed, numbers: Tensor) -> Tensor | None:
+        """Some rows (int64 [n]) of a packed matrix as they were, bf16 [n, inputs]: embeddings that
+        are tied to the output projection need no memory of their own. None if it is quantised,
+        gated or has a bias. Raises IndexError for a row that is not there."""
+        ...
+
     def pack(
         self, weight: Weight, *, gated: bool = False, bias: Tensor | None = None, planes: int = 2
     ) -> Packed:

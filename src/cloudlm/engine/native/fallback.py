@@ -42,6 +42,13 @@ class TorchKernels:
         """See ``Kernels``."""
         return quantize_int4(weight, group)
 
+    def rows(self, weight: Packed, numbers: Tensor) -> Tensor | None:
+        """See ``Kernels``."""
+        content: _Content = weight.content
+        if not isinstance(content.weight, Tensor) or weight.gated or content.bias is not None:
+            return None
+        return content.weight[numbers]
+
     def pack(
         self, weight: Weight, *, gated: bool = False, bias: Tensor | None = None, planes: int = 2
     ) -> Packed:

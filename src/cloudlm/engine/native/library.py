@@ -24,6 +24,7 @@ from cloudlm.engine.native.packing import (
     Int8Weight,
     arrange,
     column_order,
+    packed_rows,
     quantize_int4,
     split_scale,
 )
@@ -74,6 +75,15 @@ class NativeKernels:
         if code:
             return quantize_int4(weight, group)
         return Int4Weight(codes, scale, None, group)
+
+    def rows(self, weight: Packed, numbers: Tensor) -> Tensor | None:
+        """See ``Kernels``."""
+        struct, (data, *_, bias) = weight.content.struct, weight.content.tensors
+        if struct.kind != c.BF16 or weight.gated or bias is not None:
+            return None
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < weight.outputs:
+            raise IndexError(f"row {int(numbers.max())} of {weight.outputs}")
+        return packed_rows(data, struct.panels, numbers, weight.inputs)
 
     def pack(
         self, weight: Weight, *, gated: bool = False, bias: Tensor | None = None, planes: int = 2

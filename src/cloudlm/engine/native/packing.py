@@ -137,6 +137,14 @@ def column_order(rows: int, *, gated: bool) -> Tensor:
     return torch.stack((gates.view(-1, width), ups.view(-1, width)), 1).flatten()
 
 
+def packed_rows(data: Tensor, panels: int, numbers: Tensor, inputs: int) -> Tensor:
+    """Rows ``numbers`` (int64 [n]) out of the bytes of a bf16 matrix that is not gated, bf16
+    [n, ``inputs``]: pairs of inputs lie as far apart as a panel has outputs in a tile."""
+    pairs = data.view(torch.int32).view(panels, -1, 2, 16, PANEL // 2)
+    found = pairs[numbers // PANEL, :, numbers % PANEL // 16, :, numbers % 16]
+    return found.flatten(1).view(torch.bfloat16)[:, :inputs]
+
+
 def arrange(values: Tensor, order: Tensor, fill: float) -> Tensor:
     """``values`` [rows] or [rows, groups] in the order of packed columns: [columns], or by panel
     [panels, groups, 32]."""

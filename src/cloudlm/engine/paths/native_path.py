@@ -131,11 +131,15 @@ class NativePath:
         )
         # One attention plan per distinct window; layers name theirs by number.
         self._windows = tuple(dict.fromkeys(config.windows))
-        self._embeddings = model.model.embed_tokens.weight.detach().clone()
         self._norm = _wide(model.model.norm)
         packer = _Packer(kernels, precision, stored, () if kept is None else kept.read())
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         self._head = packer.head(head)
+        # Tied embeddings are in memory once where the packed projection lost nothing of them.
+        tied = head is model.model.embed_tokens
+        shared = tied and kernels.rows(self._head, torch.zeros(1, dtype=torch.int64)) is not None
+        table = model.model.embed_tokens.weight.detach()
+        self._embeddings = None if shared else table.clone()
         forget_mapped((model.model.embed_tokens.weight, head.weight))  # copied and packed
         model.lm_head = None
         # What stays in the network would hold the whole file in memory.
@@ -203,7 +207,7 @@ class NativePath:
         plans = [
             plan_attention(queries, self.pool.block_size, window=window) for window in self._windows
         ]
-        hidden = functional.embedding(token_ids, self._embeddings).float()
+        hidden = self._embedded(token_ids).float()
         rotary = self._rotary(positions)
         step = (hidden, rotary, slots, plans, config.scale)
         more = self._adapters.additions(chunks, config.norm_eps)
@@ -212,6 +216,13 @@ class NativePath:
         return run_layers(
             self._kernels, self._layers, *step, norm=self._norm, path=self._way, more=more
         )
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        if self._embeddings is not None:
+            return functional.embedding(token_ids, self._embeddings)
+        rows = self._kernels.rows(self._head, token_ids)
+        assert rows is not None
+        return rows
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ``ComputePath``."""
