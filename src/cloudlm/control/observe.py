@@ -84,6 +84,7 @@ class Observer:
         self._stall_timeout_s = stall_timeout_s
         self._records: dict[str, tuple[Life, ProbeRecord]] = {}
         self._handed: dict[str, tuple[Life, Verdict]] = {}
+        self._ending: set[str] = set()  # those that were stopping when they were last seen
         self._listed: dict[str, dict[str, str]] = {}
         """By driver the groups of the replicas that stay, as it was last believed."""
         self._sent_off: dict[str, set[str]] = {}
@@ -180,6 +181,10 @@ class Observer:
         unknown = frozenset(one for name in faults for one in self._listed.get(name, ()))
         known = unknown.union(replica.id for _, replica in replicas)
         self._records = {one: found for one, found in self._records.items() if one in known}
+        ending = {r.id for _, r in replicas if r.state is ReplicaState.DRAINING}
+        for one in self._ending - ending:  # what has its name now is another one, and begins anew
+            self._records.pop(one, None)
+        self._ending = ending
         asked = [r for g, r in replicas if self._is_to_probe(g.driver, r)]
         stays = {one for g in groups for one in staying(g.observation)}
         before = {one.id: self._verdict(one) for one in asked if one.id in stays}

@@ -202,6 +202,26 @@ async def test_what_stops_is_silent_and_gets_no_endpoint_back(plane):
         assert not {"bank-r1-1", "bank-r1-2"} & plane.reconciler._seen.ready
 
 
+async def test_what_begins_under_the_name_of_what_stopped_is_given_its_own_time(plane):
+    """Drivers may have no other mark of a life than its name: the silence of the one that ended is
+    not that of the one that begins."""
+    await plane.ask(min_replicas=2, max_replicas=2)
+    await plane.steps(2)
+    plane.world.stop_s, plane.world.start_s = 19.0, 10.0
+    await plane.ask(min_replicas=1, max_replicas=1)
+    await plane.steps(4)
+    plane.prober.silence("bank-r1-1")
+    await plane.ask(min_replicas=2, max_replicas=2)
+    while plane.world.started.count("bank-r1-1") < 2:
+        await plane.steps(1)
+    for _ in range(10):
+        await plane.steps(1)
+        assert not plane.reconciler._seen.stalled
+    plane.prober.samples.clear()
+    await plane.steps(2)
+    assert await plane.serving() == ["bank-r1-0", "bank-r1-1"]
+
+
 async def test_what_stops_does_not_stand_in_for_those_that_serve(plane):
     """Two of three that stay are silent: most of them, however many are on the way out."""
     await plane.ask(min_replicas=7, max_replicas=7)
