@@ -172,6 +172,6 @@ def test_what_only_reads_is_known_by_name() -> None:
     reads = {name for name in methods if only_reads(name)}
     assert {name.partition("_")[0] for name in methods - reads} <= {
         *("put", "add", "append", "change", "end", "fix", "give", "mark", "remove", "renew"),
-        *("return", "revoke", "take", "touch", "bootstrap"),
+        *("return", "revoke", "take", "touch", "bootstrap", "drop"),
     }
     assert not {name for name in reads if name.startswith(("put", "take", "remove"))}

@@ -25,6 +25,15 @@ memory_mb: {MEMORY_MB}
 """
 
 
+def parent_of(number: int) -> int:
+    """The process that began this one, 0 if it is gone."""
+    try:
+        facts = Path(f"/proc/{number}/stat").read_text("utf-8")
+    except OSError:
+        return 0
+    return int(facts.rpartition(")")[2].split()[1])
+
+
 class Workers(Watch):
     """The most workers that lived at one moment."""
 
@@ -35,12 +44,16 @@ class Workers(Watch):
         self.named: set[str] = set()
 
     def look(self) -> None:
-        commands = processes_of(self._home).values()
-        workers = [one for one in commands if "-m cloudlm.worker --model" in one]
-        workers = [one for one in workers if "cloudlm.drivers.guard" not in one]
-        self.most = max(self.most, len(workers))
+        workers = {
+            number: command
+            for number, command in processes_of(self._home).items()
+            if "-m cloudlm.worker --model" in command and "cloudlm.drivers.guard" not in command
+        }
+        # A process that a worker begins looks like the worker until it has become what it will be.
+        own = [number for number in workers if parent_of(number) not in workers]
+        self.most = max(self.most, len(own))
         for name in (MODEL, *NAMES):
-            if any(f"--served-model-name {name} " in one for one in workers):
+            if any(f"--served-model-name {name} " in one for one in workers.values()):
                 self.named.add(name)
 
 

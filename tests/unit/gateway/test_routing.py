@@ -94,9 +94,9 @@ async def test_all_failing_is_a_panic_and_attempts_stay_few(kit: Any) -> None:
 
 
 @pytest.mark.promise(27)
-async def test_no_replica_is_said_at_once(rig: Any, kit: Any) -> None:
+async def test_that_nobody_is_awake_is_said_at_once(rig: Any, kit: Any) -> None:
     await rig.state.put_endpoints(kit.MODEL, [Endpoint(kit.MODEL, "x", "http://h:1", 1, 0.0)])
     await rig.gateway.view.refresh()
     result = await rig.ask(kit.chat_body())
-    assert result.status == 503
-    assert result.headers["retry-after"]
+    assert (result.status, result.json["error"]["code"]) == (503, "model_asleep")
+    assert "retry-after" not in result.headers  # no request wakes it
