@@ -307,7 +307,9 @@ class Steering:
         if _taking(after) or not lost or deployment is None or deployment.deleting:
             return
         late = now < self.fleet.stale_until or now - self._deleted_at < _PASS_S
-        alone = now < self.fleet.cut_until and len(_taking(before)) < FEWEST_SILENT
+        # Who was asked during a cut is judged when the question's time is over.
+        cut = now < self.fleet.cut_until + _PASS_S
+        alone = cut and len(_taking(before)) < FEWEST_SILENT
         if not deployment.spec.min_replicas or late or alone or self._fits:
             return
         well = [one for one in lost if one in running and self._was_well(one)]
