@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.controls import LEASE_S, SETTINGS, ControlProcess, Registry
-from tests.fuzz.fleet import BROKEN_FROM, Fleet
+from tests.fuzz.fleet import BROKEN_FROM, PROBE_TIMEOUT_S, Fleet
 from tests.fuzz.life import Life
 from tests.fuzz.schedule import EVERYBODY, Fault, Order, Plane
 from tests.fuzz.story import MODEL, NAMES
@@ -308,7 +308,7 @@ class Steering:
             return
         late = now < self.fleet.stale_until or now - self._deleted_at < _PASS_S
         # Who was asked during a cut is judged when the question's time is over.
-        cut = now < self.fleet.cut_until + _PASS_S
+        cut = now < self.fleet.cut_until + 2 * PROBE_TIMEOUT_S
         alone = cut and len(_taking(before)) < FEWEST_SILENT
         if not deployment.spec.min_replicas or late or alone or self._fits:
             return
