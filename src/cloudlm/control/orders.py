@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Iterator, Mapping, Sequence
 
 from cloudlm.control.drain import Drains
 from cloudlm.control.drivers import Drivers
+from cloudlm.control.handover import Life, life_of
 from cloudlm.control.metrics import ControlMetrics
 from cloudlm.control.observe import DRIVER_TIMEOUT_S, Observer, Seen, SeenGroup
 from cloudlm.control.plan import Action, Apply, Plan
@@ -41,7 +42,7 @@ class Orders:
         self._clock = clock
         self._metrics = metrics
         self.drains = Drains(drain_timeout_s)
-        self._stopped_stalled: dict[str, object] = {}
+        self._stopped_stalled: dict[str, Life] = {}
 
     async def act(
         self,
@@ -90,7 +91,7 @@ class Orders:
         for group in seen.groups:
             abilities = self._drivers.get(group.driver).abilities
             for replica in group.observation.replicas:
-                known = self._stopped_stalled.get(replica.id) == _life(replica)
+                known = self._stopped_stalled.get(replica.id) == life_of(replica)
                 stalled = replica.id in seen.stalled and not known
                 if stalled and Ability.STOPS_ONE_REPLICA in abilities:
                     yield group, replica
@@ -104,7 +105,7 @@ class Orders:
         if reason:
             _log.warning("replica_not_stopped", extra={"fields": fields | {"reason": reason}})
         else:
-            self._stopped_stalled[replica.id] = _life(replica)
+            self._stopped_stalled[replica.id] = life_of(replica)
 
 
 async def refusal_of(order: Awaitable[None], driver: str) -> str:
@@ -123,7 +124,3 @@ async def refusal_of(order: Awaitable[None], driver: str) -> str:
         _log.exception("order_failed", extra={"fields": {"driver": driver}})
         return f"driver {driver!r} failed; see control's log"
     return ""
-
-
-def _life(replica: Replica) -> object:
-    return replica.pid, replica.restarts

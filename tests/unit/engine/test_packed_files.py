@@ -276,6 +276,12 @@ def test_the_file_is_named_by_all_that_makes_it(
     assert path() != before
 
 
+def in_a_home_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights go there; kernels that are compiled already stay where they are."""
+    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
+    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "int4"])
 def test_a_restart_maps_what_the_first_start_packed(
     saved_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
@@ -286,8 +292,7 @@ def test_a_restart_maps_what_the_first_start_packed(
     from cloudlm.engine.native.packed_files import PackedFile
     from cloudlm.engine.step import Chunk
 
-    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
-    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
+    in_a_home_of_its_own(tmp_path, monkeypatch)
     monkeypatch.setattr(kept_weights, "PackedFile", partial(PackedFile, least_bytes=0))
     settings = EngineSettings(kernels="native", precision=precision, kv_cache_mb=1)
     folder = saved_model("qwen3").folder
@@ -325,8 +330,7 @@ def test_the_files_pages_of_every_matrix_are_given_back(
     from cloudlm.engine import load
     from cloudlm.engine.paths import native_path
 
-    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
-    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
+    in_a_home_of_its_own(tmp_path, monkeypatch)
     given: list[torch.Size] = []
     monkeypatch.setattr(
         native_path, "forget_mapped", lambda tensors: given.extend(one.shape for one in tensors)
@@ -354,8 +358,7 @@ def test_tied_embeddings_are_in_memory_once_where_that_changes_nothing(
 ) -> None:  # fmt: skip
     from cloudlm.engine import load
 
-    monkeypatch.setenv("CLOUDLM_NATIVE_CACHE", str(native_folder()))
-    monkeypatch.setenv("CLOUDLM_HOME", str(tmp_path))
+    in_a_home_of_its_own(tmp_path, monkeypatch)
     found = saved_model(family)
     settings = EngineSettings(kernels="native", precision=precision, kv_cache_mb=1)
     path: Any = load.load_runner(found.folder, settings, (), lambda share, what: None)._path
